@@ -1,0 +1,73 @@
+"""Argument checks and the grammar of error messages: `op: argument: expected X, got Y. Do Z.`"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def sentence(op: str, argument: str, expected: str, got: object, do: str = "") -> str:
+    """One clear sentence that names the argument, what was expected, what came, and what to do."""
+    return f"{op}: {argument}: expected {expected}, got {got}." + (f" {do}" if do else "")
+
+
+def require(
+    condition: bool,
+    op: str,
+    argument: str,
+    expected: str,
+    got: object,
+    do: str = "",
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raise `error` with the standard sentence unless `condition` holds."""
+    if not condition:
+        raise error(sentence(op, argument, expected, got, do))
+
+
+def shape(op: str, argument: str, tensor: torch.Tensor, expected: Iterable[int], like: str, do: str = "") -> None:
+    """Require a shape; `like` says where the expected shape comes from."""
+    expected = tuple(expected)
+    require(tuple(tensor.shape) == expected, op, argument, f"shape {expected} {like}", tuple(tensor.shape), do)
+
+
+def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """Require a floating-point tensor."""
+    require(
+        tensor.is_floating_point(), op, argument, "a floating-point tensor", tensor.dtype, "Cast it first.", TypeError
+    )
+
+
+def integer(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """Require an int32 or int64 tensor."""
+    import torch
+
+    require(
+        tensor.dtype in (torch.int64, torch.int32),
+        op,
+        argument,
+        "an int64 or int32 tensor",
+        tensor.dtype,
+        "Token ids are integers.",
+        TypeError,
+    )
+
+
+def device(op: str, argument: str, tensor: torch.Tensor, expected: torch.device, like: str) -> None:
+    """Require a device; `like` names the tensor that fixes it."""
+    require(
+        tensor.device == expected, op, argument, f"device {expected} as {like}", tensor.device, "Move it with .to()."
+    )
+
+
+def choice(op: str, argument: str, value: object, choices: Iterable[str]) -> None:
+    """Require one of a set of names, and offer the nearest when it is not."""
+    choices = tuple(choices)
+    if value not in choices:
+        near = get_close_matches(str(value), choices, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(sentence(op, argument, f"one of {', '.join(choices)}", repr(value), hint))

@@ -1,0 +1,37 @@
+"""The only reader of `os.environ`, and the only place that touches process-wide settings."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$FASTRL_CACHE`, else `$XDG_CACHE_HOME/fastrl`, else `~/.cache/fastrl`."""
+    explicit = os.environ.get("FASTRL_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(explicit or Path(base) / "fastrl").expanduser()
+
+
+def keep_bytes() -> int | None:
+    """`$FASTRL_KEEP_BYTES`: the byte budget of `memory="auto"`, or None to let the op decide by device."""
+    value = os.environ.get("FASTRL_KEEP_BYTES")
+    return int(value) if value else None
+
+
+def reuse_freed_memory() -> bool:
+    """Ask glibc to keep freed blocks instead of returning them, so that big CPU buffers are not paged in anew each step.
+
+    Page faults on fresh buffers cost a CPU trainer more than its elementwise work. Returns False, and changes nothing,
+    where the C library has no `mallopt`.
+    """
+    if platform.system() != "Linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 << 20))
+    return all(mallopt(name, value) == 1 for name, value in settings)

@@ -1,0 +1,65 @@
+"""Which backends an op has, and the one function that picks among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from fastrl.check import choice
+
+
+def any_device(device: torch.device) -> str | None:
+    """Torch backends run wherever torch runs."""
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one op: a module under `fastrl.kernels.<op>`, and why it would refuse a device."""
+
+    module: str
+    refuses: Callable[[torch.device], str | None] = any_device
+
+
+def _torch_backends(op: str) -> dict[str, Kernel]:
+    return {name: Kernel(f"fastrl.kernels.{op}.{name}") for name in ("chunked", "reference")}
+
+
+OPS = (
+    "linear_logprob",
+    "logprob",
+    "policy_loss",
+    "linear_policy_loss",
+    "linear_token_loss",
+    "group_advantages",
+    "gae",
+)
+# In order of preference: "auto" takes the first that does not refuse.
+TABLE: dict[str, dict[str, Kernel]] = {op: _torch_backends(op) for op in OPS}
+
+
+def explain(op: str, device: torch.device) -> dict[str, str | None]:
+    """Backend -> None when it takes `device`, else the reason why it does not."""
+    return {name: kernel.refuses(device) for name, kernel in TABLE[op].items()}
+
+
+def resolve(op: str, backend: str, device: torch.device) -> ModuleType:
+    """The module that implements `op`. "auto" takes the first backend that supports `device`; a backend asked for by
+    name is used or refused, never replaced.
+
+    Raises:
+        ValueError: the backend does not exist, or every candidate refuses; the message carries each reason.
+    """
+    table = TABLE[op]
+    choice(op, "backend", backend, ("auto", *table))
+    refusals = []
+    for name in table if backend == "auto" else (backend,):
+        reason = table[name].refuses(device)
+        if reason is None:
+            return import_module(table[name].module)
+        refusals.append(f"{name}: {reason}")
+    raise ValueError(f"{op}: backend: no backend takes device {device}.\n  " + "\n  ".join(refusals))

@@ -1,0 +1,197 @@
+"""What a loss is: frozen dataclasses, one per factor. Data only; `fastrl.losses` computes them.
+
+A policy-gradient loss is ratio level x surrogate x KL term x aggregation. Named algorithms are points in that space
+(`fastrl.losses.presets`), so there is no `loss_type` anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+Ratio = Literal["token", "sequence"]
+Aggregate = Literal["token_mean", "prompt_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum"]
+KLKind = Literal["k1", "k2", "k3", "k3_ratio"]
+
+
+def _require(condition: bool, what: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{what}: expected {expected}, got {got!r}.")
+
+
+def _require_choice(what: str, literal: object, got: object) -> None:
+    choices = get_args(literal)
+    _require(got in choices, what, f"one of {', '.join(choices)}", got)
+
+
+def _require_finite(what: str, value: float, low: float, *, above: bool = False) -> None:
+    ok = isinstance(value, int | float) and math.isfinite(value) and (value > low if above else value >= low)
+    _require(ok, what, f"a finite number {'above' if above else 'of at least'} {low:g}", value)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """-min(rho A, clip(rho, 1-low, 1+high) A): PPO, arXiv:1707.06347 eq. 7. `dual` = c > 1 bounds the loss of a
+    negative advantage at -c A: dual-clip PPO, arXiv:1912.09729 eq. 5."""
+
+    low: float
+    high: float
+    dual: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_finite("Clip.low", self.low, 0.0)
+        _require_finite("Clip.high", self.high, 0.0)
+        if self.dual is not None:
+            _require_finite("Clip.dual", self.dual, 1.0, above=True)
+
+
+@dataclass(frozen=True)
+class Cispo:
+    """-sg(clamp(rho, ratio_min, ratio_max)) A log pi: CISPO, arXiv:2506.13585 eq. 4. The bounds are absolute values of
+    the ratio, not distances from 1: `ratio_max=5` clamps at 5, not at 6."""
+
+    ratio_max: float
+    ratio_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_finite("Cispo.ratio_min", self.ratio_min, 0.0)
+        _require_finite("Cispo.ratio_max", self.ratio_max, self.ratio_min)
+
+
+@dataclass(frozen=True)
+class Sapo:
+    """-(4 / tau) sigmoid(tau (rho - 1)) A, with tau_pos where A > 0 and tau_neg elsewhere: SAPO, arXiv:2511.20347."""
+
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+
+    def __post_init__(self) -> None:
+        _require_finite("Sapo.tau_pos", self.tau_pos, 0.0, above=True)
+        _require_finite("Sapo.tau_neg", self.tau_neg, 0.0, above=True)
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """-A log pi: the score-function estimator, no ratio."""
+
+
+Surrogate = Clip | Cispo | Sapo | Reinforce
+SURROGATES = {cls.__name__: cls for cls in (Clip, Cispo, Sapo, Reinforce)}
+
+
+@dataclass(frozen=True)
+class KL:
+    """`coef` times a per-token estimate of KL(pi || pi_ref), d = ref_logps - logps (http://joschu.net/blog/kl-approx.html).
+
+    | kind       | value               | expected gradient on-policy                    |
+    |------------|---------------------|------------------------------------------------|
+    | `k1`       | -d                  | 0: useful in the reward, not in the loss       |
+    | `k2`       | d^2 / 2             | reverse KL                                     |
+    | `k3`       | e^d - d - 1         | forward KL                                     |
+    | `k3_ratio` | rho (e^d - d - 1)   | reverse KL, also off-policy (DeepSeek-V3.2)    |
+    """
+
+    kind: KLKind
+    coef: float
+
+    def __post_init__(self) -> None:
+        _require_choice("KL.kind", KLKind, self.kind)
+        _require_finite("KL.coef", self.coef, 0.0)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Importance weight for the mismatch between the sampler and the trainer, applied to the surrogate as a constant.
+
+    w = exp(old_logps - sampling_logps) at `level="token"`; exp of the *mean* over the sequence's tokens at
+    `level="sequence"`, so the weight does not grow with length. `truncate`: min(w, high), TIS.
+    `mask`: w where low <= w <= high, 0 elsewhere, IcePop.
+    """
+
+    kind: Literal["truncate", "mask"]
+    level: Literal["token", "sequence"]
+    high: float
+    low: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_choice("Correction.kind", Literal["truncate", "mask"], self.kind)
+        _require_choice("Correction.level", Ratio, self.level)
+        _require_finite("Correction.low", self.low, 0.0)
+        _require_finite("Correction.high", self.high, self.low)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What a policy loss is: sum_t w_t (c_t surrogate_t + kl.coef KL_t - entropy_coef H_t).
+
+    The weights w_t fold mask, aggregation and normaliser (`fastrl.losses.aggregate`); c_t is `correction`'s weight.
+    `ratio="sequence"` uses rho_i = exp(mean_t(logps - old_logps)) for every token of sequence i: GSPO, arXiv:2507.18071.
+    """
+
+    ratio: Ratio = "token"
+    surrogate: Surrogate = Clip(low=0.2, high=0.2)
+    kl: KL | None = None
+    aggregate: Aggregate = "seq_mean_token_mean"
+    entropy_coef: float = 0.0
+    correction: Correction | None = None
+
+    def __post_init__(self) -> None:
+        _require_choice("PolicyLoss.ratio", Ratio, self.ratio)
+        _require(
+            isinstance(self.surrogate, tuple(SURROGATES.values())),
+            "PolicyLoss.surrogate",
+            f"one of {', '.join(SURROGATES)}",
+            self.surrogate,
+        )
+        _require(self.kl is None or isinstance(self.kl, KL), "PolicyLoss.kl", "a KL or None", self.kl)
+        _require_choice("PolicyLoss.aggregate", Aggregate, self.aggregate)
+        _require_finite("PolicyLoss.entropy_coef", self.entropy_coef, -math.inf, above=True)
+        _require(
+            self.correction is None or isinstance(self.correction, Correction),
+            "PolicyLoss.correction",
+            "a Correction or None",
+            self.correction,
+        )
+
+    @property
+    def separable(self) -> bool:
+        """True when a token's loss needs no other token's log-probability, so it can be computed chunk by chunk."""
+        per_sequence_correction = self.correction is not None and self.correction.level == "sequence"
+        return self.ratio == "token" and not per_sequence_correction
+
+    @property
+    def needs_ref(self) -> bool:
+        """True when the loss reads `ref_logps`."""
+        return self.kl is not None and self.kl.coef != 0.0
+
+    @property
+    def needs_entropy(self) -> bool:
+        """True when the entropy is part of the loss, and so needs a gradient."""
+        return self.entropy_coef != 0.0
+
+    def encode(self) -> str:
+        """The spec as a string, the form in which it crosses the operator boundary; `decode` is the inverse."""
+        return _encode(self)
+
+
+@lru_cache
+def _encode(spec: PolicyLoss) -> str:
+    fields = asdict(spec) | {"surrogate": {"name": type(spec.surrogate).__name__} | asdict(spec.surrogate)}
+    return json.dumps(fields, sort_keys=True)
+
+
+@lru_cache
+def decode(text: str) -> PolicyLoss:
+    """The `PolicyLoss` that `encode` wrote."""
+    fields = json.loads(text)
+    surrogate = fields.pop("surrogate")
+    kl, correction = fields.pop("kl"), fields.pop("correction")
+    return PolicyLoss(
+        surrogate=SURROGATES[surrogate.pop("name")](**surrogate),
+        kl=KL(**kl) if kl else None,
+        correction=Correction(**correction) if correction else None,
+        **fields,
+    )

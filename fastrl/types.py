@@ -1,0 +1,86 @@
+"""What flows through fastrl, each field with its shape and dtype.
+
+Sizes: `B` sequences, `T` completion tokens, `N` flattened tokens, `H` hidden, `V` vocabulary, `G` samples of one prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+Messages = list[dict[str, str]]
+
+
+class LogprobOutput(NamedTuple):
+    """Log-probabilities of the given ids and, when asked for, the entropy of the whole distribution."""
+
+    logps: torch.Tensor  # token-shaped, float32
+    entropy: torch.Tensor | None  # token-shaped, float32
+
+
+class LossOutput(NamedTuple):
+    """A scalar loss and what to log: name -> (sum, count); the value is sum / count, and a maximum has count 1."""
+
+    loss: torch.Tensor  # scalar, float32
+    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task: what the model is asked, and what the rewards need to judge the answer."""
+
+    index: int  # its row in the prompt source, stable across epochs
+    content: str | Messages  # plain text, or chat messages that the chat template renders
+    token_ids: tuple[int, ...]  # as the model sees it, chat template applied
+    columns: dict[str, Any] = field(default_factory=dict)  # the source's other columns, passed to rewards by name
+
+
+@dataclass
+class Sample:
+    """One completion of one prompt."""
+
+    token_ids: list[int]  # completion only, the stop token included when it was sampled
+    sampling_logps: list[float]  # of each token, under the sampler, temperature and truncation applied
+    finished: bool  # True when a stop token was sampled, False when the length limit cut it
+    text: str = ""  # decoded without special tokens
+    rewards: dict[str, float | None] = field(default_factory=dict)  # by reward name; None = not applicable
+    reward: float | None = None  # weighted sum; None = this sample could not be scored and is excluded
+    advantage: float = 0.0
+
+
+@dataclass
+class Group:
+    """All samples of one prompt in one rollout."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some sequences laid out for one forward pass, and the token vectors of their completions.
+
+    The model runs on `(R, L)` rows; the `N` completion tokens are packed. Token `n` is predicted by the hidden state at
+    flat position `hidden_index[n]` of the `(R * L)` outputs: the one-token shift happens here and nowhere else.
+    """
+
+    input_ids: torch.Tensor  # (R, L) int64
+    position_ids: torch.Tensor  # (R, L) int64
+    attention_mask: torch.Tensor  # (R, L) bool, or (R, 1, L, L) bool when sequences share a row
+    hidden_index: torch.Tensor  # (N,) int64
+    targets: torch.Tensor  # (N,) int64
+    cu_seqlens: torch.Tensor  # (S + 1,) int64, bounds of each sequence's completion tokens in N
+    group_ids: torch.Tensor  # (S,) int64
+    advantages: torch.Tensor  # (S,) float32
+    mask: torch.Tensor  # (N,) bool
+    sampling_logps: torch.Tensor  # (N,) float32
+    old_logps: torch.Tensor | None = None  # (N,) float32; None = on-policy, the ratio is exactly 1
+    ref_logps: torch.Tensor | None = None  # (N,) float32
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model's forward processes, padding included."""
+        return self.input_ids.numel()
