@@ -34,7 +34,6 @@ OPS = (
     "logprob",
     "policy_loss",
     "linear_policy_loss",
-    "linear_token_loss",
     "group_advantages",
     "gae",
 )

@@ -1,0 +1,1 @@
+"""Meaning, shapes, autograd and `torch.library` registration: one file per op."""

@@ -1,0 +1,354 @@
+"""Log-probabilities straight from hidden states and the LM head, without storing logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from fastrl import check, env
+from fastrl.kernels.registry import resolve
+from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
+from fastrl.types import LogprobOutput
+
+MEMORY = ("auto", "keep", "stream")
+DEFAULT_KEEP_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+
+
+class HeadInputs(NamedTuple):
+    """Checked, flattened arguments of an op that contains the LM head."""
+
+    hidden: torch.Tensor  # (N, H)
+    weight: torch.Tensor  # (V, H)
+    targets: torch.Tensor  # (N,) int64
+    bias: torch.Tensor | None  # (V,)
+    temperature: torch.Tensor  # (1,) or (N,) float32
+    softcap: float  # NO_SOFTCAP when there is none
+    logit_scale: float
+    ignore_index: int
+
+    @property
+    def needs_head(self) -> bool:
+        """True when the weight or the bias gets a gradient."""
+        bias_needs = self.bias is not None and self.bias.requires_grad
+        return torch.is_grad_enabled() and (self.weight.requires_grad or bias_needs)
+
+    @property
+    def needs_hidden(self) -> bool:
+        """True when the hidden states get a gradient."""
+        return torch.is_grad_enabled() and self.hidden.requires_grad
+
+
+def check_head(
+    op: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+) -> HeadInputs:
+    """Checks the head's arguments once, at the door, and flattens the leading dimensions."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        check.require(
+            not hasattr(tensor, "full_tensor"),
+            op,
+            name,
+            "a plain tensor",
+            "a DTensor",
+            "Call a FusedLMHead, whose forward runs inside the sharded module, or gather the head with "
+            "full_tensor(grad_placements=[Partial('avg')]).",
+            TypeError,
+        )
+    check.floating(op, "hidden", hidden)
+    check.require(weight.dim() == 2, op, "weight", "shape (V, H)", tuple(weight.shape), "Pass lm_head.weight.")
+    check.require(hidden.dim() >= 1, op, "hidden", "shape (..., H)", tuple(hidden.shape))
+    check.require(
+        hidden.shape[-1] == weight.shape[1],
+        op,
+        "hidden",
+        f"last dimension {weight.shape[1]} as weight",
+        hidden.shape[-1],
+        "Pass the last hidden state, not logits.",
+    )
+    check.require(weight.shape[0] > 0, op, "weight", "at least one row", tuple(weight.shape))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check.require(
+                tensor.dtype == hidden.dtype,
+                op,
+                name,
+                f"dtype {hidden.dtype} as hidden",
+                tensor.dtype,
+                "Cast one of them, or run under one precision.",
+                TypeError,
+            )
+            check.device(op, name, tensor, hidden.device, "hidden")
+    if bias is not None:
+        check.shape(op, "bias", bias, (weight.shape[0],), "as weight's rows")
+    check.integer(op, "targets", targets)
+    check.shape(op, "targets", targets, hidden.shape[:-1], "as hidden without its last dimension")
+    check.device(op, "targets", targets, hidden.device, "hidden")
+    rows = targets.numel()
+    return HeadInputs(
+        hidden.reshape(rows, hidden.shape[-1]),
+        weight,
+        targets.reshape(rows).long(),
+        bias,
+        check_temperature(op, temperature, targets),
+        check_softcap(op, softcap),
+        float(logit_scale),
+        int(ignore_index),
+    )
+
+
+def check_softcap(op: str, softcap: float | None) -> float:
+    """The softcap as the kernels take it."""
+    check.require(softcap is None or softcap > 0, op, "softcap", "a positive number or None", softcap)
+    return NO_SOFTCAP if softcap is None else float(softcap)
+
+
+def check_temperature(op: str, temperature: float | torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The temperature as a tensor of 1 or N values, so that no value of it ever recompiles anything."""
+    if isinstance(temperature, torch.Tensor):
+        if temperature.dim() == 0:
+            return temperature.detach().reshape(1).to(targets.device, torch.float32)
+        check.shape(op, "temperature", temperature, targets.shape, "as targets, or a number")
+        check.device(op, "temperature", temperature, targets.device, "targets")
+        return temperature.detach().reshape(-1).float()
+    check.require(temperature > 0, op, "temperature", "a positive number", temperature, "For greedy use argmax.")
+    return torch.full((1,), float(temperature), dtype=torch.float32, device=targets.device)
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    memory: str | int = "auto",
+    backend: str = "auto",
+) -> LogprobOutput:
+    """Log-probability of each target token, and the entropy of its distribution, from the last hidden state.
+
+        z = cap(logit_scale (hidden W^T + bias)) / temperature,   cap(x) = softcap tanh(x / softcap)
+        logps = z[target] - logsumexp(z),   entropy = -sum_v softmax(z)_v log softmax(z)_v
+
+    Equals `log_softmax(lm_head(hidden).float() / temperature, -1).gather(-1, targets[..., None])[..., 0]` with logits
+    that were never rounded below float32.
+
+    Args:
+        hidden: (..., H), any strides. weight: (V, H), the same dtype. targets: (...) integer ids.
+        bias: (V,) or None. temperature: a positive number, or one per token, shape (...); it gets no gradient.
+        softcap: Gemma's final_logit_softcapping. logit_scale: Cohere's logit_scale, applied before the cap.
+        ignore_index: targets with this id give exactly 0 and no gradient, whatever their hidden state holds.
+        entropy: also return the entropy, with its gradient.
+        memory: what is kept for backward when the head is trainable: "keep" stores probabilities in the input dtype
+            (2 matmuls in backward), "stream" stores nothing and recomputes (3), "auto" keeps what fits in a budget
+            (256 MiB on a CPU, 4 GiB on a GPU, or $FASTRL_KEEP_BYTES); an int is that budget in bytes.
+            With a frozen head the derivative itself is kept, (..., H), and backward has no matmul.
+        backend: "auto", or a name from `fastrl doctor`; a named backend is used or refused, never replaced.
+
+    Returns:
+        LogprobOutput(logps, entropy or None), float32 (float64 for float64 inputs), shape (...). hidden, weight and
+        bias get gradients, accumulated in float32 and rounded once; double backward raises.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype or device. IndexError: on a CPU, a target is
+        outside [0, V); on a GPU that row is NaN instead.
+    """
+    inputs = check_head(
+        "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index
+    )
+    save = choose_save("linear_logprob", inputs, memory)
+    logps, entropies, _, _, _ = _op(*inputs, entropy, save, backend)
+    return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
+
+
+def choose_save(op: str, inputs: HeadInputs, memory: str | int) -> str:
+    """What the forward pass keeps: none, frozen, keep or stream."""
+    if isinstance(memory, str):
+        check.choice(op, "memory", memory, MEMORY)
+    check.require(not isinstance(memory, int) or memory >= 0, op, "memory", "a byte budget of at least 0", memory)
+    if not (inputs.needs_head or inputs.needs_hidden):
+        return "none"
+    if not inputs.needs_head:
+        return "frozen"
+    if memory in ("keep", "stream"):
+        return str(memory)
+    budget = memory if isinstance(memory, int) else keep_budget(inputs.hidden.device)
+    kept = inputs.hidden.shape[0] * inputs.weight.shape[0] * inputs.hidden.element_size()
+    return "keep" if kept <= budget else "stream"
+
+
+def keep_budget(device: torch.device) -> int:
+    """Bytes that `memory="auto"` may keep on this device."""
+    return env.keep_bytes() or DEFAULT_KEEP_BYTES.get(device.type, DEFAULT_KEEP_BYTES["cpu"])
+
+
+@torch.library.custom_op("fastrl::linear_logprob", mutates_args=())
+def _op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    entropy: bool,
+    save: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return resolve("linear_logprob", backend, hidden.device).forward(
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        entropy=entropy,
+        save=save,
+    )
+
+
+@_op.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    entropy: bool,
+    save: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
+    saved = {"keep": (rows, weight.shape[0]), "frozen": (rows, hidden.shape[1])}.get(save, (0,))
+    saved_entropy = (rows, hidden.shape[1]) if save == "frozen" and entropy else (0,)
+    return (
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows if entropy else 0, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(saved),
+        hidden.new_empty(saved_entropy),
+    )
+
+
+@torch.library.custom_op("fastrl::linear_logprob_backward", mutates_args=())
+def backward_op(
+    grad_logps: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    logps: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
+    saved: torch.Tensor,
+    saved_entropy: torch.Tensor,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    save: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(d hidden, d weight, d bias) in the accumulation dtype; (0,) where not needed."""
+    return resolve("linear_logprob", backend, hidden.device).backward(
+        grad_logps,
+        grad_entropy,
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        logps,
+        entropy,
+        lse,
+        saved,
+        saved_entropy,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        save=save,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight,
+        needs_bias=needs_bias,
+    )
+
+
+@backward_op.register_fake
+def _(
+    grad_logps: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    needs_hidden, needs_weight, needs_bias = rest[-4:-1]
+    dtype = accumulate_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
+        weight.new_empty(weight.shape[0] if needs_bias else 0, dtype=dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, entropy, save, backend = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, temperature, *output)
+    ctx.options = (softcap, logit_scale, ignore_index, save)
+    ctx.entropy, ctx.backend = entropy, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any) -> tuple:
+    nothing = (None,) * 11
+    if grad_logps is None and grad_entropy is None:
+        return nothing
+    hidden, weight, targets, bias, temperature, logps, entropy, lse, saved, saved_entropy = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    grad_hidden, grad_weight, grad_bias = backward_op(
+        torch.zeros_like(logps) if grad_logps is None else grad_logps.contiguous(),
+        grad_entropy.contiguous() if ctx.entropy and grad_entropy is not None else None,
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        logps,
+        entropy,
+        lse,
+        saved,
+        saved_entropy,
+        *ctx.options,
+        *needs,
+        ctx.backend,
+    )
+    return (
+        grad_hidden.to(hidden.dtype) if needs[0] else None,
+        grad_weight.to(weight.dtype) if needs[1] else None,
+        None,
+        grad_bias.to(weight.dtype) if needs[2] else None,
+        *nothing[4:],
+    )
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
