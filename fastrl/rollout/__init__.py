@@ -1,0 +1,5 @@
+"""Floor 5: prompts in, samples out."""
+
+from fastrl.rollout.base import Sampler, SamplingParams
+
+__all__ = ["Sampler", "SamplingParams"]

@@ -1,0 +1,116 @@
+"""Keys and values of a rollout: preallocated, written in place, read through views, shrunk as rows finish."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from fastrl.check import require
+
+DECODE_ATTENTION = "fastrl_decode"
+_OP = "TransformersSampler"
+
+
+class RolloutLayer(CacheLayerMixin):
+    """One layer's keys and values, `(rows, kv_heads, max_len, head_dim)`; all rows end at one cursor.
+
+    A sliding-window layer returns a view of its last `window` positions, so no mask has to hide the older ones.
+    """
+
+    def __init__(self, like: CacheLayerMixin, rows: int, max_len: int, cursor: int) -> None:
+        super().__init__()
+        require(
+            type(like) in (DynamicLayer, DynamicSlidingWindowLayer),
+            _OP,
+            "model",
+            "full or sliding-window attention in every layer",
+            type(like).__name__,
+            "Use another sampler for this model.",
+        )
+        self.window = like.sliding_window if like.is_sliding else max_len
+        # Zeros, not empty: masked positions still enter a product with weight 0, and 0 * NaN is NaN.
+        self.keys, self.values = (
+            states.new_zeros(rows, states.shape[1], max_len, states.shape[3]) for states in (like.keys, like.values)
+        )
+        self.cursor = cursor
+        self.is_initialized = True
+
+    def fill(self, like: CacheLayerMixin, rows: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy prompt `source[i]` of a prefilled layer to row `rows[i]`, its last token just before the cursor."""
+        span = slice(self.cursor - like.keys.shape[2], self.cursor)
+        self.keys[rows, :, span] = like.keys[source]
+        self.values[rows, :, span] = like.values[source]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one token at the cursor and return views of what it attends to."""
+        self.keys[:, :, self.cursor] = key_states[:, :, 0]
+        self.values[:, :, self.cursor] = value_states[:, :, 0]
+        self.cursor += 1
+        seen = slice(max(0, self.cursor - self.window), self.cursor)
+        return self.keys[:, :, seen], self.values[:, :, seen]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep only these rows."""
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the constructor allocates."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of what `update` will return."""
+        length = min(self.cursor + query_length, self.window)
+        return length, self.cursor + query_length - length
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, left padding included."""
+        return self.cursor
+
+    def get_max_length(self) -> int:
+        """Tokens the layer can hold."""
+        return self.keys.shape[2]
+
+
+class RolloutCache(Cache):
+    """A `RolloutLayer` per layer, filled from prefilled prompts."""
+
+    def __init__(self, rows: int, max_len: int, cursor: int) -> None:
+        super().__init__(layers=[])
+        self._allocation = (rows, max_len, cursor)
+
+    def fill(self, prefilled: Cache, rows: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy prompt `source[i]` of a prefilled cache to row `rows[i]`."""
+        if not self.layers:
+            self.layers = [RolloutLayer(layer, *self._allocation) for layer in prefilled.layers]
+        for layer, like in zip(self.layers, prefilled.layers, strict=True):
+            layer.fill(like, rows, source)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep only these rows."""
+        for layer in self.layers:
+            layer.keep(rows)
+
+
+def decode_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one query token per row, `(rows, heads, 1, head_dim)`, over `(rows, kv_heads, seen, head_dim)`.
+
+    The query heads that share a key head become the rows of one small matrix, so keys and values are never repeated.
+    `attention_mask` is additive, `(rows, 1, 1, >= seen)`; its last `seen` columns apply.
+    """
+    for feature in ("softcap", "s_aux", "position_bias"):
+        require(kwargs.get(feature) is None, _OP, "model", f"attention without {feature}", type(module).__name__)
+    rows, heads, _, head_dim = query.shape
+    groups = query.reshape(rows, key.shape[1], heads // key.shape[1], head_dim)
+    mask = None if attention_mask is None else attention_mask[..., -key.shape[2] :]
+    out = F.scaled_dot_product_attention(groups, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[3]), None

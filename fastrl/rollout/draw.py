@@ -1,0 +1,113 @@
+"""Draw one token per row from logits, with one uniform number per row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastrl.rollout.base import SamplingParams
+
+_BLOCK = 256  # tokens per block of the two-level cumulative sum
+_NUCLEUS_GUESS = 1024  # most nuclei fit in this many tokens, which spares sorting the vocabulary
+
+
+def uniforms(seed: int, streams: Iterable[tuple[int, int]], steps: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), one independent stream per (prompt index, sample index): `(rows, steps)` float64.
+
+    Stream (i, j) is Philox-4x64 with key (seed, i * 2^32 + j) (Salmon et al. 2011, doi:10.1145/2063384.2063405): it
+    depends neither on the other streams nor on how many steps are asked for.
+    """
+    rows = [np.random.Generator(np.random.Philox(key=[seed, (i << 32) | j])).random(steps) for i, j in streams]
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw(logits: torch.Tensor, u: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token per row and give its log-probability under the distribution it was drawn from.
+
+        p = softmax(z / T), zero outside the top_k / top_p set, renormalised;  logp = log p[token]
+        T = 0: token = argmax z, and logp = log softmax(z)[token], the log-probability at temperature 1
+
+    Args:
+        logits: `(n, V)`, any float dtype; the arithmetic is float32.
+        u: `(n,)` float64 in [0, 1), one per row; unused when greedy.
+        params: temperature and truncation.
+
+    Returns:
+        token ids `(n,)` int64 and their log-probabilities `(n,)` float32.
+    """
+    z = logits.float()
+    if params.temperature == 0.0:
+        tokens = z.argmax(-1)
+        return tokens, z.gather(-1, tokens[:, None])[:, 0] - z.logsumexp(-1)
+    z = z / params.temperature if params.temperature != 1.0 else z
+    weights = truncate((z - z.amax(-1, keepdim=True)).exp_(), params.top_k, params.top_p)
+    tokens, total = inverse_cdf(weights, u)
+    return tokens, (weights.gather(-1, tokens[:, None])[:, 0] / total).log().float()
+
+
+def truncate(weights: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Zero `weights` `(n, V)`, in place, outside the `top_k` largest and then outside the nucleus of mass `top_p`.
+
+    Tokens tied with the last one kept are kept too. Nucleus: the smallest set of most probable tokens whose mass
+    reaches `top_p` (Holtzman et al. 2020, arXiv:1904.09751), measured after top-k.
+    """
+    if 0 < top_k < weights.shape[-1]:
+        last_kept = weights.topk(top_k).values[:, -1:]
+        weights.masked_fill_(weights < last_kept, 0.0)
+    if top_p < 1.0:
+        weights.masked_fill_(weights < _nucleus_edge(weights, top_p), 0.0)
+    return weights
+
+
+def _nucleus_edge(weights: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest weight inside each row's nucleus, `(n, 1)`."""
+    goal = top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
+    vocabulary = weights.shape[-1]
+    ordered = weights.topk(min(_NUCLEUS_GUESS, vocabulary)).values
+    mass = ordered.cumsum(-1, dtype=torch.float64)
+    if not bool((mass[:, -1:] >= goal).all()):
+        ordered = weights.sort(descending=True).values
+        mass = ordered.cumsum(-1, dtype=torch.float64)
+    before_goal = (mass < goal).sum(-1, keepdim=True)
+    return ordered.gather(-1, before_goal.clamp_(max=ordered.shape[-1] - 1))
+
+
+def inverse_cdf(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token where the cumulative sum of `weights` first exceeds `u * total`, and the total.
+
+    The sum runs over blocks of tokens, then inside one block, in float64: a float32 running sum over a vocabulary of
+    262144 would round tokens away. A token of zero weight is never returned, for any `u` in [0, 1].
+
+    Args:
+        weights: `(n, V)` float32, non-negative, each row with at least one positive entry.
+        u: `(n,)` float64.
+
+    Returns:
+        token ids `(n,)` int64 and totals `(n,)` float64.
+    """
+    tail = -weights.shape[-1] % _BLOCK
+    blocks = (F.pad(weights, (0, tail)) if tail else weights).unflatten(-1, (-1, _BLOCK))
+    sums = blocks.sum(-1).double()
+    cdf = sums.cumsum(-1)
+    total = cdf[:, -1:]
+    target = u[:, None] * total
+    block = _first_above(cdf, target)
+    reached = sums.gather(-1, block)
+    fraction = 1.0 - (cdf.gather(-1, block) - target) / reached
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0].double().cumsum(-1)
+    within = _first_above(inside, fraction.clamp_(min=0.0) * inside[:, -1:])
+    tokens = (block * _BLOCK + within).clamp_(max=weights.shape[-1] - 1)
+    return tokens[:, 0], total[:, 0]
+
+
+def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """First index where `cdf > target`: there the cdf has just risen, so the entry it counts is positive.
+
+    A row of NaN has no such index; it gets the last one, and its total stays NaN.
+    """
+    last = cdf[:, -1:]
+    below_last = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
+    return torch.searchsorted(cdf, below_last, right=True).clamp_(max=cdf.shape[-1] - 1)

@@ -1,0 +1,235 @@
+"""Sample from any transformers causal language model, the same object that is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fastrl.check import require
+from fastrl.rollout.base import SamplingParams
+from fastrl.rollout.cache import DECODE_ATTENTION, RolloutCache, decode_attention
+from fastrl.rollout.draw import draw, uniforms
+from fastrl.types import Sample
+
+AttentionInterface.register(DECODE_ATTENTION, decode_attention)
+
+_OP = "TransformersSampler"
+_PREFILL_TOKENS = 8192  # of one prefill batch, padding included
+_STEPS_BETWEEN_CHECKS = 8  # on accelerators, where looking for finished rows waits for the device
+
+
+@dataclass
+class _Rows:
+    """The rows still being decoded."""
+
+    index: torch.Tensor  # (n,) int64, which completion each row is
+    position: torch.Tensor  # (n,) int64, prompt length: the position of the first new token
+    mask: torch.Tensor | None  # (n, 1, 1, max_len) additive; None when no row is padded
+    done: torch.Tensor  # (n,) bool, a stop token was sampled
+
+    def keep(self, rows: torch.Tensor) -> _Rows:
+        mask = None if self.mask is None else self.mask[rows]
+        return _Rows(self.index[rows], self.position[rows], mask, self.done[rows])
+
+
+class TransformersSampler:
+    """A sampler with its own static key/value cache: each distinct prompt is prefilled once, and finished rows leave.
+
+    `Sample.sampling_logps` are under the distribution that was sampled, temperature and truncation applied; when
+    greedy (temperature 0) they are the plain log-probabilities at temperature 1. The stop token is part of the sample.
+    Draws depend only on (seed, prompt index, sample index), never on the batch around them. Nothing is kept between
+    calls, so the weights are always the current ones.
+
+    Args:
+        model: a transformers causal LM whose attention is pluggable; its mode and settings are restored after a call.
+        compact_below: drop finished rows from the batch once the live share falls below this.
+
+    Raises:
+        ValueError: the model's attention cannot be replaced.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compact_below: float = 0.75) -> None:
+        pluggable = getattr(model, "_supports_attention_backend", False)
+        require(pluggable, _OP, "model", "a causal LM with pluggable attention", type(model).__name__)
+        self.model = model
+        self.compact_below = compact_below
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Sequence[int]], num_samples: int, params: SamplingParams) -> list[list[Sample]]:
+        """Draw `num_samples` completions of each prompt; see `Sampler.sample`.
+
+        Raises:
+            ValueError: no prompts, an empty prompt, or a prompt with no room for `max_new_tokens`.
+            FloatingPointError: the model's logits are not finite.
+        """
+        self._check(prompts, num_samples, params)
+        streams = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
+        with _eval_mode(self.model):
+            tokens, logps = self._complete(
+                prompts, num_samples, params, uniforms(params.seed, streams, params.max_new_tokens)
+            )
+        if not bool(logps.isfinite().all()):
+            raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. Check the weights.")
+        samples = _collect(tokens, logps, params.stop_token_ids)
+        return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
+
+    def _check(self, prompts: Sequence[Sequence[int]], num_samples: int, params: SamplingParams) -> None:
+        require(len(prompts) > 0, _OP, "prompts", "at least one prompt", "none")
+        require(num_samples >= 1, _OP, "num_samples", "at least 1", num_samples)
+        lengths = [len(prompt) for prompt in prompts]
+        empty = f"an empty prompt at index {lengths.index(0)}" if 0 in lengths else ""
+        require(not empty, _OP, "prompts", "at least one token in each", empty)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        low, high = min(map(min, prompts)), max(map(max, prompts))
+        require(0 <= low <= high < vocabulary, _OP, "prompts", f"token ids in [0, {vocabulary})", f"[{low}, {high}]")
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        require(
+            limit is None or max(lengths) + params.max_new_tokens <= limit,
+            _OP,
+            "prompts",
+            f"prompt + max_new_tokens within the model's {limit} positions",
+            f"{max(lengths)} + {params.max_new_tokens}",
+            "Shorten the prompts or lower max_new_tokens.",
+        )
+
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], num_samples: int, params: SamplingParams, u: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and log-probabilities `(completions, max_new_tokens)`; what follows a stop token means nothing."""
+        distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        source = torch.tensor([place[tuple(prompt)] for prompt in prompts]).repeat_interleave(num_samples)
+        cache, logits = self._prefill(distinct, source.to(self.model.device), params.max_new_tokens)
+        lengths = torch.tensor([len(prompt) for prompt in distinct])[source].to(logits.device)
+        rows = _first_rows(lengths, cache.get_max_length(), cache.get_seq_length(), cache.layers[0].keys.dtype)
+        return self._decode(cache, logits, rows, params, u.to(logits.device))
+
+    def _prefill(
+        self, prompts: list[tuple[int, ...]], source: torch.Tensor, max_new_tokens: int
+    ) -> tuple[RolloutCache, torch.Tensor]:
+        """Run each prompt once; row `i` of the cache and of the next-token logits belongs to `prompts[source[i]]`."""
+        longest = max(map(len, prompts))
+        cache = RolloutCache(len(source), longest + max_new_tokens, cursor=longest)
+        logits = None
+        for batch in _batches_by_length(prompts, _PREFILL_TOKENS):
+            out = self._forward_prompts([prompts[i] for i in batch])
+            members = torch.tensor(batch, device=source.device)
+            rows, local = (source[:, None] == members).nonzero(as_tuple=True)
+            cache.fill(out.past_key_values, rows, local)
+            last = out.logits[:, -1]
+            logits = last.new_empty(len(source), last.shape[-1]) if logits is None else logits
+            logits[rows] = last[local]
+        return cache, logits
+
+    def _forward_prompts(self, prompts: list[tuple[int, ...]]) -> CausalLMOutputWithPast:
+        """One forward over left-padded prompts; logits of the last position only."""
+        longest = max(map(len, prompts))
+        # Any id will do as padding: the mask comes from lengths.
+        ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        position = torch.arange(longest, device=self.model.device) - (longest - lengths)[:, None]
+        return self.model(
+            input_ids=ids,
+            attention_mask=(position >= 0).long(),
+            position_ids=position.clamp(min=0),
+            past_key_values=DynamicCache(config=self.model.config),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    def _decode(
+        self, cache: RolloutCache, logits: torch.Tensor, rows: _Rows, params: SamplingParams, u: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw, drop finished rows when it pays, feed the tokens back; one column of the result per step."""
+        tokens = torch.zeros(u.shape, dtype=torch.int64, device=u.device)
+        logps = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
+        stop = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=u.device)
+        every = 1 if u.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
+        for step in range(params.max_new_tokens):
+            drawn, logps[rows.index, step] = draw(logits, u[rows.index, step], params)
+            tokens[rows.index, step] = drawn
+            if step + 1 == params.max_new_tokens:
+                break
+            rows.done |= torch.isin(drawn, stop)
+            if (step + 1) % every == 0:
+                live = int((~rows.done).sum())
+                if live == 0:
+                    break
+                if live < self.compact_below * len(rows.done):
+                    kept = (~rows.done).nonzero()[:, 0]
+                    rows, drawn = rows.keep(kept), drawn[kept]
+                    cache.keep(kept)
+            logits = self._step(cache, rows, drawn, step)
+        return tokens, logps
+
+    def _step(self, cache: RolloutCache, rows: _Rows, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        """Feed one token per row; next-token logits `(rows, V)`."""
+        with _attention(self.model, DECODE_ATTENTION):
+            out = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=None if rows.mask is None else rows.mask[..., : cache.get_seq_length() + 1],
+                position_ids=(rows.position + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return out.logits[:, -1]
+
+
+def _first_rows(lengths: torch.Tensor, max_len: int, cursor: int, dtype: torch.dtype) -> _Rows:
+    """All rows, none done, with the mask of their left padding."""
+    mask = None
+    if bool((lengths < cursor).any()):
+        padding = torch.arange(max_len, device=lengths.device) < (cursor - lengths)[:, None]
+        mask = torch.zeros(padding.shape, dtype=dtype, device=lengths.device).masked_fill_(padding, float("-inf"))
+        mask = mask[:, None, None]
+    index = torch.arange(len(lengths), device=lengths.device)
+    return _Rows(index, lengths, mask, torch.zeros_like(index, dtype=torch.bool))
+
+
+def _batches_by_length(prompts: list[tuple[int, ...]], budget: int) -> Iterator[list[int]]:
+    """Indices of prompts, longest first, in batches of at most `budget` tokens, padding included."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while order:
+        size = max(1, budget // len(prompts[order[0]]))
+        yield order[:size]
+        order = order[size:]
+
+
+def _collect(tokens: torch.Tensor, logps: torch.Tensor, stop_token_ids: tuple[int, ...]) -> list[Sample]:
+    """Cut each completion after its first stop token."""
+    stop = frozenset(stop_token_ids)
+    samples = []
+    for ids, values in zip(tokens.tolist(), logps.tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(ids) if token in stop), None)
+        samples.append(Sample(token_ids=ids[:end], sampling_logps=values[:end], finished=end is not None))
+    return samples
+
+
+@contextmanager
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside; each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Another registered attention inside; the model's own afterwards."""
+    config = model.config.get_text_config(decoder=True)
+    previous = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = previous

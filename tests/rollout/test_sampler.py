@@ -1,0 +1,379 @@
+"""The transformers sampler against plain forwards and `model.generate`, on tiny random models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from fastrl.rollout import SamplingParams
+from fastrl.rollout import transformers_sampler as module
+from fastrl.rollout.draw import inverse_cdf, truncate, uniforms
+from fastrl.rollout.transformers_sampler import TransformersSampler
+
+VOCAB = 61
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 2,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "initializer_range": 0.4,
+}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **COMMON)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2, **COMMON)),
+    "mistral_window": lambda: MistralForCausalLM(MistralConfig(num_hidden_layers=2, sliding_window=5, **COMMON)),
+    "gemma3_window": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            num_hidden_layers=3,
+            layer_types=SLIDING,
+            sliding_window=5,
+            query_pre_attn_scalar=16,
+            final_logit_softcapping=7.0,
+            **COMMON,
+        )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            num_hidden_layers=3, layer_types=SLIDING, sliding_window=64, query_pre_attn_scalar=16, **COMMON
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4)
+    ),
+}
+PROMPTS = [[5, 9, 2, 7], [11], [3, 4, 2, 2, 8, 13, 21, 34, 55], [17, 18, 19, 20, 21, 22], [11]]
+
+
+def build(name):
+    torch.manual_seed(0)
+    return MODELS[name]().float().eval()
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture
+def llama():
+    return build("llama")
+
+
+def completion_logits(model, prompt, completion):
+    """Logits that predict each completion token, from a plain forward without padding or cache."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1].double()
+
+
+def ids(groups):
+    return [[sample.token_ids for sample in group] for group in groups]
+
+
+def flat(groups):
+    return [member for group in groups for member in group]
+
+
+def logps(groups):
+    return [sample.sampling_logps for sample in flat(groups)]
+
+
+def test_greedy_equals_generate_of_each_unpadded_prompt(model):
+    groups = TransformersSampler(model).sample(PROMPTS, 2, SamplingParams(12, temperature=0.0))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        prompt = torch.tensor([prompt])
+        expected = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, eos_token_id=None
+        )
+        assert [s.token_ids for s in group] == [expected[0, prompt.shape[1] :].tolist()] * 2
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.6, 0, 1.0), (0.6, 7, 1.0), (1.3, 20, 0.8)]
+)
+def test_sampling_logps_are_those_of_a_plain_forward_under_the_sampled_distribution(model, temperature, top_k, top_p):
+    params = SamplingParams(8, temperature=temperature, top_k=top_k, top_p=top_p, seed=3)
+    groups = TransformersSampler(model).sample(PROMPTS, 3, params)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for sample in group:
+            z = completion_logits(model, prompt, sample.token_ids) / (temperature or 1.0)
+            kept = z.softmax(-1)
+            if top_k:
+                kept[z < z.topk(top_k).values[:, -1:]] = 0.0
+            kept = kept / kept.sum(-1, keepdim=True)
+            ordered = kept.sort(descending=True).values
+            edge = ordered.gather(-1, (ordered.cumsum(-1) < top_p - 1e-12).sum(-1, keepdim=True).clamp(max=VOCAB - 1))
+            kept[kept < edge] = 0.0
+            kept = kept / kept.sum(-1, keepdim=True)
+            expected = kept.gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0].log()
+            torch.testing.assert_close(
+                torch.tensor(sample.sampling_logps, dtype=torch.float64), expected, rtol=0, atol=1e-5
+            )
+
+
+def test_first_token_frequencies_pass_a_chi_square_test():
+    torch.manual_seed(1)
+    config = LlamaConfig(**{**COMMON, "vocab_size": 8, "initializer_range": 0.15}, num_hidden_layers=1)
+    model = LlamaForCausalLM(config).eval()
+    prompt, count = [1, 5, 3], 20_000
+    (group,) = TransformersSampler(model).sample([prompt], count, SamplingParams(1, temperature=0.7, seed=5))
+    expected = (completion_logits(model, prompt, [0])[0] / 0.7).softmax(-1) * count
+    observed = torch.bincount(torch.tensor([s.token_ids[0] for s in group]), minlength=8).double()
+    assert expected.min() > 20
+    assert ((observed - expected) ** 2 / expected).sum() < 24.3  # 99.9 % point with 7 degrees of freedom
+
+
+@pytest.mark.parametrize("max_len", [10, 40])
+def test_nothing_follows_the_stop_token_and_compaction_changes_nothing(model, max_len):
+    params = SamplingParams(max_len, temperature=1.5, stop_token_ids=(2, 7, 11, 30), seed=1)
+    never, eager = (TransformersSampler(model, compact_below=share).sample(PROMPTS, 6, params) for share in (0.0, 1.0))
+    assert ids(never) == ids(eager)
+    for a, b in zip(logps(never), logps(eager), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    finished = 0
+    for sample in flat(eager):
+        stops = [i for i, token in enumerate(sample.token_ids) if token in params.stop_token_ids]
+        assert stops == ([len(sample.token_ids) - 1] if sample.finished else [])
+        assert len(sample.sampling_logps) == len(sample.token_ids)
+        assert sample.finished or len(sample.token_ids) == max_len
+        finished += sample.finished
+    assert finished > len(PROMPTS)
+
+
+def test_decoding_ends_when_every_row_has_stopped(llama, monkeypatch):
+    steps = []
+    plain = TransformersSampler._step
+    monkeypatch.setattr(
+        TransformersSampler, "_step", lambda self, *args: steps.append(len(args[1].done)) or plain(self, *args)
+    )
+    params = SamplingParams(50, stop_token_ids=tuple(range(0, VOCAB, 2)), seed=0)
+    groups = TransformersSampler(llama).sample(PROMPTS, 4, params)
+    longest = max(len(sample.token_ids) for sample in flat(groups))
+    assert longest < 50
+    assert len(steps) == longest - 1
+    assert steps[-1] < steps[0]  # finished rows left
+
+
+def test_same_seed_same_samples_other_seed_other_samples(llama):
+    sampler = TransformersSampler(llama)
+    first, again, other = (sampler.sample(PROMPTS, 2, SamplingParams(10, seed=seed)) for seed in (4, 4, 5))
+    assert first == again
+    assert all(a != b for a, b in zip(flat(ids(first)), flat(ids(other)), strict=True))
+
+
+def test_samples_of_one_prompt_differ_even_when_the_prompt_is_repeated(llama):
+    groups = TransformersSampler(llama).sample([[11], [11]], 3, SamplingParams(10, seed=0))
+    assert len({tuple(sample.token_ids) for sample in flat(groups)}) == 6
+
+
+def test_a_row_depends_neither_on_the_other_prompts_nor_on_the_number_of_samples(model):
+    sampler, params = TransformersSampler(model), SamplingParams(10, seed=9)
+    together = ids(sampler.sample(PROMPTS, 3, params))
+    assert ids(sampler.sample(PROMPTS[:1], 3, params)) == together[:1]
+    assert [group[:2] for group in together] == ids(sampler.sample(PROMPTS, 2, params))
+
+
+def test_each_distinct_prompt_is_prefilled_once_in_batches_within_the_budget(llama, monkeypatch):
+    monkeypatch.setattr(module, "_PREFILL_TOKENS", 12)
+    seen = []
+    plain = TransformersSampler._forward_prompts
+    monkeypatch.setattr(
+        TransformersSampler, "_forward_prompts", lambda self, prompts: seen.append(prompts) or plain(self, prompts)
+    )
+    params = SamplingParams(6, seed=2)
+    small = TransformersSampler(llama).sample(PROMPTS, 3, params)
+    assert sorted(flat(seen)) == sorted({tuple(prompt) for prompt in PROMPTS})
+    assert len(seen) > 1
+    assert all(len(batch) * max(map(len, batch)) <= 12 for batch in seen)
+    monkeypatch.setattr(module, "_PREFILL_TOKENS", 10_000)
+    assert ids(TransformersSampler(llama).sample(PROMPTS, 3, params)) == ids(small)
+
+
+def test_updated_weights_are_seen_by_the_next_call(llama):
+    sampler, params = TransformersSampler(llama), SamplingParams(4, seed=0)
+    before = sampler.sample(PROMPTS, 1, params)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.mul_(1.1)
+    after = sampler.sample(PROMPTS, 1, params)
+    assert logps(before) != logps(after)
+    for prompt, (sample,) in zip(PROMPTS, after, strict=True):
+        z = completion_logits(llama, prompt, sample.token_ids)
+        expected = z.log_softmax(-1)[0, sample.token_ids[0]].item()
+        assert sample.sampling_logps[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_modes_attention_and_gradients_are_as_before_also_after_an_exception(llama, attention, monkeypatch):
+    llama.set_attn_implementation(attention)
+    llama.train()
+    llama.model.layers[0].eval()  # a frozen part keeps its own mode
+    modes = [part.training for part in llama.modules()]
+    sampler, params = TransformersSampler(llama), SamplingParams(4)
+
+    def unchanged():
+        assert [part.training for part in llama.modules()] == modes
+        assert llama.config._attn_implementation == attention
+        assert all(p.requires_grad and p.grad is None for p in llama.parameters())
+        assert torch.is_grad_enabled()
+
+    during = []
+    hook = llama.register_forward_hook(
+        lambda *_: during.append((llama.training, torch.is_grad_enabled(), llama.config._attn_implementation))
+    )
+    sampler.sample(PROMPTS, 1, params)
+    unchanged()
+    hook.remove()
+    assert set(during) == {(False, False, attention), (False, False, "fastrl_decode")}
+    loss = llama(torch.tensor([PROMPTS[0]])).logits.logsumexp(-1).sum()
+    loss.backward()  # buffers touched while sampling still take part in autograd
+    llama.zero_grad()
+
+    for phase in (attention, "fastrl_decode"):
+
+        def broken(hidden, phase=phase):
+            if llama.config._attn_implementation == phase:
+                raise RuntimeError("broken")
+            return hidden
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.model.layers[-1].mlp, "forward", broken)
+            with pytest.raises(RuntimeError, match="broken"):
+                sampler.sample(PROMPTS, 1, params)
+        unchanged()
+
+
+def test_bfloat16_weights_sample_and_report_float32_logps(llama):
+    model = llama.to(torch.bfloat16)
+    groups = TransformersSampler(model).sample(PROMPTS, 2, SamplingParams(6, seed=0))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for sample in group:
+            z = completion_logits(model, prompt, sample.token_ids).log_softmax(-1)
+            expected = z.gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(sample.sampling_logps).double(), expected, rtol=0.05, atol=0.15)
+
+
+def test_top_k_and_top_p_keep_the_sets_worked_out_by_hand():
+    weights = torch.tensor([[0.05, 0.4, 0.1, 0.25, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]])
+    kept = lambda top_k, top_p: (truncate(weights.clone(), top_k, top_p) > 0).int().tolist()  # noqa: E731
+    assert kept(0, 1.0) == [[1, 1, 1, 1, 1]] * 2
+    assert kept(2, 1.0) == [[0, 1, 0, 1, 0], [1, 1, 1, 1, 1]]  # ties with the last one kept stay
+    assert kept(9, 1.0) == [[1, 1, 1, 1, 1]] * 2
+    assert kept(0, 0.4)[0] == [0, 1, 0, 0, 0]  # 0.4 reaches 0.4
+    assert kept(0, 0.41)[0] == [0, 1, 0, 1, 0]
+    assert kept(0, 0.86)[0] == [0, 1, 1, 1, 1]
+    assert kept(0, 1e-9)[0] == [0, 1, 0, 0, 0]  # at least one token stays
+    assert kept(3, 0.7)[0] == [0, 1, 0, 1, 0]  # of 0.4 + 0.25 + 0.2, the mass 0.65 / 0.85 reaches 0.7
+    assert kept(3, 0.77)[0] == [0, 1, 0, 1, 1]
+
+
+def test_a_nucleus_wider_than_the_first_guess_is_found_whole():
+    weights = torch.rand(3, 5000, generator=torch.Generator().manual_seed(0))
+    kept = truncate(weights.clone(), 0, 0.9) > 0
+    for row, mask in zip(weights.double(), kept, strict=True):
+        assert mask.sum() > 1024
+        assert row[mask].sum() >= 0.9 * row.sum()
+        assert row[mask].sum() - row[mask].min() < 0.9 * row.sum()
+        assert row[mask].min() >= row[~mask].max()
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 1000, 262_144])
+@pytest.mark.parametrize("u", [0.0, 1e-300, 0.5, 1 - 2**-24, 1 - 2**-53, 1.0])
+def test_no_uniform_number_selects_a_zero_weight_token(vocabulary, u):
+    generator = torch.Generator().manual_seed(vocabulary)
+    weights = torch.rand(64, vocabulary, generator=generator)
+    weights[torch.rand(64, vocabulary, generator=generator) < 0.7] = 0.0
+    weights[::2, 0] = weights[::2, -1] = 0.0
+    weights[0] = 0.0
+    weights[:, vocabulary // 2] += 1e-30  # at least one token is possible
+    tokens, total = inverse_cdf(weights, torch.full((64,), u, dtype=torch.float64))
+    assert (weights.gather(-1, tokens[:, None]) > 0).all()
+    torch.testing.assert_close(total, weights.double().sum(-1), rtol=1e-6, atol=0)
+
+
+def test_the_drawn_token_is_where_an_exact_cumulative_sum_crosses_u():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(0, 8, (512, 700), generator=generator).float()  # sums are exact
+    u = torch.rand(512, generator=generator, dtype=torch.float64)
+    tokens, total = inverse_cdf(weights, u)
+    cdf = weights.double().cumsum(-1)
+    above = cdf.gather(-1, tokens[:, None])[:, 0]
+    below = above - weights.double().gather(-1, tokens[:, None])[:, 0]
+    assert (below <= u * total).all()
+    assert (u * total < above).all()
+
+
+def test_every_stream_of_uniforms_is_its_own_and_does_not_depend_on_the_others():
+    streams = [(0, 0), (0, 1), (1, 0), (3, 2)]
+    u = uniforms(7, streams, 5)
+    assert u.dtype == torch.float64
+    assert len(u.flatten().unique()) == 20
+    assert ((u >= 0) & (u < 1)).all()
+    assert uniforms(7, [(3, 2)], 9)[0, :5].tolist() == u[3].tolist()
+    assert uniforms(8, streams, 5).tolist() != u.tolist()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+    ],
+)
+def test_bad_params_are_refused_with_the_field_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**{"max_new_tokens": 4, **fields})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "num_samples", "message"),
+    [
+        ([], 1, "at least one prompt"),
+        ([[1], []], 1, "empty prompt at index 1"),
+        ([[1]], 0, "num_samples"),
+        ([[1] * 61], 1, "64 positions, got 61 \\+ 4"),
+        ([[1, VOCAB]], 1, "token ids"),
+    ],
+)
+def test_bad_prompts_are_refused_with_the_reason(llama, prompts, num_samples, message):
+    with pytest.raises(ValueError, match=message):
+        TransformersSampler(llama).sample(prompts, num_samples, SamplingParams(4))
+
+
+def test_a_model_without_pluggable_attention_is_refused():
+    with pytest.raises(ValueError, match="pluggable attention"):
+        TransformersSampler(torch.nn.Linear(2, 2))
+
+
+def test_logits_that_are_not_finite_raise(llama):
+    with torch.no_grad():
+        llama.lm_head.weight[3] = math.nan
+    with pytest.raises(FloatingPointError, match="finite logits"):
+        TransformersSampler(llama).sample(PROMPTS, 1, SamplingParams(4))
