@@ -1,0 +1,90 @@
+"""A model and its tokenizer, from a folder, a hub id, or a model file that ships inside a Python package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastrl import check
+from fastrl.model.packaged import PACKAGED, converted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode and its tokenizer, which always has a padding token.
+
+    `name_or_path` is a folder, a hub id, or a name in `fastrl.model.packaged.PACKAGED`: a model file inside an
+    installed Python package, converted once into `fastrl.env.cache_dir()`. Code from a model's repository is never run.
+
+    Raises:
+        ValueError: there is no such model.
+        ModuleNotFoundError: the package that ships the model is not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(name_or_path)
+    with quiet_progress():
+        source = str(converted(PACKAGED[name])) if name in PACKAGED else name
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except OSError as error:
+            raise ValueError(_no_such_model(name)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a completion: those of the model's generation config, then the tokenizer's end of sequence.
+
+    Raises:
+        ValueError: neither names one, so that no completion would ever end.
+    """
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list | tuple) else [configured]
+    ids = tuple(dict.fromkeys(token for token in (*listed, tokenizer.eos_token_id) if token is not None))
+    check.require(
+        len(ids) > 0,
+        "stop_token_ids",
+        "model",
+        "an end-of-sequence token in the generation config or the tokenizer",
+        "neither",
+        "Set model.generation_config.eos_token_id.",
+    )
+    return ids
+
+
+def _no_such_model(name: str) -> str:
+    near = get_close_matches(name.lower(), PACKAGED, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "The cause above says what was looked for."
+    return check.sentence(
+        "load_model",
+        "name_or_path",
+        f"a folder with a model and its tokenizer, a hub id that can be reached, or one of {', '.join(PACKAGED)}",
+        repr(name),
+        hint,
+    )
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Hide transformers' progress bars, and put them back as they were."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,246 @@
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen3Config,
+)
+
+from fastrl.model.head import cut
+
+VOCAB, LENGTH = 41, 11
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GEMMA_LAYERS = ["sliding_attention", "full_attention"]
+
+# The window of 4 is smaller than the sequences, so a mask that forgets it gives other hidden states.
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama_biased_tied": LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True),
+    "qwen3": Qwen3Config(**SIZES),
+    "qwen3_windows": Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4, layer_types=GEMMA_LAYERS),
+    "mistral_window": MistralConfig(**SIZES, sliding_window=4),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=4, layer_types=GEMMA_LAYERS, final_logit_softcapping=0.5),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=4, layer_types=GEMMA_LAYERS),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "cohere": CohereConfig(**SIZES, logit_scale=0.25),
+    "granite": GraniteConfig(**SIZES, logits_scaling=7.0),
+}
+
+
+def tiny(name, *, dtype=torch.float64, attention="sdpa"):
+    torch.manual_seed(0)
+    config = CONFIGS[name] if isinstance(name, str) else name
+    if name == "gemma2":
+        attention = "eager"  # transformers has no SDPA for it
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def ids(rows=2, length=LENGTH):
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def causal(rows, length):
+    return torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, -1, -1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_trunk_and_head_give_the_models_logits(name):
+    model = tiny(name)
+    halves = cut(model)
+    expected = model(ids()).logits
+    assert expected.std() > 0.01
+    torch.testing.assert_close(halves.logits(halves.trunk(ids())), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_scales_and_caps_are_read_from_the_config():
+    assert cut(tiny("cohere")).logit_scale == 0.25
+    assert cut(tiny("granite")).logit_scale == 1 / 7
+    assert cut(tiny("gemma2")).softcap == 0.5
+    plain = cut(tiny("llama"))
+    assert (plain.logit_scale, plain.softcap, plain.bias) == (1.0, None, None)
+
+
+def test_tied_weight_is_the_embedding_itself_and_a_new_head_is_seen():
+    model = tiny("llama_biased_tied")
+    halves = cut(model)
+    assert halves.weight is model.get_input_embeddings().weight
+    model.resize_token_embeddings(VOCAB + 3)
+    assert cut(model).weight.shape == (VOCAB + 3, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["cohere", "granite", "gemma2", "gemma3", "gpt2"])
+def test_the_check_allows_the_rounding_of_the_dtype(name, dtype):
+    assert cut(tiny(name, dtype=dtype)).weight.dtype == dtype
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_4d_causal_mask_gives_the_hidden_states_of_the_plain_path(name, attention):
+    halves = cut(tiny(name, attention=attention))
+    plain = halves.trunk(ids())
+    masked = halves.trunk(ids(), causal(2, LENGTH))
+    torch.testing.assert_close(masked, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sequences_sharing_a_prompt_in_one_row_equal_sequences_in_rows_of_their_own(name, attention):
+    prompt, first, second = 5, 6, 4
+    halves = cut(tiny(name, attention=attention))
+    row = ids(1, prompt + first + second)
+    owner = torch.tensor([0] * prompt + [1] * first + [2] * second)
+    mask = (owner[:, None] == owner) | (owner[None, :] == 0)
+    mask = (mask & torch.ones_like(mask).tril())[None, None]
+    positions = torch.cat([torch.arange(prompt + first), torch.arange(prompt, prompt + second)])[None]
+    shared = halves.trunk(row, mask, positions)[0]
+    alone_first = halves.trunk(row[:, : prompt + first])[0]
+    alone_second = halves.trunk(torch.cat([row[:, :prompt], row[:, prompt + first :]], dim=1))[0]
+    torch.testing.assert_close(shared[: prompt + first], alone_first, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shared[prompt + first :], alone_second[prompt:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_a_2d_mask_changes_no_hidden_state(name, side):
+    # In float64, transformers' eager masks hold -inf after its float32 softmax's cast, and empty rows become NaN.
+    dtype, tolerance = (torch.float32, 1e-5) if name == "gemma2" else (torch.float64, 1e-12)
+    halves = cut(tiny(name, dtype=dtype))
+    short = ids(1, 7)
+    pad = torch.zeros(1, LENGTH - 7, dtype=torch.long)
+    parts = (pad, short) if side == "left" else (short, pad)
+    padded = torch.cat(parts, dim=1)
+    mask = torch.cat([torch.full_like(part, part is short) for part in parts], dim=1).bool()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    hidden = halves.trunk(padded, mask, positions)[mask]
+    torch.testing.assert_close(hidden, halves.trunk(short)[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_query_that_may_attend_to_nothing_makes_no_other_token_nan(attention):
+    halves = cut(tiny("llama", attention=attention))
+    mask = causal(1, LENGTH).clone()
+    mask[..., 8:, :] = False
+    mask[..., :, 8:] = False
+    hidden = halves.trunk(ids(1), mask)
+    torch.testing.assert_close(hidden[:, :8], halves.trunk(ids(1)[:, :8]), rtol=1e-12, atol=1e-12)
+    assert torch.isfinite(hidden).all()
+
+
+def test_gradients_reach_the_trunk_through_hidden_states():
+    model = tiny("gemma3")
+    cut(model).trunk(ids(), causal(2, LENGTH)).sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_dropout_does_not_disturb_the_check_and_training_mode_survives_it():
+    model = tiny("gpt2").train()
+    model.transformer.h[0].eval()
+    cut(model)
+    assert model.training
+    assert model.transformer.drop.training
+    assert not model.transformer.h[0].attn.training
+
+
+class Bent(torch.nn.Module):
+    """A head that is not a Linear."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.weight = head, head.weight
+
+    def forward(self, hidden):
+        return self.head(hidden)
+
+
+def test_a_head_that_is_not_linear_is_refused_by_name():
+    model = tiny("llama")
+    model.lm_head = Bent(model.lm_head)
+    with pytest.raises(ValueError, match=r"cut: head: expected a torch.nn.Linear, got Bent\."):
+        cut(model)
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match=r"expected a model with output embeddings, got LlamaModel\."):
+        cut(tiny("llama").model)
+
+
+def test_unknown_arithmetic_on_the_logits_is_refused():
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "mamba_d_ssm": 16, "mamba_n_heads": 2}
+    config = FalconH1Config(**sizes, **heads, mamba_d_head=8, mamba_d_state=4, lm_head_multiplier=0.5, pad_token_id=0)
+    with pytest.raises(ValueError, match=r"FalconH1ForCausalLM whose own differ .* This model's head cannot be cut\."):
+        cut(tiny(config))
+
+
+def test_hidden_states_that_are_not_the_heads_input_are_refused():
+    model = tiny(OPTConfig(vocab_size=VOCAB, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2))
+    assert cut(model).weight.shape == (VOCAB, 16)
+    scaled = model.forward
+    model.forward = lambda *args, **kwargs: type("Output", (), {"logits": scaled(*args, **kwargs).logits + 0.1})
+    with pytest.raises(ValueError, match="cannot be cut"):
+        cut(model)
+
+
+@pytest.fixture
+def one_rank_mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_head_is_refused(one_rank_mesh):
+    model = tiny("llama")
+    torch.distributed.fsdp.fully_shard(model.lm_head, mesh=one_rank_mesh)
+    with pytest.raises(ValueError, match=r"head.weight: expected a plain tensor, got a DTensor\. Cut the model before"):
+        cut(model)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 1, 3, 3, dtype=torch.bool), r"shape \(2, 1, 11, 11\)"),
+        (torch.ones(2, 1, LENGTH, LENGTH), r"expected torch.bool when 4-D, got torch.float32"),
+    ],
+)
+def test_a_4d_mask_of_another_shape_or_dtype_is_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        cut(tiny("llama")).trunk(ids(), mask)
+
+
+def test_attention_that_takes_no_dense_mask_refuses_one():
+    model = tiny("llama")
+    halves = cut(model)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"Load the model with attn_implementation='sdpa'\."):
+        halves.trunk(ids(), causal(2, LENGTH))
+
+
+def test_layers_of_another_kind_refuse_a_dense_mask():
+    model = tiny("qwen3")
+    halves = cut(model)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=r"layers of kind linear_attention\. Give each sequence its own row\."):
+        halves.trunk(ids(), causal(2, LENGTH))
