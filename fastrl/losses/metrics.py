@@ -1,0 +1,53 @@
+"""Metrics as name -> (sum, count), so that they add up over micro-batches and ranks without bias.
+
+A name ending in `/max` is a maximum of something never negative: its count is 1, or 0 when no token was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fastrl.kernels.policy_loss.metrics import METRICS, is_max
+from fastrl.spec import Cispo, Clip, PolicyLoss
+
+Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def available(spec: PolicyLoss, *, ref: bool, sampling: bool, entropy: bool) -> tuple[str, ...]:
+    """The names that a loss can report, given which of the optional inputs it had; known without reading a tensor."""
+    present = {
+        "clip_ratio": isinstance(spec.surrogate, Clip | Cispo),
+        "kl": ref,
+        "entropy": entropy,
+        "sampling": sampling,
+        "sampling/kept_fraction": sampling and spec.correction is not None,
+    }
+    return tuple(name for name in METRICS if present.get(name, present.get(name.split("/")[0], True)))
+
+
+def named(table: torch.Tensor, names: Iterable[str]) -> Metrics:
+    """The rows of a kernel's (K, 2) table that `names` asks for."""
+    sums, counts = (column.unbind() for column in table.unbind(1))
+    return {name: (sums[METRICS.index(name)], counts[METRICS.index(name)]) for name in names}
+
+
+def merge(parts: Iterable[Metrics]) -> Metrics:
+    """The metrics of disjoint sets of tokens together; a name may be missing from some."""
+    merged: Metrics = {}
+    for part in parts:
+        for name, row in part.items():
+            if name in merged:
+                combine = torch.maximum if is_max(name) else torch.add
+                row = tuple(combine(a, b) for a, b in zip(merged[name], row, strict=True))
+            merged[name] = row
+    return merged
+
+
+def finish(metrics: Metrics) -> dict[str, float]:
+    """sum / count as numbers, in one host synchronisation; what was never counted is left out."""
+    if not metrics:
+        return {}
+    rows = torch.stack([torch.stack([total, count]) for total, count in metrics.values()]).tolist()
+    return {name: total / count for name, (total, count) in zip(metrics, rows, strict=True) if count != 0}

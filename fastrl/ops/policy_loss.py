@@ -1,0 +1,78 @@
+"""The operator `fastrl::policy_loss`: loss = sum_t w_t l_t over flat token vectors, gradient in the forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastrl.kernels import registry
+from fastrl.kernels.policy_loss import METRICS
+from fastrl.spec import PolicyLoss, decode
+
+SCHEMA = (
+    "(Tensor logps, Tensor advantages, Tensor weights, Tensor mask, Tensor? old_logps, Tensor? ref_logps, "
+    "Tensor? sampling_logps, Tensor? entropy, Tensor? seq_ids, int num_seqs, str spec, str backend)"
+    " -> (Tensor loss, Tensor dlogps, Tensor dentropy, Tensor metrics)"
+)
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace json; it guards on the spec instead
+def encoded(spec: PolicyLoss) -> str:
+    """The spec as the string in which it crosses the operator boundary, also inside `torch.compile`."""
+    return spec.encode()
+
+
+@torch.library.custom_op("fastrl::policy_loss", mutates_args=(), schema=SCHEMA)
+def policy_loss(
+    logps: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    old_logps: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    sampling_logps: torch.Tensor | None,
+    entropy: torch.Tensor | None,
+    seq_ids: torch.Tensor | None,
+    num_seqs: int,
+    spec: str,
+    backend: str,
+) -> Outputs:
+    """The loss of a `PolicyLoss`, encoded, and what it sends back: sum_t w_t (c_t surrogate_t + coef KL_t - c_H H_t).
+
+    Every tensor is (N,) and contiguous, float32 or float64 alike, but `mask` bool and `seq_ids` int64. Only `logps` and
+    `entropy` get a gradient, and only through `loss`; all else is a constant. `fastrl.losses.policy_loss` is the door
+    that checks and flattens the arguments.
+
+    Returns:
+        loss (), dlogps (N,) and dentropy (N,) its derivatives, metrics (K, 2) as in `fastrl.kernels.policy_loss`.
+    """
+    kernel = registry.resolve("policy_loss", backend, logps.device)
+    constants = (old_logps, ref_logps, sampling_logps, entropy, seq_ids, num_seqs, decode(spec))
+    return kernel.forward(logps, advantages, weights, mask, *constants)
+
+
+@policy_loss.register_fake
+def _fake(logps: torch.Tensor, *inputs: Any) -> Outputs:
+    return logps.new_empty(()), torch.empty_like(logps), torch.empty_like(logps), logps.new_empty(len(METRICS), 2)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    _, dlogps, dentropy, metrics = output
+    ctx.mark_non_differentiable(dlogps, dentropy, metrics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dlogps, dentropy)
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    logps, entropy = 0, 7
+    grads: list[torch.Tensor | None] = [None] * 12
+    if grad is not None:
+        for index, derivative in zip((logps, entropy), ctx.saved_tensors, strict=True):
+            grads[index] = grad * derivative if ctx.needs_input_grad[index] else None
+    return tuple(grads)
+
+
+policy_loss.register_autograd(_backward, setup_context=_setup_context)
