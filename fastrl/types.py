@@ -69,7 +69,8 @@ class MicroBatch:
 
     input_ids: torch.Tensor  # (R, L) int64
     position_ids: torch.Tensor  # (R, L) int64
-    attention_mask: torch.Tensor  # (R, L) bool, or (R, 1, L, L) bool when sequences share a row
+    # (R, L) bool; (R, 1, L, L) bool where sequences share a row; None where attention_cu_seqlens cuts the row
+    attention_mask: torch.Tensor | None
     hidden_index: torch.Tensor  # (N,) int64
     targets: torch.Tensor  # (N,) int64
     cu_seqlens: torch.Tensor  # (S + 1,) int64, bounds of each sequence's completion tokens in N
@@ -79,6 +80,8 @@ class MicroBatch:
     sampling_logps: torch.Tensor  # (N,) float32
     old_logps: torch.Tensor | None = None  # (N,) float32; None = on-policy, the ratio is exactly 1
     ref_logps: torch.Tensor | None = None  # (N,) float32
+    attention_cu_seqlens: torch.Tensor | None = None  # (S + 1,) int32, bounds in L of sequences laid end to end, R = 1
+    attention_max_seqlen: int = 0  # length of the longest of them
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,184 @@
+"""Lay groups of samples out as micro-batches, so that a forward pass spends few tokens on padding and repeated prompts.
+
+| layout   | a row is                                  | attention                            |
+|----------|-------------------------------------------|--------------------------------------|
+| `padded` | a prompt and one completion               | causal                               |
+| `shared` | a prompt and several of its completions   | dense mask: prompt + own completion  |
+| `varlen` | all sequences of the micro-batch, no gaps | causal inside `attention_cu_seqlens` |
+
+All three give the same log-probabilities and gradients. A sequence's last token predicts nothing, so it is no input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import Literal, NamedTuple
+
+import torch
+
+from fastrl.check import choice, require
+from fastrl.data.plan import ModelShape, Row, balance, fit, plan, split
+from fastrl.types import Group, MicroBatch, Sample
+
+Layout = Literal["auto", "padded", "shared", "varlen"]
+LAYOUTS: tuple[Layout, ...] = ("auto", "padded", "shared", "varlen")
+
+
+class Counts(NamedTuple):
+    """How much trains: what a loss is normalised by, before it is summed over micro-batches and ranks."""
+
+    tokens: int
+    sequences: int
+    groups: int
+
+
+def trained(group: Group, *, mask_truncated: bool = False) -> list[Sample]:
+    """The samples that train: scored, not empty and, under `mask_truncated`, not cut by the length limit.
+
+    `count` and `pack` both ask this function, so the normaliser and the loss can never disagree
+    (https://github.com/huggingface/trl/issues/6369).
+    """
+    return [
+        sample
+        for sample in group.samples
+        if sample.reward is not None and sample.token_ids and (sample.finished or not mask_truncated)
+    ]
+
+
+def count(groups: Sequence[Group], *, mask_truncated: bool = False) -> Counts:
+    """Completion tokens, sequences and groups that train. A group none of whose samples trains is not counted."""
+    kept = [samples for group in groups if (samples := trained(group, mask_truncated=mask_truncated))]
+    tokens = sum(len(sample.token_ids) for samples in kept for sample in samples)
+    return Counts(tokens=tokens, sequences=sum(map(len, kept)), groups=len(kept))
+
+
+def minibatches(groups: Sequence[Group], n: int, generator: torch.Generator) -> list[list[Group]]:
+    """Split a rollout into `n` optimizer mini-batches of whole groups, shuffled, with about equal numbers of tokens.
+
+    Fewer than `n` come back where there are fewer groups: an empty mini-batch has no gradient to step on.
+    """
+    require(n >= 1, "minibatches", "n", "at least 1", n)
+    order = torch.randperm(len(groups), generator=generator).tolist()
+    parts = balance([groups[index] for index in order], _group_tokens, n)
+    return [part for part in parts if part]
+
+
+def pack(
+    groups: Sequence[Group],
+    *,
+    layout: Layout,
+    max_tokens: int,
+    device: torch.device | str = "cpu",
+    shape: ModelShape | None = None,
+    mask_truncated: bool = False,
+) -> list[MicroBatch]:
+    """The samples of `groups` that train (`trained`), each once, as micro-batches of at most `max_tokens` input tokens.
+
+    `layout="auto"` takes the cheaper of `padded` and `shared` under `ModelShape.row_cost`. `varlen` needs a model whose
+    attention takes sequence bounds: `fastrl.model.attention.prepare_attention`. A sample's group id is the index of its
+    group in `groups`; `advantages` and `sampling_logps` come from the samples. Equal arguments give equal order.
+
+    Args:
+        max_tokens: bound on R * L of a micro-batch, padding included.
+        shape: proportions of the model, which decide how a group is split over `shared` rows and what `auto` takes.
+        mask_truncated: leave out samples that the length limit cut; give `count` the same value.
+
+    Raises:
+        ValueError: a sequence is longer than `max_tokens`, a prompt is empty, or `sampling_logps` do not match the
+            tokens.
+    """
+    choice("pack", "layout", layout, LAYOUTS)
+    shape = shape or ModelShape()
+    taken = [
+        (index, group.prompt.token_ids, trained(group, mask_truncated=mask_truncated))
+        for index, group in enumerate(groups)
+    ]
+    rows = [Row(index, prompt_ids, [sample]) for index, prompt_ids, samples in taken for sample in samples]
+    _check(rows, max_tokens)
+    if layout == "varlen":
+        parts = fit(rows, lambda row: row.length, max_tokens)
+        return [_micro_batch(part, "varlen", torch.device(device)) for part in parts]
+
+    plans = {}
+    if layout != "shared":
+        plans["padded"] = plan(rows, max_tokens, lambda length: shape.row_cost(length, dense=False))
+    if layout != "padded":
+        shared = [row for group in taken for row in split(Row(*group), max_tokens, shape.crossover)]
+        plans["shared"] = plan(shared, max_tokens, lambda length: shape.row_cost(length, dense=True))
+    name, (_, parts) = min(plans.items(), key=lambda item: item[1][0])
+    return [_micro_batch(part, name, torch.device(device)) for part in parts]
+
+
+def _group_tokens(group: Group) -> int:
+    return sum(len(group.prompt.token_ids) + len(sample.token_ids) for sample in group.samples)
+
+
+def _check(rows: list[Row], max_tokens: int) -> None:
+    require(max_tokens >= 1, "pack", "max_tokens", "at least 1", max_tokens)
+    for group_id, prompt_ids, (sample,) in rows:
+        require(len(prompt_ids) > 0, "pack", f"groups[{group_id}].prompt.token_ids", "at least one token", "none")
+        tokens, logps = len(sample.token_ids), len(sample.sampling_logps)
+        require(logps == tokens, "pack", f"groups[{group_id}] sampling_logps", f"{tokens}, one per token", logps)
+    if rows:
+        longest = max(rows, key=lambda row: row.length)
+        parts = f"a prompt of {len(longest.prompt_ids)} and a completion of {len(longest.samples[0].token_ids)} tokens"
+        require(
+            longest.length <= max_tokens,
+            "pack",
+            "max_tokens",
+            f"at least {longest.length} ({parts}, less the last)",
+            max_tokens,
+            "Raise max_tokens, or lower the limit on prompt or completion tokens.",
+        )
+
+
+def _micro_batch(rows: list[Row], layout: str, device: torch.device) -> MicroBatch:
+    samples = [sample for row in rows for sample in row.samples]
+    lengths = [row.length for row in rows]
+    longest, varlen = max(lengths), layout == "varlen"
+    starts = [0, *accumulate(lengths)] if varlen else range(0, len(rows) * longest, longest)
+    R, L = (1, sum(lengths)) if varlen else (len(rows), longest)
+    # A padded row's positions run on into its padding, so that transformers sees no second sequence there and needs no
+    # mask; a shared row is longer than any sequence, so its positions must not.
+    positions = [0] * L * R if layout == "shared" else list(range(L)) * R
+    input_ids, owner, hidden_index = [0] * (R * L), [-1] * (R * L), []
+    for row, start in zip(rows, starts, strict=False):
+        prompt = len(row.prompt_ids)
+        at = start + prompt
+        input_ids[start:at], owner[start:at], positions[start:at] = row.prompt_ids, [0] * prompt, range(prompt)
+        for number, sample in enumerate(row.samples, start=1):
+            end = at + len(sample.token_ids) - 1
+            input_ids[at:end], owner[at:end] = sample.token_ids[:-1], [number] * (end - at)
+            positions[at:end] = range(prompt, prompt + end - at)
+            hidden_index += [start + prompt - 1, *range(at, end)]  # the prompt's last token predicts the first
+            at = end
+
+    def tensor(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    owners = tensor(owner).view(R, L)
+    masks = {"padded": lambda: owners >= 0, "shared": lambda: _shared_mask(owners), "varlen": lambda: None}
+    return MicroBatch(
+        input_ids=tensor(input_ids).view(R, L),
+        position_ids=tensor(positions).view(R, L),
+        attention_mask=masks[layout](),
+        hidden_index=tensor(hidden_index),
+        targets=tensor(list(chain.from_iterable(sample.token_ids for sample in samples))),
+        cu_seqlens=tensor([0, *accumulate(len(sample.token_ids) for sample in samples)]),
+        group_ids=tensor([row.group_id for row in rows for _ in row.samples]),
+        advantages=tensor([sample.advantage for sample in samples], torch.float32),
+        mask=torch.ones(len(hidden_index), dtype=torch.bool, device=device),
+        sampling_logps=tensor(list(chain.from_iterable(s.sampling_logps for s in samples)), torch.float32),
+        attention_cu_seqlens=tensor(starts, torch.int32) if varlen else None,
+        attention_max_seqlen=longest if varlen else 0,
+    )
+
+
+def _shared_mask(owners: torch.Tensor) -> torch.Tensor:
+    """(R, L) owners, 0 = prompt, i = completion i, -1 = padding, to the (R, 1, L, L) mask of what may be attended to.
+
+    Padding sees the prompt too: a query with no key at all would make its softmax NaN.
+    """
+    query, key = owners[:, None, :, None], owners[:, None, None, :]
+    return ((key == 0) | (key == query)).tril()  # (R, 1, L, L)
