@@ -70,7 +70,7 @@ def surrogate_value(spec, ratio, logps, advantages):
     if isinstance(s, Cispo):
         return -ratio.clamp(s.ratio_min, s.ratio_max).detach() * advantages * logps
     if isinstance(s, Sapo):
-        tau = torch.where(advantages > 0, s.tau_pos, s.tau_neg).to(ratio.dtype)
+        tau = torch.tensor([s.tau_pos if a > 0 else s.tau_neg for a in advantages], dtype=ratio.dtype)
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
     return -advantages * logps
 

@@ -80,7 +80,7 @@ def cispo(log_ratio: torch.Tensor, logps: torch.Tensor, advantages: torch.Tensor
 def sapo(log_ratio: torch.Tensor, advantages: torch.Tensor, tau_pos: float, tau_neg: float) -> TokenTerm:
     """-(4 / tau) sigmoid(tau (rho - 1)) A, tau_pos where A > 0 and tau_neg elsewhere."""
     ratio = log_ratio.exp()
-    tau = torch.where(advantages > 0, tau_pos, tau_neg).to(ratio.dtype)
+    tau = torch.full_like(ratio, tau_neg).masked_fill(advantages > 0, tau_pos)
     gate = torch.sigmoid(tau * (ratio - 1))
     loss = -4 / tau * gate * advantages
     return TokenTerm(loss, -4 * gate * (1 - gate) * ratio * advantages, torch.zeros_like(loss))
