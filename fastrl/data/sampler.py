@@ -1,0 +1,72 @@
+"""The order in which prompts are drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from fastrl import check
+from fastrl.types import Prompt
+
+
+class PromptSampler:
+    """Epochs of all prompts, each shuffled by (seed, epoch) alone: a resumed run draws what it would have drawn.
+
+    Args:
+        prompts: what to draw from; kept, not copied.
+        seed: of every epoch's order.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        check.require(len(prompts) > 0, "PromptSampler", "prompts", "at least one prompt", "none")
+        self.prompts = prompts
+        self.seed = seed
+        self.epoch = 0
+        self._drawn = 0  # of this epoch
+        self._order = self._shuffled()
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next `n` prompts; an epoch's last and the following epoch's first may share a batch."""
+        batch = []
+        while len(batch) < n:
+            if self._drawn == len(self._order):
+                self.epoch, self._drawn = self.epoch + 1, 0
+                self._order = self._shuffled()
+            place = self._order[self._drawn]
+            self._drawn += 1
+            batch.append(self.prompts[place])
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler is, as JSON can hold it."""
+        return {"seed": self.seed, "epoch": self.epoch, "drawn": self._drawn, "prompts": self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken.
+
+        Raises:
+            ValueError: the state is of other prompts, whose order would not be continued.
+        """
+        check.require(
+            state["prompts"] == self._fingerprint(),
+            "PromptSampler",
+            "state",
+            "the state of the same prompts in the same order",
+            "that of others",
+            "Resume with the prompts the run began with.",
+        )
+        self.seed, self.epoch, self._drawn = state["seed"], state["epoch"], state["drawn"]
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(len(self.prompts)))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(repr((prompt.index, prompt.token_ids)).encode())
+        return digest.hexdigest()

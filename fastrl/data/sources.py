@@ -1,0 +1,133 @@
+"""Where prompts come from: rows of a JSONL file, of a `datasets` dataset, or of a reasoning-gym task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastrl import check
+
+GYM = "reasoning_gym:"
+
+
+class Row(NamedTuple):
+    """One row of a source, and the words that find it again."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
+    """The rows of `source`, in order.
+
+    Args:
+        source: `reasoning_gym:TASK`, a `.jsonl` file, a folder written by `save_to_disk`, a hub id, a `datasets`
+            dataset, or any iterable of mappings.
+        size, seed: how many tasks reasoning-gym generates, from which seed.
+        options: the task's own settings for reasoning-gym; `split` and `name` for a dataset that has them.
+    """
+    if isinstance(source, str) and source.startswith(GYM):
+        rows = _gym_rows(source.removeprefix(GYM), size, seed, options)
+    elif isinstance(source, str | Path) and str(source).endswith(".jsonl"):
+        _no_options(source, options, ())
+        rows = _jsonl_rows(Path(source))
+    else:
+        dataset = _open_dataset(source, options) if isinstance(source, str | Path) else source
+        if isinstance(dataset, Mapping):
+            dataset = _one_split(source, dataset, options)
+        name = str(source) if isinstance(source, str | Path) else type(source).__name__
+        rows = [Row(f"{name} row {index}", values) for index, values in enumerate(dataset)]
+    check.require(len(rows) > 0, "load_prompts", "source", "at least one row", f"none in {source}")
+    return rows
+
+
+def _gym_rows(task: str, size: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    near = get_close_matches(task, DATASETS, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "reasoning_gym.factory.DATASETS lists them."
+    check.require(task in DATASETS, "load_prompts", "source", "a reasoning-gym task", repr(task), hint)
+    known = [field.name for field in fields(DATASETS[task][1]) if field.name not in ("seed", "size")]
+    _no_options(f"{GYM}{task}", options, known)
+    try:
+        dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"load_prompts: reasoning-gym task {task} refuses its options: {error}.") from error
+    return [
+        Row(
+            f"{GYM}{task} row {index}",
+            {
+                "prompt": entry["question"],
+                "answer": entry["answer"],
+                "entry": entry,
+                "task": task,
+                "task_options": dict(options),
+            },
+        )
+        for index, entry in enumerate(dataset)
+    ]
+
+
+def _jsonl_rows(path: Path) -> list[Row]:
+    check.require(path.is_file(), "load_prompts", "source", "a file that exists", path, error=FileNotFoundError)
+    rows = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where}: expected one JSON object on the line, got {error.msg} at column {error.colno}."
+                ) from error
+            if not isinstance(values, dict):
+                raise ValueError(f"{where}: expected one JSON object on the line, got a {type(values).__name__}.")
+            rows.append(Row(where, values))
+    return rows
+
+
+def _open_dataset(source: str | Path, options: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    _no_options(source, options, ("split", "name"))
+    if Path(source).is_dir():
+        dataset = datasets.load_from_disk(str(source))
+        if not isinstance(dataset, Mapping):
+            _no_options(source, options, ())
+        return dataset
+    try:
+        return datasets.load_dataset(str(source), options.get("name"), split=options.get("split"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"load_prompts: source: expected {GYM}TASK, a .jsonl file, a folder written by save_to_disk or a dataset "
+            f"that can be reached on the hub, got {str(source)!r} ({error})."
+        ) from error
+
+
+def _one_split(source: object, splits: Mapping[str, Any], options: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    split = options.get("split", "train")
+    check.require(
+        split in splits, "load_prompts", "options.split", f"one of {', '.join(splits)}", repr(split), f"See {source}."
+    )
+    return splits[split]
+
+
+def _no_options(source: object, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in options:
+        near = get_close_matches(name, known, n=1)
+        check.require(
+            name in known,
+            "load_prompts",
+            "options",
+            f"{', '.join(known) or 'none'} for {source}",
+            repr(name),
+            f"Did you mean {near[0]!r}?" if near else "",
+        )

@@ -1,0 +1,232 @@
+import json
+from collections import Counter
+
+import datasets
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from fastrl.data import PromptSampler, load_prompts, split
+from fastrl.data.prompts import question
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{% if shout %}!{% endif %}"
+)
+QUESTIONS = [{"prompt": f"{a} + {b} =", "answer": a + b} for a in range(6) for b in range(6)]
+
+
+def tokenizer(template=None):
+    """One token per byte, and a beginning-of-sequence token before plain text."""
+    alphabet = {"<bos>": 0} | {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=1)}
+    byte = Tokenizer(models.BPE(alphabet, []))
+    byte.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte.decoder = decoders.ByteLevel()
+    byte.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=byte, bos_token="<bos>", chat_template=template)
+
+
+PLAIN, CHAT = tokenizer(), tokenizer(TEMPLATE)
+
+
+def seen(prompt):
+    """The text of the tokens the model is given."""
+    return CHAT.decode(prompt.token_ids)
+
+
+def jsonl(folder, *lines):
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
+    return path
+
+
+def test_jsonl_rows_become_prompts_with_their_other_columns(tmp_path):
+    path = jsonl(tmp_path, {"prompt": "Größe?", "answer": "3"}, "", {"prompt": "two", "tags": ["a"]})
+    first, second = load_prompts(path, PLAIN)
+    assert (first.index, first.content, first.columns) == (0, "Größe?", {"answer": "3"})
+    assert (second.index, second.columns) == (1, {"tags": ["a"]})
+    assert seen(first) == "<bos>Größe?"
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "expected"),
+    [
+        (None, True, "<bos>1 + 1 = Go."),
+        (TEMPLATE, False, "<bos>1 + 1 = Go."),
+        (TEMPLATE, True, "<system>Be brief.<user>1 + 1 = Go.<assistant>"),
+    ],
+)
+def test_text_is_rendered_by_the_chat_template_when_asked_and_there_is_one(template, chat, expected):
+    rows = [{"prompt": "1 + 1 ="}]
+    (prompt,) = load_prompts(rows, tokenizer(template), chat=chat, suffix=" Go.", system="Be brief.")
+    assert seen(prompt) == expected
+    assert isinstance(prompt.content, list) == expected.startswith("<system>")
+
+
+def test_messages_keep_their_own_system_message_and_the_suffix_goes_to_the_last_user_message():
+    turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    rows = [{"prompt": [{"role": role, "content": content} for role, content in turns]}]
+    (prompt,) = load_prompts(rows, CHAT, chat=False, suffix="?", system="other")
+    assert seen(prompt) == "<system>S<user>a<assistant>b<user>c?<assistant>d<assistant>"
+    assert rows[0]["prompt"][3]["content"] == "c", "the source's rows were changed"
+
+
+def test_template_options_reach_the_chat_template():
+    (prompt,) = load_prompts([{"prompt": "a"}], CHAT, template_options={"shout": True})
+    assert seen(prompt) == "<user>a<assistant>!"
+
+
+def test_messages_without_a_chat_template_are_refused():
+    rows = [{"prompt": "plain"}, {"prompt": [{"role": "user", "content": "a"}]}]
+    with pytest.raises(ValueError, match=r"^list row 1: prompt: .* This tokenizer has no chat template\.$"):
+        load_prompts(rows, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', r"prompts\.jsonl:2: expected one JSON object on the line, got .* at column \d+\.$"),
+        ('["a"]', r"prompts\.jsonl:2: expected one JSON object on the line, got a list\.$"),
+        ({"question": "a", "answer": 1}, r"prompts\.jsonl:2: columns: expected 'prompt', got 'question', 'answer'\. N"),
+        ({"prompt": "  "}, r"prompts\.jsonl:2: prompt: expected some text, got '  '\.$"),
+        ({"prompt": None}, r"prompts\.jsonl:2: prompt: expected text, or chat messages .* got None\.$"),
+        ({"prompt": [{"role": "user"}]}, r"prompts\.jsonl:2: prompt: expected text, or chat messages"),
+        ({"prompt": [{"role": "system", "content": "a"}]}, r"one of them the user's, got \[\{'role': 'system'"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    with pytest.raises(ValueError, match=message):
+        load_prompts(jsonl(tmp_path, {"prompt": "fine"}, line), CHAT)
+
+
+def test_an_empty_source_is_refused(tmp_path):
+    for source in (jsonl(tmp_path, "", ""), [], datasets.Dataset.from_list([])):
+        with pytest.raises(ValueError, match="load_prompts: source: expected at least one row"):
+            load_prompts(source, PLAIN)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a file that exists, got .*none\.jsonl\."):
+        load_prompts(tmp_path / "none.jsonl", PLAIN)
+
+
+def test_long_prompts_are_counted_and_dropped_and_the_others_keep_their_row_numbers():
+    rows = [{"prompt": "a" * length} for length in (3, 9, 4, 8)]
+    with pytest.warns(UserWarning, match=r"dropped 2 of 4 prompts longer than 5 tokens, up to 10\."):
+        kept = load_prompts(rows, PLAIN, max_prompt_tokens=5)
+    assert [(prompt.index, len(prompt.token_ids)) for prompt in kept] == [(0, 4), (2, 5)]
+    with pytest.raises(ValueError, match=r"room for at least one prompt, of 4 tokens or more, got 3\. Raise it\."):
+        load_prompts(rows, PLAIN, max_prompt_tokens=3)
+
+
+def test_a_dataset_and_its_saved_folder_give_the_same_prompts(tmp_path):
+    rows = [{"question": [{"role": "user", "content": "a"}], "answer": "1"}]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "one")
+    other = datasets.Dataset.from_list([{"question": [{"role": "user", "content": "b"}], "answer": "2"}])
+    datasets.DatasetDict({"train": dataset, "test": other}).save_to_disk(tmp_path / "two")
+    options = {"prompt_column": "question"}
+    (expected,) = load_prompts(dataset, CHAT, options=options)
+    assert (seen(expected), expected.columns) == ("<user>a<assistant>", {"answer": "1"})
+    assert load_prompts(tmp_path / "one", CHAT, options=options) == [expected]
+    assert load_prompts(str(tmp_path / "two"), CHAT, options=options) == [expected]
+    (test,) = load_prompts(tmp_path / "two", CHAT, options=options | {"split": "test"})
+    assert seen(test) == "<user>b<assistant>"
+    with pytest.raises(ValueError, match=r"options\.split: expected one of train, test, got 'dev'\."):
+        load_prompts(tmp_path / "two", CHAT, options=options | {"split": "dev"})
+
+
+def test_reasoning_gym_tasks_carry_what_their_scorer_needs_and_depend_only_on_the_seed():
+    options = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
+    prompts = load_prompts("reasoning_gym:chain_sum", CHAT, size=5, seed=3, options=options)
+    again = load_prompts("reasoning_gym:chain_sum", CHAT, size=9, seed=3, options=options)
+    assert len(prompts) == 5
+    assert again[:5] == prompts != load_prompts("reasoning_gym:chain_sum", CHAT, size=5, seed=4, options=options)
+    for prompt in prompts:
+        expression = prompt.columns["entry"]["metadata"]["expression"]
+        assert f"{expression} =" in prompt.content[0]["content"]
+        assert int(prompt.columns["answer"]) == eval(expression)
+        assert (prompt.columns["task"], prompt.columns["task_options"]) == ("chain_sum", options)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("reasoning_gym:chain_sums", {}, r"got 'chain_sums'\. Did you mean 'chain_sum'\?"),
+        ("reasoning_gym:chain_sum", {"max_digit": 2}, r"got 'max_digit'\. Did you mean 'max_digits'\?"),
+        (
+            "reasoning_gym:chain_sum",
+            {"min_terms": 9},
+            r"chain_sum refuses its options: max_terms must be >= min_terms\.",
+        ),
+        ("prompts.jsonl", {"split": "train"}, r"options: expected none for prompts\.jsonl, got 'split'\."),
+    ],
+)
+def test_unknown_tasks_and_options_are_refused_with_the_nearest_name(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_prompts(source, PLAIN, options=options)
+
+
+def test_no_held_out_question_is_in_train_and_none_is_lost():
+    doubled = [*QUESTIONS, *({"prompt": f" {row['prompt']}\n", "answer": -1} for row in QUESTIONS)]
+    prompts = load_prompts(doubled, PLAIN)
+    train, held_out = split(prompts, 10, seed=0)
+    questions = [question(prompt) for prompt in (*train, *held_out)]
+    assert (len(train), len(held_out)) == (26, 10)
+    assert sorted(questions) == sorted(row["prompt"] for row in QUESTIONS)
+    assert all(prompt.columns["answer"] >= 0 for prompt in (*train, *held_out)), "a later duplicate was kept"
+
+
+def test_split_is_random_and_repeatable():
+    prompts = load_prompts(QUESTIONS, PLAIN)
+    assert split(prompts, 10, seed=0) == split(prompts, 10, seed=0)
+    assert split(prompts, 10, seed=0) != split(prompts, 10, seed=1)
+    assert split(prompts, 0, seed=0)[1] == []
+
+
+def test_one_digit_sums_leave_a_hundred_prompts_to_hold_out_and_a_hundred_to_train_on():
+    options = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
+    prompts = load_prompts("reasoning_gym:chain_sum", PLAIN, size=2000, options=options)
+    train, held_out = split(prompts, 100, seed=0)
+    assert len(held_out) == 100
+    assert len(train) == 100, "ten digits, two signs, ten digits"
+    with pytest.raises(ValueError, match=r"fewer than the 200 distinct prompts \(of 2000\), got 200\."):
+        split(prompts, 200, seed=0)
+
+
+def test_every_epoch_draws_every_prompt_once_in_another_order():
+    prompts = load_prompts(QUESTIONS, PLAIN)
+    sampler = PromptSampler(prompts, seed=5)
+    drawn = [prompt.index for _ in range(9) for prompt in sampler.next(8)]
+    first, second = drawn[:36], drawn[36:]
+    assert sorted(first) == sorted(second) == list(range(36))
+    assert first != second
+    assert first != sorted(first)
+    again = PromptSampler(prompts, seed=5)
+    assert [prompt.index for prompt in again.next(72)] == drawn
+    assert [prompt.index for prompt in PromptSampler(prompts, seed=6).next(36)] != first
+
+
+@pytest.mark.parametrize("before", [0, 5, 36, 50])
+def test_a_resumed_sampler_draws_what_it_would_have_drawn(before):
+    prompts = load_prompts(QUESTIONS, PLAIN)
+    sampler = PromptSampler(prompts, seed=5)
+    sampler.next(before)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    expected = sampler.next(80)
+    resumed = PromptSampler(prompts, seed=0)
+    resumed.load_state_dict(state)
+    assert resumed.next(80) == expected
+    assert max(Counter(prompt.index for prompt in expected).values()) <= 4
+
+
+def test_the_state_of_other_prompts_is_refused():
+    prompts = load_prompts(QUESTIONS, PLAIN)
+    state = PromptSampler(prompts[:-1], seed=5).state_dict()
+    with pytest.raises(ValueError, match="Resume with the prompts the run began with"):
+        PromptSampler(prompts, seed=5).load_state_dict(state)
+
+
+def test_no_prompts_are_refused():
+    with pytest.raises(ValueError, match="PromptSampler: prompts: expected at least one prompt"):
+        PromptSampler([], seed=0)
