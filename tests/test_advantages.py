@@ -51,11 +51,12 @@ def test_whiten_has_mean_zero_and_unit_sample_deviation_over_valid_tokens():
     assert_close(whiten(values, mask, eps=std), got / 2, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("mask", [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
-def test_whiten_of_equal_few_or_no_values_is_exactly_zero(mask):
+@pytest.mark.parametrize("valid", [7, 6, 3, 1, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whiten_of_equal_few_or_no_values_is_exactly_zero(valid, dtype):
     for value in (0.1, 1 / 3, 1e6 + 0.1):
-        got = whiten(torch.tensor([value] * 4), torch.tensor(mask))
-        assert torch.equal(got, torch.zeros(4))
+        got = whiten(torch.full((7,), value, dtype=dtype), torch.arange(7) < valid, eps=0.0)
+        assert torch.equal(got, torch.zeros(7, dtype=dtype))
     assert torch.equal(whiten(torch.zeros(0, 3), torch.zeros(0, 3)), torch.zeros(0, 3))
 
 
