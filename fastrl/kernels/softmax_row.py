@@ -48,12 +48,22 @@ def unfinish_grad_(
 
 
 def slope_from_probs(
-    p: torch.Tensor, lse: torch.Tensor, temperature: torch.Tensor, softcap: float
+    p: torch.Tensor,
+    targets: torch.Tensor,
+    logps: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: torch.Tensor,
+    softcap: float,
 ) -> torch.Tensor | None:
-    """cap' recovered from probabilities: the finished logit is log p + lse. Where p = 0 the value does not matter."""
+    """cap' recovered from probabilities: the finished logit is log p + lse.
+
+    Where p = 0 the value does not matter, except at the target, whose gradient is then at its largest: its log p comes
+    from `logps`.
+    """
     if softcap == NO_SOFTCAP:
         return None
-    capped = p.log().add_(lse.unsqueeze(-1)).mul_(temperature.unsqueeze(-1)).div_(softcap).clamp_(-1.0, 1.0)
+    log_p = p.log().scatter_(-1, targets.unsqueeze(-1), logps.unsqueeze(-1))
+    capped = log_p.add_(lse.unsqueeze(-1)).mul_(temperature.unsqueeze(-1)).div_(softcap).clamp_(-1.0, 1.0)
     return capped.square_().neg_().add_(1.0)
 
 

@@ -22,7 +22,7 @@ class HeadInputs(NamedTuple):
     weight: torch.Tensor  # (V, H)
     targets: torch.Tensor  # (N,) int64
     bias: torch.Tensor | None  # (V,)
-    temperature: torch.Tensor  # (1,) or (N,) float32
+    temperature: torch.Tensor  # (1,) or (N,), in the accumulation dtype
     softcap: float  # NO_SOFTCAP when there is none
     logit_scale: float
     ignore_index: int
@@ -97,7 +97,7 @@ def check_head(
         weight,
         targets.reshape(rows).long(),
         bias,
-        check_temperature(op, temperature, targets),
+        check_temperature(op, temperature, targets, accumulate_dtype(hidden.dtype)),
         check_softcap(op, softcap),
         float(logit_scale),
         int(ignore_index),
@@ -110,16 +110,18 @@ def check_softcap(op: str, softcap: float | None) -> float:
     return NO_SOFTCAP if softcap is None else float(softcap)
 
 
-def check_temperature(op: str, temperature: float | torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def check_temperature(
+    op: str, temperature: float | torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """The temperature as a tensor of 1 or N values, so that no value of it ever recompiles anything."""
     if isinstance(temperature, torch.Tensor):
         if temperature.dim() == 0:
-            return temperature.detach().reshape(1).to(targets.device, torch.float32)
+            return temperature.detach().reshape(1).to(targets.device, dtype)
         check.shape(op, "temperature", temperature, targets.shape, "as targets, or a number")
         check.device(op, "temperature", temperature, targets.device, "targets")
-        return temperature.detach().reshape(-1).float()
+        return temperature.detach().reshape(-1).to(dtype)
     check.require(temperature > 0, op, "temperature", "a positive number", temperature, "For greedy use argmax.")
-    return torch.full((1,), float(temperature), dtype=torch.float32, device=targets.device)
+    return torch.full((1,), float(temperature), dtype=dtype, device=targets.device)
 
 
 def linear_logprob(
@@ -176,7 +178,8 @@ def choose_save(op: str, inputs: HeadInputs, memory: str | int) -> str:
     """What the forward pass keeps: none, frozen, keep or stream."""
     if isinstance(memory, str):
         check.choice(op, "memory", memory, MEMORY)
-    check.require(not isinstance(memory, int) or memory >= 0, op, "memory", "a byte budget of at least 0", memory)
+    else:
+        check.require(isinstance(memory, int) and memory >= 0, op, "memory", "a byte budget of at least 0", memory)
     if not (inputs.needs_head or inputs.needs_hidden):
         return "none"
     if not inputs.needs_head:
@@ -190,7 +193,8 @@ def choose_save(op: str, inputs: HeadInputs, memory: str | int) -> str:
 
 def keep_budget(device: torch.device) -> int:
     """Bytes that `memory="auto"` may keep on this device."""
-    return env.keep_bytes() or DEFAULT_KEEP_BYTES.get(device.type, DEFAULT_KEEP_BYTES["cpu"])
+    budget = env.keep_bytes()
+    return DEFAULT_KEEP_BYTES.get(device.type, DEFAULT_KEEP_BYTES["cpu"]) if budget is None else budget
 
 
 @torch.library.custom_op("fastrl::linear_logprob", mutates_args=())

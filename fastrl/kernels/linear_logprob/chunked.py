@@ -12,8 +12,8 @@ from fastrl.kernels.softmax_row import (
     entropy_of,
     finish_logits_,
     grad_logits_,
-    slope_from_probs,
     scale_rows,
+    slope_from_probs,
     softmax_,
     unfinish_grad_,
 )
@@ -133,7 +133,10 @@ def forward(
         y, t = safe[rows], at_rows(temperature, rows, head.dtype)
         p = head.logits(hidden[rows])
         slope = finish_logits_(p, t, softcap, logit_scale)
-        logps[rows], lse[rows] = chunk_logps, _ = softmax_(p, y)
+        chunk_logps, lse[rows] = softmax_(p, y)
+        if poisoned is not None:
+            chunk_logps.masked_fill_(poisoned[rows], float("nan"))
+        logps[rows] = chunk_logps
         if entropy:
             entropies[rows] = chunk_entropy = entropy_of(p)
         if save == "keep":
@@ -145,8 +148,6 @@ def forward(
                 saved_entropy[rows] = head.grad_hidden(unfinish_grad_(dz, slope, t, logit_scale)).to(hidden.dtype)
             dz = unfinish_grad_(grad_logits_(p, y, chunk_logps, one), slope, t, logit_scale)
             saved[rows] = head.grad_hidden(dz).to(hidden.dtype)
-    if poisoned is not None:
-        logps.masked_fill_(poisoned, float("nan"))
     return logps, entropies, lse, saved, saved_entropy
 
 
@@ -178,13 +179,13 @@ def backward(
         return scale_rows(saved, grad_logps, saved_entropy, grad_entropy), *head.gradients(False, False)
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     active &= targets != ignore_index
-    grad_hidden = torch.zeros_like(hidden, dtype=head.dtype) if needs_hidden else hidden.new_empty(0, dtype=head.dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
     safe, _ = check_targets(targets, weight.shape[0], ignore_index)
     for rows in row_chunks(active.nonzero().squeeze(-1), weight.shape[0], logps.element_size()):
         y, t, h = safe[rows], at_rows(temperature, rows, head.dtype), hidden[rows]
         if save == "keep":
             p = saved[rows].to(head.dtype)
-            slope = slope_from_probs(p, lse[rows], t, softcap)
+            slope = slope_from_probs(p, y, logps[rows], lse[rows], t, softcap)
         else:
             p = head.logits(h)
             slope = finish_logits_(p, t, softcap, logit_scale)

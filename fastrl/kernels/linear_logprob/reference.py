@@ -50,7 +50,8 @@ def forward(
     """logps_n = log softmax(cap(logit_scale (h_n W^T + b)) / temperature_n)[y_n], and the entropy of that softmax.
 
     Args:
-        hidden (N, H), weight (V, H), targets (N,) int64, bias (V,) or None, temperature (1,) or (N,) float32.
+        hidden (N, H), weight (V, H), targets (N,) int64, bias (V,) or None, temperature (1,) or (N,), in the
+        accumulation dtype.
     Returns:
         logps (N,), entropy (N,) or (0,), lse (N,), and two tensors for `backward`, (0,) when unused. Ignored rows are
         exactly 0, whatever their hidden state holds.

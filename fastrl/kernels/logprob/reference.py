@@ -10,7 +10,8 @@ from fastrl.kernels.softmax_row import accumulate_dtype, check_targets, entropy_
 def _probabilities(
     logits: torch.Tensor, safe: torch.Tensor, silent: torch.Tensor, temperature: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    z = logits.to(accumulate_dtype(logits.dtype), copy=True).masked_fill_(silent.unsqueeze(-1), 0)
+    z = logits.to(accumulate_dtype(logits.dtype), copy=True, memory_format=torch.contiguous_format)
+    z.masked_fill_(silent.unsqueeze(-1), 0)
     z.div_(temperature.to(z.dtype).unsqueeze(-1))
     return z, softmax_(z, safe)[0]
 
@@ -20,7 +21,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logps_n = log softmax(logits_n / temperature_n)[y_n], and the entropy of that softmax.
 
-    Args: logits (N, V), targets (N,) int64, temperature (1,) or (N,) float32.
+    Args: logits (N, V), targets (N,) int64, temperature (1,) or (N,) in the accumulation dtype.
     Returns: logps (N,), entropy (N,) or (0,). Ignored rows are exactly 0, whatever their logits hold.
     """
     ignored = targets == ignore_index

@@ -1,0 +1,601 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.cases import IGNORE, SHAPES, Inputs, dense, gaussian, peaked
+from tolerance import assert_exact, assert_no_worse
+
+from fastrl.kernels.linear_logprob import chunked
+from fastrl.ops import linear_logprob as module
+from fastrl.ops.linear_logprob import linear_logprob
+
+BACKENDS = ("reference", "chunked")
+EVERYTHING = ("hidden", "weight", "bias")
+OPTIONS = {
+    "no options": lambda rows: {},
+    "temperature a float": lambda rows: {"temperature": 0.7},
+    "temperature 0-d": lambda rows: {"temperature": torch.tensor(1.3, dtype=torch.float64)},
+    "temperature per row": lambda rows: {"temperature": torch.linspace(0.3, 2.0, rows, dtype=torch.float64)},
+    "softcap that bites": lambda rows: {"softcap": 2.5},
+    "logit_scale": lambda rows: {"logit_scale": 0.125},
+    "ignore_index a valid id": lambda rows: {"ignore_index": 0},
+    "all": lambda rows: {
+        "temperature": torch.linspace(0.3, 2.0, rows, dtype=torch.float64),
+        "softcap": 2.5,
+        "logit_scale": 0.7,
+    },
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Three rows of a float64 vocabulary of 37 at a time, and weights widened ten rows at a time."""
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 3 * 37 * 8)
+    monkeypatch.setattr(chunked, "VOCABULARY_TILE", 10)
+
+
+def fused(inputs: Inputs, **options):
+    return linear_logprob(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **options)
+
+
+def upstream(shape):
+    """Gradients of logps and entropy, every fourth zero."""
+    grads = torch.randn(2, *shape, dtype=torch.float64)
+    grads[..., 3::4] = 0
+    return grads
+
+
+def pull(outputs, grads):
+    """Backpropagates through logps and, where there is one, entropy."""
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o is not None and o.requires_grad]
+    torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+
+
+def compare_with_dense(inputs, requires, options, **paths):
+    """Values and gradients in float64 against autograd through the dense expression."""
+    ours, theirs = inputs.leaves(*requires), inputs.leaves(*requires)
+    out, (logps, entropy) = fused(ours, **options, **paths), dense(theirs, **options)
+    assert_exact(out.logps, logps)
+    if paths.get("entropy"):
+        assert_exact(out.entropy, entropy)
+    grads = upstream(inputs.targets.shape)
+    if not paths.get("entropy"):
+        entropy = None
+    if requires:
+        pull(out, grads)
+        pull((logps, entropy), grads)
+    for name, expected in theirs.grads().items():
+        got = ours.grads()[name]
+        assert (got is None) == (expected is None), name
+        if expected is not None:
+            assert_exact(got, expected)
+
+
+# The definition.
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["logps", "entropy"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_equals_dense_with_every_option(backend, option, entropy, memory, small_chunks):
+    options = OPTIONS[option](11)
+    inputs = gaussian(11, 8, 37, ignored="ignore_index" not in options)
+    inputs.targets[2] = 0
+    compare_with_dense(inputs, EVERYTHING, options, entropy=entropy, memory=memory, backend=backend)
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_dense_at_every_shape(backend, shape, memory):
+    inputs = gaussian(*SHAPES[shape])
+    compare_with_dense(inputs, EVERYTHING, {"softcap": 20.0}, entropy=True, memory=memory, backend=backend)
+
+
+@pytest.mark.parametrize("option", ["no options", "all"])
+@pytest.mark.parametrize(
+    "requires",
+    [(), ("hidden",), ("weight",), ("bias",), ("hidden", "weight"), ("hidden", "bias"), ("weight", "bias")],
+    ids=lambda names: "+".join(names) or "nothing",
+)
+def test_gives_a_gradient_to_exactly_what_requires_one(backend, requires, option, small_chunks):
+    inputs = gaussian(11, 8, 37)
+    compare_with_dense(inputs, requires, OPTIONS[option](11), entropy=True, backend=backend)
+
+
+@pytest.mark.parametrize("memory", ["auto", "keep", "stream", 0, 1 << 20])
+def test_memory_changes_no_result(backend, memory):
+    compare_with_dense(gaussian(11, 8, 37), EVERYTHING, {}, entropy=True, memory=memory, backend=backend)
+
+
+def test_a_head_without_bias(backend):
+    compare_with_dense(gaussian(11, 8, 37, bias=False), ("hidden", "weight"), {}, entropy=True, backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (2, 1, 3)], ids=str)
+def test_any_leading_shape(backend, shape):
+    flat = gaussian(math.prod(shape), 8, 37)
+    inputs = Inputs(flat.hidden.reshape(*shape, 8), flat.weight, flat.targets.reshape(shape), flat.bias)
+    temperature = torch.rand(shape, dtype=torch.float64) + 0.5
+    compare_with_dense(inputs, EVERYTHING, {"temperature": temperature}, entropy=True, backend=backend)
+    assert fused(inputs).logps.shape == shape
+
+
+STRIDES = {
+    "hidden transposed": lambda x: x | {"hidden": torch.randn(4, 3, 8, dtype=torch.float64).transpose(0, 1)},
+    "hidden expanded": lambda x: x | {"hidden": torch.randn(3, 1, 8, dtype=torch.float64).expand(3, 4, 8)},
+    "hidden sliced": lambda x: x | {"hidden": torch.randn(3, 9, 17, dtype=torch.float64)[:, 1::2, 1::2]},
+    "hidden column-major": lambda x: x | {"hidden": torch.randn(8, 3, 4, dtype=torch.float64).permute(1, 2, 0)},
+    "weight transposed": lambda x: x | {"weight": torch.randn(8, 37, dtype=torch.float64).T},
+    "weight sliced": lambda x: x | {"weight": torch.randn(75, 9, dtype=torch.float64)[1::2, 1:]},
+    "weight expanded": lambda x: x | {"weight": torch.randn(1, 8, dtype=torch.float64).expand(37, 8)},
+    "targets transposed": lambda x: x | {"targets": torch.randint(37, (4, 3)).T},
+    "targets expanded": lambda x: x | {"targets": torch.randint(37, (4,)).expand(3, 4)},
+    "targets int32": lambda x: x | {"targets": torch.randint(37, (3, 4), dtype=torch.int32)},
+    "bias sliced": lambda x: x | {"bias": torch.randn(74, dtype=torch.float64)[::2]},
+}
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("layout", STRIDES)
+def test_any_strides(backend, layout, memory, small_chunks):
+    names = {"hidden": torch.randn(3, 4, 8, dtype=torch.float64), "weight": torch.randn(37, 8, dtype=torch.float64)}
+    names |= {"targets": torch.randint(37, (3, 4)), "bias": torch.randn(37, dtype=torch.float64)}
+    case = STRIDES[layout](names)
+    bases = {name: case[name].requires_grad_() for name in EVERYTHING}
+    outputs = fused(Inputs(**case), entropy=True, memory=memory, backend=backend)
+    expected = dense(Inputs(**case))
+    weights = torch.randn(2, 3, 4, dtype=torch.float64)
+    got = torch.autograd.grad([(w * o).sum() for w, o in zip(weights, outputs, strict=True)], list(bases.values()))
+    want = torch.autograd.grad([(w * o).sum() for w, o in zip(weights, expected, strict=True)], list(bases.values()))
+    for ours, theirs in zip((*outputs, *got), (*expected, *want), strict=True):
+        assert_exact(ours.detach(), theirs.detach())
+
+
+def test_expanded_temperature(backend):
+    inputs = gaussian(12, 8, 37)
+    inputs = Inputs(inputs.hidden.view(3, 4, 8), inputs.weight, inputs.targets.view(3, 4), inputs.bias)
+    temperature = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64).expand(3, 4)
+    compare_with_dense(inputs, EVERYTHING, {"temperature": temperature}, entropy=True, backend=backend)
+
+
+def test_a_tied_weight_collects_the_gradient_of_both_uses(backend):
+    ids, targets = torch.randint(37, (9,)), torch.randint(37, (9,))
+    table = torch.randn(37, 8, dtype=torch.float64)
+    tied = table.clone().requires_grad_()
+    linear_logprob(torch.tanh(tied[ids]), tied, targets, backend=backend).logps.sum().backward()
+    embedding, head = table.clone().requires_grad_(), table.clone().requires_grad_()
+    dense(Inputs(torch.tanh(embedding[ids]), head, targets))[0].sum().backward()
+    assert_exact(tied.grad, embedding.grad + head.grad)
+
+
+def test_only_the_entropy_is_differentiated(backend, small_chunks):
+    inputs = gaussian(11, 8, 37)
+    ours, theirs = inputs.leaves(*EVERYTHING), inputs.leaves(*EVERYTHING)
+    fused(ours, entropy=True, backend=backend).entropy.sum().backward()
+    dense(theirs)[1].sum().backward()
+    for name, expected in theirs.grads().items():
+        assert_exact(ours.grads()[name], expected)
+
+
+@pytest.mark.parametrize("requires", [EVERYTHING, ("hidden",)], ids=["trainable head", "frozen head"])
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+def test_gradcheck(backend, memory, requires, small_chunks):
+    inputs = gaussian(5, 3, 7).leaves(*requires)
+    temperature = torch.linspace(0.5, 2.0, 5, dtype=torch.float64)
+
+    def op(hidden, weight, bias):
+        return linear_logprob(
+            hidden, weight, inputs.targets, bias=bias, temperature=temperature, softcap=3.0, logit_scale=0.8,
+            entropy=True, memory=memory, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(op, (inputs.hidden, inputs.weight, inputs.bias))
+
+
+# 16 bit and float32: no worse than plain torch.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 30.0}], ids=["plain", "softcap"])
+def test_no_worse_than_plain_torch_on_peaked_logits(backend, dtype, memory, options, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 100 * 515 * 4)
+    monkeypatch.setattr(chunked, "VOCABULARY_TILE", 128)
+    inputs = peaked(264, 64, 515, dtype)
+    requires = ("hidden",) if memory == "frozen head" else EVERYTHING
+    grads = upstream(inputs.targets.shape)
+    ours, plain, truth = (
+        inputs.leaves(*requires),
+        inputs.leaves(*requires),
+        inputs.leaves(*requires, dtype=torch.double),
+    )
+    out = fused(ours, entropy=True, memory="auto" if memory == "frozen head" else memory, backend=backend, **options)
+    plain_out, truth_out = dense(plain, upcast=torch.float32, **options), dense(truth, **options)
+    p = truth_out[0][inputs.targets != IGNORE].exp()
+    assert (p > 0.999).sum() > 10
+    assert (p < 1e-12).sum() > 10
+    for outputs in (out, plain_out, truth_out):
+        pull(outputs, grads)
+    for name, *values in zip(("logps", "entropy"), out, plain_out, truth_out, strict=True):
+        assert_no_worse(*values, name=name)
+    for name in requires:
+        assert_no_worse(ours.grads()[name], plain.grads()[name], truth.grads()[name], name=f"d {name}")
+
+
+# The contract at the edges.
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+def test_ignored_rows_are_exactly_zero_whatever_they_hold(backend, garbage, memory, small_chunks):
+    clean = gaussian(11, 8, 37)
+    ignored = clean.targets == IGNORE
+    requires = ("hidden",) if memory == "frozen head" else EVERYTHING
+    paths = {"entropy": True, "memory": "auto" if memory == "frozen head" else memory, "backend": backend}
+    grads = torch.randn(2, 11, dtype=torch.float64)
+    results = []
+    for fill in (0.0, garbage):
+        inputs = clean.leaves(*requires)
+        inputs.hidden.data[ignored] = fill
+        out = fused(inputs, **paths)
+        pull(out, grads)
+        results.append([*(t.detach() for t in out), *(g for g in inputs.grads().values() if g is not None)])
+    for without, with_garbage in zip(*results, strict=True):
+        torch.testing.assert_close(with_garbage, without, rtol=0, atol=0)
+    logps, entropy, grad_hidden = results[1][:3]
+    for tensor in (logps, entropy, grad_hidden):
+        assert (tensor[ignored] == 0).all()
+
+
+@pytest.mark.parametrize("masked", [(0, 36), (0, 20), (5, 6), (20, 37)], ids=["all but one", "first", "one", "last"])
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+def test_a_masked_vocabulary_equals_a_smaller_one(backend, masked, memory, small_chunks):
+    inputs = gaussian(11, 8, 37)
+    live = torch.ones(37, dtype=torch.bool)
+    live[slice(*masked)] = False
+    positions = torch.randint(int(live.sum()), (11,))
+    inputs.targets, inputs.bias[~live] = live.nonzero().squeeze(-1)[positions], -math.inf
+    ours = inputs.leaves(*EVERYTHING)
+    theirs = Inputs(inputs.hidden, inputs.weight[live], positions, inputs.bias[live]).leaves(*EVERYTHING)
+    outputs, expected = fused(ours, entropy=True, memory=memory, backend=backend), dense(theirs)
+    grads = upstream((11,))
+    pull(outputs, grads)
+    pull(expected, grads)
+    for got, want in zip(outputs, expected, strict=True):
+        assert_exact(got, want)
+    assert_exact(ours.hidden.grad, theirs.hidden.grad)
+    for name in ("weight", "bias"):
+        got, want = ours.grads()[name], theirs.grads()[name]
+        assert_exact(got[live], want)
+        assert (got[~live] == 0).all()
+
+
+@pytest.mark.parametrize("requires", [EVERYTHING, ("hidden",)], ids=["trainable head", "frozen head"])
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+def test_a_masked_target_has_logp_minus_infinity_and_a_finite_gradient(backend, requires, memory):
+    inputs = gaussian(4, 8, 37, ignored=False)
+    inputs.targets[:] = 5
+    inputs.bias[5] = -math.inf
+    ours = inputs.leaves(*requires)
+    out = fused(ours, entropy=True, memory=memory, backend=backend)
+    assert (out.logps == -math.inf).all()
+    p = (inputs.hidden @ inputs.weight.T + inputs.bias).softmax(-1)
+    assert_exact(out.entropy, torch.special.entr(p).sum(-1))
+    out.logps.sum().backward()
+    dz = torch.nn.functional.one_hot(inputs.targets, 37) - p
+    assert_exact(ours.hidden.grad, dz @ inputs.weight)
+    if "weight" in requires:
+        assert_exact(ours.weight.grad, dz.T @ inputs.hidden)
+        assert_exact(ours.bias.grad, dz.sum(0))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_stays_alone(backend, poison, small_chunks):
+    clean = gaussian(11, 8, 37, bias=False, ignored=False)
+    broken = clean.leaves()
+    broken.hidden[4] = poison  # +-inf logits of both signs
+    others = torch.arange(11) != 4
+    for requires in (("hidden",), ("hidden", "weight")):
+        results = []
+        for inputs in (clean.leaves(*requires), broken.leaves(*requires)):
+            out = fused(inputs, entropy=True, backend=backend)
+            pull(out, torch.ones(2, 11, dtype=torch.float64))
+            results.append((out.logps.detach(), out.entropy.detach(), inputs.hidden.grad))
+        for want, got in zip(*results, strict=True):
+            assert got[4].isnan().all()
+            torch.testing.assert_close(got[others], want[others], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fill", [-math.inf, math.inf, math.nan])
+def test_a_head_bias_that_breaks_every_logit_gives_nan(backend, fill):
+    inputs = gaussian(4, 8, 37, ignored=False)
+    inputs.bias[:] = fill
+    out = fused(inputs, entropy=True, backend=backend)
+    assert out.logps.isnan().all()
+    assert out.entropy.isnan().all()
+
+
+def test_a_broken_row_without_upstream_gradient_reaches_no_weight(backend, small_chunks):
+    inputs = gaussian(11, 8, 37, ignored=False)
+    inputs.hidden[4] = math.nan
+    grads = upstream((11,))
+    grads[:, 4] = 0
+    others = torch.arange(11) != 4
+    for memory in ("keep", "stream"):
+        ours = inputs.leaves(*EVERYTHING)
+        theirs = Inputs(inputs.hidden[others], inputs.weight, inputs.targets[others], inputs.bias).leaves(*EVERYTHING)
+        pull(fused(ours, entropy=True, memory=memory, backend=backend), grads)
+        pull(dense(theirs), grads[:, others])
+        assert (ours.hidden.grad[4] == 0).all()
+        assert_exact(ours.hidden.grad[others], theirs.hidden.grad)
+        assert_exact(ours.weight.grad, theirs.weight.grad)
+        assert_exact(ours.bias.grad, theirs.bias.grad)
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+def test_all_rows_ignored_gives_zeros_and_zero_gradients(backend, memory):
+    inputs = gaussian(6, 8, 37)
+    inputs.targets[:] = IGNORE
+    ours = inputs.leaves(*EVERYTHING)
+    out = fused(ours, entropy=True, memory=memory, backend=backend)
+    pull(out, torch.ones(2, 6))
+    for tensor in (*out, *ours.grads().values()):
+        assert (tensor == 0).all()
+
+
+@pytest.mark.parametrize("target", [-1, 37, -99, 2**40])
+def test_an_id_outside_the_vocabulary_raises_and_names_the_row(backend, target):
+    inputs = gaussian(6, 8, 37, ignored=False)
+    inputs.targets[4] = target
+    with pytest.raises(IndexError, match=rf"got {target} at row 4"):
+        fused(inputs, backend=backend)
+
+
+def test_an_ignored_id_outside_the_vocabulary_is_never_read(backend, small_chunks):
+    inputs = gaussian(11, 8, 37, ignored=False)
+    inputs.targets[2] = 2**40
+    compare_with_dense(inputs, EVERYTHING, {"ignore_index": 2**40}, entropy=True, backend=backend)
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+@pytest.mark.parametrize("size", [1e4, 1.7e38])
+def test_huge_logits_stay_exact(backend, size, memory):
+    # one hidden state of 1, so that the head's rows are the logits
+    logits = torch.tensor([size, -size, 0.0, size], dtype=torch.float32)
+    weight = logits[:, None].clone().requires_grad_(memory != "frozen head")
+    hidden = torch.ones(4, 1, requires_grad=True)
+    out = linear_logprob(
+        hidden, weight, torch.arange(4), entropy=True, memory="auto" if memory == "frozen head" else memory,
+        backend=backend,
+    )  # fmt: skip
+    expected = torch.tensor([0.0, -2 * size, -size, 0.0]) - math.log(2)
+    torch.testing.assert_close(out.logps, expected)
+    torch.testing.assert_close(out.entropy, torch.full((4,), math.log(2)))
+    out.logps.sum().backward()
+    if memory != "frozen head":
+        torch.testing.assert_close(weight.grad, torch.tensor([[-1.0], [1.0], [1.0], [-1.0]]))
+    torch.testing.assert_close(hidden.grad, torch.tensor([[0.0], [-2 * size], [-size], [0.0]]))
+
+
+def test_softcap_keeps_the_gradient_of_a_target_whose_probability_underflows(backend):
+    inputs = Inputs(torch.ones(1, 1), torch.tensor([[1.0], [-0.5]]) * 40, torch.tensor([1]))
+    results = {}
+    for dtype in (torch.float16, torch.float64):
+        ours = inputs.leaves("hidden", "weight", dtype=dtype)
+        fused(ours, softcap=30.0, memory="keep", backend=backend).logps.sum().backward()
+        results[dtype] = ours.weight.grad.double()
+    assert results[torch.float64][1] > 0.5
+    torch.testing.assert_close(results[torch.float16], results[torch.float64], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+def test_backward_twice_doubles_the_gradient(backend, memory, small_chunks):
+    inputs = gaussian(11, 8, 37).leaves(*(("hidden",) if memory == "frozen head" else EVERYTHING))
+    out = fused(inputs, entropy=True, memory="auto" if memory == "frozen head" else memory, backend=backend)
+    loss = (out.logps * 3 + out.entropy).sum()
+    loss.backward(retain_graph=True)
+    once = {name: None if g is None else g.clone() for name, g in inputs.grads().items()}
+    loss.backward()
+    for name, grad in inputs.grads().items():
+        if grad is not None:
+            torch.testing.assert_close(grad, 2 * once[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+def test_double_backward_raises(backend, memory):
+    inputs = gaussian(4, 8, 37).leaves(*(("hidden",) if memory == "frozen head" else EVERYTHING))
+    out = fused(inputs, memory="auto" if memory == "frozen head" else memory, backend=backend)
+    upstream_grad = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(out.logps, inputs.hidden, upstream_grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+def test_inputs_are_never_overwritten(backend, memory, small_chunks):
+    inputs = gaussian(11, 8, 37)
+    temperature = torch.rand(11, dtype=torch.float64) + 0.5
+    ours = inputs.leaves(*EVERYTHING)
+    before = [t.clone() for t in (ours.hidden, ours.weight, ours.bias, ours.targets, temperature)]
+    grads = upstream((11,))
+    grads_before = grads.clone()
+    pull(fused(ours, temperature=temperature, softcap=3.0, entropy=True, memory=memory, backend=backend), grads)
+    for old, new in zip(before, (ours.hidden, ours.weight, ours.bias, ours.targets, temperature), strict=True):
+        assert torch.equal(old, new)
+    assert torch.equal(grads, grads_before)
+
+
+def test_no_grad_keeps_nothing_and_gives_the_same_values(backend):
+    inputs = gaussian(11, 8, 37).leaves(*EVERYTHING)
+    with torch.no_grad():
+        quiet = fused(inputs, entropy=True, backend=backend)
+    loud = fused(inputs, entropy=True, backend=backend)
+    assert not quiet.logps.requires_grad
+    for a, b in zip(quiet, loud, strict=True):
+        assert_exact(a, b.detach())
+
+
+def test_results_are_float32_for_16_bit_inputs(backend):
+    inputs = peaked(64, 16, 33, torch.bfloat16).leaves(*EVERYTHING)
+    out = fused(inputs, entropy=True, backend=backend)
+    assert out.logps.dtype == out.entropy.dtype == torch.float32
+    pull(out, torch.ones(2, 64))
+    assert {g.dtype for g in inputs.grads().values()} == {torch.bfloat16}
+
+
+# Properties.
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    backend=st.sampled_from(BACKENDS),
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 9),
+    vocabulary=st.integers(1, 70),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_logps_are_never_positive_and_entropy_is_between_zero_and_log_v(backend, seed, rows, vocabulary, scale, dtype):
+    torch.manual_seed(seed)
+    inputs = gaussian(rows, 4, vocabulary, ignored=False, dtype=torch.float32)
+    out = linear_logprob(
+        inputs.hidden.to(dtype), (inputs.weight * scale).to(dtype), inputs.targets, entropy=True, backend=backend
+    )
+    assert (out.logps <= 0).all()
+    assert (out.entropy >= 0).all()
+    assert (out.entropy <= math.log(vocabulary) * (1 + 4 * torch.finfo(torch.float32).eps) + 1e-6).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 12), per_chunk=st.integers(1, 13), tile=st.integers(1, 40))
+def test_chunks_and_row_order_change_no_result(seed, rows, per_chunk, tile):
+    torch.manual_seed(seed)
+    inputs = gaussian(rows, 5, 37, dtype=torch.float32)
+    grads, order = torch.randn(2, rows), torch.randperm(rows)
+
+    def run(inputs, grads):
+        inputs = inputs.leaves(*EVERYTHING)
+        out = fused(inputs, entropy=True, memory="stream", backend="chunked")
+        pull(out, grads)
+        return (*(t.detach() for t in out), inputs.hidden.grad), (inputs.weight.grad, inputs.bias.grad)
+
+    by_row, by_head = run(inputs, grads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "CHUNK_BYTES", per_chunk * 37 * 4)
+        patch.setattr(chunked, "VOCABULARY_TILE", tile)
+        shuffled = Inputs(inputs.hidden[order], inputs.weight, inputs.targets[order], inputs.bias)
+        shuffled_by_row, shuffled_by_head = run(shuffled, grads[:, order])
+    for a, b in zip((*(t[order] for t in by_row), *by_head), (*shuffled_by_row, *shuffled_by_head), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# What is kept for backward.
+
+
+@pytest.mark.parametrize(
+    ("memory", "requires", "expected"),
+    [
+        ("auto", (), "none"),
+        ("keep", (), "none"),
+        ("auto", ("hidden",), "frozen"),
+        ("stream", ("hidden",), "frozen"),
+        ("auto", ("weight",), "keep"),
+        ("auto", ("bias",), "keep"),
+        ("keep", EVERYTHING, "keep"),
+        ("stream", EVERYTHING, "stream"),
+        (11 * 37 * 8, EVERYTHING, "keep"),
+        (11 * 37 * 8 - 1, EVERYTHING, "stream"),
+        (0, EVERYTHING, "stream"),
+    ],
+)
+def test_what_is_kept_follows_the_budget(memory, requires, expected):
+    inputs = gaussian(11, 8, 37).leaves(*requires)
+    head = module.check_head("op", inputs.hidden, inputs.weight, inputs.targets, inputs.bias, 1.0, None, 1.0, IGNORE)
+    assert module.choose_save("op", head, memory) == expected
+    with torch.no_grad():
+        assert module.choose_save("op", head, memory) == "none"
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", 0), ("12345", 12345), ("", 256 << 20)])
+def test_the_environment_sets_the_budget(monkeypatch, value, expected):
+    monkeypatch.setenv("FASTRL_KEEP_BYTES", value)
+    assert module.keep_budget(torch.device("cpu")) == expected
+
+
+# The door.
+
+WRONG = {
+    "hidden an integer": ({"hidden": torch.ones(4, 8, dtype=torch.int64)}, TypeError, "hidden: expected a floating"),
+    "hidden without dimensions": ({"hidden": torch.tensor(1.0)}, ValueError, "hidden: expected shape"),
+    "logits for hidden": ({"hidden": torch.ones(4, 37)}, ValueError, "hidden: expected last dimension 8"),
+    "weight of three dimensions": ({"weight": torch.ones(1, 37, 8)}, ValueError, "weight: expected shape"),
+    "weight without rows": ({"weight": torch.ones(0, 8)}, ValueError, "weight: expected at least one row"),
+    "weight of another dtype": ({"weight": torch.ones(37, 8).double()}, TypeError, "weight: expected dtype"),
+    "weight on another device": ({"weight": torch.ones(37, 8, device="meta")}, ValueError, "weight: expected device"),
+    "bias of another length": ({"bias": torch.ones(36)}, ValueError, "bias: expected shape"),
+    "bias of another dtype": ({"bias": torch.ones(37).half()}, TypeError, "bias: expected dtype"),
+    "targets of another shape": ({"targets": torch.ones(5, dtype=torch.int64)}, ValueError, "targets: expected shape"),
+    "targets not integers": ({"targets": torch.ones(4)}, TypeError, "targets: expected an int64"),
+    "temperature zero": ({"temperature": 0.0}, ValueError, "temperature: expected a positive"),
+    "temperature of another shape": ({"temperature": torch.ones(3)}, ValueError, "temperature: expected shape"),
+    "softcap zero": ({"softcap": 0.0}, ValueError, "softcap: expected a positive"),
+    "memory misspelt": ({"memory": "kepe"}, ValueError, "Did you mean 'keep'"),
+    "memory negative": ({"memory": -1}, ValueError, "memory: expected a byte budget"),
+    "memory not a number of bytes": ({"memory": None}, ValueError, "memory: expected a byte budget"),
+    "backend misspelt": ({"backend": "refrence"}, ValueError, "Did you mean 'reference'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_argument_is_refused_by_name(case):
+    changes, error, message = WRONG[case]
+    good = {"hidden": torch.ones(4, 8), "weight": torch.ones(37, 8), "targets": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(error, match=message):
+        linear_logprob(**(good | changes))
+
+
+# torch.library and torch.compile.
+
+
+@pytest.mark.parametrize("save", ["none", "stream", "keep", "frozen"])
+@pytest.mark.parametrize("layout", ["contiguous", "column-major"])
+def test_operators_pass_opcheck(backend, save, layout):
+    requires = {"none": (), "frozen": ("hidden",)}.get(save, EVERYTHING)
+    inputs = gaussian(4, 3, 5, dtype=torch.float32).leaves(*requires)
+    hidden = inputs.hidden
+    if layout == "column-major":
+        hidden = hidden.detach().T.contiguous().T.requires_grad_(hidden.requires_grad)
+    head = (hidden, inputs.weight, inputs.targets, inputs.bias, torch.ones(1))
+    torch.library.opcheck(module._op, (*head, 3.0, 0.5, IGNORE, True, save, backend))
+    if save != "none":
+        with torch.no_grad():
+            outputs = module._op(*head, 3.0, 0.5, IGNORE, True, save, backend)
+        plain = tuple(t.detach() for t in head)
+        needs = (True, save != "frozen", save != "frozen")
+        args = (torch.randn(4), torch.randn(4), *plain, *outputs, 3.0, 0.5, IGNORE, save, *needs, backend)
+        torch.library.opcheck(module.backward_op, args)
+
+
+@pytest.mark.parametrize(
+    "requires", [EVERYTHING, ("hidden",), ()], ids=["trainable head", "frozen head", "no gradient"]
+)
+def test_compiles_without_a_graph_break(requires):
+    def step(hidden, weight, bias, targets, temperature):
+        out = linear_logprob(hidden * 2, weight, targets, bias=bias, temperature=temperature, entropy=True)
+        return out.logps * 3 + out.entropy
+
+    results = []
+    torch._dynamo.reset()
+    base = gaussian(7, 8, 37)
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        inputs = base.leaves(*requires)
+        out = function(inputs.hidden, inputs.weight, inputs.bias, inputs.targets, 0.7)
+        if requires:
+            out.sum().backward()
+        results.append([out.detach(), *(g for g in inputs.grads().values() if g is not None)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
