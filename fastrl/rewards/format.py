@@ -1,0 +1,40 @@
+"""A reward for the form of a completion, whatever it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastrl.rewards.extract import completion_text
+
+_INSIDE = r"(?:(?!</?(?:think|answer)>).)*"
+THINK_ANSWER = rf"\s*<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>\s*"
+
+
+@dataclass(frozen=True)
+class FormatReward:
+    """1 for a completion that the pattern matches from end to end, else 0.
+
+    Args:
+        pattern: a regular expression, in which a dot also matches a line's end. By default <think>...</think> followed
+            by <answer>...</answer>, each once and nothing else.
+    """
+
+    pattern: str = THINK_ANSWER
+
+    __name__ = "format"
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"format: pattern: expected a regular expression, got {self.pattern!r} ({error})."
+            ) from error
+
+    def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
+        """One score per completion."""
+        matches = re.compile(self.pattern, re.DOTALL).fullmatch
+        return [float(matches(completion_text(completion)) is not None) for completion in completions]

@@ -1,0 +1,186 @@
+"""Rewards in the sum: every completion judged by every function, and one that fails excluded instead of the run ended.
+
+A reward is any callable with TRL's signature (https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward
+function"), sync or async, which returns one number, or None where it does not apply, for each completion:
+
+    reward(prompts=, completions=, completion_ids=, trainer_state=, log_extra=, log_metric=, **columns)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastrl import check
+from fastrl.rewards.call import call_rewards, silent
+from fastrl.types import Group, Sample
+
+Values = Sequence[float | None]
+RewardFunc = Callable[..., Values] | Callable[..., Awaitable[Values]]
+RESERVED = frozenset(
+    ("prompt", "completion", "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+)
+
+
+class RewardFailure(RuntimeError):
+    """A reward failed on more completions than the suite allows."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Completions on which a reward failed in the same way; they have no reward and take no part in training."""
+
+    reward: str
+    error: str  # the exception's type and text
+    prompts: tuple[int, ...]  # `Prompt.index` of each of them
+    total: int  # completions that the reward was asked about
+
+    def __str__(self) -> str:
+        first = f"first on prompt {self.prompts[0]}"
+        return (
+            f"reward {self.reward!r} failed on {len(self.prompts)} of {self.total} completions ({first}): {self.error}"
+        )
+
+
+class RewardSuite:
+    """Some reward functions and their weights: reward = sum_k weight_k reward_k over the rewards that apply.
+
+    Args:
+        funcs: called with every completion of a rollout at once; async ones run concurrently with all others.
+        weights: one per function; 1 each by default.
+        max_failure_fraction: the share of completions on which a reward may fail before `score` raises.
+    """
+
+    def __init__(
+        self,
+        funcs: Sequence[RewardFunc],
+        weights: Sequence[float] | None = None,
+        *,
+        max_failure_fraction: float = 0.5,
+    ) -> None:
+        self.funcs = list(funcs)
+        self.weights = [1.0] * len(self.funcs) if weights is None else [float(weight) for weight in weights]
+        self.names = [reward_name(func) for func in self.funcs]
+        self.max_failure_fraction = max_failure_fraction
+        op = "RewardSuite"
+        check.require(len(self.funcs) > 0, op, "funcs", "at least one reward", "none")
+        check.require(
+            len(self.weights) == len(self.funcs),
+            op,
+            "weights",
+            f"{len(self.funcs)}, one per reward",
+            len(self.weights),
+        )
+        check.require(all(map(math.isfinite, self.weights)), op, "weights", "finite numbers", self.weights)
+        check.require(0 <= max_failure_fraction <= 1, op, "max_failure_fraction", "0 to 1", max_failure_fraction)
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        check.require(
+            not twice, op, "funcs", "different names", f"{', '.join(twice)} twice", "Set __name__ on one of them."
+        )
+
+    def score(
+        self,
+        groups: Sequence[Group],
+        *,
+        trainer_state: Any = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+    ) -> list[Failure]:
+        """Fill `rewards` and `reward` of every sample, and return what failed.
+
+        A reward that raises on the batch is asked about each completion by itself, without logging, so that only those
+        on which it raises are lost; so are values that are not finite numbers. `Sample.reward` is None where a reward
+        failed, since a sum that lacks a term cannot be compared with one that has it, and where none applies.
+
+        Raises:
+            RewardFailure: a reward failed on more than `max_failure_fraction` of the completions.
+            ValueError: a reward returned another number of values than there are completions.
+        """
+        pairs = [(group, sample) for group in groups for sample in group.samples]
+        if not pairs:
+            return []
+        arguments = _arguments(pairs)
+        extras = {
+            "trainer_state": trainer_state,
+            "log_extra": log_extra or silent,
+            "log_metric": log_metric or silent,
+        }
+        results = call_rewards(self.funcs, self.names, arguments, extras)
+        failures, failed = [], [False] * len(pairs)
+        for _, sample in pairs:
+            sample.rewards = {}
+        for name, result in zip(self.names, results, strict=True):
+            errors = [_record(sample, name, value) for (_, sample), value in zip(pairs, result, strict=True)]
+            failed = [before or error is not None for before, error in zip(failed, errors, strict=True)]
+            found = _grouped(name, errors, pairs)
+            self._require_few(name, found, len(pairs))
+            failures += found
+        for (_, sample), lost in zip(pairs, failed, strict=True):
+            sample.reward = None if lost else self._weighted(sample)
+        return failures
+
+    def _weighted(self, sample: Sample) -> float | None:
+        terms = [
+            weight * value
+            for name, weight in zip(self.names, self.weights, strict=True)
+            if (value := sample.rewards[name]) is not None
+        ]
+        return math.fsum(terms) if terms else None
+
+    def _require_few(self, name: str, failures: list[Failure], total: int) -> None:
+        count = sum(len(failure.prompts) for failure in failures)
+        if count > self.max_failure_fraction * total:
+            most = max(failures, key=lambda failure: len(failure.prompts))
+            raise RewardFailure(
+                f"reward {name!r} failed on {count} of {total} completions, more than max_failure_fraction = "
+                f"{self.max_failure_fraction:g} allows; most often with {most.error}"
+            )
+
+
+def reward_name(func: RewardFunc) -> str:
+    """The name under which a reward is logged: its `__name__`, or its class's."""
+    if isinstance(func, functools.partial):
+        return reward_name(func.func)
+    return getattr(func, "__name__", None) or type(func).__name__
+
+
+def _arguments(pairs: Sequence[tuple[Group, Sample]]) -> dict[str, list[Any]]:
+    """The keyword arguments that have one value per completion; a column that a row lacks is None there."""
+    prompts = [group.prompt for group, _ in pairs]
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in RESERVED)
+    return {
+        "prompts": [prompt.content for prompt in prompts],
+        "completions": [
+            sample.text if isinstance(group.prompt.content, str) else [{"role": "assistant", "content": sample.text}]
+            for group, sample in pairs
+        ],
+        "completion_ids": [list(sample.token_ids) for _, sample in pairs],
+    } | {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+
+
+def _record(sample: Sample, name: str, value: Any) -> str | None:
+    """Store a reward's value in its sample; returns what is wrong with it, if anything."""
+    sample.rewards[name] = None
+    if value is None:
+        return None
+    if isinstance(value, Exception):
+        return f"{type(value).__name__}: {value}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return f"expected a number or None, got {value!r}"
+    if not math.isfinite(number):
+        return f"expected a finite number, got {number}"
+    sample.rewards[name] = number
+    return None
+
+
+def _grouped(name: str, errors: Sequence[str | None], pairs: Sequence[tuple[Group, Sample]]) -> list[Failure]:
+    places: dict[str, list[int]] = {}
+    for error, (group, _) in zip(errors, pairs, strict=True):
+        if error is not None:
+            places.setdefault(error, []).append(group.prompt.index)
+    return [Failure(name, error, tuple(prompts), len(pairs)) for error, prompts in places.items()]

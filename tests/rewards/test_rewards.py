@@ -1,0 +1,345 @@
+import asyncio
+import math
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from fastrl.rewards import RewardFailure, RewardSuite, resolve_reward
+from fastrl.types import Group, Prompt, Sample
+
+CHAT = [{"role": "user", "content": "q"}]
+
+
+def group(*texts, index=0, content="q", **columns):
+    samples = [Sample([place, 9], [0.0, 0.0], True, text) for place, text in enumerate(texts)]
+    return Group(Prompt(index, content, (1,), columns), samples)
+
+
+def rewards(groups):
+    return [sample.reward for one in groups for sample in one.samples]
+
+
+def length(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+def test_a_reward_gets_trls_arguments_and_one_value_of_each_column_per_completion():
+    seen = {}
+
+    def spy(**kwargs):
+        seen.update(kwargs)
+        return [0.0] * len(kwargs["completions"])
+
+    groups = [group("a", "b", answer=3, prompts="clash"), group("c", index=1, content=CHAT, level="hard")]
+    RewardSuite([spy]).score(groups, trainer_state="state", log_metric=print)
+    assert seen.pop("log_metric") is print
+    assert callable(seen.pop("log_extra"))
+    assert seen == {
+        "prompts": ["q", "q", CHAT],
+        "completions": ["a", "b", [{"role": "assistant", "content": "c"}]],
+        "completion_ids": [[0, 9], [1, 9], [0, 9]],
+        "answer": [3, 3, None],
+        "level": [None, None, "hard"],
+        "trainer_state": "state",
+    }
+
+
+def test_a_reward_may_change_its_arguments_without_the_next_one_seeing_it():
+    def greedy(completions, **kwargs):
+        return [0.0 for _ in range(len(completions)) if completions.pop() is not None]
+
+    groups = [group("a", "bb")]
+    assert RewardSuite([greedy, length]).score(groups) == []
+    assert rewards(groups) == [1.0, 2.0]
+
+
+def test_the_reward_is_the_weighted_sum_of_those_that_apply():
+    def first_only(completions, **kwargs):
+        return [5, *[None] * (len(completions) - 1)]
+
+    def never(completions, **kwargs):
+        return [None] * len(completions)
+
+    groups = [group("a", "bb", "ccc")]
+    assert RewardSuite([length, first_only, never], [2.0, -1.0, 7.0]).score(groups) == []
+    assert rewards(groups) == [2.0 - 5.0, 4.0, 6.0]
+    assert groups[0].samples[0].rewards == {"length": 1.0, "first_only": 5.0, "never": None}
+    assert RewardSuite([never]).score(groups) == []
+    assert rewards(groups) == [None] * 3
+    assert groups[0].samples[0].rewards == {"never": None}, "rewards of an earlier suite were kept"
+
+
+def test_a_reward_that_raises_loses_only_the_completions_on_which_it_raises():
+    def careful(completions, **kwargs):
+        return [1.0 / len(text) for text in completions]
+
+    groups = [group("aa", "", index=4), group("", "aaaa", index=7)]
+    (failure,) = RewardSuite([careful, length]).score(groups)
+    assert rewards(groups) == [0.5 + 2, None, None, 0.25 + 4]
+    assert groups[0].samples[1].rewards == {"careful": None, "length": 0.0}
+    assert (failure.reward, failure.prompts, failure.total) == ("careful", (4, 7), 4)
+    assert str(failure) == (
+        "reward 'careful' failed on 2 of 4 completions (first on prompt 4): ZeroDivisionError: float division by zero"
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "good", [1.0]])
+def test_values_that_are_no_finite_numbers_are_failures(bad):
+    def sometimes(completions, **kwargs):
+        return [bad, *[1.0] * (len(completions) - 1)]
+
+    groups = [group("a", "b")]
+    (failure,) = RewardSuite([sometimes]).score(groups)
+    assert rewards(groups) == [None, 1.0]
+    assert "number" in failure.error
+    assert str(bad) in failure.error
+
+
+def test_numbers_of_any_kind_are_taken():
+    def kinds(completions, **kwargs):
+        return torch.tensor([True, False])
+
+    groups = [group("a", "b")]
+    assert RewardSuite([kinds]).score(groups) == []
+    assert rewards(groups) == [1.0, 0.0]
+
+
+def test_past_the_allowed_share_of_failures_the_most_common_error_is_raised():
+    def outage(completions, **kwargs):
+        if completions[0] == "odd":
+            raise KeyError("other")
+        raise ConnectionError("judge is down")
+
+    groups = [group("a", "b", "odd", "")]
+    with pytest.raises(RewardFailure, match=r"'outage' failed on 4 of 4 .* most often with ConnectionError: judge is"):
+        RewardSuite([length, outage]).score(groups)
+    assert len(RewardSuite([outage], max_failure_fraction=1.0).score(groups)) == 2
+
+
+def test_exactly_the_allowed_share_may_fail():
+    def half(completions, **kwargs):
+        return [math.nan, 1.0]
+
+    assert len(RewardSuite([half], max_failure_fraction=0.5).score([group("a", "b")])) == 1
+    with pytest.raises(RewardFailure, match=r"failed on 1 of 2 completions, more than max_failure_fraction = 0\.49"):
+        RewardSuite([half], max_failure_fraction=0.49).score([group("a", "b")])
+
+
+@pytest.mark.parametrize(("result", "got"), [([1.0], "1 values"), (None, "None"), ([1.0] * 3, "3 values")])
+def test_a_wrong_number_of_values_is_refused_with_the_rewards_name(result, got):
+    def short(**kwargs):
+        return result
+
+    with pytest.raises(ValueError, match=rf"reward 'short': return value: expected a list of 2, .* got {got}\. Return"):
+        RewardSuite([short]).score([group("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("funcs", "options", "message"),
+    [
+        ([], {}, "at least one reward"),
+        ([length], {"weights": [1.0, 2.0]}, "weights: expected 1, one per reward, got 2"),
+        ([length], {"weights": [math.nan]}, "finite numbers"),
+        ([length, length], {}, "different names, got length twice"),
+        ([length], {"max_failure_fraction": 1.5}, "max_failure_fraction: expected 0 to 1"),
+    ],
+)
+def test_a_suite_that_cannot_work_is_refused(funcs, options, message):
+    with pytest.raises(ValueError, match=message):
+        RewardSuite(funcs, **options)
+
+
+def test_nothing_to_score_is_no_failure():
+    assert RewardSuite([length]).score([]) == []
+
+
+def test_async_rewards_run_concurrently_with_each_other_and_with_sync_ones():
+    meeting = threading.Barrier(2, timeout=5)
+    met = []
+
+    async def first(completions, **kwargs):
+        event.set()
+        return [1.0] * len(completions)
+
+    async def second(completions, **kwargs):
+        await asyncio.wait_for(event.wait(), 5)
+        await asyncio.get_running_loop().run_in_executor(None, meeting.wait)
+        return [2.0] * len(completions)
+
+    def sync(completions, **kwargs):
+        met.append(meeting.wait())
+        assert threading.current_thread() is threading.main_thread()
+        return [4.0] * len(completions)
+
+    event = asyncio.Event()
+    groups = [group("a", "b")]
+    assert RewardSuite([sync, second, first]).score(groups) == []
+    assert rewards(groups) == [7.0, 7.0]
+    assert len(met) == 1
+
+
+def test_async_rewards_fail_completion_by_completion_too():
+    class Judge:
+        async def __call__(self, completions, **kwargs):
+            await asyncio.sleep(0)
+            if "bad" in completions:
+                raise RuntimeError("refused")
+            return [1.0] * len(completions)
+
+    groups = [group("a", "bad", "c")]
+    (failure,) = RewardSuite([Judge()]).score(groups)
+    assert rewards(groups) == [1.0, None, 1.0]
+    assert (failure.reward, failure.error) == ("Judge", "RuntimeError: refused")
+
+
+def test_async_rewards_work_inside_a_running_event_loop():
+    async def one(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    async def notebook():
+        groups = [group("a")]
+        RewardSuite([one]).score(groups)
+        return rewards(groups)
+
+    assert asyncio.run(notebook()) == [1.0]
+
+
+def test_repeated_calls_log_nothing():
+    logged = []
+
+    def chatty(completions, log_extra, log_metric, **kwargs):
+        log_extra("texts", completions)
+        log_metric("count", len(completions))
+        return [1.0 / len(text) for text in completions]
+
+    RewardSuite([chatty]).score(
+        [group("a", "")], log_extra=lambda *args: logged.append(args), log_metric=lambda *args: logged.append(args)
+    )
+    assert logged == [("texts", ["a", ""]), ("count", 2)]
+
+
+def test_rewards_are_resolved_by_name_with_their_options(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def fixed(completions, value=1.0, **kwargs):\n    return [value] * len(completions)\n"
+        "class Scaled:\n    def __init__(self, by): self.by = by\n"
+        "    def __call__(self, completions, **kwargs): return [self.by] * len(completions)\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    suite = RewardSuite(
+        [
+            resolve_reward("my_rewards:fixed", value=2.0),
+            resolve_reward("my_rewards:Scaled", by=4.0),
+            resolve_reward("format", pattern="a+"),
+        ]
+    )
+    groups = [group("aa", "b")]
+    assert suite.score(groups) == []
+    assert suite.names == ["fixed", "Scaled", "format"]
+    assert rewards(groups) == [7.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("formatt", {}, r"got 'formatt'\. Did you mean 'format'\?"),
+        ("no_such_module:f", {}, "'no_such_module:f' cannot be imported: No module named 'no_such_module'"),
+        ("math:no_such", {}, "module 'math' has no attribute 'no_such'"),
+        ("math:pi", {}, r"expected a function or class, got math:pi = 3\.14"),
+        ("reasoning_gym", {"extracts": "full"}, "expected some of extract, strict, allow_eval for reasoning_gym"),
+        ("reasoning_gym", {"extract": "last"}, r"extract: expected one of last_number, .* got 'last'\."),
+        ("format", {"pattern": "("}, r"format: pattern: expected a regular expression, got '\('"),
+    ],
+)
+def test_unknown_rewards_and_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_reward(name, **options)
+
+
+THINK = "<think>2 and 2</think>\n<answer>4</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (THINK, 1.0),
+        (f"\n{THINK} ", 1.0),
+        ("<think></think><answer></answer>", 1.0),
+        (f"Well: {THINK}", 0.0),
+        (f"{THINK} as I said", 0.0),
+        ("<answer>4</answer>", 0.0),
+        ("<think>a</think><answer>4", 0.0),
+        ("<think>a<answer>1</answer></think><answer>4</answer>", 0.0),
+        ("<think>a</think><answer>3</answer><answer>4</answer>", 0.0),
+        ("<think>" * 20000, 0.0),
+    ],
+)
+def test_format_wants_each_tag_once_and_nothing_else(text, expected):
+    reward = resolve_reward("format")
+    assert reward(completions=[text, [{"role": "assistant", "content": text}]]) == [expected, expected]
+
+
+@pytest.fixture
+def compared():
+    """math_answer of one completion against one gold answer."""
+    reward = resolve_reward("math_answer", timeout_s=1.0)
+    return lambda gold, text: reward(completions=[text], answer=[gold])[0]
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "expected"),
+    [
+        ("72", "She has $72$ apples.", 1.0),
+        ("72", "She has 72 apples.", 1.0),
+        ("48 + 24 = <<48+24=72>>72\n#### 72", r"Thus \boxed{72}", 1.0),
+        ("72", "27", 0.0),
+        ("72", "I do not know.", 0.0),
+        (r"\frac{1}{2}", "0.5", 1.0),
+        (r"$\frac{1}{2}$", r"\boxed{\frac{2}{4}}", 1.0),
+        ("1,234", "1234", 1.0),
+        (-3, "-3", 1.0),
+        ("", "7", None),
+        (None, "7", None),
+    ],
+)
+def test_math_answers_are_compared_by_value(compared, gold, text, expected):
+    assert compared(gold, text) == expected
+
+
+def test_the_gold_answer_may_be_in_the_column_solution_and_has_to_be_somewhere():
+    reward = resolve_reward("math_answer")
+    assert reward(completions=["4"], solution=["4"]) == [1.0]
+    with pytest.raises(ValueError, match="in a column answer or solution, got neither"):
+        reward(completions=["4"])
+
+
+def test_math_answers_are_compared_off_the_main_thread_and_leave_the_alarm_alone(compared):
+    before = signal.getsignal(signal.SIGALRM)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(compared("4", "4")))
+    thread.start()
+    thread.join()
+    assert results == [1.0]
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_an_expression_that_takes_forever_is_wrong_and_the_next_one_is_judged(compared):
+    assert compared("7", "7") == 1.0
+    start = time.monotonic()
+    assert compared("7", "$9^{9^{9^{9}}}$") == 0.0
+    assert time.monotonic() - start < 10
+    assert compared("7", "7") == 1.0
+
+
+def test_a_verifier_that_was_killed_is_started_again(compared):
+    from fastrl.rewards.math_answer import _verifier
+
+    assert compared("7", "7") == 1.0
+    os.kill(_verifier()._process.pid, signal.SIGKILL)
+    compared("7", "7")
+    assert compared("7", "7") == 1.0
+    assert compared("7", "8") == 0.0
