@@ -22,6 +22,7 @@ from transformers import (
 from fastrl.rollout import SamplingParams
 from fastrl.rollout import transformers_sampler as module
 from fastrl.rollout.draw import inverse_cdf, truncate, uniforms
+from fastrl.rollout.prepack import can_prepack, prepacked
 from fastrl.rollout.transformers_sampler import TransformersSampler
 
 VOCAB = 61
@@ -36,7 +37,7 @@ COMMON = {
     "pad_token_id": 2,
     "eos_token_id": 2,
     "bos_token_id": 1,
-    "initializer_range": 0.4,
+    "initializer_range": 0.25,
 }
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS = {
@@ -59,7 +60,7 @@ MODELS = {
         )
     ),
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4)
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.25)
     ),
 }
 PROMPTS = [[5, 9, 2, 7], [11], [3, 4, 2, 2, 8, 13, 21, 34, 55], [17, 18, 19, 20, 21, 22], [11]]
@@ -147,7 +148,9 @@ def test_first_token_frequencies_pass_a_chi_square_test():
 @pytest.mark.parametrize("max_len", [10, 40])
 def test_nothing_follows_the_stop_token_and_compaction_changes_nothing(model, max_len):
     params = SamplingParams(max_len, temperature=1.5, stop_token_ids=(2, 7, 11, 30), seed=1)
-    never, eager = (TransformersSampler(model, compact_below=share).sample(PROMPTS, 6, params) for share in (0.0, 1.0))
+    never, eager = (
+        TransformersSampler(model, compact_after=steps).sample(PROMPTS, 6, params) for steps in (math.inf, 0.0)
+    )
     assert ids(never) == ids(eager)
     for a, b in zip(logps(never), logps(eager), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -272,6 +275,22 @@ def test_bfloat16_weights_sample_and_report_float32_logps(llama):
             z = completion_logits(model, prompt, sample.token_ids).log_softmax(-1)
             expected = z.gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(sample.sampling_logps).double(), expected, rtol=0.05, atol=0.15)
+
+
+@pytest.mark.skipif(not can_prepack(torch.zeros(1, dtype=torch.bfloat16)), reason="no packed bfloat16 on this CPU")
+def test_prepacked_linears_compute_the_same_and_forget_the_copy_afterwards():
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.Linear(64, 300, bias=False)).to(torch.bfloat16)
+    x = torch.randn(5, 3, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = model(x)
+        with pytest.raises(RuntimeError, match="broken"), prepacked(model):
+            assert all("forward" in vars(linear) for linear in model)
+            torch.testing.assert_close(model(x), plain, rtol=2**-7, atol=2**-7)
+            raise RuntimeError("broken")
+        assert not any("forward" in vars(linear) for linear in model)
+        model[1].weight.zero_()
+        with prepacked(model):
+            assert model(x).abs().max() == 0.0  # each entry packs the current weights
 
 
 def test_top_k_and_top_p_keep_the_sets_worked_out_by_hand():
