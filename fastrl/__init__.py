@@ -1,0 +1,68 @@
+"""fastrl: fused log-probabilities and policy losses for reinforcement learning of language models.
+
+Names are imported when first used, so `import fastrl` costs nothing and needs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "linear_logprob": "fastrl.ops.linear_logprob",
+    "logprob": "fastrl.ops.logprob",
+    "linear_token_loss": "fastrl.ops.linear_token_loss",
+    "group_advantages": "fastrl.ops.group_advantages",
+    "gae": "fastrl.ops.gae",
+    "FusedLMHead": "fastrl.ops.fused_lm_head",
+    "policy_loss": "fastrl.losses.policy",
+    "linear_policy_loss": "fastrl.losses.linear_policy",
+    "PolicyLoss": "fastrl.spec",
+    "Clip": "fastrl.spec",
+    "Cispo": "fastrl.spec",
+    "Sapo": "fastrl.spec",
+    "Reinforce": "fastrl.spec",
+    "KL": "fastrl.spec",
+    "Correction": "fastrl.spec",
+    "LogprobOutput": "fastrl.types",
+    "LossOutput": "fastrl.types",
+}
+_MODULES = {"presets": "fastrl.losses.presets", "advantages": "fastrl.advantages"}
+
+__all__ = [*_EXPORTS, *_MODULES]
+
+if TYPE_CHECKING:
+    from fastrl import advantages as advantages
+    from fastrl.losses import presets as presets
+    from fastrl.losses.linear_policy import linear_policy_loss as linear_policy_loss
+    from fastrl.losses.policy import policy_loss as policy_loss
+    from fastrl.ops.fused_lm_head import FusedLMHead as FusedLMHead
+    from fastrl.ops.gae import gae as gae
+    from fastrl.ops.group_advantages import group_advantages as group_advantages
+    from fastrl.ops.linear_logprob import linear_logprob as linear_logprob
+    from fastrl.ops.linear_token_loss import linear_token_loss as linear_token_loss
+    from fastrl.ops.logprob import logprob as logprob
+    from fastrl.spec import KL as KL
+    from fastrl.spec import Cispo as Cispo
+    from fastrl.spec import Clip as Clip
+    from fastrl.spec import Correction as Correction
+    from fastrl.spec import PolicyLoss as PolicyLoss
+    from fastrl.spec import Reinforce as Reinforce
+    from fastrl.spec import Sapo as Sapo
+    from fastrl.types import LogprobOutput as LogprobOutput
+    from fastrl.types import LossOutput as LossOutput
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'fastrl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,80 @@
+"""GRPO and its kin: advantages relative to the other samples of a prompt, then one policy loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastrl.advantages import GroupAdvantage
+from fastrl.data.pack import Counts
+from fastrl.losses.linear_policy import linear_policy_loss
+from fastrl.model.policy import Policy
+from fastrl.spec import PolicyLoss
+from fastrl.types import Group, LossOutput, MicroBatch
+
+
+@dataclass(frozen=True)
+class GroupPolicyGradient:
+    """An advantage estimator and a loss; every named algorithm of `ALGORITHMS` is one pair."""
+
+    estimator: GroupAdvantage
+    spec: PolicyLoss
+    max_new_tokens: int  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
+
+    def advantages(self, groups: Sequence[Group]) -> None:
+        """Writes `Sample.advantage` of every sample; a sample without a reward gets 0 and counts in no baseline."""
+        samples = [sample for group in groups for sample in group.samples]
+        rewards = [float("nan") if sample.reward is None else sample.reward for sample in samples]
+        group_ids = [index for index, group in enumerate(groups) for _ in group.samples]
+        result = self.estimator(torch.tensor(rewards, dtype=torch.float64), group_ids=torch.tensor(group_ids))
+        for sample, advantage in zip(samples, result.tolist(), strict=True):
+            sample.advantage = advantage
+
+    def contributing(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that can have a gradient: all of them with a KL or entropy term, else those that are not silent.
+
+        A group whose rewards are all equal has advantages of exactly 0; it costs neither a forward nor a backward pass.
+        """
+        if self.spec.needs_ref or self.spec.needs_entropy:
+            return list(groups)
+        return [group for group in groups if any(sample.advantage != 0.0 for sample in group.samples)]
+
+    def normalizer(self, counts: Counts) -> float:
+        """What the loss divides by, counted over a whole optimizer step before it is split into micro-batches."""
+        per_sequence = counts.sequences
+        return float(
+            {
+                "token_mean": counts.tokens,
+                "prompt_mean": counts.groups,
+                "seq_mean_token_mean": per_sequence,
+                "seq_mean_token_sum": per_sequence,
+                "token_sum": per_sequence * self.max_new_tokens,
+            }[self.spec.aggregate]
+        )
+
+    def loss(
+        self, policy: Policy, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
+    ) -> LossOutput:
+        """One micro-batch's share of the step's loss, from hidden states, with its metrics."""
+        return linear_policy_loss(
+            policy.hidden(batch),
+            policy.head.weight,
+            batch.targets,
+            batch.advantages,
+            self.spec,
+            mask=batch.mask,
+            old_logps=batch.old_logps,
+            ref_logps=batch.ref_logps,
+            sampling_logps=batch.sampling_logps,
+            group_ids=batch.group_ids,
+            normalizer=normalizer,
+            cu_seqlens=batch.cu_seqlens,
+            bias=policy.head.bias,
+            temperature=temperature,
+            softcap=policy.head.softcap,
+            logit_scale=policy.head.logit_scale,
+            entropy=entropy,
+            backend=policy.backend,
+        )

@@ -1,0 +1,100 @@
+"""The command line: `fastrl train`, `fastrl eval`, `fastrl doctor`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+USAGE = """fastrl: reinforcement learning of language models.
+
+  fastrl train RECIPE.yaml [--field value ...]   train as the recipe says; --help lists the fields
+  fastrl eval MODEL RECIPE.yaml [--field ...]    held-out reward of a model or checkpoint on a recipe's task
+  fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
+"""
+EXIT_OK, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_DIVERGED = 0, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class _Doctor:
+    """What was found on this machine."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 ok, 2 usage, 3 environment, 4 diverged."""
+    args = sys.argv[1:] if argv is None else argv
+    commands = {"train": _train, "eval": _eval, "doctor": _doctor}
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return EXIT_OK if args else EXIT_USAGE
+    if args[0] not in commands:
+        from fastrl.check import choice
+
+        return _refuse(lambda: choice("fastrl", "command", args[0], commands))
+    try:
+        return commands[args[0]](args[1:])
+    except ModuleNotFoundError as error:
+        print(f"fastrl: {error}. Install what training needs: pip install 'fastrl[train]'", file=sys.stderr)
+        return EXIT_ENVIRONMENT
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _train(args: list[str]) -> int:
+    from fastrl.trainer.loop import train
+
+    outcome = train(_configure("fastrl train", args))
+    return EXIT_DIVERGED if outcome.status == "diverged" else EXIT_OK if outcome.status != "rewards failed" else 1
+
+
+def _eval(args: list[str]) -> int:
+    if not args or args[0].startswith("-"):
+        raise ValueError("fastrl eval: MODEL: expected a folder, hub id or model name first. See fastrl --help.")
+    from fastrl.trainer.evaluate import evaluate_model
+
+    evaluate_model(replace(_configure("fastrl eval MODEL", args[1:]), model=args[0]))
+    return EXIT_OK
+
+
+def _doctor(args: list[str]) -> int:
+    import tyro
+    from rich.console import Console
+
+    from fastrl.trainer.doctor import print_doctor
+
+    options = tyro.cli(_Doctor, args=args, prog="fastrl doctor")
+    return print_doctor(Console(), as_json=options.json)
+
+
+def _configure(prog: str, args: list[str]) -> object:
+    """The recipe named first, with the flags that follow it."""
+    import tyro
+
+    from fastrl.trainer.config import TrainConfig, load_recipe
+
+    recipe, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    if recipe is None and not {"-h", "--help"} & set(flags):
+        raise ValueError(f"{prog}: RECIPE: expected a YAML file first, as in {prog} {_some_recipe()}.")
+    base = load_recipe(recipe) if recipe else TrainConfig()
+    return tyro.cli(TrainConfig, default=base, args=flags, prog=f"{prog} {recipe or 'RECIPE.yaml'}")
+
+
+def _some_recipe() -> str:
+    found = sorted(Path("recipes").glob("*.yaml"))
+    return str(found[0]) if found else "recipes/grpo.yaml"
+
+
+def _refuse(check: object) -> int:
+    try:
+        check()
+    except ValueError as error:
+        print(f"{error}\n\n{USAGE}", file=sys.stderr, end="")
+    return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""`linear_policy_loss` in one pass over chunks of rows: the gradient is formed while the probabilities are at hand.
+
+Three matmuls with a trainable head (logits, d hidden, d weight), two with a frozen one, and the last two only over the
+rows whose gradient is not zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastrl.kernels.linear_logprob.chunked import Head, at_rows, row_chunks
+from fastrl.kernels.linear_policy_loss.reference import silent_rows
+from fastrl.kernels.policy_loss import METRICS, merge_metrics
+from fastrl.kernels.policy_loss import reference as policy_loss
+from fastrl.kernels.softmax_row import (
+    check_targets,
+    entropy_of,
+    finish_logits_,
+    grad_logits_,
+    softmax_,
+    unfinish_grad_,
+)
+from fastrl.spec import PolicyLoss
+
+
+def forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    old_logps: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    sampling_logps: torch.Tensor | None,
+    *,
+    spec: PolicyLoss,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    entropy: bool,
+    skip_silent: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, ...]:
+    """As `reference.forward`."""
+    head = Head(weight, bias)
+    count, vocabulary = len(targets), weight.shape[0]
+    logps = hidden.new_zeros(count, dtype=head.dtype)
+    entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
+    loss = hidden.new_zeros((), dtype=head.dtype)
+    metrics = hidden.new_zeros((len(METRICS), 2), dtype=head.dtype)
+
+    live = mask & (targets != ignore_index)
+    if skip_silent:
+        live &= ~silent_rows(advantages, weights, spec)
+    safe, poisoned = check_targets(targets.masked_fill(~live, ignore_index), vocabulary, ignore_index)
+    for rows in row_chunks(live.nonzero().squeeze(-1), vocabulary, logps.element_size()):
+        y, t = safe[rows], at_rows(temperature, rows, head.dtype)
+        p = head.logits(hidden[rows])
+        slope = finish_logits_(p, t, softcap, logit_scale)
+        chunk_logps, _ = softmax_(p, y)
+        if poisoned is not None:
+            chunk_logps.masked_fill_(poisoned[rows], float("nan"))
+        logps[rows] = chunk_logps
+        chunk_entropy = entropy_of(p) if entropy else None
+        if chunk_entropy is not None:
+            entropies[rows] = chunk_entropy
+        context = (None if x is None else x[rows] for x in (old_logps, ref_logps, sampling_logps))
+        chunk_loss, dlogps, dentropy, chunk_metrics = policy_loss.forward(
+            chunk_logps, advantages[rows], weights[rows], live[rows], *context, chunk_entropy, None, 0, spec
+        )
+        loss += chunk_loss
+        metrics = merge_metrics(metrics, chunk_metrics)
+        if not (needs_hidden or needs_weight or needs_bias):
+            continue
+
+        active = (dlogps != 0) | (dentropy != 0) if spec.needs_entropy else dlogps != 0
+        keep = active.nonzero().squeeze(-1)
+        if len(keep) == 0:
+            continue
+        if len(keep) < len(rows):
+            rows, y, p, chunk_logps, dlogps = rows[keep], y[keep], p[keep], chunk_logps[keep], dlogps[keep]
+            t, slope = at_rows(t, keep, head.dtype), None if slope is None else slope[keep]
+        entropy_pair = (chunk_entropy[active], dentropy[active]) if spec.needs_entropy else (None, None)
+        dz = unfinish_grad_(grad_logits_(p, y, chunk_logps, dlogps, *entropy_pair), slope, t, logit_scale)
+        if needs_hidden:
+            grad_hidden[rows] = head.grad_hidden(dz)
+        if needs_weight:
+            head.accumulate_weight(dz, hidden[rows])
+        if needs_bias:
+            head.accumulate_bias(dz)
+    return loss, logps, entropies, grad_hidden, *head.gradients(needs_weight, needs_bias), metrics

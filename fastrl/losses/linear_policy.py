@@ -1,0 +1,135 @@
+"""The policy loss straight from hidden states: the same loss as `policy_loss`, in fewer matmuls."""
+
+from __future__ import annotations
+
+import torch
+
+from fastrl.losses.metrics import available, named
+from fastrl.losses.policy import flatten_tokens
+from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save
+from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
+from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
+from fastrl.ops.policy_loss import policy_loss as policy_loss_op
+from fastrl.spec import PolicyLoss
+from fastrl.types import LossOutput
+
+OP = "linear_policy_loss"
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    advantages: torch.Tensor,
+    spec: PolicyLoss,
+    *,
+    mask: torch.Tensor,
+    old_logps: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    sampling_logps: torch.Tensor | None = None,
+    group_ids: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    metrics: bool = True,
+    memory: str | int = "auto",
+    backend: str = "auto",
+) -> LossOutput:
+    """`policy_loss` of the log-probabilities that `linear_logprob` gives, without a second pass over the vocabulary.
+
+    Equals `policy_loss(linear_logprob(hidden, weight, targets).logps, advantages, spec, mask=mask, ...)`. A loss that
+    separates per token (`PolicyLoss.separable`) takes 3 matmuls with a trainable head and 2 with a frozen one, and the
+    ones after the first only over rows whose gradient is not zero. One that does not (a sequence ratio, a sequence
+    correction) runs as the two ops in turn, with `memory` as in `linear_logprob`.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, backend: as `linear_logprob`,
+            with targets (B, T) or (N,). A token whose target is `ignore_index` is outside the mask.
+        advantages, spec, mask, old_logps, ref_logps, sampling_logps, group_ids, normalizer, cu_seqlens: as
+            `policy_loss`.
+        entropy: compute the entropy for its metric; a spec with an entropy term computes it in any case.
+        metrics: False also leaves rows out of the first matmul whose loss and gradient are known to be zero from their
+            advantage alone; the metrics then count the remaining rows only.
+
+    Returns:
+        LossOutput: the scalar loss, float32, and its metrics. hidden, weight and bias get gradients, accumulated in
+        float32 and rounded once.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `linear_logprob` and `policy_loss`.
+    """
+    head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    tokens = flatten_tokens(
+        OP,
+        targets.shape,
+        targets.device,
+        advantages,
+        spec,
+        mask=mask.bool() & (targets != ignore_index),
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampling_logps=sampling_logps,
+        group_ids=group_ids,
+        normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+        dtype=dtype,
+    )
+    entropy = entropy or spec.needs_entropy
+    save = choose_save(OP, head, memory)
+    if spec.separable:
+        out = linear_policy_loss_op(
+            head,
+            tokens.advantages,
+            tokens.weights,
+            tokens.mask,
+            tokens.old_logps,
+            tokens.ref_logps,
+            tokens.sampling_logps,
+            spec,
+            entropy=entropy,
+            skip_silent=not metrics,
+            backend=backend,
+        )
+        loss, table = out.loss, out.metrics
+    else:
+        logps, entropies = _logps(head, tokens.mask, entropy, save, backend)
+        loss, _, _, table = policy_loss_op(
+            logps,
+            tokens.advantages,
+            tokens.weights,
+            tokens.mask,
+            tokens.old_logps,
+            tokens.ref_logps,
+            tokens.sampling_logps,
+            entropies,
+            tokens.seq_ids,
+            tokens.num_seqs,
+            spec.encode(),
+            backend,
+        )
+    given = {"ref": ref_logps is not None, "sampling": sampling_logps is not None, "entropy": entropy}
+    return LossOutput(loss, named(table, available(spec, **given)))
+
+
+def _logps(
+    head: HeadInputs, mask: torch.Tensor, entropy: bool, save: str, backend: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return linear_logprob_op(
+        head.hidden,
+        head.weight,
+        head.targets.masked_fill(~mask, head.ignore_index),
+        bias=head.bias,
+        temperature=head.temperature if head.temperature.numel() > 1 else head.temperature[0],
+        softcap=head.softcap or None,
+        logit_scale=head.logit_scale,
+        ignore_index=head.ignore_index,
+        entropy=entropy,
+        memory=save if save in ("keep", "stream") else "auto",
+        backend=backend,
+    )

@@ -1,0 +1,151 @@
+"""A policy loss straight from hidden states: the gradient is formed in the forward pass, so one pass does both."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastrl.kernels.policy_loss import METRICS
+from fastrl.kernels.registry import resolve
+from fastrl.kernels.softmax_row import accumulate_dtype
+from fastrl.ops.attach import attach_gradients
+from fastrl.ops.linear_logprob import HeadInputs
+from fastrl.spec import PolicyLoss, decode
+
+
+class LinearPolicyLoss(NamedTuple):
+    """What the op returns: the loss carries the gradient, the rest are constants."""
+
+    loss: torch.Tensor  # ()
+    logps: torch.Tensor  # (N,)
+    entropy: torch.Tensor  # (N,) or (0,)
+    metrics: torch.Tensor  # (K, 2), rows named by METRICS
+
+
+def linear_policy_loss(
+    head: HeadInputs,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    old_logps: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    sampling_logps: torch.Tensor | None,
+    spec: PolicyLoss,
+    *,
+    entropy: bool,
+    skip_silent: bool,
+    backend: str,
+) -> LinearPolicyLoss:
+    """loss = sum_n weights_n l_n(logps_n) for checked, flat (N,) inputs and a spec that separates per token.
+
+    hidden, weight and bias of `head` get gradients. `skip_silent` leaves rows out of the forward pass too when their
+    gradient is known to be zero beforehand; their logps are then reported as 0. The public form, with the arguments
+    users have, is `fastrl.losses.linear_policy_loss`.
+    """
+    grad = torch.is_grad_enabled()
+    needs_weight = grad and head.weight.requires_grad
+    needs_bias = grad and head.bias is not None and head.bias.requires_grad
+    loss, logps, entropies, *gradients, metrics = _op(
+        *(x.detach() if isinstance(x, torch.Tensor) else x for x in head),
+        advantages,
+        weights,
+        mask,
+        old_logps,
+        ref_logps,
+        sampling_logps,
+        spec.encode(),
+        entropy,
+        skip_silent,
+        head.needs_hidden,
+        needs_weight,
+        needs_bias,
+        backend,
+    )
+    if head.needs_hidden or head.needs_head:
+        loss = attach_gradients(loss, head.hidden, head.weight, head.bias, *gradients)
+    return LinearPolicyLoss(loss, logps, entropies, metrics)
+
+
+@torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=())
+def _op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    old_logps: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    sampling_logps: torch.Tensor | None,
+    spec: str,
+    entropy: bool,
+    skip_silent: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return resolve("linear_policy_loss", backend, hidden.device).forward(
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        advantages,
+        weights,
+        mask,
+        old_logps,
+        ref_logps,
+        sampling_logps,
+        spec=decode(spec),
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        entropy=entropy,
+        skip_silent=skip_silent,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight,
+        needs_bias=needs_bias,
+    )
+
+
+@_op.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    old_logps: torch.Tensor | None,
+    ref_logps: torch.Tensor | None,
+    sampling_logps: torch.Tensor | None,
+    spec: str,
+    entropy: bool,
+    skip_silent: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows if entropy else 0, dtype=dtype),
+        hidden.new_empty(hidden.shape if needs_hidden else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
+        weight.new_empty(weight.shape[0] if needs_bias else 0, dtype=dtype),
+        hidden.new_empty((len(METRICS), 2), dtype=dtype),
+    )

@@ -1,0 +1,129 @@
+"""Any per-token loss straight from hidden states, in three matmuls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastrl import check
+from fastrl.ops.attach import attach_gradients
+from fastrl.ops.linear_logprob import _op as linear_logprob_op
+from fastrl.ops.linear_logprob import backward_op, check_head, keep_budget
+from fastrl.types import LossOutput
+
+OP = "linear_token_loss"
+
+
+def linear_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_loss: Callable[..., torch.Tensor],
+    *,
+    weights: torch.Tensor,
+    context: tuple[torch.Tensor, ...] = (),
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    memory: int | None = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """loss = sum_t weights_t token_loss(logps)_t, with the gradient formed in the forward pass, chunk by chunk.
+
+    Equals `(weights * token_loss(linear_logprob(hidden, weight, targets).logps, *context)).sum()`.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, backend: as `linear_logprob`.
+        token_loss: a differentiable function of torch operations, called as `token_loss(logps, *context)`, or
+            `token_loss(logps, entropy, *context)` with `entropy=True`, on flat (n,) chunks of tokens; returns (n,). A
+            token's loss must not depend on the other tokens: the chunks are an implementation detail.
+        weights: (...) as targets: mask, aggregation and normaliser in one. Tokens with weight 0 cost nothing.
+        context: token-shaped tensors (old log-probabilities, advantages, ...), constants, cut into the same chunks.
+        memory: bytes of probabilities that may be kept at a time; None takes the budget of `linear_logprob`.
+
+    Returns:
+        LossOutput(loss, metrics) with the metrics `logps` and, with entropy, `entropy` as (sum, count) over the tokens
+        of non-zero weight. hidden, weight and bias get gradients; context and weights do not.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `linear_logprob`, or token_loss returned another shape.
+    """
+    head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
+    for name, tensor in (("weights", weights), *((f"context[{i}]", c) for i, c in enumerate(context))):
+        check.shape(OP, name, tensor, targets.shape, "as targets")
+        check.device(OP, name, tensor, targets.device, "targets")
+    check.require(memory is None or memory >= 0, OP, "memory", "a byte budget of at least 0, or None", memory)
+    flat = [t.detach().reshape(-1) for t in (weights, *context)]
+    live = head._replace(
+        hidden=head.hidden.detach(),
+        weight=head.weight.detach(),
+        targets=head.targets.masked_fill(flat[0] == 0, head.ignore_index),
+        bias=None if head.bias is None else head.bias.detach(),
+    )
+    needs = (
+        head.needs_hidden,
+        torch.is_grad_enabled() and head.weight.requires_grad,
+        torch.is_grad_enabled() and head.bias is not None and head.bias.requires_grad,
+    )
+
+    kept_per_token = head.weight.shape[0] * head.hidden.element_size()
+    chunk = max(1, (keep_budget(head.hidden.device) if memory is None else memory) // kept_per_token)
+    totals: list[torch.Tensor] | None = None
+    grads_hidden, logp_sum, entropy_sum = [], 0.0, 0.0
+    loss = head.hidden.new_zeros((), dtype=torch.float64 if head.hidden.dtype == torch.float64 else torch.float32)
+    for start in range(0, max(1, len(head.targets)), chunk):
+        piece = slice(start, start + chunk)
+        t = live.temperature if live.temperature.numel() == 1 else live.temperature[piece]
+        part = live._replace(hidden=live.hidden[piece], targets=live.targets[piece], temperature=t)
+        save = "keep" if any(needs) else "none"
+        logps, h, *saved = linear_logprob_op(*part, entropy, save, backend)
+        w, *rest = (f[piece] for f in flat)
+        value, dlogps, dentropy = _weighted_value_and_grad(token_loss, logps, h if entropy else None, w, rest)
+        loss = loss + value
+        logp_sum, entropy_sum = logp_sum + logps.sum(), entropy_sum + h.sum()
+        if not any(needs):
+            continue
+        grads = backward_op(
+            dlogps,
+            dentropy,
+            *part[:5],
+            logps,
+            h,
+            *saved,
+            *part[5:],
+            save,
+            *needs,
+            backend,
+        )
+        grads_hidden.append(grads[0])
+        totals = list(grads[1:]) if totals is None else [a.add_(b) for a, b in zip(totals, grads[1:], strict=True)]
+    if any(needs):
+        loss = attach_gradients(loss, head.hidden, head.weight, head.bias, torch.cat(grads_hidden), *totals)
+    count = (live.targets != head.ignore_index).sum()
+    metrics = {"logps": (logp_sum, count)} | ({"entropy": (entropy_sum, count)} if entropy else {})
+    return LossOutput(loss, metrics)
+
+
+def _weighted_value_and_grad(
+    token_loss: Callable[..., torch.Tensor],
+    logps: torch.Tensor,
+    entropy: torch.Tensor | None,
+    weights: torch.Tensor,
+    context: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(sum of weighted losses, d/d logps, d/d entropy) of one chunk."""
+    variables = (logps,) if entropy is None else (logps, entropy)
+
+    def total(*args: torch.Tensor) -> torch.Tensor:
+        losses = token_loss(*args, *context)
+        check.shape(OP, "token_loss", losses, logps.shape, "one loss per token")
+        # where, not a product: a token of weight 0 may have an infinite loss
+        return torch.where(weights != 0, weights * losses, 0.0).sum()
+
+    value, pullback = torch.func.vjp(total, *variables)
+    grads = [torch.where(weights != 0, g, 0.0) for g in pullback(torch.ones_like(value))]
+    return value.detach(), grads[0], grads[1] if entropy is not None else None

@@ -1,0 +1,309 @@
+"""What a training run is: dataclasses, each default stated once, and the strict reader of recipes."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastrl.advantages import GroupAdvantage
+from fastrl.algorithms import ALGORITHMS, GroupPolicyGradient
+from fastrl.check import choice, require
+from fastrl.spec import KL, Clip, Correction, PolicyLoss
+
+
+class ConfigError(ValueError):
+    """A recipe or flag that cannot be run, in one sentence."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Where prompts come from."""
+
+    source: str = "reasoning_gym:chain_sum"
+    """reasoning_gym:TASK, a .jsonl file, a folder written by datasets' save_to_disk, or a hub id."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the source: a reasoning-gym task's own settings, or a dataset's split and name."""
+    size: int = 2000
+    """Prompts to generate, where the source is a generator."""
+    held_out: int = 100
+    """Prompts kept for evaluation and never trained on."""
+    chat: bool = True
+    """Render prompts with the model's chat template, when it has one."""
+    system: str = ""
+    """System message of chat prompts."""
+    suffix: str = ""
+    """Text appended to every question."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are left out, counted and reported."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One reward."""
+
+    name: str = "reasoning_gym"
+    """A built-in reward, or package.module:function."""
+    weight: float = 1.0
+    """Its share in the sum."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a built-in reward."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    prompts: int = 8
+    """Prompts per step."""
+    samples: int = 8
+    """Completions per prompt."""
+    max_new_tokens: int = 32
+    """Length limit of a completion."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-probability in training."""
+    top_p: float = 1.0
+    """Nucleus mass; 1 is off."""
+    top_k: int = 0
+    """Most probable tokens kept; 0 is off."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Overrides of the algorithm's preset; None keeps the preset's value."""
+
+    ratio: Literal["token", "sequence"] | None = None
+    clip_low: float | None = None
+    """Lower distance of a Clip surrogate from 1."""
+    clip_high: float | None = None
+    """Upper distance of a Clip surrogate from 1."""
+    kl: Literal["none", "k1", "k2", "k3", "k3_ratio"] | None = None
+    """KL estimate in the loss; needs a reference model in memory."""
+    kl_coef: float | None = None
+    aggregate: Literal["token_mean", "prompt_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum"] | None = (
+        None
+    )
+    entropy_coef: float | None = None
+    baseline: Literal["mean", "leave_one_out", "none"] | None = None
+    """Advantage baseline."""
+    scale: Literal["group", "batch", "none"] | None = None
+    """Advantage scale."""
+    correction: Correction | None = None
+    """Importance weight for the mismatch between sampler and trainer."""
+    filter_zero_variance: bool = False
+    """Also take groups of equal rewards out of the normaliser, as ScaleRL does; their gradient is zero either way."""
+    mask_truncated: bool = False
+    """Leave completions that the length limit cut out of loss and normaliser."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """0 switches clipping off."""
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    steps_per_rollout: int = 1
+    """Optimizer steps on each batch of completions; more than 1 makes the later ones off-policy."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out prompts, before and after training and now and then between."""
+
+    every: int = 0
+    """Steps between evaluations; 0 evaluates before and after only."""
+    samples: int = 1
+    """Sampled completions per held-out prompt, besides the greedy one."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    model: str = "smollm2-135m-instruct"
+    """A folder, a hub id, or the name of a model that ships in a Python package."""
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "scale_rl", "sapo", "rloo"] = "grpo"
+    """Selects an advantage estimator and a policy loss; `loss` overrides their factors."""
+    steps: int = 100
+    """Rollout batches."""
+    seed: int = 0
+    run_dir: str = "runs/{algorithm}"
+    """Everything the run writes goes here; if it exists, -2, -3, ... is appended."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the model's weights and activations; the optimizer's are float32 in any case."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU when there is one."""
+    backend: str = "auto"
+    """Backend of the fused ops, see `fastrl doctor`."""
+    tokens_per_batch: int = 2048
+    """Model input tokens of a micro-batch, padding included; memory grows with it, the gradient does not change."""
+    layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
+    """How sequences share a micro-batch."""
+    gradient_checkpointing: bool = False
+    threads: int = 0
+    """CPU threads; 0 keeps torch's choice."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    show_every: int = 10
+    """Steps between tables of completions on the screen."""
+    max_failure_fraction: float = 0.5
+    """Stop when more than this share of a batch's rewards raise."""
+    task: TaskConfig = TaskConfig()
+    rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self) -> None:
+        choice("TrainConfig", "algorithm", self.algorithm, ALGORITHMS)
+        positive = {
+            "steps": self.steps,
+            "tokens_per_batch": self.tokens_per_batch,
+            "rollout.prompts": self.rollout.prompts,
+            "rollout.samples": self.rollout.samples,
+            "rollout.max_new_tokens": self.rollout.max_new_tokens,
+            "optimizer.steps_per_rollout": self.optimizer.steps_per_rollout,
+            "eval.samples": self.eval.samples,
+        }
+        for name, value in positive.items():
+            require(value >= 1, "TrainConfig", name, "at least 1", value)
+        require(
+            self.rollout.temperature > 0, "TrainConfig", "rollout.temperature", "more than 0", self.rollout.temperature
+        )
+        require(self.optimizer.lr >= 0, "TrainConfig", "optimizer.lr", "0 or more", self.optimizer.lr)
+        require(len(self.rewards) > 0, "TrainConfig", "rewards", "at least one reward", "none")
+        require(0 <= self.max_failure_fraction <= 1, "TrainConfig", "max_failure_fraction", "a share of 1", "another")
+        build_algorithm(self)
+
+    def directory(self) -> Path:
+        """`run_dir` with its placeholders filled in."""
+        return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed))
+
+
+def build_algorithm(config: TrainConfig) -> GroupPolicyGradient:
+    """The algorithm's preset with the overrides of `config.loss`.
+
+    A preset's KL term is left out unless `loss.kl_coef` or `loss.kl` asks for it: the reference model doubles the
+    memory of the weights, and most recipes of today train without it (TRL's default is beta = 0).
+    """
+    estimator, spec = ALGORITHMS[config.algorithm]
+    loss = config.loss
+    estimator = GroupAdvantage(loss.baseline or estimator.baseline, loss.scale or estimator.scale, estimator.eps)
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("ratio", "aggregate", "entropy_coef", "correction")
+        if (value := getattr(loss, name)) is not None
+    }
+    clip = {"low": loss.clip_low, "high": loss.clip_high}
+    clip = {name: value for name, value in clip.items() if value is not None}
+    if clip:
+        require(
+            isinstance(spec.surrogate, Clip),
+            "TrainConfig",
+            "loss.clip_low, loss.clip_high",
+            "an algorithm with a Clip surrogate",
+            config.algorithm,
+        )
+        changes["surrogate"] = replace(spec.surrogate, **clip)
+    changes["kl"] = _kl(loss, spec)
+    return GroupPolicyGradient(estimator, replace(spec, **changes), config.rollout.max_new_tokens)
+
+
+def _kl(loss: LossConfig, spec: PolicyLoss) -> KL | None:
+    if loss.kl == "none" or not (loss.kl or loss.kl_coef):
+        return None
+    default = spec.kl or KL("k3", 0.04)
+    coef = default.coef if loss.kl_coef is None else loss.kl_coef
+    return KL(loss.kl or default.kind, coef) if coef else None
+
+
+def load_recipe(path: str | Path) -> TrainConfig:
+    """Reads a YAML recipe. Unknown keys and wrong types are errors that name the key, the nearest one, and the file.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or not a recipe.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe. `recipes/` has some to start from.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return from_dict(TrainConfig, {} if data is None else data, str(path))
+
+
+def from_dict(cls: type, data: Any, where: str) -> Any:
+    """An instance of dataclass `cls` from plain YAML values; `where` is named in errors."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping of settings, got {type(data).__name__}.")
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        if key not in hints:
+            near = get_close_matches(str(key), hints, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(hints)}."
+            raise ConfigError(f"{where}: {key}: unknown key.{hint}")
+        values[key] = _convert(hints[key], value, f"{where}: {key}")
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    for name in missing:
+        if name not in values:
+            raise ConfigError(f"{where}: {name}: missing.")
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (only,) = (a for a in args if a is not type(None))
+        return _convert(only, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list, got {value!r}.")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}.")
+        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping, got {value!r}.")
+        return dict(value)
+    return _scalar(hint, value, where)
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-5, without a dot, as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}.")
+    return value

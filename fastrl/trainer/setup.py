@@ -1,0 +1,165 @@
+"""From a configuration to everything a run needs, all of it checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastrl import env
+from fastrl.algorithms import GroupPolicyGradient
+from fastrl.check import require
+from fastrl.data.pack import Counts, count, pack
+from fastrl.data.plan import ModelShape
+from fastrl.data.prompts import load_prompts, split
+from fastrl.data.sampler import PromptSampler
+from fastrl.model.attention import prepare_attention
+from fastrl.model.load import load_model, stop_token_ids
+from fastrl.model.policy import Policy
+from fastrl.rewards import RewardSuite, resolve_reward
+from fastrl.rollout.base import Sampler, SamplingParams
+from fastrl.rollout.transformers_sampler import TransformersSampler
+from fastrl.trainer.config import TrainConfig, build_algorithm
+from fastrl.types import Group, MicroBatch, Prompt
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a training run."""
+
+    config: TrainConfig
+    directory: Path
+    device: torch.device
+    policy: Policy
+    reference: Policy | None  # frozen, with a KL term only
+    tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler
+    stop_token_ids: tuple[int, ...]
+    prompts: PromptSampler
+    held_out: list[Prompt]
+    rewards: RewardSuite
+    algorithm: GroupPolicyGradient
+    layout: str
+    shape: ModelShape
+
+    def sampling(self, *, seed: int) -> SamplingParams:
+        """How this run samples, with one step's seed."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=self.stop_token_ids,
+            seed=seed,
+        )
+
+    def pack(self, groups: Sequence[Group]) -> list[MicroBatch]:
+        """Micro-batches of the samples that train, in this run's layout and token budget."""
+        return pack(
+            groups,
+            layout=self.layout,
+            max_tokens=self.config.tokens_per_batch,
+            device=self.device,
+            shape=self.shape,
+            mask_truncated=self.config.loss.mask_truncated,
+        )
+
+    def count(self, groups: Sequence[Group]) -> Counts:
+        """What the loss over these groups is normalised by; the same samples as `pack` takes."""
+        return count(groups, mask_truncated=self.config.loss.mask_truncated)
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Loads and checks model, prompts and rewards.
+
+    Raises:
+        ValueError: something the configuration names does not exist or does not fit together.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    env.reuse_freed_memory()
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    rewards = RewardSuite(
+        [resolve_reward(reward.name, **reward.options) for reward in config.rewards],
+        [reward.weight for reward in config.rewards],
+        max_failure_fraction=config.max_failure_fraction,
+    )
+    algorithm = build_algorithm(config)
+
+    model, tokenizer = load_model(config.model, DTYPES[config.dtype])
+    model.to(device)
+    layout = prepare_attention(model, config.layout, dtype=DTYPES[config.dtype])
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints only in this mode; dropout is off in any case
+    reference = None
+    if algorithm.spec.needs_ref:
+        frozen, _ = load_model(config.model, DTYPES[config.dtype])
+        prepare_attention(frozen.to(device).requires_grad_(False), config.layout, dtype=DTYPES[config.dtype])
+        reference = Policy(frozen, backend=config.backend)
+
+    prompts, held_out = load_task(config, tokenizer)
+    longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
+    require(
+        config.tokens_per_batch >= longest,
+        "TrainConfig",
+        "tokens_per_batch",
+        f"at least {longest}, the longest prompt plus rollout.max_new_tokens",
+        config.tokens_per_batch,
+    )
+    return Run(
+        config=config,
+        directory=free_directory(config.directory()),
+        device=device,
+        policy=Policy(model, backend=config.backend),
+        reference=reference,
+        tokenizer=tokenizer,
+        sampler=TransformersSampler(model),
+        stop_token_ids=stop_token_ids(model, tokenizer),
+        prompts=PromptSampler(prompts, seed=config.seed),
+        held_out=held_out,
+        rewards=rewards,
+        algorithm=algorithm,
+        layout=layout,
+        shape=ModelShape.of(model),
+    )
+
+
+def load_task(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, held-out prompts); no question is in both."""
+    task = config.task
+    prompts = load_prompts(
+        task.source,
+        tokenizer,
+        size=task.size,
+        seed=config.seed,
+        options=task.options,
+        chat=task.chat,
+        system=task.system,
+        suffix=task.suffix,
+        max_prompt_tokens=task.max_prompt_tokens,
+    )
+    return split(prompts, task.held_out, config.seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def free_directory(wanted: Path) -> Path:
+    """`wanted`, or `wanted`-2, -3, ...: the first that does not exist, so that no run overwrites another."""
+    number, directory = 1, wanted
+    while directory.exists():
+        number += 1
+        directory = wanted.with_name(f"{wanted.name}-{number}")
+    return directory

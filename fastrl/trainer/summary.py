@@ -1,0 +1,42 @@
+"""Numbers of one step, under TRL's names where the meaning is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, pstdev, stdev
+
+from fastrl.losses.metrics import Metrics, finish, merge
+from fastrl.types import Group
+
+
+def step_metrics(
+    groups: Sequence[Group], contributing: Sequence[Group], updates: Sequence[tuple[Metrics, dict[str, float]]]
+) -> dict[str, float]:
+    """What the rollout was worth, and what the optimizer steps on it did; means over the step."""
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = [len(sample.token_ids) for sample in samples]
+    scored = [sample.reward for sample in samples if sample.reward is not None]
+    by_group = [[s.reward for s in group.samples if s.reward is not None] for group in groups]
+    values = {
+        "reward": fmean(scored) if scored else float("nan"),
+        "reward_std": fmean([stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in by_group]),
+        "frac_reward_zero_std": fmean([float(len(set(rewards)) <= 1) for rewards in by_group]),
+        "completions/mean_length": fmean(lengths),
+        "completions/std_length": pstdev(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": fmean([float(not sample.finished) for sample in samples]),
+        "completions/unscored": float(len(samples) - len(scored)),
+        "groups/contributing": len(contributing) / len(groups),
+        "num_tokens": float(sum(lengths) + sum(len(g.prompt.token_ids) for g in groups for _ in g.samples)),
+    }
+    for name in sorted({name for sample in samples for name in sample.rewards}):
+        rewards = [r for sample in samples if (r := sample.rewards.get(name)) is not None]
+        if rewards:
+            values[f"rewards/{name}/mean"] = fmean(rewards)
+            values[f"rewards/{name}/std"] = stdev(rewards) if len(rewards) > 1 else 0.0
+    if updates:
+        for name in updates[0][1]:
+            values[name] = fmean([numbers[name] for _, numbers in updates])
+        values |= finish(merge(metrics for metrics, _ in updates))
+    return values

@@ -1,0 +1,38 @@
+"""Seeds, the backend fixture, and NaN in every uninitialised buffer that fastrl asks for."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "chunked"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty(monkeypatch):
+    """`torch.empty` and its kin return NaN when called from fastrl, so a value never written cannot pass for zero."""
+
+    def poison(make):
+        def wrapped(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            fake = type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            if caller.startswith("fastrl.kernels") and tensor.is_floating_point() and not fake:
+                tensor.fill_(float("nan"))
+            return tensor
+
+        return wrapped
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
