@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 @torch.library.custom_op("fastrl::attach_gradients", mutates_args=())
@@ -36,6 +37,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.dtypes = (hidden.dtype, weight.dtype)
 
 
+@once_differentiable  # the gradients are constants here: a second derivative would be silently wrong
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     needs = ctx.needs_input_grad[1:4]
     dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])

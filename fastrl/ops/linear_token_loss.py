@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fastrl import check
+from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
 from fastrl.ops.linear_logprob import _op as linear_logprob_op
 from fastrl.ops.linear_logprob import backward_op, check_head, keep_budget
@@ -57,7 +58,8 @@ def linear_token_loss(
         check.shape(OP, name, tensor, targets.shape, "as targets")
         check.device(OP, name, tensor, targets.device, "targets")
     check.require(memory is None or memory >= 0, OP, "memory", "a byte budget of at least 0, or None", memory)
-    flat = [t.detach().reshape(-1) for t in (weights, *context)]
+    dtype = accumulate_dtype(head.hidden.dtype)
+    flat = [weights.detach().reshape(-1).to(dtype), *(c.detach().reshape(-1) for c in context)]
     live = head._replace(
         hidden=head.hidden.detach(),
         weight=head.weight.detach(),
@@ -74,7 +76,7 @@ def linear_token_loss(
     chunk = max(1, (keep_budget(head.hidden.device) if memory is None else memory) // kept_per_token)
     totals: list[torch.Tensor] | None = None
     grads_hidden, logp_sum, entropy_sum = [], 0.0, 0.0
-    loss = head.hidden.new_zeros((), dtype=torch.float64 if head.hidden.dtype == torch.float64 else torch.float32)
+    loss = head.hidden.new_zeros((), dtype=dtype)
     for start in range(0, max(1, len(head.targets)), chunk):
         piece = slice(start, start + chunk)
         t = live.temperature if live.temperature.numel() == 1 else live.temperature[piece]
@@ -83,7 +85,7 @@ def linear_token_loss(
         logps, h, *saved = linear_logprob_op(*part, entropy, save, backend)
         w, *rest = (f[piece] for f in flat)
         value, dlogps, dentropy = _weighted_value_and_grad(token_loss, logps, h if entropy else None, w, rest)
-        loss = loss + value
+        loss = loss + value.to(dtype)
         logp_sum, entropy_sum = logp_sum + logps.sum(), entropy_sum + h.sum()
         if not any(needs):
             continue
