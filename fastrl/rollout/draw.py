@@ -38,12 +38,12 @@ def draw(logits: torch.Tensor, u: torch.Tensor, params: SamplingParams) -> tuple
     Returns:
         token ids `(n,)` int64 and their log-probabilities `(n,)` float32.
     """
+    z = logits.float()
     if params.temperature == 0.0:
-        z = logits.float()
         tokens = z.argmax(-1)
         return tokens, z.gather(-1, tokens[:, None])[:, 0] - z.logsumexp(-1)
-    z = logits if params.temperature == 1.0 else logits.float() / params.temperature
-    weights = truncate(z.softmax(-1, dtype=torch.float32), params.top_k, params.top_p)
+    z = z if params.temperature == 1.0 else z / params.temperature
+    weights = truncate(z.softmax(-1), params.top_k, params.top_p)
     tokens, total = inverse_cdf(weights, u)
     return tokens, (weights.gather(-1, tokens[:, None])[:, 0] / total).log().float()
 
