@@ -1,6 +1,7 @@
 """What flows through fastrl, each field with its shape and dtype.
 
-Sizes: `B` sequences, `T` completion tokens, `N` flattened tokens, `H` hidden, `V` vocabulary, `G` samples of one prompt.
+Sizes: `B` or `S` sequences, `T` completion tokens, `N` flattened tokens, `H` hidden, `V` vocabulary, `G` samples of a
+prompt.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class MicroBatch:
     targets: torch.Tensor  # (N,) int64
     cu_seqlens: torch.Tensor  # (S + 1,) int64, bounds of each sequence's completion tokens in N
     group_ids: torch.Tensor  # (S,) int64
+    group_tokens: torch.Tensor  # (S,) int64, tokens that train in the sequence's whole group, wherever they are
     advantages: torch.Tensor  # (S,) float32
     mask: torch.Tensor  # (N,) bool
     sampling_logps: torch.Tensor  # (N,) float32

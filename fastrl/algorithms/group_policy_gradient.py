@@ -58,6 +58,8 @@ class GroupPolicyGradient:
         self, policy: Policy, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
     ) -> LossOutput:
         """One micro-batch's share of the step's loss, from hidden states, with its metrics."""
+        if self.spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
+            normalizer = normalizer * batch.group_tokens
         return linear_policy_loss(
             policy.hidden(batch),
             policy.head.weight,

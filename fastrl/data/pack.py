@@ -95,10 +95,11 @@ def pack(
         for index, group in enumerate(groups)
     ]
     rows = [Row(index, prompt_ids, [sample]) for index, prompt_ids, samples in taken for sample in samples]
+    group_tokens = {index: sum(len(sample.token_ids) for sample in samples) for index, _, samples in taken}
     _check(rows, max_tokens)
     if layout == "varlen":
         parts = fit(rows, lambda row: row.length, max_tokens)
-        return [_micro_batch(part, "varlen", torch.device(device)) for part in parts]
+        return [_micro_batch(part, "varlen", torch.device(device), group_tokens) for part in parts]
 
     plans = {}
     if layout != "shared":
@@ -107,7 +108,7 @@ def pack(
         shared = [row for group in taken for row in split(Row(*group), max_tokens, shape.crossover)]
         plans["shared"] = plan(shared, max_tokens, lambda length: shape.row_cost(length, dense=True))
     name, (_, parts) = min(plans.items(), key=lambda item: item[1][0])
-    return [_micro_batch(part, name, torch.device(device)) for part in parts]
+    return [_micro_batch(part, name, torch.device(device), group_tokens) for part in parts]
 
 
 def _group_tokens(group: Group) -> int:
@@ -133,7 +134,7 @@ def _check(rows: list[Row], max_tokens: int) -> None:
         )
 
 
-def _micro_batch(rows: list[Row], layout: str, device: torch.device) -> MicroBatch:
+def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_tokens: dict[int, int]) -> MicroBatch:
     samples = [sample for row in rows for sample in row.samples]
     lengths = [row.length for row in rows]
     longest, varlen = max(lengths), layout == "varlen"
@@ -167,6 +168,7 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device) -> MicroBat
         targets=tensor(list(chain.from_iterable(sample.token_ids for sample in samples))),
         cu_seqlens=tensor([0, *accumulate(len(sample.token_ids) for sample in samples)]),
         group_ids=tensor([row.group_id for row in rows for _ in row.samples]),
+        group_tokens=tensor([group_tokens[row.group_id] for row in rows for _ in row.samples]),
         advantages=tensor([sample.advantage for sample in samples], torch.float32),
         mask=torch.ones(len(hidden_index), dtype=torch.bool, device=device),
         sampling_logps=tensor(list(chain.from_iterable(s.sampling_logps for s in samples)), torch.float32),

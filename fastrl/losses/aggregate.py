@@ -9,7 +9,8 @@
 | `token_sum`           | 1 / n                              | none: `normalizer` is required          |
 
 `prompt_mean` is ScaleRL's, arXiv:2510.13786. The default n counts the tensors given; a trainer that splits a batch
-passes the count of the whole batch instead, and the split changes nothing.
+passes the count of the whole batch instead, and the split changes nothing. Where a split may cut through a prompt's
+group, `prompt_mean` takes one divisor per sequence: the tokens of its whole group times n.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def token_weights(
 
     Args:
         mask: (B, T) padded or (N,) packed, bool or integer; True where the token is part of the loss.
-        normalizer: n, a positive number or a 0-d tensor, which is read without a host synchronisation.
+        normalizer: n, a positive number or a 0-d tensor, which is read without a host synchronisation; or, for
+            `prompt_mean`, (B,) or (S,), all that each sequence's tokens are divided by.
         group_ids: (B,) or (S,) integers, equal where two sequences answer the same prompt; for `prompt_mean`.
         cu_seqlens: (S + 1,) bounds of the sequences in a packed mask; tokens outside them weigh nothing.
         dtype: of the weights.
@@ -86,6 +88,9 @@ def token_weights(
         expected = "a (B, T) mask, or cu_seqlens with a packed one"
         check.require(by_row, OP, "cu_seqlens", expected, None, f"{aggregate} needs sequence bounds.")
         seq_ids, num_seqs = sequence_ids(mask.shape, mask.device, cu_seqlens)
+        if isinstance(normalizer, torch.Tensor) and normalizer.dim() == 1:
+            check.shape(OP, "normalizer", normalizer, (num_seqs,), "one per sequence, or a single number")
+            return torch.where(live, weights / normalizer[seq_ids].view(mask.shape), 0).to(dtype)
         if aggregate == "prompt_mean":
             seq_ids = _group_of_token(seq_ids, num_seqs, group_ids)
         counts = _counts(live.reshape(-1), seq_ids, num_seqs)
@@ -131,6 +136,8 @@ def check_normalizer(op: str, aggregate: Aggregate, normalizer: float | torch.Te
         do = "Pass what the sum is divided by, such as batch size times maximum length."
         check.require(aggregate != "token_sum", op, "normalizer", "a number or 0-d tensor, for token_sum", None, do)
     elif isinstance(normalizer, torch.Tensor):
-        check.require(normalizer.dim() == 0, op, "normalizer", "a 0-d tensor", tuple(normalizer.shape))
+        dims = (0, 1) if aggregate == "prompt_mean" else (0,)
+        expected = "a 0-d tensor, or one number per sequence for prompt_mean"
+        check.require(normalizer.dim() in dims, op, "normalizer", expected, tuple(normalizer.shape))
     else:
         check.require(normalizer > 0, op, "normalizer", "a positive number", normalizer)

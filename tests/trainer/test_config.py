@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+
+from fastrl.advantages import GroupAdvantage
+from fastrl.spec import KL, Cispo, Clip, Correction
+from fastrl.trainer.config import (
+    ConfigError,
+    LossConfig,
+    OptimizerConfig,
+    RewardConfig,
+    TrainConfig,
+    build_algorithm,
+    load_recipe,
+)
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_recipe_values_arrive_typed_and_the_rest_are_defaults(tmp_path):
+    config = load_recipe(
+        recipe(
+            tmp_path,
+            "steps: 7\nalgorithm: dapo\noptimizer: {lr: 1e-5, betas: [0.9, 0.99]}\n"
+            "rewards:\n  - {name: format, weight: 2}\n",
+        )
+    )
+    assert config.steps == 7
+    assert config.optimizer == OptimizerConfig(lr=1e-5, betas=(0.9, 0.99))
+    assert isinstance(config.optimizer.lr, float)
+    assert config.rewards == (RewardConfig("format", 2.0),)
+    assert config.rollout == TrainConfig().rollout
+
+
+def test_empty_recipe_is_the_defaults(tmp_path):
+    assert load_recipe(recipe(tmp_path, "")) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", r"stepz: unknown key. Did you mean 'steps'\?"),
+        ("rollout: {temperatur: 1}", r"rollout: temperatur: unknown key. Did you mean 'temperature'\?"),
+        ("rewards:\n  - {nam: format}", r"rewards\[0\]: nam: unknown key. Did you mean 'name'\?"),
+        ("steps: many", "steps: expected int, got 'many'"),
+        ("steps: true", "steps: expected int, got True"),
+        ("steps: 0", "steps: expected at least 1, got 0"),
+        ("algorithm: grpoo", "algorithm: expected one of grpo"),
+        ("optimizer: {betas: [0.9]}", "betas: expected 2 values, got 1"),
+        ("rewards: format", "rewards: expected a list, got 'format'"),
+        ("rewards: []", "rewards: expected at least one reward"),
+        ("rollout: {temperature: 0}", "rollout.temperature: expected more than 0"),
+        ("- 1", "expected a mapping of settings, got list"),
+        ("a: [1", "not valid YAML"),
+        ("loss: {correction: {kind: truncate, level: token, high: -1}}", "Correction.high"),
+        ("algorithm: cispo\nloss: {clip_low: 0.1}", "an algorithm with a Clip surrogate"),
+    ],
+)
+def test_bad_recipe_is_one_sentence_that_names_file_and_key(tmp_path, text, message):
+    path = recipe(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_recipe_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such recipe"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_recipe_cannot_construct_python_objects(tmp_path):
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_recipe(recipe(tmp_path, "steps: !!python/object/apply:os.getpid []"))
+
+
+def test_algorithm_is_its_preset_without_a_reference_model_unless_asked():
+    assert build_algorithm(TrainConfig()).spec.kl is None
+    assert build_algorithm(TrainConfig(loss=LossConfig(kl_coef=0.1))).spec.kl == KL("k3", 0.1)
+    assert build_algorithm(TrainConfig(loss=LossConfig(kl="k2"))).spec.kl == KL("k2", 0.04)
+    assert build_algorithm(TrainConfig(loss=LossConfig(kl="none", kl_coef=0.1))).spec.kl is None
+
+
+def test_overrides_replace_single_factors():
+    correction = Correction("truncate", "token", high=2.0)
+    loss = LossConfig(
+        ratio="sequence", clip_high=0.3, aggregate="token_mean", scale="none", entropy_coef=0.01, correction=correction
+    )
+    algorithm = build_algorithm(TrainConfig(loss=loss))
+    assert algorithm.spec.ratio == "sequence"
+    assert algorithm.spec.surrogate == Clip(low=0.2, high=0.3)
+    assert algorithm.spec.aggregate == "token_mean"
+    assert algorithm.spec.entropy_coef == 0.01
+    assert algorithm.spec.correction == correction
+    assert algorithm.estimator == GroupAdvantage("mean", "none")
+
+
+def test_scale_rl_is_cispo_per_prompt_with_batch_scaled_advantages():
+    algorithm = build_algorithm(TrainConfig(algorithm="scale_rl"))
+    assert isinstance(algorithm.spec.surrogate, Cispo)
+    assert algorithm.spec.aggregate == "prompt_mean"
+    assert algorithm.estimator.scale == "batch"

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastrl.data.pack import count
+from fastrl.losses.metrics import finish
+from fastrl.rollout.collect import collect
+from fastrl.trainer import loop
+from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, build_algorithm
+from fastrl.trainer.loop import train
+from fastrl.trainer.setup import prepare
+from tests.trainer.tiny import tiny_config
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_training_raises_the_reward_and_leaves_a_model_that_transformers_loads(tmp_path):
+    config = tiny_config(tmp_path, steps=25)
+    outcome = train(config)
+    assert outcome.status == "finished"
+    assert outcome.after["sampled"] > outcome.before["sampled"] + 0.3
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, 26))
+    # On-policy the ratio is exactly 1, whatever the layout and the micro-batches.
+    assert {line["ratio/mean"] for line in metrics if "ratio/mean" in line} == {1.0}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    out = model.generate(**tokenizer("w3", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(out[0]).split().count("w7") >= 3
+    assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+
+
+def test_equal_seeds_give_equal_runs_and_other_seeds_do_not(tmp_path):
+    rewards = []
+    for seed in (1, 1, 2):
+        train(tiny_config(tmp_path, seed=seed, run_dir=str(tmp_path / f"run{len(rewards)}")))
+        rewards.append([line["reward"] for line in lines(tmp_path / f"run{len(rewards)}" / "metrics.jsonl")])
+    assert rewards[0] == rewards[1]
+    assert rewards[0] != rewards[2]
+
+
+def test_existing_run_is_never_overwritten(tmp_path):
+    first, second = (train(tiny_config(tmp_path, steps=1)) for _ in range(2))
+    assert first.report.parent.name == "run"
+    assert second.report.parent.name == "run-2"
+
+
+@pytest.fixture
+def rollout(tmp_path):
+    """A scored rollout with at least one group that contributes and one that is silent."""
+    run = prepare(tiny_config(tmp_path, dtype="float32"))
+    groups = collect(run.prompts.next(5), run.sampler, run.tokenizer, 4, run.sampling(seed=3))
+    run.rewards.score(groups)
+    for sample in groups[1].samples:
+        sample.reward = 0.5
+    run.algorithm.advantages(groups)
+    return run, groups
+
+
+def gradient(run, groups, algorithm=None, **pack_changes):
+    """(loss, metrics, flat gradient in float64) of one optimizer step over `groups`."""
+    algorithm = algorithm or run.algorithm
+    run = replace(run, config=replace(run.config, **pack_changes), layout=pack_changes.get("layout", run.layout))
+    normalizer = algorithm.normalizer(count(groups))
+    run.policy.model.zero_grad()
+    loss, metrics = 0.0, []
+    for batch in run.pack(algorithm.contributing(groups)):
+        out = algorithm.loss(run.policy, batch, normalizer, temperature=1.0, entropy=True)
+        out.loss.backward()
+        loss += out.loss.item()
+        metrics.append(out.metrics)
+    return loss, metrics, torch.cat([p.grad.flatten().double() for p in run.policy.model.parameters()])
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "scale_rl", "sapo", "rloo"])
+def test_gradient_is_the_same_for_every_layout_and_micro_batch_size(tmp_path, rollout, algorithm):
+    run, groups = rollout
+    built = build_algorithm(tiny_config(tmp_path, algorithm=algorithm))
+    built.advantages(groups)
+    loss, _, expected = gradient(run, groups, built, layout="padded", tokens_per_batch=10_000)
+    assert expected.abs().max() > 0
+    for layout in ("padded", "shared"):
+        for budget in (12, 31, 64):
+            got_loss, _, got = gradient(run, groups, built, layout=layout, tokens_per_batch=budget)
+            assert got_loss == pytest.approx(loss, abs=1e-6)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_silent_groups_are_left_out_without_changing_the_gradient(rollout):
+    run, groups = rollout
+    contributing = run.algorithm.contributing(groups)
+    assert groups[1] not in contributing
+    assert 0 < len(contributing) < len(groups)
+    _, metrics, without = gradient(run, groups)
+    run.algorithm.__class__.contributing, original = (lambda self, g: list(g)), run.algorithm.__class__.contributing
+    try:
+        _, full_metrics, everything = gradient(run, groups)
+    finally:
+        run.algorithm.__class__.contributing = original
+    torch.testing.assert_close(without, everything, rtol=0, atol=1e-6 * everything.abs().max().item())
+    seen = [sum(float(part["ratio/mean"][1]) for part in parts) for parts in (metrics, full_metrics)]
+    assert seen[0] < seen[1]  # the silent tokens were in one and not in the other
+    assert finish(metrics[0])["ratio/mean"] == 1.0
+
+
+def test_groups_with_a_kl_term_all_contribute(tmp_path, rollout):
+    _, groups = rollout
+    with_kl = build_algorithm(tiny_config(tmp_path, loss=LossConfig(kl="k3", kl_coef=0.1)))
+    assert with_kl.contributing(groups) == groups
+
+
+def test_several_optimizer_steps_per_rollout_move_the_ratio_off_one(tmp_path):
+    config = tiny_config(tmp_path, steps=2, optimizer=OptimizerConfig(lr=1e-2, steps_per_rollout=2))
+    train(config)
+    ratios = [line["ratio/max"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert max(ratios) > 1.001
+
+
+def test_reference_model_stays_where_it_started(tmp_path):
+    config = tiny_config(tmp_path, steps=4, loss=LossConfig(kl="k3", kl_coef=0.01))
+    train(config)
+    kl = [line["kl"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert kl[-1] > 1e-4
+
+
+def test_dropout_of_the_model_is_switched_off(tmp_path):
+    run = prepare(tiny_config(tmp_path))
+    run.policy.model.train()
+    batch = torch.randint(1, 30, (2, 8))
+    assert torch.equal(run.policy.head.trunk(batch), run.policy.head.trunk(batch))
+
+
+def test_gradient_checkpointing_does_not_change_the_run(tmp_path):
+    rewards = []
+    for checkpointing in (False, True):
+        directory = tmp_path / f"run_{checkpointing}"
+        train(tiny_config(tmp_path, gradient_checkpointing=checkpointing, run_dir=str(directory)))
+        rewards.append([(line["reward"], line["grad_norm"]) for line in lines(directory / "metrics.jsonl")])
+    assert rewards[0] == [(pytest.approx(r, abs=1e-6), pytest.approx(n, rel=1e-4)) for r, n in rewards[1]]
+
+
+def test_interrupt_stops_after_the_step_with_everything_saved(tmp_path, monkeypatch):
+    original = loop._step
+
+    def interrupted(run, log, optimizer, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(run, log, optimizer, step)
+
+    monkeypatch.setattr(loop, "_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    outcome = train(tiny_config(tmp_path, steps=50))
+    assert (outcome.status, outcome.steps) == ("interrupted", 2)
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert outcome.report.is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_second_interrupt_stops_at_once():
+    with loop._interruptible() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nan_stops_the_run_updates_nothing_and_saves_the_batch(tmp_path, monkeypatch):
+    original = loop._step
+
+    def poisoned(run, log, optimizer, step):
+        if step == 2:
+            hidden = run.policy.hidden
+            monkeypatch.setattr(run.policy, "hidden", lambda batch: hidden(batch) * float("nan"))
+        original(run, log, optimizer, step)
+
+    monkeypatch.setattr(loop, "_step", poisoned)
+    outcome = train(tiny_config(tmp_path, steps=5))
+    assert (outcome.status, outcome.steps) == ("diverged", 1)
+    saved = load_file(tmp_path / "run" / "non_finite_batch.safetensors")
+    assert saved["0.input_ids"].numel() > 0
+    assert saved["0.targets"].shape == saved["0.sampling_logps"].shape
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_reward_that_raises_on_some_samples_excludes_only_those(tmp_path):
+    rewards = (RewardConfig("tests.trainer.tiny:raises_on_some"),)
+    outcome = train(tiny_config(tmp_path, steps=2, rewards=rewards, max_failure_fraction=0.9))
+    assert outcome.status == "finished"
+    warnings = (tmp_path / "run" / "warnings.jsonl").read_text()
+    assert "cannot judge this" in warnings
+    unscored = [line["completions/unscored"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert 0 < max(unscored) < 16
+
+
+def test_reward_that_always_raises_stops_the_run_with_an_explanation(tmp_path):
+    rewards = (RewardConfig("tests.trainer.tiny:always_raises"),)
+    with pytest.raises(RuntimeError, match=r"failed on .* max_failure_fraction = 0.5 .*no judge at home"):
+        train(tiny_config(tmp_path, rewards=rewards))
+
+
+def test_budget_smaller_than_a_sequence_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="tokens_per_batch: expected at least 9"):
+        train(tiny_config(tmp_path, tokens_per_batch=8))
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_samples_leave_loss_and_normaliser_together(tmp_path, rollout):
+    run, groups = rollout
+    for sample in groups[0].samples[:2]:
+        sample.finished = False
+    for group in groups:
+        for sample in group.samples[2:]:
+            sample.finished = True
+    everything, finished = count(groups), count(groups, mask_truncated=True)
+    assert finished.sequences < everything.sequences
+    assert run.algorithm.normalizer(finished) == finished.sequences
+
+
+def test_top_p_and_temperature_reach_the_sampler_and_the_scorer(tmp_path):
+    config = tiny_config(
+        tmp_path, steps=1, rollout=RolloutConfig(prompts=4, samples=4, max_new_tokens=6, temperature=0.6)
+    )
+    train(config)
+    (line,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["sampling/sampling_logp_difference/max"] < 1e-4  # scored at the temperature it was sampled at

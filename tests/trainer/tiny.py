@@ -1,0 +1,85 @@
+"""A model small enough to train in a test, its tokenizer, and a task it can learn."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastrl.trainer.config import EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig, TaskConfig, TrainConfig
+
+WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(30))]
+
+
+def write_model(folder):
+    """A random Llama of two layers with tied embeddings, and a tokenizer of 32 words; returns the folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        attention_dropout=0.5,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_task(path, rows=24):
+    """Prompts of two words, of unequal length; returns the file."""
+    lines = [{"prompt": " ".join([f"w{i}"] * (1 + i % 3)), "wanted": "w7"} for i in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def wanted_words(completions, wanted, **_):
+    """The share of words in a completion that are the wanted one."""
+    words = [text.split() for text in completions]
+    return [w.count(target) / max(1, len(w)) for w, target in zip(words, wanted, strict=True)]
+
+
+def raises_on_some(completions, **_):
+    """Fails on every completion that starts with w1, w2, ..., w9."""
+    for text in completions:
+        if text[:3].strip() in {f"w{i}" for i in range(1, 10)}:
+            raise RuntimeError("cannot judge this")
+    return [float(len(text)) for text in completions]
+
+
+def always_raises(completions, **_):
+    """Fails."""
+    raise RuntimeError("no judge at home")
+
+
+def tiny_config(tmp_path, **changes):
+    """A run on the tiny model and task, in float32."""
+    model = tmp_path / "model"
+    if not model.exists():
+        write_model(model)
+    fields = {
+        "model": str(model),
+        "dtype": "float32",
+        "device": "cpu",
+        "steps": 3,
+        "run_dir": str(tmp_path / "run"),
+        "tokens_per_batch": 64,
+        "task": TaskConfig(source=str(write_task(tmp_path / "task.jsonl")), held_out=4, chat=False),
+        "rewards": (RewardConfig("tests.trainer.tiny:wanted_words"),),
+        "rollout": RolloutConfig(prompts=4, samples=4, max_new_tokens=6),
+        "optimizer": OptimizerConfig(lr=1e-2),
+        "eval": EvalConfig(samples=2),
+    }
+    return TrainConfig(**(fields | changes))
