@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from fastrl.model.head import cut
+from fastrl.model.load import load_model
 
 VOCAB, LENGTH = 41, 11
 SIZES = {
@@ -244,3 +245,23 @@ def test_layers_of_another_kind_refuse_a_dense_mask():
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match=r"layers of kind linear_attention\. Give each sequence its own row\."):
         halves.trunk(ids(), causal(2, LENGTH))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smollm2_sharing_a_row_rounds_no_worse_than_with_rows_of_its_own(dtype):
+    pytest.importorskip("gguf")
+    model, tokenizer = load_model("smollm2-135m-instruct", dtype)
+    model.model.layers = model.model.layers[:4]  # enough to see a mask, and quick in float64
+    model.config.num_hidden_layers = 4
+    halves = cut(model)
+    assert halves.weight is model.get_input_embeddings().weight
+    rows = [tokenizer(text, return_tensors="pt").input_ids for text in ("The sky is blue.", "Two and two")]
+    mask = torch.block_diag(*(torch.ones(row.shape[1], row.shape[1]) for row in rows)).tril().bool()[None, None]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    with torch.no_grad():
+        shared = halves.trunk(torch.cat(rows, dim=1), mask, positions).double()
+        alone = torch.cat([halves.trunk(row) for row in rows], dim=1).double()
+        model.double()
+        exact = torch.cat([halves.trunk(row) for row in rows], dim=1)
+    assert (shared - exact).norm() <= 2 * (alone - exact).norm()
