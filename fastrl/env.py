@@ -22,7 +22,8 @@ def keep_bytes() -> int | None:
 
 
 def reuse_freed_memory() -> bool:
-    """Ask glibc to keep freed blocks instead of returning them, so that big CPU buffers are not paged in anew each step.
+    """Ask glibc to keep freed blocks instead of returning them, so that big CPU buffers are not paged in anew at each
+    step.
 
     Page faults on fresh buffers cost a CPU trainer more than its elementwise work. Returns False, and changes nothing,
     where the C library has no `mallopt`.

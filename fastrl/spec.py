@@ -158,7 +158,7 @@ class PolicyLoss:
 
     @property
     def separable(self) -> bool:
-        """True when a token's loss needs no other token's log-probability, so it can be computed chunk by chunk."""
+        """True when a token's loss needs no other token's log-probability: it can be computed chunk by chunk."""
         per_sequence_correction = self.correction is not None and self.correction.level == "sequence"
         return self.ratio == "token" and not per_sequence_correction
 

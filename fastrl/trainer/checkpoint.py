@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrl.model.load import quiet_progress
+
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Writes model and tokenizer to `folder`, which appears complete or not at all; returns it.
@@ -17,7 +19,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    model.save_pretrained(aside)
+    with quiet_progress():
+        model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     for path in aside.rglob("*"):
         if path.is_file():

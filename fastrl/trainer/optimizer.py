@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -14,26 +15,35 @@ class MasterOptimizer:
 
     An update of lr * 1 is far below the spacing of bfloat16 numbers around a typical weight, so 16-bit weights alone
     would not move. The model keeps its 16-bit copy for the matmuls; gradients of each micro-batch are added in float32
-    as soon as they are complete, and their 16-bit buffers freed. float32 parameters are their own masters.
+    as soon as they are complete, and their 16-bit buffers freed. float32 parameters become views of their masters.
+    `zero_grad` on the model would detach those views: gradients are cleared by `step` alone.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, total_steps: int) -> None:
-        self.config, self.total_steps = config, total_steps
+        self.config, self.total_steps, self.steps = config, total_steps, 0
         self.params = [p for p in params if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
-        for param, master in zip(self.params, self.masters, strict=True):
-            if master is not param:
-                param.register_post_accumulate_grad_hook(_add_to(master))
+        # One buffer for all masters and one for all gradients: one kernel per update, no allocation while training,
+        # and the peak of memory shows in the first step.
+        sizes = [p.numel() for p in self.params]
+        flat = torch.empty(sum(sizes), dtype=torch.float32, device=self.params[0].device)
+        self.flat = torch.nn.Parameter(flat)
+        self.flat.grad = torch.zeros_like(flat)
+        self.masters = _views(flat, self.params)
+        self.grads = _views(self.flat.grad, self.params)
+        for param, master, grad in zip(self.params, self.masters, self.grads, strict=True):
+            master.copy_(param.detach())
+            if param.dtype == torch.float32:
+                param.data, param.grad = master, grad
+            else:
+                param.register_post_accumulate_grad_hook(_add_to(grad))
         self.adamw = torch.optim.AdamW(
-            self.masters,
+            [self.flat],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=True,
         )
-        # The whole state exists from the start: peak memory shows in the first step, not in the second.
-        self.steps = 0
 
     def learning_rate(self) -> float:
         """Linear warm-up, then constant or cosine to zero."""
@@ -41,7 +51,7 @@ class MasterOptimizer:
         if self.config.schedule == "constant":
             return self.config.lr * warm
         done = max(0, self.steps - self.config.warmup_steps) / max(1, self.total_steps - self.config.warmup_steps)
-        return self.config.lr * warm * 0.5 * (1.0 + torch.cos(torch.tensor(torch.pi * min(1.0, done))).item())
+        return self.config.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
     @torch.no_grad()
     def step(self) -> float:
@@ -49,24 +59,28 @@ class MasterOptimizer:
 
         A norm that is not finite updates nothing: the caller decides what to do with it.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.config.max_grad_norm or torch.inf).item()
-        if norm == norm and norm != float("inf"):
+        norm = torch.nn.utils.clip_grad_norm_(self.flat, self.config.max_grad_norm or math.inf).item()
+        if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = self.learning_rate()
             self.adamw.step()
             self.steps += 1
             for param, master in zip(self.params, self.masters, strict=True):
-                if master is not param:
+                if param.dtype != torch.float32:
                     param.copy_(master)
-        for master in self.masters:
-            master.grad = None
+        self.flat.grad.zero_()
         return norm
 
 
-def _add_to(master: torch.Tensor) -> object:
-    def hook(param: torch.Tensor) -> None:
-        grad = param.grad.float()
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
+def _views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+
+
+def _add_to(grad: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:
+    """A hook that adds a complete 16-bit gradient to its float32 buffer and frees it."""
+
+    def hook(param: torch.nn.Parameter) -> None:
+        grad.add_(param.grad)
         param.grad = None
 
     return hook

@@ -97,7 +97,8 @@ def prepare(config: TrainConfig) -> Run:
     model.to(device)
     layout = prepare_attention(model, config.layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
         model.train()  # transformers checkpoints only in this mode; dropout is off in any case
     reference = None
     if algorithm.spec.needs_ref:

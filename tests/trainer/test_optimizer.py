@@ -33,13 +33,15 @@ def test_micro_batch_gradients_add_in_float32():
     for value in (256.0, 1.0, 1.0, 1.0):  # 256 + 1 is 256 in bfloat16
         (weight * value).sum().backward()
     assert weight.grad is None
-    assert optimizer.masters[0].grad.item() == 259.0
+    assert optimizer.grads[0].item() == 259.0
 
 
 def test_float32_parameters_are_their_own_masters():
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = MasterOptimizer([weight, torch.nn.Parameter(torch.ones(1), requires_grad=False)], OptimizerConfig(), 1)
-    assert optimizer.masters == [weight]
+    assert [master.data_ptr() for master in optimizer.masters] == [weight.data_ptr()]
+    (weight * 3).sum().backward()
+    assert optimizer.flat.grad.tolist() == [3.0, 3.0]
 
 
 def test_step_returns_the_norm_before_clipping_and_clips():
@@ -47,10 +49,10 @@ def test_step_returns_the_norm_before_clipping_and_clips():
     optimizer = MasterOptimizer([weight], OptimizerConfig(max_grad_norm=1.0), 1)
     (weight * torch.tensor([3.0, 4.0])).sum().backward()
     seen = []
-    optimizer.adamw.register_step_pre_hook(lambda *_: seen.append(weight.grad.norm().item()))
+    optimizer.adamw.register_step_pre_hook(lambda *_: seen.append(optimizer.flat.grad.norm().item()))
     assert optimizer.step() == pytest.approx(5.0)
     assert seen == [pytest.approx(1.0, abs=1e-5)]
-    assert weight.grad is None
+    assert not optimizer.flat.grad.any()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -88,4 +90,4 @@ def test_tied_weight_gets_one_master_and_the_sum_of_both_gradients():
     detached = embedding.weight.detach()
     as_embedding, as_head = detached.clone().requires_grad_(), detached.clone().requires_grad_()
     ((as_embedding[ids] @ as_head.T) * coefficients).sum().backward()
-    torch.testing.assert_close(optimizer.masters[0].grad, as_embedding.grad + as_head.grad)
+    torch.testing.assert_close(optimizer.grads[0], as_embedding.grad + as_head.grad)

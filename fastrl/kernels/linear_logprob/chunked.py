@@ -67,10 +67,8 @@ class Head:
         """d raw logits (n, V) -> d hidden (n, H)."""
         if self.mixed:
             return torch.mm(dz.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
-        grad = dz.new_zeros(len(dz), self.weight.shape[1])
-        for tile, weight in self._tiles():
-            grad.addmm_(dz[:, tile], weight)
-        return grad
+        # A 16-bit product over the whole vocabulary accumulates inside in float32 and is rounded once, as d hidden is.
+        return torch.mm(dz.to(self.weight.dtype), self.weight).to(self.dtype)
 
     def accumulate_weight(self, dz: torch.Tensor, hidden: torch.Tensor) -> None:
         """grad_weight += dz^T hidden; the first chunk writes, so the buffer is never filled with zeros first."""
