@@ -85,6 +85,12 @@ def test_packed_without_any_sequence_weighs_zero():
     assert (token_weights(mask, "seq_mean_token_mean", cu_seqlens=bounds) == 0).all()
 
 
+def test_packed_tokens_before_the_first_sequence_weigh_nothing():
+    mask, bounds = torch.ones(6, dtype=torch.bool), torch.tensor([2, 3, 5])
+    weights = token_weights(mask, "seq_mean_token_mean", cu_seqlens=bounds)
+    assert weights.tolist() == [0.0, 0.0, 0.5, 0.25, 0.25, 0.0]
+
+
 def test_integer_masks_count_as_bool():
     for dtype in (torch.int64, torch.int32, torch.uint8):
         assert torch.equal(token_weights(MASK.to(dtype), "token_mean"), token_weights(MASK, "token_mean"))

@@ -268,6 +268,38 @@ def test_huge_log_ratios_are_finite_without_gradient_and_counted(ratio):
     assert finish(out.metrics)["log_ratio_clamped"] == pytest.approx(4 / 6)
 
 
+def test_a_log_ratio_exactly_at_the_bound_keeps_its_gradient_and_is_not_counted():
+    logps = torch.tensor([-20.0], requires_grad=True)
+    mask, old = torch.ones(1, dtype=torch.bool), torch.zeros(1)
+    out = policy_loss(logps, torch.ones(1), PolicyLoss(aggregate="token_mean"), mask=mask, old_logps=old)
+    out.loss.backward()
+    assert logps.grad.item() == -torch.tensor(-20.0).exp().item()
+    assert finish(out.metrics)["log_ratio_clamped"] == 0.0
+
+
+@pytest.mark.parametrize(("kind", "share"), [("k1", 0.0), ("k2", 0.0), ("k3", 1.0), ("k3_ratio", 1.0)])
+def test_only_an_exponentiated_kl_counts_as_clamped(kind, share):
+    spec = PolicyLoss(kl=KL(kind, 0.1), aggregate="token_mean")
+    arguments = {"mask": torch.ones(1, dtype=torch.bool), "ref_logps": torch.full((1,), -30.0)}
+    assert finish(policy_loss(torch.zeros(1), torch.ones(1), spec, **arguments).metrics)["log_ratio_clamped"] == share
+
+
+def test_an_infinite_log_probability_is_counted_even_where_the_loss_is_finite():
+    logps, mask = torch.tensor([-torch.inf, -1.0]), torch.ones(2, dtype=torch.bool)
+    out = policy_loss(logps, torch.ones(2), PolicyLoss(aggregate="token_mean"), mask=mask, old_logps=-torch.ones(2))
+    assert out.loss.isfinite()
+    assert finish(out.metrics)["nonfinite_rows"] == 0.5
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_correction_weight_exactly_at_its_bounds_is_kept(level):
+    spec = PolicyLoss(correction=Correction("mask", level, high=1.0, low=1.0))
+    logps, mask = -torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    out = policy_loss(logps, torch.ones(1), spec, mask=mask, old_logps=logps, sampling_logps=logps)
+    assert out.loss.item() == -1.0
+    assert finish(out.metrics)["sampling/kept_fraction"] == 1.0
+
+
 def test_k3_keeps_its_digits_where_policy_and_reference_nearly_agree():
     d = torch.tensor([1e-4], dtype=torch.float32)
     term = reference.kl_term("k3", torch.zeros(1), d, torch.zeros(1))
@@ -416,6 +448,13 @@ def test_only_logps_and_entropy_get_a_gradient_and_only_if_they_ask():
             data[name] = data[name].detach().requires_grad_(name == wanted or name in constants)
         run(spec, data).loss.backward()
         assert [name for name in ("logps", "entropy", *constants) if data[name].grad is not None] == [wanted]
+
+
+def test_a_loss_of_constants_asks_for_no_gradient():
+    data = {name: x.detach() for name, x in batch().items()}
+    for name in ("advantages", "old_logps", "ref_logps", "sampling_logps"):
+        data[name].requires_grad_()
+    assert not run(PolicyLoss(kl=KL("k3", 0.1), correction=CORRECTIONS[1]), data).loss.requires_grad
 
 
 def test_inputs_of_any_layout_give_the_same_bits():

@@ -28,20 +28,23 @@ def is_max(name: str) -> bool:
 
 
 def metric_table(rows: dict[str, torch.Tensor], mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(K, 2) from per-token values; a name without values is (0, 0)."""
-    table = torch.zeros(len(METRICS), 2, dtype=dtype, device=mask.device)
-    count = mask.sum()
-    for name, row in rows.items():
-        seen = torch.where(mask, row, 0).to(dtype)  # (N,)
-        k = METRICS.index(name)
-        if not is_max(name):
-            table[k, 0], table[k, 1] = seen.sum(), count
-        elif seen.numel() > 0:
-            table[k, 0], table[k, 1] = seen.amax(), count > 0
-    return table
+    """(K, 2) from per-token values, float or bool; a name without values is (0, 0)."""
+    count, zero = mask.sum(dtype=dtype), torch.zeros((), dtype=dtype, device=mask.device)
+    table = []
+    for name in METRICS:
+        row = rows.get(name)
+        if row is None or row.numel() == 0:
+            table += [zero, zero]
+            continue
+        seen = mask & row if row.dtype == torch.bool else torch.where(mask, row, 0)  # (N,)
+        table += [seen.amax(), (count > 0).to(dtype)] if is_max(name) else [seen.sum(dtype=dtype), count]
+    return torch.stack(table).view(-1, 2)
 
 
 def merge_metrics(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The tables of two disjoint sets of tokens together: sums and counts add, a maximum's row keeps the larger."""
-    maxima = torch.tensor([is_max(name) for name in METRICS], device=a.device)[:, None]  # (K, 1)
-    return torch.where(maxima, torch.maximum(a, b), a + b)
+    merged = a + b
+    for k, name in enumerate(METRICS):
+        if is_max(name):
+            torch.maximum(a[k], b[k], out=merged[k])
+    return merged
