@@ -102,6 +102,19 @@ def test_groups_are_told_apart_by_their_ids_not_by_their_place():
     torch.testing.assert_close(weights[:, 0], torch.tensor([1 / 6, 1 / 2, 1 / 6, 1 / 6]) / 2)
 
 
+def test_prompt_mean_with_per_sequence_divisors_survives_a_split_through_a_group():
+    whole = token_weights(MASK, "prompt_mean", group_ids=GROUP_IDS, dtype=torch.float64)
+    divisors = torch.tensor([5, 5, 1, 5], dtype=torch.float64) * 2  # tokens of the whole group, times groups
+    parts = [
+        token_weights(MASK[s], "prompt_mean", normalizer=divisors[s], group_ids=GROUP_IDS[s], dtype=torch.float64)
+        for s in (slice(0, 3), slice(3, 4))  # prompt 9 is cut
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-15, atol=0)
+    mask, bounds = pack(MASK)
+    packed = token_weights(mask, "prompt_mean", normalizer=divisors, cu_seqlens=bounds, dtype=torch.float64)
+    torch.testing.assert_close(packed, pack(whole)[0], rtol=1e-15, atol=0)
+
+
 def test_sequence_ids_of_padded_and_packed_tokens():
     ids, num_seqs = sequence_ids(torch.Size((2, 3)), torch.device("cpu"), None)
     assert (ids.tolist(), num_seqs) == ([0, 0, 0, 1, 1, 1], 2)
