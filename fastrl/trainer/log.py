@@ -1,0 +1,147 @@
+"""What a run leaves behind and shows: append-only JSON lines on disk, and a screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from fastrl.trainer.alarms import Alarms
+from fastrl.trainer.screen import COLUMNS, Column, Screen
+from fastrl.trainer.untrusted import question
+from fastrl.types import Group
+
+BETWEEN_STEPS = ("eval", "save")  # stages that no step pays for
+
+
+def encode(record: dict[str, Any]) -> str:
+    """One line of strict JSON. Non-finite numbers become the strings NaN, Infinity and -Infinity, which `float` reads
+    back; everything beyond ASCII is escaped, so that printing the file cannot control a terminal."""
+    return json.dumps(_plain(record), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+class RunLog:
+    """The record of one run in `run_dir`:
+
+        config.yaml  env.json               what was run, and where
+        metrics.jsonl                       one line a step
+        completions.jsonl                   one line a training sample
+        evaluations.jsonl                   one line an evaluation
+        evaluation_completions.jsonl        one line a held-out sample
+        warnings.jsonl                      one line a warning
+
+    Each line holds `time`, the seconds since the log was made, and is flushed as it is written. `clock` counts seconds.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int,
+        show_every: int = 10,
+        columns: Sequence[Column] = COLUMNS,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.show_every = show_every
+        self._clock = clock
+        self._began = self._mark = clock()
+        self._seconds: dict[str, float] = {}
+        self._alarms = Alarms()
+        self._screen = Screen(total_steps, columns, console, clock)
+
+    def start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Writes config.yaml and env.json, and says on screen what is about to run."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+        (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+        (self.run_dir / "env.json").write_text(json.dumps(_plain(environment), indent=2) + "\n", encoding="utf-8")
+        self._screen.header(config, environment, self.run_dir)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time inside to stage `name` of the current step. `eval` and `save` are no part of a step."""
+        begin = self._clock()
+        self._screen.stage(name)
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - begin
+            self._screen.stage(None)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl: `metrics`, `step_time`, `tokens_per_second` and `time/<stage>`, all in seconds."""
+        now = self._clock()
+        outside = sum(self._seconds.get(name, 0.0) for name in BETWEEN_STEPS)
+        step_time = now - self._mark - outside
+        record = {"step": step, "time": now - self._began, **metrics, "step_time": step_time}
+        if "num_tokens" in metrics and step_time > 0:
+            record["tokens_per_second"] = metrics["num_tokens"] / step_time
+        stages, self._seconds, self._mark = self._seconds, {}, now
+        self._append("metrics.jsonl", record | {f"time/{name}": seconds for name, seconds in stages.items()})
+        self._screen.step(record, {name: s for name, s in stages.items() if name not in BETWEEN_STEPS})
+        for message in self._alarms.check(step, metrics):
+            self.warn(message)
+
+    def completions(self, step: int, groups: list[Group]) -> None:
+        """Every sample of a step to completions.jsonl, and a few of them to the screen every `show_every` steps."""
+        self._append("completions.jsonl", *_samples({"step": step}, groups))
+        if self.show_every > 0 and (step == 1 or step % self.show_every == 0):
+            self._screen.completions(step, groups)
+
+    def evaluation(self, step: int, name: str, result: dict[str, float], samples: list[Group]) -> None:
+        """One line of evaluations.jsonl, `seconds` of stage `eval` included; every sample to its own file."""
+        seconds = self._seconds.pop("eval", 0.0)
+        self._mark += seconds  # the next step does not pay for it
+        now = self._clock() - self._began
+        self._append("evaluations.jsonl", {"step": step, "time": now, "name": name, **result, "seconds": seconds})
+        self._append("evaluation_completions.jsonl", *_samples({"step": step, "name": name}, samples))
+        self._screen.evaluation(step, name, result, seconds)
+
+    def warn(self, message: str) -> None:
+        """To the screen and to warnings.jsonl."""
+        self._append("warnings.jsonl", {"time": self._clock() - self._began, "message": message})
+        self._screen.warn(message)
+
+    def close(self, status: str, summary: dict[str, Any]) -> None:
+        """The last panel: how the run ended, `summary`'s `before` and `after` evaluations, and where everything is."""
+        self._screen.close(status, summary, self._clock() - self._began, self.run_dir)
+
+    def _append(self, name: str, *records: dict[str, Any]) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with (self.run_dir / name).open("a", encoding="utf-8") as handle:
+            handle.write("".join(encode(record) + "\n" for record in records))
+
+
+def _samples(about: dict[str, Any], groups: list[Group]) -> Iterator[dict[str, Any]]:
+    for group in groups:
+        for sample in group.samples:
+            yield {
+                **about,
+                "prompt_index": group.prompt.index,
+                "prompt": question(group.prompt.content),
+                "completion": sample.text,
+                "rewards": sample.rewards,
+                "reward": sample.reward,
+                "advantage": sample.advantage,
+                "finished": sample.finished,
+                "tokens": len(sample.token_ids),
+            }

@@ -1,0 +1,229 @@
+"""One self-contained HTML page about a run: what it achieved, its curves, what the model wrote, how to repeat it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from fastrl.trainer.charts import WINDOW, charts, rolling
+from fastrl.trainer.records import Evaluation, Record, RunRecord, read_run
+from fastrl.trainer.units import duration, number
+from fastrl.trainer.untrusted import clean
+
+SHOWN_PROMPTS = 3  # of a training step, with the best and the worst completion of each
+SHOWN_PAIRS = 2  # held-out prompts of each kind of change
+LONGEST = 4000  # characters of a completion that the page carries
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes report.html into `run_dir`, finished run or not, and returns its path.
+
+    The page loads nothing: styles and pictures are inside it. Everything a model wrote is cleaned and escaped.
+
+    Raises:
+        ValueError: `run_dir` holds no run.
+    """
+    run = read_run(Path(run_dir))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fastrl.trainer", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        run=run,
+        verdict=verdict(run),
+        subtitle=_subtitle(run),
+        charts=charts(run),
+        training=[(step, _training_samples(samples, full_marks(run))) for step, samples in run.completions.items()],
+        held_out=held_out(run),
+        metrics=_metric_rows(run),
+        window=WINDOW,
+        config=flatten(run.config),
+        environment=flatten(run.environment),
+    )
+    path = Path(run_dir) / "report.html"
+    aside = path.with_suffix(".html.tmp")
+    aside.write_text(page, encoding="utf-8")
+    os.replace(aside, path)  # a reader never sees half a page
+    return path
+
+
+def verdict(run: RunRecord) -> str:
+    """The run in one sentence: `Held-out accuracy 0.31 → 0.74 (greedy), 45 steps, 5 min 12 s on 2 cores`."""
+    done = run.steps[-1] if run.steps else 0
+    steps = f"{done} steps" if done == run.total_steps else f"{done} of {run.total_steps} steps"
+    where = _where(run)
+    return ", ".join((_achievement(run), steps, duration(run.seconds) + (f" on {where}" if where else "")))
+
+
+def _achievement(run: RunRecord) -> str:
+    changes = []
+    for name in _evaluation_names(run):
+        rewards = [f"{e.reward:.2f}" for e in _first_and_last(run, name)]
+        changes.append(f"{' → '.join(rewards)} ({name})")
+    if changes:
+        kind = "accuracy" if _is_accuracy(run) else "reward"
+        return f"Held-out {kind} {', '.join(changes)}"
+    rewards = run.series("reward")
+    if not rewards:
+        return "No step completed"
+    first, last = rolling(rewards)[min(WINDOW, len(rewards)) - 1], rolling(rewards)[-1]
+    if len(rewards) <= WINDOW:
+        return f"Training reward {last:.2f}"
+    return f"Training reward {first:.2f} → {last:.2f} (means of {WINDOW} steps)"
+
+
+def _evaluation_names(run: RunRecord) -> list[str]:
+    return list(dict.fromkeys(e.name for e in run.evaluations))
+
+
+def _first_and_last(run: RunRecord, name: str) -> list[Evaluation]:
+    """The first and the last evaluation of a name, or the only one."""
+    found = sorted((e for e in run.evaluations if e.name == name), key=lambda e: e.step)
+    return found if len(found) < 2 else [found[0], found[-1]]
+
+
+def full_marks(run: RunRecord) -> float:
+    """The reward of a sample that every reward function gives 1."""
+    rewards = run.config.get("rewards") or []
+    return sum(float(reward.get("weight", 1.0)) for reward in rewards) if rewards else 1.0
+
+
+def mark(reward: float | None, full: float) -> str:
+    """right, wrong (less than half of full marks), partly right, or not scored."""
+    if reward is None:
+        return "not scored"
+    if float(reward) >= full - 1e-6:
+        return "right"
+    return "wrong" if not float(reward) >= full / 2 else "partly right"
+
+
+def _is_accuracy(run: RunRecord) -> bool:
+    """True when every held-out sample got 0 or 1, so that the mean reward is the share of right answers."""
+    rewards = [s["reward"] for e in run.evaluations for s in e.samples if s["reward"] is not None]
+    return bool(rewards) and full_marks(run) == 1.0 and all(reward in (0, 1) for reward in rewards)
+
+
+def _where(run: RunRecord) -> str:
+    gpus, cores = run.environment.get("gpus") or [], (run.environment.get("threads") or {}).get("torch")
+    if gpus and run.config.get("device") != "cpu":
+        return gpus[0] if len(gpus) == 1 else f"a machine with {len(gpus)} x {gpus[0]}"
+    return f"{cores} {'core' if cores == 1 else 'cores'}" if cores else ""
+
+
+def _subtitle(run: RunRecord) -> str:
+    task = run.config.get("task") or {}
+    parts = (run.config.get("model"), run.config.get("algorithm"), task.get("source"), run.name)
+    return " · ".join(clean(str(part)) for part in parts if part)
+
+
+def _shown(sample: Record, full: float) -> Record:
+    """A sample as the page prints it."""
+    text = clean(sample["completion"])
+    return {
+        "prompt": clean(sample["prompt"]),
+        "completion": text
+        if len(text) <= LONGEST
+        else text[:LONGEST] + f" ... ({len(text) - LONGEST} more characters)",
+        "reward": "none" if sample["reward"] is None else f"{float(sample['reward']):.3g}",
+        "advantage": f"{float(sample['advantage']):+.2f}",
+        "mark": mark(sample["reward"], full),
+        "finished": sample["finished"],
+        "tokens": sample["tokens"],
+    }
+
+
+def _training_samples(samples: list[Record], full: float) -> list[list[Record]]:
+    """The best and the worst completion of the first prompts of a step."""
+    groups: dict[int, list[Record]] = {}
+    for sample in samples:
+        groups.setdefault(sample["prompt_index"], []).append(sample)
+    shown = []
+    for group in list(groups.values())[:SHOWN_PROMPTS]:
+        group.sort(key=lambda s: float("inf") if s["reward"] is None else -float(s["reward"]))
+        shown.append([_shown(sample, full) for sample in group[:1] + group[1:][-1:]])
+    return shown
+
+
+@dataclass(frozen=True)
+class Change:
+    """The held-out samples whose mark went one way, and the first of them."""
+
+    label: str
+    count: int
+    pairs: list[tuple[Record, Record]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The same prompts before and after; `changes` hold every kind that occurs."""
+
+    name: str
+    steps: tuple[int, int]
+    total: int
+    changes: list[Change]
+
+
+def held_out(run: RunRecord) -> HeldOut | None:
+    """The first evaluation's samples before and after training, grouped by how their marks changed.
+
+    With one evaluation only, before and after are the same one, and steps says so.
+    """
+    names = _evaluation_names(run)
+    ends = _first_and_last(run, names[0]) if names else []
+    if not ends or not ends[0].samples:
+        return None
+    full = full_marks(run)
+    before, after = ends[0], ends[-1]
+    later = dict(_by_prompt(after.samples))
+    pairs: dict[str, list[tuple[Record, Record]]] = {}
+    for key, sample in _by_prompt(before.samples):
+        if key in later:
+            pair = (_shown(sample, full), _shown(later[key], full))
+            label = pair[0]["mark"] if before is after else f"{pair[0]['mark']} → {pair[1]['mark']}"
+            pairs.setdefault(label, []).append(pair)
+    changes = [Change(label, len(found), found[:SHOWN_PAIRS]) for label, found in sorted(pairs.items(), key=_order)]
+    return HeldOut(names[0], (before.step, after.step), sum(c.count for c in changes), changes)
+
+
+def _order(item: tuple[str, list[Any]]) -> tuple[bool, int]:
+    """What changed first, then the most frequent."""
+    before, _, after = item[0].partition(" → ")
+    return before == after, -len(item[1])
+
+
+def _by_prompt(samples: list[Record]) -> list[tuple[tuple[int, int], Record]]:
+    """Samples under (prompt, how many of that prompt came before)."""
+    seen: dict[int, int] = {}
+    keyed = []
+    for sample in samples:
+        index = sample["prompt_index"]
+        keyed.append(((index, seen.get(index, 0)), sample))
+        seen[index] = seen.get(index, 0) + 1
+    return keyed
+
+
+def _metric_rows(run: RunRecord) -> list[tuple[str, str, str, str]]:
+    """(name, first step, last step, mean of the last steps) of every metric."""
+    names = list(dict.fromkeys(key for record in run.metrics for key in record if key not in ("step", "time")))
+    rows = []
+    for name in names:
+        values = run.series(name)
+        rows.append((name, number(values[0]), number(values[-1]), number(rolling(values)[-1])))
+    return rows
+
+
+def flatten(values: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, value) of a nested mapping."""
+    if isinstance(values, dict) and values:
+        return [row for key, value in values.items() for row in flatten(value, f"{prefix}{key}.")]
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        return [row for index, value in enumerate(values) for row in flatten(value, f"{prefix}{index}.")]
+    text = ", ".join(map(str, values)) if isinstance(values, list) else str(values)
+    return [(prefix.removesuffix("."), clean(text))]
