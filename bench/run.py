@@ -1,0 +1,144 @@
+"""One command for every benchmark.
+
+python -m bench.run linear_logprob --against torch,trl,liger
+python -m bench.run step --against trl,naive
+python -m bench.run rollout --model smollm2-135m-instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+from bench.peers import PEERS, build
+from bench.shapes import find
+from bench.timing import Case, Result, environment, machine, measure
+
+HEAD_OPS = ("linear_logprob", "linear_policy_loss", "logprob")  # the others work in float32 whatever --dtype
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one benchmark and exits."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["step"]:
+        from bench.bench_step import main as step
+
+        return step(arguments[1:])
+    if arguments[:1] == ["rollout"]:
+        return _rollout(arguments[1:])
+    return _micro(arguments)
+
+
+def _micro(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument("op", choices=(*PEERS, "step", "rollout"))
+    parser.add_argument("--against", default="", help="comma-separated peers; all by default")
+    parser.add_argument("--backends", default="auto", help="comma-separated fastrl backends")
+    parser.add_argument("--shapes", default="", help="comma-separated names from bench/shapes.py")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
+    parser.add_argument("--out", default="", help=f"JSON lines; default {RESULTS.name}/<machine>/<date>.jsonl")
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    module, device = import_module(f"bench.bench_{args.op}"), torch.device(args.device)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    about = environment(device)
+    show_environment(console, about)
+    for case in _cases(module, args, device):
+        results = measure(case, args.rounds, device)
+        console.print(table(case.label, results))
+        append(out_file(args.out, device), [record(args.op, case, result, about) for result in results])
+
+
+def _cases(module: Any, args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    dtype = getattr(torch, args.dtype) if args.op in HEAD_OPS else torch.float32
+    for name, shape in find(module.SHAPES, names(args.shapes) or module.DEFAULT).items():
+        for mode, tensors in module.tensors(shape, dtype, device).items():
+            ours = {
+                "fastrl" if backend == "auto" else f"fastrl/{backend}": module.fastrl_provider(backend, *tensors)
+                for backend in names(args.backends)
+            }
+            peers, absent = build(args.op, names(args.against), *tensors)
+            size = " x ".join(map(str, shape if isinstance(shape, tuple) else asdict(shape).values()))
+            label = ", ".join(filter(None, (args.op, f"{name} ({size})", mode, str(dtype).removeprefix("torch."))))
+            yield Case(label, dtype, lambda t=tensors: module.truth(*t), ours | peers, absent)
+
+
+def _rollout(arguments: list[str]) -> None:
+    from bench import bench_rollout
+    from fastrl.model.packaged import PACKAGED, converted
+
+    sys.argv = ["bench.run rollout", *(str(converted(PACKAGED[a])) if a in PACKAGED else a for a in arguments)]
+    bench_rollout.main()
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated words."""
+    return [word for word in text.split(",") if word]
+
+
+def show_environment(console: Console, about: dict[str, Any]) -> None:
+    """One line that says where the numbers are from."""
+    console.print(", ".join(f"{key} {value}" for key, value in about.items() if key != "machine"), style="dim")
+
+
+def table(label: str, results: list[Result]) -> Table:
+    """Markdown: the fastest first, then those that have no time, each with its reason."""
+    shown = Table(title=label, box=MARKDOWN, title_justify="left")
+    for heading in ("provider", "median ms", "20-80 %", "of best peer", "extra MiB", "error", "note"):
+        shown.add_column(heading, justify="left" if heading in ("provider", "note") else "right")
+    peers = [r.median for r in results if r.median is not None and not r.provider.startswith("fastrl")]
+    best = min(peers, default=None)
+    for result in sorted(results, key=lambda r: r.median if r.median is not None else float("inf")):
+        shown.add_row(result.provider, *_cells(result, best))
+    return shown
+
+
+def _cells(result: Result, best: float | None) -> list[str]:
+    error = f"{result.error:.1e}" if result.error is not None else ""
+    if result.median is None:
+        return [result.status, "", "", "", error, result.detail]
+    peak = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.1f}"
+    span = f"{result.low * 1e3:.3f}-{result.high * 1e3:.3f}"
+    ratio = f"{result.median / best:.2f}" if best else ""
+    return [f"{result.median * 1e3:.3f}", span, ratio, peak, error, result.detail]
+
+
+def record(op: str, case: Case, result: Result, about: dict[str, Any]) -> dict[str, Any]:
+    """One line of the results file."""
+    return {"op": op, "case": case.label} | asdict(result) | {"environment": about}
+
+
+def out_file(given: str, device: torch.device) -> Path:
+    """`--out`, or today's file of this machine."""
+    return Path(given) if given else RESULTS / machine(device) / time.strftime("%Y-%m-%d.jsonl")
+
+
+def append(path: Path, records: list[dict[str, Any]]) -> None:
+    """Adds lines to a results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write("".join(json.dumps(line) + "\n" for line in records))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(str(error))

@@ -1,0 +1,154 @@
+"""Real model shapes, the tensors of each op at such a shape, and the float64 truth of the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.timing import Outputs
+
+GROUP = 8  # completions per prompt
+CLIP = 0.2
+KL_COEF = 0.04
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """`tokens` completion tokens, in sequences of `length`, at a head of `vocabulary` x `hidden`."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    length: int = 32
+
+
+# A micro-batch of the demo recipe has about 512 completion tokens; a GPU takes 4,096 and more.
+HEADS = {
+    "tiny": HeadShape(256, 64, 1_000, 16),
+    "smollm2": HeadShape(512, 576, 49_152),
+    "gemma3-270m": HeadShape(512, 640, 262_144),
+    "qwen3-4b": HeadShape(4_096, 2_560, 151_936, 512),
+    "llama3-8b": HeadShape(4_096, 4_096, 128_256, 512),
+}
+
+# Sequences x tokens of each, for the ops without a vocabulary; `demo` is one step of the demo recipe.
+BATCHES = {"tiny": (8, 16), "demo": (64, 32), "long": (64, 2_048), "wide": (1_024, 512)}
+
+
+def find(table: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The named shapes of a table.
+
+    Raises:
+        ValueError: no such shape.
+    """
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise ValueError(f"shapes: expected some of {', '.join(table)}, got {', '.join(unknown)}.")
+    return {name: table[name] for name in names}
+
+
+@dataclass(frozen=True)
+class HeadTensors:
+    """What a log-probability op reads; those of `wants` get a gradient, with `grad_logps` coming from above."""
+
+    hidden: torch.Tensor  # (N, H)
+    weight: torch.Tensor  # (V, H)
+    targets: torch.Tensor  # (N,)
+    grad_logps: torch.Tensor  # (N,) float32
+    wants: tuple[str, ...]
+
+    def inputs(self) -> list[torch.Tensor]:
+        """The tensors of `wants`."""
+        return [getattr(self, name) for name in self.wants]
+
+
+def head_tensors(shape: HeadShape, dtype: torch.dtype, device: torch.device, wants: tuple[str, ...]) -> HeadTensors:
+    """Random tensors whose distributions are as peaked as a trained model's: most tokens were likely."""
+    made = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape.vocabulary, shape.hidden, generator=made) * shape.hidden**-0.5
+    targets = torch.randint(shape.vocabulary, (shape.tokens,), generator=made)
+    hidden = 14 * weight[targets] + 2 * torch.randn(shape.tokens, shape.hidden, generator=made)
+    grad_logps = torch.randn(shape.tokens, generator=made) / shape.tokens
+    return HeadTensors(
+        hidden.to(device, dtype).requires_grad_("hidden" in wants),
+        weight.to(device, dtype).requires_grad_("weight" in wants),
+        targets.to(device),
+        grad_logps.to(device),
+        wants,
+    )
+
+
+@dataclass(frozen=True)
+class TokenTensors:
+    """What a policy loss reads besides log-probabilities: right-padded sequences, `GROUP` to a prompt."""
+
+    logps: torch.Tensor  # (B, T) float32, with gradient
+    old_logps: torch.Tensor  # (B, T)
+    ref_logps: torch.Tensor  # (B, T)
+    advantages: torch.Tensor  # (B,)
+    mask: torch.Tensor  # (B, T) bool
+
+
+def token_tensors(
+    batch: tuple[int, int], device: torch.device, *, around: torch.Tensor | None = None, silent: float = 0.0
+) -> TokenTensors:
+    """Sequences of a quarter of T to T tokens; the first `silent` share of the groups has advantages of 0.
+
+    `around`: (B, T) log-probabilities that the old and reference ones differ from by little.
+    """
+    made = torch.Generator().manual_seed(1)
+    sequences, length = batch
+    logps = -torch.rand(batch, generator=made) * 3 if around is None else around.detach().float().cpu()
+    advantages = torch.randn(sequences, generator=made)
+    advantages[: int(silent * sequences / GROUP) * GROUP] = 0.0
+    lengths = torch.randint(max(1, length // 4), length + 1, (sequences, 1), generator=made)
+    old, ref = (logps + 0.1 * torch.randn(batch, generator=made) for _ in range(2))
+    return TokenTensors(
+        logps.to(device).requires_grad_(),
+        old.to(device),
+        ref.to(device),
+        advantages.to(device),
+        (torch.arange(length) < lengths).to(device),
+    )
+
+
+def grpo_loss(logps: torch.Tensor, tokens: TokenTensors, *, kl: bool) -> torch.Tensor:
+    """GRPO as one writes it in torch, arXiv:2402.03300 eq. 3: the mean over sequences of the mean over tokens."""
+    advantages = tokens.advantages.to(logps.dtype).unsqueeze(1)
+    ratio = torch.exp(logps - tokens.old_logps.to(logps.dtype))
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    if kl:
+        distance = tokens.ref_logps.to(logps.dtype) - logps
+        loss = loss + KL_COEF * (distance.exp() - distance - 1)
+    mask = tokens.mask.to(logps.dtype)
+    return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def true_logps(head: HeadTensors, rows: int = 64) -> torch.Tensor:
+    """(N,) float64, a few rows at a time."""
+    weight = head.weight.detach().double()
+    return torch.cat(
+        [
+            (hidden.detach().double() @ weight.T).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+            for hidden, targets in zip(head.hidden.split(rows), head.targets.split(rows), strict=True)
+        ]
+    )
+
+
+def true_gradients(head: HeadTensors, grad_logps: torch.Tensor, rows: int = 64) -> Outputs:
+    """d sum(grad_logps logps) / d hidden and / d weight in float64: dz = grad_logps (onehot - softmax)."""
+    weight = head.weight.detach().double()
+    grad_hidden, grad_weight = [], torch.zeros_like(weight)
+    parts = (tensor.split(rows) for tensor in (head.hidden, head.targets, grad_logps.double()))
+    for hidden, targets, upstream in zip(*parts, strict=True):
+        hidden = hidden.detach().double()
+        dz = -(hidden @ weight.T).softmax(-1)
+        dz[torch.arange(len(targets)), targets] += 1.0
+        dz *= upstream.unsqueeze(1)
+        grad_hidden.append(dz @ weight)
+        grad_weight.addmm_(dz.T, hidden)
+    gradients = {"grad_hidden": torch.cat(grad_hidden), "grad_weight": grad_weight}
+    return {name: gradient for name, gradient in gradients.items() if name.removeprefix("grad_") in head.wants}

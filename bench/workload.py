@@ -1,0 +1,79 @@
+"""The workload of the whole-step benchmark: the demo task, the same for every provider."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastrl.rewards.extract import completion_text, last_number
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The demo task: sums and differences of two one-digit numbers, GRPO without a KL term. Every provider gets it."""
+
+    model: str = "smollm2-135m-instruct"
+    prompts: int = 8
+    samples: int = 8
+    max_new_tokens: int = 32
+    steps: int = 4  # measured, after `warm_up` more
+    warm_up: int = 1
+    micro_batch: int = 16  # sequences; fastrl's recipe counts tokens instead
+    seed: int = 0
+    device: str = "cpu"
+    folder: str = ""  # where the questions are and a provider may write
+
+    @property
+    def total_steps(self) -> int:
+        """Steps run, warm-up included."""
+        return self.steps + self.warm_up
+
+    @property
+    def questions(self) -> Path:
+        """One JSON object with `prompt` and `answer` a line, in the order of use where the provider keeps it."""
+        return Path(self.folder) / "questions.jsonl"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The questions that `write_questions` wrote."""
+        return [json.loads(line) for line in self.questions.read_text().splitlines()]
+
+    def encode(self) -> str:
+        """JSON, the form in which a workload reaches a provider's process."""
+        return json.dumps(asdict(self))
+
+
+FEW_SHOT = "What is 4 + 3? The answer is 7.\nWhat is 9 - 2? The answer is 7.\nWhat is 5 + 6? The answer is 11.\n"
+
+
+def write_questions(workload: Workload, *, chat: bool) -> None:
+    """Distinct questions, as many as the steps use: chat messages, or few-shot text for a model without a template."""
+    import reasoning_gym
+
+    task = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    entries = reasoning_gym.create_dataset("chain_sum", size=2_000, seed=workload.seed, **task)
+    distinct = list({entry["question"]: entry for entry in entries}.values())
+    needed = workload.total_steps * workload.prompts
+    if needed > len(distinct):
+        raise ValueError(f"steps: expected at most {len(distinct)} questions in all, got {needed}. Use fewer steps.")
+    chosen = random.Random(workload.seed).sample(distinct, needed)
+    rows = [{"prompt": _prompt(entry, chat), "answer": entry["answer"]} for entry in chosen]
+    workload.questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _prompt(entry: dict[str, Any], chat: bool) -> Any:
+    if chat:
+        return [{"role": "user", "content": entry["question"]}]
+    sum_text = entry["metadata"]["expression"]
+    return f"{FEW_SHOT}What is {sum_text}? The answer is"
+
+
+def last_number_reward(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 where the last number of a completion is the answer, else 0. TRL's signature, which is also fastrl's."""
+    return [
+        float(last_number(completion_text(completion)) == expected)
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
