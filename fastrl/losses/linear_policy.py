@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from fastrl import check
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import flatten_tokens
 from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save
 from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
 from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
+from fastrl.ops.policy_loss import encoded
 from fastrl.ops.policy_loss import policy_loss as policy_loss_op
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput
@@ -65,6 +67,8 @@ def linear_policy_loss(
     """
     head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    check.shape(OP, "mask", mask, targets.shape, "as targets")  # before it meets targets, where it would broadcast
+    check.device(OP, "mask", mask, targets.device, "targets")
     tokens = flatten_tokens(
         OP,
         targets.shape,
@@ -110,7 +114,7 @@ def linear_policy_loss(
             entropies,
             tokens.seq_ids,
             tokens.num_seqs,
-            spec.encode(),
+            encoded(spec),
             backend,
         )
     given = {"ref": ref_logps is not None, "sampling": sampling_logps is not None, "entropy": entropy}

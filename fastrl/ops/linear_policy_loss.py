@@ -11,6 +11,7 @@ from fastrl.kernels.registry import resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
 from fastrl.ops.linear_logprob import HeadInputs
+from fastrl.ops.policy_loss import encoded
 from fastrl.spec import PolicyLoss, decode
 
 
@@ -54,7 +55,7 @@ def linear_policy_loss(
         old_logps,
         ref_logps,
         sampling_logps,
-        spec.encode(),
+        encoded(spec),
         entropy,
         skip_silent,
         head.needs_hidden,
