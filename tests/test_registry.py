@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastrl.kernels import registry
+from fastrl.kernels.registry import OPS, TABLE, Kernel, explain, resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """An op with one backend that refuses everything, one that takes only CPUs and one that takes all."""
+    backends = {
+        "never": Kernel("fastrl.kernels.logprob.reference", lambda device: "no compiler was found"),
+        "on_cpu": Kernel(
+            "fastrl.kernels.logprob.chunked", lambda device: None if device.type == "cpu" else "needs a CPU"
+        ),
+        "anywhere": Kernel("fastrl.kernels.logprob.reference"),
+    }
+    monkeypatch.setitem(registry.TABLE, "logprob", backends)
+    return backends
+
+
+def test_auto_takes_the_first_backend_that_does_not_refuse(table):
+    assert resolve("logprob", "auto", CPU).__name__ == table["on_cpu"].module
+    assert resolve("logprob", "auto", torch.device("meta")).__name__ == table["anywhere"].module
+
+
+def test_a_backend_asked_for_by_name_is_used(table):
+    assert resolve("logprob", "anywhere", CPU).__name__ == table["anywhere"].module
+
+
+def test_a_backend_asked_for_by_name_is_refused_with_its_reason_and_never_replaced(table):
+    with pytest.raises(ValueError, match=r"no backend takes device cpu\.\n  never: no compiler was found"):
+        resolve("logprob", "never", CPU)
+
+
+def test_when_all_refuse_every_reason_is_given(table):
+    del table["anywhere"]
+    with pytest.raises(ValueError, match="never: no compiler was found\n  on_cpu: needs a CPU"):
+        resolve("logprob", "auto", torch.device("meta"))
+
+
+def test_an_unknown_backend_is_refused_with_the_nearest_name(table):
+    with pytest.raises(ValueError, match=r"logprob: backend: expected one of auto, never.*Did you mean 'on_cpu'"):
+        resolve("logprob", "oncpu", CPU)
+
+
+def test_explain_gives_the_reason_of_each_backend(table):
+    assert explain("logprob", torch.device("meta")) == {
+        "never": "no compiler was found",
+        "on_cpu": "needs a CPU",
+        "anywhere": None,
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_torch_backend_takes_every_device(op):
+    for device in ("cpu", "cuda", "mps", "xpu"):
+        for backend in ("reference", "chunked"):
+            assert isinstance(resolve(op, backend, torch.device(device)), ModuleType)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_importable_backend_has_the_signatures_of_the_reference(op):
+    reference = resolve(op, "reference", CPU)
+    functions = [name for name in ("forward", "backward") if hasattr(reference, name)]
+    assert functions
+    for backend, reason in explain(op, CPU).items():
+        if reason is None:
+            module = resolve(op, backend, CPU)
+            for name in functions:
+                assert inspect.signature(getattr(module, name)) == inspect.signature(getattr(reference, name)), backend
+
+
+def test_the_table_has_every_op_and_no_other():
+    assert tuple(TABLE) == OPS
+    assert all("reference" in backends for backends in TABLE.values())
