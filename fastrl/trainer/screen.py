@@ -161,10 +161,7 @@ class Screen:
             atexit.unregister(self._stop)
 
     def _print(self, line: str, style: str = "") -> None:
-        text = self._text(line, style)
-        if self.console.is_terminal:
-            text.truncate(self.console.width)
-        self.console.print(text, soft_wrap=True)
+        self.console.print(self._text(line, style), soft_wrap=True)
 
     def _text(self, text: str, style: str = "") -> Text:
         """Text that the output's encoding can carry, whatever the model wrote."""
@@ -172,8 +169,15 @@ class Screen:
         return Text(text.encode(encoding, "backslashreplace").decode(encoding), style=style)
 
     def _line(self, step: str, values: Sequence[str], tail: str) -> str:
-        cells = [v.rjust(c.width) for v, c in zip(values, self._columns, strict=True)]
-        return (step.rjust(2 * len(str(self._total)) + 1).rjust(7) + "".join(cells) + "   " + tail)[:WIDTH].rstrip()
+        """As many whole columns as fit: half a number would be another number."""
+        line = step.rjust(max(7, 2 * len(str(self._total)) + 1))
+        width = min(WIDTH, self.console.width)
+        cells = [value.rjust(column.width) for value, column in zip(values, self._columns, strict=True)]
+        for cell in (*cells, f"   {tail}"):
+            if len(line) + len(cell) > width:
+                break
+            line += cell
+        return line
 
     def _status(self) -> RenderableType:
         """The live display: bar, time gone and left; last reward and stages; what runs now."""

@@ -66,7 +66,8 @@ def groups(rng: random.Random, skill: float, prompts: int = 8, samples: int = 8,
             sample.advantage = (sample.reward - mean) / (std + 1e-6)
         made.append(Group(Prompt(index, content, (1, 2, 3)), drawn))
     if hostile:
-        made[0].samples[0].text = HOSTILE
+        for sample in made[0].samples:
+            sample.text = HOSTILE
     return made
 
 
