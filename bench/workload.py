@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastrl.model.packaged import PACKAGED, converted
 from fastrl.rewards.extract import completion_text, last_number
 
 
@@ -23,6 +24,7 @@ class Workload:
     steps: int = 4  # measured, after `warm_up` more
     warm_up: int = 1
     micro_batch: int = 16  # sequences; fastrl's recipe counts tokens instead
+    reward: str = "last_number"  # or alternating, see `REWARDS`
     seed: int = 0
     device: str = "cpu"
     folder: str = ""  # where the questions are and a provider may write
@@ -44,6 +46,11 @@ class Workload:
     def encode(self) -> str:
         """JSON, the form in which a workload reaches a provider's process."""
         return json.dumps(asdict(self))
+
+
+def model_folder(name: str) -> Path:
+    """Where transformers loads the model from: a packaged one is converted on first use."""
+    return converted(PACKAGED[name]) if name in PACKAGED else Path(name)
 
 
 FEW_SHOT = "What is 4 + 3? The answer is 7.\nWhat is 9 - 2? The answer is 7.\nWhat is 5 + 6? The answer is 11.\n"
@@ -77,3 +84,11 @@ def last_number_reward(completions: Sequence[Any], answer: Sequence[str], **_: A
         float(last_number(completion_text(completion)) == expected)
         for completion, expected in zip(completions, answer, strict=True)
     ]
+
+
+def alternating_reward(completions: Sequence[Any], **_: Any) -> list[float]:
+    """0, 1, 0, 1, ...: no prompt's rewards are equal, so that every completion is trained on by every provider."""
+    return [float(place % 2) for place in range(len(completions))]
+
+
+REWARDS = {"last_number": last_number_reward, "alternating": alternating_reward}
