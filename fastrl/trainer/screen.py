@@ -127,7 +127,9 @@ class Screen:
 
     def evaluation(self, step: int, name: str, result: dict[str, float], seconds: float) -> None:
         """One line."""
-        numbers = "  ".join(f"{key} {number(value)}" for key, value in result.items())
+        numbers = "  ".join(f"{key} {number(value)}" for key, value in result.items() if key != "prompts")
+        if "prompts" in result:
+            numbers += f"  on {result['prompts']:.0f} prompts"
         took = f"  ({duration(seconds)})" if seconds else ""
         self._print(f"held-out, {name}, after step {step}:  {numbers}{took}", style="bold")
 

@@ -88,11 +88,14 @@ def test_stage_entered_twice_adds_up_and_starts_anew_with_the_next_step(ticking,
 
 def test_stage_that_raises_is_still_timed(ticking, tmp_path):
     log, time, _ = ticking
-    stage = log.stage("train")
-    stage.__enter__()
-    time.now += 2.0
+
+    def failing():
+        with log.stage("train"):
+            time.now += 2.0
+            raise RuntimeError
+
     with pytest.raises(RuntimeError):
-        stage.__exit__(RuntimeError, RuntimeError(), None)
+        failing()
     log.step(1, {})
     assert lines(tmp_path / "run" / "metrics.jsonl")[0]["time/train"] == 2.0
 
@@ -111,6 +114,14 @@ def test_no_step_pays_for_evaluation_and_saving(ticking, tmp_path):
     assert metrics[1]["time/save"] == 7.0
     assert [record["seconds"] for record in evaluations] == [6.0, 6.0]
     assert {record["name"]: record["reward"] for record in evaluations} == before
+
+
+def test_evaluation_line_says_what_when_and_on_how_many_prompts(ticking):
+    log, time, console = ticking
+    with log.stage("eval"):
+        time.now += 6.0
+    log.evaluation(3, "greedy", {"reward": 0.25, "prompts": 4.0}, [])
+    assert console.file.getvalue() == "held-out, greedy, after step 3:  reward 0.250  on 4 prompts  (6.0 s)\n"
 
 
 def test_eta_is_the_mean_recent_step_time_for_each_remaining_step(ticking):
