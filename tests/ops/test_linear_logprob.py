@@ -336,6 +336,17 @@ def test_a_broken_row_without_upstream_gradient_reaches_no_weight(backend, small
         assert_exact(ours.bias.grad, theirs.bias.grad)
 
 
+def test_a_broken_row_without_upstream_gradient_is_zero_with_a_frozen_head(backend):
+    for fill, row in ((math.nan, 4), (math.inf, 7)):
+        ours = gaussian(11, 8, 37, ignored=False).leaves("hidden")
+        ours.hidden.data[row] = fill
+        grads = upstream((11,))
+        grads[:, row] = 0
+        pull(fused(ours, entropy=True, backend=backend), grads)
+        assert (ours.hidden.grad[row] == 0).all()
+        assert ours.hidden.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("memory", ["keep", "stream"])
 def test_all_rows_ignored_gives_zeros_and_zero_gradients(backend, memory):
     inputs = gaussian(6, 8, 37)
