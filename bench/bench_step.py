@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.step_child import STAGES, StepRecord, read
 from bench.timing import environment, quantiles
-from bench.workload import Workload, model_folder, write_questions
+from bench.workload import REWARDS, Workload, model_folder, write_questions
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="", help="JSON lines; default results/<machine>/<date>.jsonl")
     for name, default in asdict(Workload()).items():
         if name != "folder":
-            parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+            choices = tuple(REWARDS) if name == "reward" else None
+            parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, choices=choices)
     return parser
 
 
