@@ -128,7 +128,7 @@ class PolicyLoss:
     """What a policy loss is: sum_t w_t (c_t surrogate_t + kl.coef KL_t - entropy_coef H_t).
 
     The weights w_t fold mask, aggregation and normaliser (`fastrl.losses.aggregate`); c_t is `correction`'s weight.
-    `ratio="sequence"` uses rho_i = exp(mean_t(logps - old_logps)) for every token of sequence i: GSPO, arXiv:2507.18071.
+    `ratio="sequence"` uses rho_i = exp(mean_t(logps - old_logps)) for every token of sequence i: arXiv:2507.18071.
     """
 
     ratio: Ratio = "token"

@@ -8,6 +8,14 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need a CUDA device; without one they are reported as skipped, never as passed."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -57,7 +57,10 @@ class GroupPolicyGradient:
     def loss(
         self, policy: Policy, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
     ) -> LossOutput:
-        """One micro-batch's share of the step's loss, from hidden states, with its metrics."""
+        """One micro-batch's share of the step's loss, from hidden states, with its metrics.
+
+        Where the head's weight has a `main_grad`, its gradient is there already when this returns.
+        """
         if self.spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
             normalizer = normalizer * batch.group_tokens
         return linear_policy_loss(
@@ -77,6 +80,7 @@ class GroupPolicyGradient:
             temperature=temperature,
             softcap=policy.head.softcap,
             logit_scale=policy.head.logit_scale,
+            main_grad=getattr(policy.head.weight, "main_grad", None) if self.spec.separable else None,
             entropy=entropy,
             backend=policy.backend,
         )

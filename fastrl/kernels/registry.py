@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -44,6 +45,13 @@ TABLE: dict[str, dict[str, Kernel]] = {op: _torch_backends(op) for op in OPS}
 def explain(op: str, device: torch.device) -> dict[str, str | None]:
     """Backend -> None when it takes `device`, else the reason why it does not."""
     return {name: kernel.refuses(device) for name, kernel in TABLE[op].items()}
+
+
+def as_written(device: torch.device) -> AbstractContextManager:
+    """Switches autocast off around a kernel: it would round the kernel's float32 matmuls to 16 bits."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def resolve(op: str, backend: str, device: torch.device) -> ModuleType:

@@ -37,6 +37,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    main_grad: torch.Tensor | None = None,
     entropy: bool = False,
     metrics: bool = True,
     memory: str | int = "auto",
@@ -54,6 +55,9 @@ def linear_policy_loss(
             with targets (B, T) or (N,). A token whose target is `ignore_index` is outside the mask.
         advantages, spec, mask, old_logps, ref_logps, sampling_logps, group_ids, normalizer, cu_seqlens: as
             `policy_loss`.
+        main_grad: (V, H), float32: the weight's gradient is added here in the forward pass, unrounded and without a
+            buffer of its own, and does not reach `weight.grad`. It is the gradient of the loss itself: call
+            `loss.backward()` without a factor. For losses that separate per token.
         entropy: compute the entropy for its metric; a spec with an entropy term computes it in any case.
         metrics: False also leaves rows out of the first matmul whose loss and gradient are known to be zero from their
             advantage alone; the metrics then count the remaining rows only.
@@ -84,8 +88,15 @@ def linear_policy_loss(
         cu_seqlens=cu_seqlens,
         dtype=dtype,
     )
+    if main_grad is not None:
+        check.require(
+            spec.separable, OP, "main_grad", "None for a loss on whole sequences", "a tensor", "Leave it out."
+        )
+        check.shape(OP, "main_grad", main_grad, weight.shape, "as weight")
+        check.device(OP, "main_grad", main_grad, weight.device, "weight")
+        check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
     entropy = entropy or spec.needs_entropy
-    save = choose_save(OP, head, memory)
+    save = choose_save(OP, head, memory, entropy=spec.needs_entropy)
     if spec.separable:
         out = linear_policy_loss_op(
             head,
@@ -96,6 +107,7 @@ def linear_policy_loss(
             tokens.ref_logps,
             tokens.sampling_logps,
             spec,
+            main_grad=main_grad,
             entropy=entropy,
             skip_silent=not metrics,
             backend=backend,

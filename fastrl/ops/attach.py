@@ -42,7 +42,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     needs = ctx.needs_input_grad[1:4]
     dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
     scaled = (
-        (saved * grad).to(dtype) if needed else None
+        # out= rounds on the way, without a whole product in the accumulation dtype
+        torch.mul(saved, grad, out=torch.empty_like(saved, dtype=dtype)) if needed else None
         for saved, dtype, needed in zip(ctx.saved_tensors, dtypes, needs, strict=True)
     )
     return None, *scaled, None, None, None

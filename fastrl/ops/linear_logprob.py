@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrl import check, env
-from fastrl.kernels.registry import resolve
+from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
 from fastrl.types import LogprobOutput
 
@@ -63,6 +63,10 @@ def check_head(
             TypeError,
         )
     check.floating(op, "hidden", hidden)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):  # as torch's own linear does: a gradient reaches the uncast tensors
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     check.require(weight.dim() == 2, op, "weight", "shape (V, H)", tuple(weight.shape), "Pass lm_head.weight.")
     check.require(hidden.dim() >= 1, op, "hidden", "shape (..., H)", tuple(hidden.shape))
     check.require(
@@ -154,7 +158,8 @@ def linear_logprob(
         entropy: also return the entropy, with its gradient.
         memory: what is kept for backward when the head is trainable: "keep" stores probabilities in the input dtype
             (2 matmuls in backward), "stream" stores nothing and recomputes (3), "auto" keeps what fits in a budget
-            (256 MiB on a CPU, 4 GiB on a GPU, or $FASTRL_KEEP_BYTES); an int is that budget in bytes.
+            (256 MiB on a CPU, 4 GiB on a GPU, or $FASTRL_KEEP_BYTES); an int is that budget in bytes. With 16-bit
+            inputs and `entropy`, "auto" recomputes.
             With a frozen head the derivative itself is kept, (..., H), and backward has no matmul.
         backend: "auto", or a name from `fastrl doctor`; a named backend is used or refused, never replaced.
 
@@ -169,13 +174,17 @@ def linear_logprob(
     inputs = check_head(
         "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index
     )
-    save = choose_save("linear_logprob", inputs, memory)
+    save = choose_save("linear_logprob", inputs, memory, entropy=entropy)
     logps, entropies, _, _, _ = _op(*inputs, entropy, save, backend)
     return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
 
 
-def choose_save(op: str, inputs: HeadInputs, memory: str | int) -> str:
-    """What the forward pass keeps: none, frozen, keep or stream."""
+def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool) -> str:
+    """What the forward pass keeps: none, frozen, keep or stream.
+
+    16-bit probabilities lose digits of log p + H, the entropy's gradient, where the distribution is nearly uniform:
+    only an explicit "keep" takes that.
+    """
     if isinstance(memory, str):
         check.choice(op, "memory", memory, MEMORY)
     else:
@@ -186,6 +195,8 @@ def choose_save(op: str, inputs: HeadInputs, memory: str | int) -> str:
         return "frozen"
     if memory in ("keep", "stream"):
         return str(memory)
+    if entropy and inputs.hidden.element_size() < 4:
+        return "stream"
     budget = memory if isinstance(memory, int) else keep_budget(inputs.hidden.device)
     kept = inputs.hidden.shape[0] * inputs.weight.shape[0] * inputs.hidden.element_size()
     return "keep" if kept <= budget else "stream"
@@ -211,18 +222,19 @@ def _op(
     save: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return resolve("linear_logprob", backend, hidden.device).forward(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        entropy=entropy,
-        save=save,
-    )
+    with as_written(hidden.device):
+        return resolve("linear_logprob", backend, hidden.device).forward(
+            hidden,
+            weight,
+            targets,
+            bias,
+            temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            entropy=entropy,
+            save=save,
+        )
 
 
 @_op.register_fake
@@ -275,27 +287,28 @@ def backward_op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(d hidden, d weight, d bias) in the accumulation dtype; (0,) where not needed."""
-    return resolve("linear_logprob", backend, hidden.device).backward(
-        grad_logps,
-        grad_entropy,
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        logps,
-        entropy,
-        lse,
-        saved,
-        saved_entropy,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        save=save,
-        needs_hidden=needs_hidden,
-        needs_weight=needs_weight,
-        needs_bias=needs_bias,
-    )
+    with as_written(hidden.device):
+        return resolve("linear_logprob", backend, hidden.device).backward(
+            grad_logps,
+            grad_entropy,
+            hidden,
+            weight,
+            targets,
+            bias,
+            temperature,
+            logps,
+            entropy,
+            lse,
+            saved,
+            saved_entropy,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            save=save,
+            needs_hidden=needs_hidden,
+            needs_weight=needs_weight,
+            needs_bias=needs_bias,
+        )
 
 
 @backward_op.register_fake

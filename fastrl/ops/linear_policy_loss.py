@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastrl.kernels.policy_loss import METRICS
-from fastrl.kernels.registry import resolve
+from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
 from fastrl.ops.linear_logprob import HeadInputs
@@ -34,15 +34,17 @@ def linear_policy_loss(
     sampling_logps: torch.Tensor | None,
     spec: PolicyLoss,
     *,
+    main_grad: torch.Tensor | None,
     entropy: bool,
     skip_silent: bool,
     backend: str,
 ) -> LinearPolicyLoss:
     """loss = sum_n weights_n l_n(logps_n) for checked, flat (N,) inputs and a spec that separates per token.
 
-    hidden, weight and bias of `head` get gradients. `skip_silent` leaves rows out of the forward pass too when their
-    gradient is known to be zero beforehand; their logps are then reported as 0. The public form, with the arguments
-    users have, is `fastrl.losses.linear_policy_loss`.
+    hidden, weight and bias of `head` get gradients, but that of the weight goes to `main_grad`, (V, H) in the
+    accumulation dtype, where it is given: added in this call, before any backward. `skip_silent` leaves rows out of the
+    forward pass too when their gradient is known to be zero beforehand; their logps are then reported as 0. The public
+    form, with the arguments users have, is `fastrl.losses.linear_policy_loss`.
     """
     grad = torch.is_grad_enabled()
     needs_weight = grad and head.weight.requires_grad
@@ -55,6 +57,7 @@ def linear_policy_loss(
         old_logps,
         ref_logps,
         sampling_logps,
+        main_grad if needs_weight else None,
         encoded(spec),
         entropy,
         skip_silent,
@@ -64,11 +67,12 @@ def linear_policy_loss(
         backend,
     )
     if head.needs_hidden or head.needs_head:
-        loss = attach_gradients(loss, head.hidden, head.weight, head.bias, *gradients)
+        weight = head.weight if main_grad is None else head.weight.detach()
+        loss = attach_gradients(loss, head.hidden, weight, head.bias, *gradients)
     return LinearPolicyLoss(loss, logps, entropies, metrics)
 
 
-@torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=())
+@torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=("main_grad",))
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -84,6 +88,7 @@ def _op(
     old_logps: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
     sampling_logps: torch.Tensor | None,
+    main_grad: torch.Tensor | None,
     spec: str,
     entropy: bool,
     skip_silent: bool,
@@ -92,28 +97,30 @@ def _op(
     needs_bias: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return resolve("linear_policy_loss", backend, hidden.device).forward(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        advantages,
-        weights,
-        mask,
-        old_logps,
-        ref_logps,
-        sampling_logps,
-        spec=decode(spec),
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        entropy=entropy,
-        skip_silent=skip_silent,
-        needs_hidden=needs_hidden,
-        needs_weight=needs_weight,
-        needs_bias=needs_bias,
-    )
+    with as_written(hidden.device):
+        return resolve("linear_policy_loss", backend, hidden.device).forward(
+            hidden,
+            weight,
+            targets,
+            bias,
+            temperature,
+            advantages,
+            weights,
+            mask,
+            old_logps,
+            ref_logps,
+            sampling_logps,
+            main_grad,
+            spec=decode(spec),
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            entropy=entropy,
+            skip_silent=skip_silent,
+            needs_hidden=needs_hidden,
+            needs_weight=needs_weight,
+            needs_bias=needs_bias,
+        )
 
 
 @_op.register_fake
@@ -132,6 +139,7 @@ def _(
     old_logps: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
     sampling_logps: torch.Tensor | None,
+    main_grad: torch.Tensor | None,
     spec: str,
     entropy: bool,
     skip_silent: bool,
@@ -146,7 +154,7 @@ def _(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows if entropy else 0, dtype=dtype),
         hidden.new_empty(hidden.shape if needs_hidden else (0,), dtype=dtype),
-        weight.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if needs_weight and main_grad is None else (0,), dtype=dtype),
         weight.new_empty(weight.shape[0] if needs_bias else 0, dtype=dtype),
         hidden.new_empty((len(METRICS), 2), dtype=dtype),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastrl.kernels import registry
 from fastrl.kernels.policy_loss import METRICS
@@ -66,6 +67,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.save_for_backward(dlogps, dentropy)
 
 
+@once_differentiable  # the derivatives are constants here: a second derivative would be silently wrong
 def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
     logps, entropy = 0, 7
     grads: list[torch.Tensor | None] = [None] * 12

@@ -32,6 +32,7 @@ class MasterOptimizer:
         self.grads = _views(self.flat.grad, self.params)
         for param, master, grad in zip(self.params, self.masters, self.grads, strict=True):
             master.copy_(param.detach())
+            param.main_grad = grad  # the field's name for it, since Megatron: the head's op adds to it directly
             if param.dtype == torch.float32:
                 param.data, param.grad = master, grad
             else:

@@ -526,9 +526,9 @@ def test_chunks_and_row_order_change_no_result(seed, rows, per_chunk, tile):
 def test_what_is_kept_follows_the_budget(memory, requires, expected):
     inputs = gaussian(11, 8, 37).leaves(*requires)
     head = module.check_head("op", inputs.hidden, inputs.weight, inputs.targets, inputs.bias, 1.0, None, 1.0, IGNORE)
-    assert module.choose_save("op", head, memory) == expected
+    assert module.choose_save("op", head, memory, entropy=False) == expected
     with torch.no_grad():
-        assert module.choose_save("op", head, memory) == "none"
+        assert module.choose_save("op", head, memory, entropy=False) == "none"
 
 
 @pytest.mark.parametrize(("value", "expected"), [("0", 0), ("12345", 12345), ("", 256 << 20)])
@@ -610,3 +610,32 @@ def test_compiles_without_a_graph_break(requires):
         results.append([out.detach(), *(g for g in inputs.grads().values() if g is not None)])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+def test_sixteen_bit_entropy_is_recomputed_unless_keep_is_asked_for():
+    def save(dtype, memory, entropy):
+        weight = torch.randn(5, 3, dtype=dtype).requires_grad_()
+        hidden, targets = torch.randn(2, 3, dtype=dtype), torch.tensor([1, 2])
+        head = module.check_head("op", hidden, weight, targets, None, 1.0, None, 1.0, IGNORE)
+        return module.choose_save("op", head, memory, entropy=entropy)
+
+    assert save(torch.bfloat16, "auto", True) == "stream"
+    assert save(torch.bfloat16, "keep", True) == "keep"
+    assert save(torch.bfloat16, "auto", False) == "keep"
+    assert save(torch.float32, "auto", True) == "keep"
+
+
+def test_autocast_takes_float32_weights_as_a_linear_layer_does(backend):
+    hidden, weight = torch.randn(7, 8), torch.randn(11, 8)
+    targets = torch.randint(0, 11, (7,))
+    results = []
+    for cast in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            ours = (h, w) if cast else (h.bfloat16(), w.bfloat16())
+            logps = linear_logprob(*ours, targets, backend=backend).logps
+        logps.sum().backward()
+        assert (h.grad.dtype, w.grad.dtype) == (torch.float32, torch.float32)
+        results.append((logps.detach(), h.grad, w.grad))
+    for with_autocast, by_hand in zip(*results, strict=True):
+        assert torch.equal(with_autocast, by_hand)

@@ -447,13 +447,15 @@ def test_a_wrong_argument_is_refused_by_name(changes, message):
     "needs", [(True, True, True), (True, False, False), (False, True, False), (False,) * 3], ids=str
 )
 @pytest.mark.parametrize("layout", ["contiguous", "column-major"])
-def test_the_operator_passes_opcheck(backend, needs, layout):
+@pytest.mark.parametrize("into_main_grad", [False, True])
+def test_the_operator_passes_opcheck(backend, needs, layout, into_main_grad):
     inputs = gaussian(4, 3, 5, dtype=torch.float32)
     hidden = inputs.hidden if layout == "contiguous" else inputs.hidden.T.contiguous().T
     tokens = (torch.randn(4), torch.rand(4), torch.tensor([True, True, False, True]), *torch.randn(3, 4).unbind())
     spec = SPECS["masked weights"].encode()
     head = (hidden, inputs.weight, inputs.targets, inputs.bias, torch.ones(1), 3.0, 0.5, IGNORE)
-    torch.library.opcheck(module._op, (*head, *tokens, spec, True, True, *needs, backend))
+    main_grad = torch.zeros_like(inputs.weight) if into_main_grad and needs[1] else None
+    torch.library.opcheck(module._op, (*head, *tokens, main_grad, spec, True, True, *needs, backend))
 
 
 @pytest.mark.parametrize("requires", [EVERYTHING, ("hidden",), ("weight",)], ids="+".join)
@@ -488,3 +490,47 @@ def test_the_metrics_table_has_a_row_for_every_name(backend):
     inputs, advantages, tokens = batch()
     out = fused(inputs, advantages, SPECS["masked weights"], tokens, entropy=True, backend=backend)
     assert list(out.metrics) == list(METRICS)
+
+
+def test_main_grad_receives_the_unrounded_weight_gradient_and_weight_grad_nothing(backend):
+    hidden, weight = torch.randn(6, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    targets, advantages = torch.randint(0, 9, (6,)), torch.randn(6, dtype=torch.float64)
+    options = {"mask": torch.ones(6, dtype=torch.bool), "backend": backend}
+    spec = PolicyLoss(aggregate="token_mean")
+    plain_hidden, plain_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    linear_policy_loss(plain_hidden, plain_weight, targets, advantages, spec, **options).loss.backward()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    main_grad = torch.ones_like(weight)
+    for _ in range(2):
+        out = linear_policy_loss(hidden, weight, targets, advantages, spec, main_grad=main_grad, **options)
+        out.loss.backward()
+    assert weight.grad is None
+    torch.testing.assert_close(main_grad, 1 + 2 * plain_weight.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(hidden.grad, 2 * plain_hidden.grad, rtol=0, atol=1e-12)
+
+
+def test_main_grad_is_refused_where_it_would_be_wrong():
+    hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
+    targets, advantages, mask = torch.randint(0, 9, (6,)), torch.randn(6), torch.ones(6, dtype=torch.bool)
+    with pytest.raises(ValueError, match="main_grad: expected shape"):
+        linear_policy_loss(
+            hidden,
+            weight,
+            targets,
+            advantages,
+            PolicyLoss(aggregate="token_mean"),
+            mask=mask,
+            main_grad=torch.zeros(4, 9),
+        )
+    sequences = PolicyLoss(ratio="sequence")
+    with pytest.raises(ValueError, match="main_grad: expected None for a loss on whole sequences"):
+        linear_policy_loss(
+            hidden.view(2, 3, 4),
+            weight,
+            targets.view(2, 3),
+            advantages[:2],
+            sequences,
+            mask=mask.view(2, 3),
+            main_grad=torch.zeros_like(weight),
+        )

@@ -558,3 +558,16 @@ def test_packed_log_probabilities_without_bounds_are_refused_where_sequences_mat
     with pytest.raises(ValueError, match="cu_seqlens: expected"):
         policy_loss(torch.zeros(6), torch.zeros(6), spec, **arguments)
     policy_loss(torch.zeros(6), torch.zeros(6), replace(spec, ratio="token", aggregate="token_mean"), **arguments)
+
+
+def test_double_backward_is_refused():
+    logps = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    out = policy_loss(
+        logps,
+        torch.randn(4, dtype=torch.float64),
+        PolicyLoss(aggregate="token_mean"),
+        mask=torch.ones(4, dtype=torch.bool),
+    )
+    (grad,) = torch.autograd.grad(out.loss, logps, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()

@@ -38,11 +38,11 @@ class Head:
     is widened tile by tile where the device has no mixed-precision matmul, so no float32 copy of it ever exists.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, main_grad: torch.Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self.dtype = accumulate_dtype(weight.dtype)
         self.mixed = _MIXED_MATMUL and weight.is_cuda and weight.dtype != self.dtype
-        self.grad_weight: torch.Tensor | None = None
+        self.grad_weight = main_grad
         self.grad_bias: torch.Tensor | None = None
 
     def _tiles(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -87,13 +87,16 @@ class Head:
 
     def gradients(self, needs_weight: bool, needs_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(grad_weight, grad_bias): zeros when no row contributed, (0,) when not needed."""
-        for name, shape, needed in (
-            ("grad_weight", self.weight.shape, needs_weight),
-            ("grad_bias", self.weight.shape[:1], needs_bias),
-        ):
-            if getattr(self, name) is None:
-                setattr(self, name, self.weight.new_zeros(shape if needed else (0,), dtype=self.dtype))
-        return self.grad_weight, self.grad_bias
+
+        def made(grad: torch.Tensor | None, shape: torch.Size, needed: bool) -> torch.Tensor:
+            if needed and grad is not None:
+                return grad
+            return self.weight.new_zeros(shape if needed else (0,), dtype=self.dtype)
+
+        return (
+            made(self.grad_weight, self.weight.shape, needs_weight),
+            made(self.grad_bias, self.weight.shape[:1], needs_bias),
+        )
 
 
 def at_rows(temperature: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -35,6 +35,7 @@ def forward(
     old_logps: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
     sampling_logps: torch.Tensor | None,
+    main_grad: torch.Tensor | None,
     *,
     spec: PolicyLoss,
     softcap: float,
@@ -47,7 +48,7 @@ def forward(
     needs_bias: bool,
 ) -> tuple[torch.Tensor, ...]:
     """As `reference.forward`."""
-    head = Head(weight, bias)
+    head = Head(weight, bias, main_grad)
     count, vocabulary = len(targets), weight.shape[0]
     logps = hidden.new_zeros(count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
@@ -94,4 +95,5 @@ def forward(
             head.accumulate_weight(dz, hidden[rows])
         if needs_bias:
             head.accumulate_bias(dz)
-    return loss, logps, entropies, grad_hidden, *head.gradients(needs_weight, needs_bias), metrics
+    gradients = head.gradients(needs_weight and main_grad is None, needs_bias)
+    return loss, logps, entropies, grad_hidden, *gradients, metrics

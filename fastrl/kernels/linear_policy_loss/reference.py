@@ -21,6 +21,7 @@ def forward(
     old_logps: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
     sampling_logps: torch.Tensor | None,
+    main_grad: torch.Tensor | None,
     *,
     spec: PolicyLoss,
     softcap: float,
@@ -37,6 +38,7 @@ def forward(
     Args:
         hidden (N, H), weight (V, H), targets (N,), bias (V,) or None, temperature (1,) or (N,); advantages, weights,
         old_logps, ref_logps, sampling_logps (N,), mask (N,) bool. `entropy`: compute it, for the loss or the metrics.
+        `main_grad`: (V, H) in the accumulation dtype or None; d weight is added to it instead of being returned.
         `skip_silent`: leave out the rows whose gradient is known to be zero before anything is computed.
     Returns:
         loss (), logps (N,), entropy (N,) or (0,), d hidden, d weight, d bias in the accumulation dtype ((0,) where not
@@ -76,7 +78,11 @@ def forward(
         needs_weight=needs_weight,
         needs_bias=needs_bias,
     )
-    return loss, logps, h, *gradients, metrics
+    d_hidden, d_weight, d_bias = gradients
+    if main_grad is not None:
+        main_grad += d_weight
+        d_weight = d_weight.new_empty(0)
+    return loss, logps, h, d_hidden, d_weight, d_bias, metrics
 
 
 def silent_rows(advantages: torch.Tensor, weights: torch.Tensor, spec: PolicyLoss) -> torch.Tensor:
