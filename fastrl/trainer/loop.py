@@ -14,6 +14,7 @@ from types import FrameType
 
 import torch
 
+from fastrl import env
 from fastrl.data.pack import minibatches
 from fastrl.model.policy import score_old_and_ref
 from fastrl.rewards import RewardFailure
@@ -95,6 +96,7 @@ def _step(run: Run, log: RunLog, optimizer: MasterOptimizer, step: int) -> None:
         prompts = run.prompts.next(config.rollout.prompts)
         params = run.sampling(seed=config.seed + step)
         groups = collect(prompts, run.sampler, run.tokenizer, config.rollout.samples, params)
+        env.return_freed_memory()  # the caches of the rollout are no shape that training can use
     with log.stage("reward"):
         for failure in run.rewards.score(groups):
             log.warn(f"Step {step}: {failure}")

@@ -1,4 +1,4 @@
-"""AdamW on float32 master weights, for a policy whose own weights may be 16-bit."""
+"""AdamW on float32 master weights, for a policy whose own weights may be bfloat16."""
 
 from __future__ import annotations
 
@@ -6,45 +6,52 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.optim.adamw import adamw
 
+from fastrl.check import require
 from fastrl.trainer.config import OptimizerConfig
+
+SLICE = 1 << 22  # weights updated at a time: what the float32 copy of a slice costs is all the copy there is
 
 
 class MasterOptimizer:
-    """AdamW whose parameters and gradients are float32 whatever the model's dtype.
+    """AdamW whose weights and gradients are float32 whatever the model's dtype.
 
-    An update of lr * 1 is far below the spacing of bfloat16 numbers around a typical weight, so 16-bit weights alone
-    would not move. The model keeps its 16-bit copy for the matmuls; gradients of each micro-batch are added in float32
-    as soon as they are complete, and their 16-bit buffers freed. float32 parameters become views of their masters.
-    `zero_grad` on the model would detach those views: gradients are cleared by `step` alone.
+    An update of about lr is far below the spacing of bfloat16 numbers around a typical weight, so 16-bit weights alone
+    would not move. A master is kept as two halves of 16 bits: the model's own weight, which is the master rounded to
+    bfloat16, and what the rounding left over. Together they are the float32 bits, in 4 bytes instead of 6.
+
+    Everything lies in flat buffers made once: no allocation while training, and the peak of memory shows in the first
+    step. Gradients of each micro-batch are added in float32 as soon as they are complete, and their 16-bit buffers
+    freed; `param.main_grad`, the field's name for it since Megatron, is where an op may add directly.
+
+    Args:
+        params: of one dtype, bfloat16 or float32; those without `requires_grad` are left alone. They become views of a
+            flat buffer. `zero_grad` on the model would detach float32 gradients from theirs: `step` clears them.
+        config: rates, betas, clipping, schedule.
+        total_steps: where a cosine schedule ends.
+
+    Raises:
+        ValueError: the parameters are of another dtype, or of several.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, total_steps: int) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
         self.params = [p for p in params if p.requires_grad]
-        # One buffer for all masters and one for all gradients: one kernel per update, no allocation while training,
-        # and the peak of memory shows in the first step.
-        sizes = [p.numel() for p in self.params]
-        flat = torch.empty(sum(sizes), dtype=torch.float32, device=self.params[0].device)
-        self.flat = torch.nn.Parameter(flat)
-        self.flat.grad = torch.zeros_like(flat)
-        self.masters = _views(flat, self.params)
-        self.grads = _views(self.flat.grad, self.params)
-        for param, master, grad in zip(self.params, self.masters, self.grads, strict=True):
-            master.copy_(param.detach())
-            param.main_grad = grad  # the field's name for it, since Megatron: the head's op adds to it directly
-            if param.dtype == torch.float32:
-                param.data, param.grad = master, grad
+        dtypes = {p.dtype for p in self.params}
+        ok = dtypes in ({torch.bfloat16}, {torch.float32})
+        require(ok, "MasterOptimizer", "params", "parameters of one dtype, bfloat16 or float32", dtypes)
+        self.weights = torch.cat([p.detach().flatten() for p in self.params])
+        self.rest = torch.zeros_like(self.weights, dtype=torch.int16) if dtypes == {torch.bfloat16} else None
+        self.grad, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros_like(self.weights, dtype=torch.float32) for _ in range(3)
+        )
+        for param, weight, grad in zip(self.params, self._views(self.weights), self._views(self.grad), strict=True):
+            param.data, param.main_grad = weight, grad
+            if self.rest is None:
+                param.grad = grad
             else:
                 param.register_post_accumulate_grad_hook(_add_to(grad))
-        self.adamw = torch.optim.AdamW(
-            [self.flat],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
 
     def learning_rate(self) -> float:
         """Linear warm-up, then constant or cosine to zero."""
@@ -56,25 +63,63 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def step(self) -> float:
-        """Clips, updates the masters, rounds them into the model, clears gradients; returns the norm before clipping.
+        """Clips, updates masters and model, clears gradients; returns the norm before clipping.
 
         A norm that is not finite updates nothing: the caller decides what to do with it.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.flat, self.config.max_grad_norm or math.inf).item()
+        norm = torch.linalg.vector_norm(self.grad).item()
         if math.isfinite(norm):
-            for group in self.adamw.param_groups:
-                group["lr"] = self.learning_rate()
-            self.adamw.step()
+            if 0 < self.config.max_grad_norm < norm:
+                self.grad.mul_(self.config.max_grad_norm / norm)
+            for start in range(0, len(self.weights), SLICE):
+                self._update(slice(start, start + SLICE))
             self.steps += 1
-            for param, master in zip(self.params, self.masters, strict=True):
-                if param.dtype != torch.float32:
-                    param.copy_(master)
-        self.flat.grad.zero_()
+        self.grad.zero_()
         return norm
 
+    def masters(self) -> list[torch.Tensor]:
+        """The float32 weights, one tensor per parameter: views when the model is float32, copies when it is not."""
+        return self._views(self.weights if self.rest is None else join(self.weights, self.rest))
 
-def _views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
+    def _update(self, piece: slice) -> None:
+        master = self.weights[piece] if self.rest is None else join(self.weights[piece], self.rest[piece])
+        adamw(
+            [master],
+            [self.grad[piece]],
+            [self.exp_avg[piece]],
+            [self.exp_avg_sq[piece]],
+            [],
+            [torch.tensor(float(self.steps), device=master.device)],  # each slice counts up its own
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.betas[0],
+            beta2=self.config.betas[1],
+            lr=self.learning_rate(),
+            weight_decay=self.config.weight_decay,
+            eps=self.config.eps,
+            maximize=False,
+        )
+        if self.rest is not None:
+            split(master, self.weights[piece], self.rest[piece])
+
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        parts = flat.split([p.numel() for p in self.params])
+        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
+
+def join(weights: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """float32 masters from bfloat16 weights and int16 rests: their bits are (weight's bits << 16) + rest."""
+    return (weights.view(torch.int16).int().bitwise_left_shift_(16)).add_(rest).view(torch.float32)
+
+
+def split(masters: torch.Tensor, weights: torch.Tensor, rest: torch.Tensor) -> None:
+    """Writes the nearest bfloat16 of each float32 master to `weights`, and the difference of their bits to `rest`.
+
+    The rest of a tie that rounds down would be 2^15, one more than int16 holds: that master loses its last bit.
+    """
+    weights.copy_(masters)
+    high = weights.view(torch.int16).int().bitwise_left_shift_(16)
+    rest.copy_((masters.view(torch.int32) - high).clamp_(max=2**15 - 1))
 
 
 def _add_to(grad: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:
