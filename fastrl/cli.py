@@ -12,7 +12,7 @@ USAGE = """fastrl: reinforcement learning of language models.
   fastrl eval MODEL RECIPE.yaml [--field ...]    held-out reward of a model or checkpoint on a recipe's task
   fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
 """
-EXIT_OK, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_DIVERGED = 0, 2, 3, 4
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_DIVERGED = range(5)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Doctor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 ok, 2 usage, 3 environment, 4 diverged."""
+    """Runs one command; returns the exit status: 0 ok, 1 rewards failed, 2 usage, 3 environment, 4 diverged."""
     args = sys.argv[1:] if argv is None else argv
     commands = {"train": _train, "eval": _eval, "doctor": _doctor}
     if not args or args[0] in ("-h", "--help"):
@@ -45,10 +45,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: list[str]) -> int:
+    from fastrl.rewards import RewardFailure
     from fastrl.trainer.loop import train
 
-    outcome = train(_configure("fastrl train", args))
-    return EXIT_DIVERGED if outcome.status == "diverged" else EXIT_OK if outcome.status != "rewards failed" else 1
+    try:
+        outcome = train(_configure("fastrl train", args))
+    except RewardFailure as error:  # before the first step: nothing was trained that could be lost
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    return {"diverged": EXIT_DIVERGED, "rewards failed": EXIT_FAILED}.get(outcome.status, EXIT_OK)
 
 
 def _eval(args: list[str]) -> int:

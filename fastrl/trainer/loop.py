@@ -74,6 +74,9 @@ def _steps(run: Run, log: RunLog, interrupt: list[int]) -> tuple[str, int]:
             path = error.save(run.directory)
             log.warn(f"Step {step}: {error}. Nothing was updated; the batch is in {path}.")
             return "diverged", step - 1
+        except FloatingPointError as error:  # the sampler met logits that are not finite
+            log.warn(f"Step {step}: {error}")
+            return "diverged", step - 1
         except RewardFailure as error:
             log.warn(f"Step {step}: {error}")
             return "rewards failed", step - 1

@@ -9,14 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from rich.console import Console
-
-from fastrl.trainer.alarms import Alarms
-from fastrl.trainer.log import RunLog, encode
-from fastrl.trainer.screen import WIDTH
-from fastrl.trainer.units import clock, duration, number
-from fastrl.trainer.untrusted import clean, one_line, question
-from fastrl.types import Group, Prompt, Sample
-from tests.trainer.fabricated import (
+from trainer.fabricated import (
     CONFIG,
     ENVIRONMENT,
     HOSTILE,
@@ -28,6 +21,13 @@ from tests.trainer.fabricated import (
     recording_console,
     run_steps,
 )
+
+from fastrl.trainer.alarms import Alarms
+from fastrl.trainer.log import RunLog, encode
+from fastrl.trainer.screen import WIDTH
+from fastrl.trainer.units import clock, duration, number
+from fastrl.trainer.untrusted import clean, one_line, question
+from fastrl.types import Group, Prompt, Sample
 
 
 def lines(path):

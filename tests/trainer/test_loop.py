@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainer.tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrl.data.pack import count
@@ -17,7 +18,6 @@ from fastrl.trainer import loop
 from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, build_algorithm
 from fastrl.trainer.loop import train
 from fastrl.trainer.setup import prepare
-from tests.trainer.tiny import tiny_config
 
 
 def lines(path):
@@ -196,7 +196,7 @@ def test_nan_stops_the_run_updates_nothing_and_saves_the_batch(tmp_path, monkeyp
 
 
 def test_reward_that_raises_on_some_samples_excludes_only_those(tmp_path):
-    rewards = (RewardConfig("tests.trainer.tiny:raises_on_some"),)
+    rewards = (RewardConfig("trainer.tiny:raises_on_some"),)
     outcome = train(tiny_config(tmp_path, steps=2, rewards=rewards, max_failure_fraction=0.9))
     assert outcome.status == "finished"
     warnings = (tmp_path / "run" / "warnings.jsonl").read_text()
@@ -206,7 +206,7 @@ def test_reward_that_raises_on_some_samples_excludes_only_those(tmp_path):
 
 
 def test_reward_that_always_raises_stops_the_run_with_an_explanation(tmp_path):
-    rewards = (RewardConfig("tests.trainer.tiny:always_raises"),)
+    rewards = (RewardConfig("trainer.tiny:always_raises"),)
     with pytest.raises(RuntimeError, match=r"failed on .* max_failure_fraction = 0.5 .*no judge at home"):
         train(tiny_config(tmp_path, rewards=rewards))
 

@@ -6,13 +6,13 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+from trainer.fabricated import HOSTILE, FakeClock, fabricate, recording_console
 
 from fastrl.trainer.charts import charts, rolling
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.records import read_run
 from fastrl.trainer.report import full_marks, held_out, mark, verdict, write_report
 from fastrl.types import Group, Prompt, Sample
-from tests.trainer.fabricated import HOSTILE, FakeClock, fabricate, recording_console
 
 
 class Page(HTMLParser):

@@ -77,7 +77,7 @@ def tiny_config(tmp_path, **changes):
         "run_dir": str(tmp_path / "run"),
         "tokens_per_batch": 64,
         "task": TaskConfig(source=str(write_task(tmp_path / "task.jsonl")), held_out=4, chat=False),
-        "rewards": (RewardConfig("tests.trainer.tiny:wanted_words"),),
+        "rewards": (RewardConfig("trainer.tiny:wanted_words"),),
         "rollout": RolloutConfig(prompts=4, samples=4, max_new_tokens=6),
         "optimizer": OptimizerConfig(lr=1e-2),
         "eval": EvalConfig(samples=2),
