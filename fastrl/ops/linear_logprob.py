@@ -239,18 +239,9 @@ def _op(
 
 @_op.register_fake
 def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
-    entropy: bool,
-    save: str,
-    backend: str,
+    hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    entropy, save = rest[-3:-1]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
     saved = {"keep": (rows, weight.shape[0]), "frozen": (rows, hidden.shape[1])}.get(save, (0,))
     saved_entropy = (rows, hidden.shape[1]) if save == "frozen" and entropy else (0,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -125,29 +125,9 @@ def _op(
 
 @_op.register_fake
 def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
-    main_grad: torch.Tensor | None,
-    spec: str,
-    entropy: bool,
-    skip_silent: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    backend: str,
+    hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    main_grad, _spec, entropy, _skip, needs_hidden, needs_weight, needs_bias, _backend = rest[-8:]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),

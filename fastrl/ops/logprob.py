@@ -72,14 +72,8 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: torch.Tensor,
-    ignore_index: int,
-    entropy: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    entropy = rest[-2]
     rows, dtype = logits.shape[0], accumulate_dtype(logits.dtype)
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows if entropy else 0, dtype=dtype)
 
@@ -99,15 +93,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(
-    grad_logps: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: torch.Tensor,
-    ignore_index: int,
-    backend: str,
-) -> torch.Tensor:
+def _(grad_logps: torch.Tensor, grad_entropy: torch.Tensor | None, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
