@@ -11,12 +11,10 @@ import itertools
 
 import pytest
 import torch
+from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
 from fastrl.losses.policy import policy_loss
 from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Sapo
-
-pytest.importorskip("liger_kernel")
-from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
 B, T, MAX_LENGTH = 4, 6, 9
 LOW, HIGH = 0.2, 0.3

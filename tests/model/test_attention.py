@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastrl.data.pack import pack
 from fastrl.model.attention import attention_inputs, prepare_attention, varlen_attention, varlen_attention_backend
 from fastrl.model.head import cut
 from fastrl.types import Group, Prompt, Sample
-
-transformers = pytest.importorskip("transformers")
 
 VOCABULARY, EOS = 31, 0
 LAYOUTS = ("padded", "shared", "varlen")

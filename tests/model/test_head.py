@@ -250,7 +250,6 @@ def test_layers_of_another_kind_refuse_a_dense_mask():
 @pytest.mark.model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_smollm2_sharing_a_row_rounds_no_worse_than_with_rows_of_its_own(dtype):
-    pytest.importorskip("gguf")
     model, tokenizer = load_model("smollm2-135m-instruct", dtype)
     model.model.layers = model.model.layers[:4]  # enough to see a mask, and quick in float64
     model.config.num_hidden_layers = 4

@@ -161,7 +161,6 @@ def test_the_packaged_models_are_those_of_the_documentation():
 
 @pytest.mark.model
 def test_smollm2_answers_a_question_and_stops():
-    pytest.importorskip("gguf")
     model, tokenizer = load_model("smollm2-135m-instruct", torch.float32)
     assert stop_token_ids(model, tokenizer) == (2,) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
