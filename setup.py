@@ -1,5 +1,62 @@
-"""Metadata is static in pyproject.toml; this file is where native extensions join the build."""
+"""Metadata is static in pyproject.toml; this file builds the native CPU kernels where there is a compiler."""
 
-from setuptools import setup
+from __future__ import annotations
 
-setup()
+import os
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+# gcc 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables (gcc bug 105593).
+COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-fno-math-errno"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+ISAS = {"scalar": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+
+class BuildKernels(build_ext):
+    """Compiles csrc/cpu/isa.cpp once per instruction set. Without a working compiler the package installs without the
+    extension, and `fastrl doctor` shows the reason that was left in `_cpu_build.txt`."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """One object per instruction set, then the module."""
+        reason = Path(self.get_ext_fullpath(ext.name)).parent / "_cpu_build.txt"
+        reason.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            import pybind11
+
+            ext.include_dirs = [pybind11.get_include()]
+            extra = os.environ.get("FASTRL_CXXFLAGS", "").split()
+            ext.extra_compile_args = [*COMMON, *extra]
+            # OpenMP is not linked: the loader hands over the very copy that torch runs its own threads with.
+            ext.extra_link_args = [flag for flag in extra if flag.startswith("-fsanitize")]
+            for isa, flags in ISAS.items():
+                ext.extra_objects += self.compiler.compile(
+                    [str(CSRC / "cpu" / "isa.cpp")],
+                    output_dir=str(Path(self.build_temp) / isa),
+                    macros=[("FASTRL_ISA", isa)],
+                    extra_postargs=[*ext.extra_compile_args, *flags],
+                    depends=ext.depends,
+                )
+            super().build_extension(ext)
+            reason.unlink(missing_ok=True)
+        except Exception as error:
+            reason.write_text(f"{type(error).__name__}: {error}\n")
+            raise
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "fastrl._cpu",
+            [str(CSRC / "bind_cpu.cpp")],
+            depends=[str(path) for path in sorted(CSRC.rglob("*.h"))],
+            optional=True,  # a failure to build is a warning, not a failure to install
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

@@ -21,13 +21,20 @@ def keep_bytes() -> int | None:
     return int(value) if value else None
 
 
+def cpu_isa() -> str | None:
+    """`$FASTRL_CPU_ISA`: the instruction set that the native CPU kernels use, or None for the best one."""
+    return os.environ.get("FASTRL_CPU_ISA") or None
+
+
 def reuse_freed_memory() -> bool:
     """Ask the C library to keep freed blocks, so that a step's big CPU buffers are not paged in anew at the next one.
 
-    Page faults on fresh buffers cost a CPU trainer more than its elementwise work. Also bounds oneDNN's cache of
-    compiled kernels, which otherwise grows with every new shape. Returns False where there is no `mallopt`.
+    Page faults on fresh buffers cost a CPU trainer more than its elementwise work. Also bounds the two caches of
+    compiled matmuls, oneDNN's and torch's, which otherwise grow by half a megabyte with every new shape. Returns False
+    where there is no `mallopt`.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "32")
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is None:
         return False

@@ -16,6 +16,7 @@ class RolloutLayer(CacheLayerMixin):
     """One layer's keys and values, `(rows, kv_heads, max_len, head_dim)`; all rows end at one cursor.
 
     A sliding-window layer returns a view of its last `window` positions, so no mask has to hide the older ones.
+    On a CPU both are float32: small float32 products are twice as fast as bfloat16 ones there, and more precise.
     """
 
     def __init__(self, like: CacheLayerMixin, rows: int, max_len: int, cursor: int) -> None:
@@ -30,17 +31,27 @@ class RolloutLayer(CacheLayerMixin):
         )
         self.window = like.sliding_window if like.is_sliding else max_len
         # Zeros, not empty: masked positions still enter a product with weight 0, and 0 * NaN is NaN.
+        dtype = torch.float32 if like.keys.device.type == "cpu" and like.keys.dtype.itemsize < 4 else like.keys.dtype
         self.keys, self.values = (
-            states.new_zeros(rows, states.shape[1], max_len, states.shape[3]) for states in (like.keys, like.values)
+            states.new_zeros(rows, states.shape[1], max_len, states.shape[3], dtype=dtype)
+            for states in (like.keys, like.values)
         )
         self.cursor = cursor
         self.is_initialized = True
 
-    def fill(self, like: CacheLayerMixin, rows: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy prompt `source[i]` of a prefilled layer to row `rows[i]`, its last token just before the cursor."""
-        span = slice(self.cursor - like.keys.shape[2], self.cursor)
-        self.keys[rows, :, span] = like.keys[source]
-        self.values[rows, :, span] = like.values[source]
+    def fill(self, like: CacheLayerMixin, rows: torch.Tensor, source: torch.Tensor, prefix: torch.Tensor) -> None:
+        """Copy prompt `source[i]` of a prefilled layer to row `rows[i]`, its last token just before the cursor.
+
+        `prefix` `(len(rows), c)`: where each row's first `c` positions of `like` belong instead, the shared prefix.
+        """
+        shared = prefix.shape[1]
+        span = slice(self.cursor - like.keys.shape[2] + shared, self.cursor)
+        for mine, states in ((self.keys, like.keys), (self.values, like.values)):
+            states = states.to(mine.dtype)
+            mine[rows, :, span] = states[source, :, shared:]
+            if shared:
+                # All rows have the same prefix; assignment by index puts the heads after the indexed dimensions.
+                mine[rows[:, None], :, prefix] = states[0, :, :shared].transpose(0, 1)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -80,12 +91,12 @@ class RolloutCache(Cache):
         super().__init__(layers=[])
         self._allocation = (rows, max_len, cursor)
 
-    def fill(self, prefilled: Cache, rows: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy prompt `source[i]` of a prefilled cache to row `rows[i]`."""
+    def fill(self, prefilled: Cache, rows: torch.Tensor, source: torch.Tensor, prefix: torch.Tensor) -> None:
+        """Copy prompt `source[i]` of a prefilled cache to row `rows[i]`; see `RolloutLayer.fill`."""
         if not self.layers:
             self.layers = [RolloutLayer(layer, *self._allocation) for layer in prefilled.layers]
         for layer, like in zip(self.layers, prefilled.layers, strict=True):
-            layer.fill(like, rows, source)
+            layer.fill(like, rows, source, prefix)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only these rows."""
@@ -112,5 +123,16 @@ def decode_attention(
     rows, heads, _, head_dim = query.shape
     groups = query.reshape(rows, key.shape[1], heads // key.shape[1], head_dim)
     mask = None if attention_mask is None else attention_mask[..., -key.shape[2] :]
-    out = F.scaled_dot_product_attention(groups, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(rows, 1, heads, value.shape[3]), None
+    attend = _attend_on_cpu if query.device.type == "cpu" else F.scaled_dot_product_attention
+    out = attend(groups.to(key.dtype), key, value, attn_mask=mask, scale=scaling)
+    return out.to(query.dtype).reshape(rows, 1, heads, value.shape[3]), None
+
+
+def _attend_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """softmax(scale * q k^T + mask) v. Two batched products take half the time of torch's flash kernel on one token."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.bmm((query * scale).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, query.shape[:2])
+    scores = scores if attn_mask is None else scores.add_(attn_mask)
+    return torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1)).unflatten(0, query.shape[:2])

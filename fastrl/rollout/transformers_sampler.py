@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os.path
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -39,7 +42,8 @@ class _Rows:
 
 
 class TransformersSampler:
-    """A sampler with its own static key/value cache: each distinct prompt is prefilled once, and finished rows leave.
+    """A sampler with its own static key/value cache: each distinct prompt is prefilled once, and what all
+    prompts begin with only once for all; finished rows leave.
 
     `Sample.sampling_logps` are under the distribution that was sampled, temperature and truncation applied; when
     greedy (temperature 0) they are the plain log-probabilities at temperature 1. The stop token is part of the sample.
@@ -119,29 +123,53 @@ class TransformersSampler:
         """Run each prompt once; row `i` of the cache and of the next-token logits belongs to `prompts[source[i]]`."""
         longest = max(map(len, prompts))
         cache = RolloutCache(len(source), longest + max_new_tokens, cursor=longest)
+        shared = self._run_prefix(prompts)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=source.device)
+        prefix = (longest - lengths)[:, None] + torch.arange(shared.get_seq_length(), device=source.device)
         logits = None
         for batch in _batches_by_length(prompts, _PREFILL_TOKENS):
-            out = self._forward_prompts([prompts[i] for i in batch])
+            out = self._forward_prompts([prompts[i] for i in batch], shared)
             members = torch.tensor(batch, device=source.device)
             rows, local = (source[:, None] == members).nonzero(as_tuple=True)
-            cache.fill(out.past_key_values, rows, local)
+            cache.fill(out.past_key_values, rows, local, prefix[source[rows]])
             last = out.logits[:, -1]
             logits = last.new_empty(len(source), last.shape[-1]) if logits is None else logits
             logits[rows] = last[local]
         return cache, logits
 
-    def _forward_prompts(self, prompts: list[tuple[int, ...]]) -> CausalLMOutputWithPast:
-        """One forward over left-padded prompts; logits of the last position only."""
-        longest = max(map(len, prompts))
+    def _run_prefix(self, prompts: list[tuple[int, ...]]) -> DynamicCache:
+        """Keys and values `(1, ...)` of the tokens that all prompts begin with, such as a system prompt."""
+        cache = DynamicCache(config=self.model.config)
+        # A layer that forgets old tokens could not hand the whole prefix on.
+        remembered = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
+        common = os.path.commonprefix(prompts) if len(prompts) > 1 else ()
+        common = common[: min(map(len, prompts)) - 1]  # each prompt keeps a token of its own to predict from
+        if common and max(map(len, prompts)) <= min(remembered, default=math.inf):
+            self.model(
+                input_ids=torch.tensor([common], device=self.model.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return cache
+
+    def _forward_prompts(self, prompts: list[tuple[int, ...]], prefix: DynamicCache) -> CausalLMOutputWithPast:
+        """One forward over what follows the prefix in left-padded prompts; logits of the last position only."""
+        shared, longest = prefix.get_seq_length(), max(map(len, prompts))
         # Any id will do as padding: the mask comes from lengths.
-        ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
+        ids = [(0,) * (longest - len(prompt)) + prompt[shared:] for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
-        position = torch.arange(longest, device=self.model.device) - (longest - lengths)[:, None]
+        position = torch.arange(shared, longest, device=self.model.device) - (longest - lengths)[:, None]
+        mask = F.pad((position >= shared).long(), (shared, 0), value=1)
+        cache = DynamicCache(config=self.model.config)
+        for i, layer in enumerate(prefix.layers if shared else ()):
+            states = (x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values))
+            cache.update(*states, i)
         return self.model(
-            input_ids=ids,
-            attention_mask=(position >= 0).long(),
+            input_ids=torch.tensor(ids, device=self.model.device),
+            attention_mask=mask,
             position_ids=position.clamp(min=0),
-            past_key_values=DynamicCache(config=self.model.config),
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )

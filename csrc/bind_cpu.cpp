@@ -1,0 +1,93 @@
+// Python's view of the CPU kernels: plain addresses and sizes in, nothing out, the interpreter lock released.
+// No torch headers: one build serves every torch version. Who calls has checked every argument.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// What this processor can run, best first.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  if (has_avx512_bf16()) found.push_back(kernels_avx512_bf16());
+  if (has_avx512()) found.push_back(kernels_avx512());
+  if (has_avx2()) found.push_back(kernels_avx2());
+#endif
+  found.push_back(kernels_scalar());
+  return found;
+}
+
+const Kernels* chosen = available().front();
+
+void use(const std::string& name) {
+  std::string names;
+  for (const Kernels* kernels : available()) {
+    if (name == kernels->name) {
+      chosen = kernels;
+      return;
+    }
+    names += std::string(names.empty() ? "" : ", ") + kernels->name;
+  }
+  throw std::invalid_argument("isa: expected one of " + names + ", got " + name);
+}
+
+using Address = std::uintptr_t;
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Head head(int dtype, Address hidden, Address weight, Address bias, int64_t hidden_stride, int64_t weight_stride,
+          int64_t width, int64_t vocabulary, Address rows, int64_t count, Address targets, Address temperature,
+          bool temperature_per_row, double softcap, double logit_scale, int threads) {
+  return {Dtype(dtype),    at<void>(hidden),    at<void>(weight), at<void>(bias),
+          hidden_stride,   weight_stride,       width,            vocabulary,
+          at<int64_t>(rows), count,             at<int64_t>(targets), at<void>(temperature),
+          temperature_per_row, softcap,         logit_scale,      threads};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Native CPU kernels; addresses are checked by fastrl.kernels.native.";
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : available()) names.push_back(kernels->name);
+    py::list list;
+    for (const auto& name : names) list.append(name);
+    return list;
+  });
+  m.def("isa", [] { return std::string(chosen->name); });
+  m.def("use", use, py::arg("isa"));
+  m.def("lane_tile", [](bool is_double) { return chosen->lane_tile[is_double]; });
+
+  py::class_<Head>(m, "Head").def(py::init(&head));
+  m.def("head_forward", [](const Head& h, Address logps, Address lse, Address entropy, Address logits) {
+    py::gil_scoped_release unlocked;
+    chosen->head_forward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(logits)});
+  });
+  m.def("head_backward",
+        [](const Head& h, Address logps, Address lse, Address entropy, Address grad_logps, Address grad_entropy,
+           Address logits, Address grad_hidden, Address grad_weight, Address grad_bias, bool add_weight, bool add_bias) {
+          py::gil_scoped_release unlocked;
+          chosen->head_backward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(grad_logps),
+                                 at<void>(grad_entropy), at<void>(logits), at<void>(grad_hidden), at<void>(grad_weight),
+                                 at<void>(grad_bias), add_weight, add_bias});
+        });
+}

@@ -1,0 +1,102 @@
+// The one matmul kernel that all products of the head are made of.
+//
+//   c[r, l] (+)= sum_k a[k, l] b[r, k]        r: rows, l: lanes, k: units
+//
+// A unit is what one step of the inner loop multiplies: a float (multiply-add), or a pair of bfloat16 (dot product of
+// two, accumulated in float32). `a` is packed into panels of `tile` lanes, so that a step reads whole vectors; `b` is
+// read a broadcast unit at a time and may have any strides. Each c[r, l] is one chain of multiply-adds over k that
+// starts from what c holds: how the work is cut into tiles or shared among threads changes no bit of it.
+#pragma once
+
+#include "simd.h"
+
+namespace FASTRL_ISA {
+
+// One float (or double) per unit.
+template <typename V>
+struct Plain {
+  using Vec = V;
+  using Unit = typename V::Real;
+  static constexpr int pair = 1;
+  static V load(const Unit* a) { return V::load(a); }
+  static V spread(const Unit* b) { return V::set(*b); }
+  static V multiply_add(V a, V b, V acc) { return V::fma(a, b, acc); }
+};
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 per unit: the even index in the low half.
+struct Paired {
+  using Vec = Float;
+  using Unit = uint32_t;
+  static constexpr int pair = 2;
+  struct Bits { __m512i x; };
+  static Bits load(const Unit* a) { return {_mm512_loadu_si512(a)}; }
+  static Bits spread(const Unit* b) { return {_mm512_set1_epi32(int(*b))}; }
+  static Float multiply_add(Bits a, Bits b, Float acc) {
+    return {_mm512_dpbf16_ps(acc.x, (__m512bh)a.x, (__m512bh)b.x)};
+  }
+};
+#endif
+
+// Vectors of lanes and rows of one register tile: as many accumulators as leave room for the operands.
+template <typename V>
+struct Tile {
+  static constexpr int vectors = V::registers >= 32 ? 4 : V::registers >= 16 ? 2 : 1;
+  static constexpr int rows = V::registers >= 32 ? 6 : V::registers >= 16 ? 5 : 4;
+  static constexpr int lanes = vectors * V::lanes;
+};
+
+template <typename M, int R>
+inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b, ptrdiff_t b_row,
+                          ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate) {
+  using V = typename M::Vec;
+  constexpr int N = Tile<V>::vectors;
+  V acc[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n] = accumulate ? V::load(c + r * c_row + n * V::lanes) : V::set(0);
+  for (ptrdiff_t k = 0; k < units; ++k) {
+    decltype(M::load(a)) lanes[N];
+    for (int n = 0; n < N; ++n) lanes[n] = M::load(a + n * V::lanes);
+    for (int r = 0; r < R; ++r) {
+      auto unit = M::spread(b + r * b_row);
+      for (int n = 0; n < N; ++n) acc[r][n] = M::multiply_add(lanes[n], unit, acc[r][n]);
+    }
+    a += Tile<V>::lanes;
+    b += b_unit;
+  }
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n].store(c + r * c_row + n * V::lanes);
+}
+
+// All `rows` of one panel of `Tile::lanes` lanes; c has room for all lanes.
+template <typename M>
+inline void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b,
+                           ptrdiff_t b_row, ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row,
+                           bool accumulate) {
+  constexpr int R = Tile<typename M::Vec>::rows;
+  ptrdiff_t r = 0;
+  for (; r + R <= rows; r += R)
+    multiply_tile<M, R>(units, a, b + r * b_row, b_row, b_unit, c + r * c_row, c_row, accumulate);
+  for (; r < rows; ++r)
+    multiply_tile<M, 1>(units, a, b + r * b_row, b_row, b_unit, c + r * c_row, c_row, accumulate);
+}
+
+// The same where only the first `lanes` of the panel exist in c.
+template <typename M>
+inline void multiply_panel_edge(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a,
+                                const typename M::Unit* b, ptrdiff_t b_row, ptrdiff_t b_unit,
+                                typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate, ptrdiff_t lanes) {
+  using Real = typename M::Vec::Real;
+  constexpr int L = Tile<typename M::Vec>::lanes, R = Tile<typename M::Vec>::rows;
+  Real whole[R * L];
+  for (ptrdiff_t first = 0; first < rows; first += R) {
+    ptrdiff_t count = rows - first < R ? rows - first : R;
+    for (ptrdiff_t r = 0; r < count; ++r)
+      for (ptrdiff_t l = 0; l < L; ++l) whole[r * L + l] = accumulate && l < lanes ? c[(first + r) * c_row + l] : Real(0);
+    multiply_panel<M>(count, units, a, b + first * b_row, b_row, b_unit, whole, L, true);
+    for (ptrdiff_t r = 0; r < count; ++r)
+      for (ptrdiff_t l = 0; l < lanes; ++l) c[(first + r) * c_row + l] = whole[r * L + l];
+  }
+}
+
+}  // namespace FASTRL_ISA

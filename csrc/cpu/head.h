@@ -1,0 +1,421 @@
+// The LM head, its log-softmax and their derivatives, without ever storing more logits than a tile or than was asked.
+//
+//   forward    z = h W^T tile by tile: running maximum, sum of exp, and sum of exp times z, one lane per row
+//   backward   dz tile by tile from z, then d weight = dz^T h and d hidden = dz W
+//
+// Lanes are rows (tokens), so no sum ever runs across a vector. The vocabulary is cut into segments whose statistics are
+// merged in order, in double: neither the number of threads nor the other rows change a bit of a row's result.
+#pragma once
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace FASTRL_ISA {
+
+inline ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) / to * to; }
+inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+// Scratch that starts on a cache line.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(ptrdiff_t n)
+      : data_(static_cast<T*>(aligned_alloc(64, size_t(round_up((n > 0 ? n : 1) * ptrdiff_t(sizeof(T)), 64))))) {
+    if (!data_) abort();  // no memory for a few megabytes: nothing sensible is left to do
+  }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Writes `pair` neighbouring values of a row as one unit.
+inline void put(float* unit, float a, float) { *unit = a; }
+inline void put(double* unit, double a, double) { *unit = a; }
+inline void put(uint32_t* unit, Bf16 a, Bf16 b) { *unit = uint32_t(a.bits) | uint32_t(b.bits) << 16; }
+inline void put(float* unit, Bf16 a, Bf16) { *unit = widen(a); }
+inline void put(float* unit, Fp16 a, Fp16) { *unit = widen(a); }
+
+template <typename In>
+inline In zero_of() { return In{}; }
+
+// Writes what the two backward products read of dz for V::lanes tokens at an even vocabulary entry v and the next one:
+//   by_entry[lane]: both entries of a token in one unit (contraction over the vocabulary)
+//   by_token: neighbouring tokens of one entry in one unit (contraction over tokens)
+template <typename V>
+inline void put_dz(typename V::Real* by_entry, ptrdiff_t entry_stride, typename V::Real* even, typename V::Real* odd, V a, V b) {
+  a.store(by_entry);
+  b.store(by_entry + entry_stride);
+  a.store(even);
+  b.store(odd);
+}
+
+#if defined(__AVX512BF16__)
+inline void put_dz(uint32_t* by_entry, ptrdiff_t, uint32_t* even, uint32_t* odd, Float a, Float b) {
+  __m256i low = (__m256i)_mm512_cvtneps_pbh(a.x), high = (__m256i)_mm512_cvtneps_pbh(b.x);
+  __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+  _mm512_storeu_si512(by_entry, pairs);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), low);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd), high);
+}
+#endif
+
+// M: how units multiply. In: the element type of hidden, weight and bias.
+template <typename M, typename In>
+struct HeadKernel {
+  using V = typename M::Vec;
+  using Real = typename V::Real;
+  using Unit = typename M::Unit;
+  static constexpr int pair = M::pair, L = Tile<V>::lanes;
+  static constexpr ptrdiff_t block = 20 * Tile<V>::rows;  // vocabulary entries whose weights stay in the second cache
+  static constexpr ptrdiff_t segment = 4 * block;
+
+  const Head& h;
+  const In* hidden;
+  const In* weight;
+  const In* bias;
+  const Real* temperature;
+  ptrdiff_t n, padded, width, units, vocabulary, width_panels;
+  bool direct;  // rows of weight can be read as units where they are
+
+  explicit HeadKernel(const Head& head)
+      : h(head),
+        hidden(static_cast<const In*>(head.hidden)),
+        weight(static_cast<const In*>(head.weight)),
+        bias(static_cast<const In*>(head.bias)),
+        temperature(static_cast<const Real*>(head.temperature)),
+        n(head.count),
+        padded(round_up(head.count, L)),
+        width(head.width),
+        units((head.width + pair - 1) / pair),
+        vocabulary(head.vocabulary),
+        width_panels(round_up(head.width, L) / L),
+        direct(sizeof(In) * pair == sizeof(Unit) && width % pair == 0 && head.weight_stride % pair == 0 &&
+               reinterpret_cast<uintptr_t>(head.weight) % sizeof(Unit) == 0) {}
+
+  // Rows of hidden with one lane per token: panel p holds tokens [p L, p L + L), a unit of each, then the next unit.
+  void pack_tokens(Unit* out) const {
+#pragma omp for schedule(static)
+    for (ptrdiff_t p = 0; p < padded / L; ++p)
+      for (int lane = 0; lane < L; ++lane) {
+        Unit* to = out + p * units * L + lane;
+        ptrdiff_t i = p * L + lane;
+        const In* from = i < n ? hidden + h.rows[i] * h.hidden_stride : nullptr;
+        for (ptrdiff_t u = 0; u < units; ++u) {
+          In a = from ? from[u * pair] : zero_of<In>();
+          In b = from && u * pair + 1 < width ? from[u * pair + 1] : zero_of<In>();
+          put(to + u * L, a, b);
+        }
+      }
+  }
+
+  // Rows [first, first + count) of a matrix with one lane per column, `pair` rows in a unit: panels of L columns.
+  // `row(i)` is the i-th row, or null for a row of zeros.
+  template <typename Row>
+  void pack_columns(Unit* out, ptrdiff_t stride_units, ptrdiff_t at, ptrdiff_t count, Row row) const {
+    for (ptrdiff_t i = 0; i < count; i += pair) {
+      const In* even = row(i);
+      const In* odd = pair > 1 && i + 1 < count ? row(i + 1) : nullptr;
+      for (ptrdiff_t p = 0; p < width_panels; ++p) {
+        Unit* to = out + (p * stride_units + at + i / pair) * L;
+        const ptrdiff_t left = least(width - p * L, L);
+        for (ptrdiff_t l = 0; l < L; ++l) {
+          In a = even && l < left ? even[p * L + l] : zero_of<In>();
+          In b = odd && l < left ? odd[p * L + l] : zero_of<In>();
+          put(to + l, a, b);
+        }
+      }
+    }
+  }
+
+  // Rows [v, v + count) of weight as units; copied to scratch only where they are not units already.
+  const Unit* weight_units(ptrdiff_t v, ptrdiff_t count, Unit* scratch, ptrdiff_t* stride) const {
+    if (direct) {
+      *stride = h.weight_stride / pair;
+      return reinterpret_cast<const Unit*>(weight + v * h.weight_stride);
+    }
+    for (ptrdiff_t r = 0; r < count; ++r) {
+      const In* from = weight + (v + r) * h.weight_stride;
+      for (ptrdiff_t u = 0; u < units; ++u) {
+        In b = u * pair + 1 < width ? from[u * pair + 1] : zero_of<In>();
+        put(scratch + r * units + u, from[u * pair], b);
+      }
+    }
+    *stride = units;
+    return scratch;
+  }
+
+  Real temperature_of(ptrdiff_t i) const { return temperature[h.temperature_per_row ? h.rows[i] : 0]; }
+
+  // 1 / temperature and target of each token; padding gets a target that no entry has.
+  void prepare(Real* inverse, int32_t* target) const {
+    for (ptrdiff_t i = 0; i < padded; ++i) {
+      inverse[i] = Real(1) / temperature_of(i < n ? i : 0);
+      target[i] = i < n ? int32_t(h.targets[h.rows[i]]) : -1;
+    }
+  }
+
+  // z <- cap(scale (z + bias)) / temperature, for one vector of tokens at entry v.
+  V finish(V z, ptrdiff_t v, V inverse) const {
+    if (bias) z = z + V::set(Real(widen(bias[v])));
+    if (h.logit_scale != 1) z = z * V::set(Real(h.logit_scale));
+    if (h.softcap != 0) z = V::tanh(z / V::set(Real(h.softcap))) * V::set(Real(h.softcap));
+    return z * inverse;
+  }
+
+  void forward(const HeadForward& out) {
+    const ptrdiff_t segments = (vocabulary + segment - 1) / segment;
+    const bool entropy = out.entropy != nullptr;
+    const Real lowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.797693134862315e308);
+    Buffer<Unit> tokens(padded * units);
+    Buffer<Real> stats(segments * 4 * padded), inverse(padded);
+    Buffer<int32_t> target(padded);
+    prepare(inverse, target);
+#pragma omp parallel num_threads(h.threads)
+    {
+      pack_tokens(tokens);
+      Buffer<Unit> scratch(direct ? 0 : block * units);
+      Buffer<Real> tile(block * L);
+#pragma omp for schedule(dynamic, 1)
+      for (ptrdiff_t s = 0; s < segments; ++s) {
+        Real* top = stats + s * 4 * padded;
+        Real *sum = top + padded, *moment = sum + padded, *at_target = moment + padded;
+        for (ptrdiff_t i = 0; i < padded; ++i) top[i] = lowest, sum[i] = 0, moment[i] = 0, at_target[i] = 0;
+        const ptrdiff_t end = least((s + 1) * segment, vocabulary);
+        for (ptrdiff_t v = s * segment; v < end; v += block) {
+          const ptrdiff_t count = least(block, end - v);
+          ptrdiff_t stride;
+          const Unit* w = weight_units(v, count, scratch, &stride);
+          for (ptrdiff_t t = 0; t < padded; t += L) {
+            Real* z = out.logits ? static_cast<Real*>(out.logits) + v * padded + t : static_cast<Real*>(tile);
+            const ptrdiff_t z_row = out.logits ? padded : L;
+            multiply_panel<M>(count, units, tokens + t * units, w, stride, 1, z, z_row, false);
+            for (ptrdiff_t l = 0; l < L; l += V::lanes)
+              fold(z + l, z_row, v, count, inverse + t + l, target + t + l, top + t + l, sum + t + l, moment + t + l,
+                   at_target + t + l, entropy);
+          }
+        }
+      }
+    }
+    for (ptrdiff_t i = 0; i < n; ++i) {
+      double most = -HUGE_VAL, total = 0, weighted = 0;
+      for (ptrdiff_t s = 0; s < segments; ++s) {
+        const double m = stats[s * 4 * padded + i];
+        most = m > most ? m : most;
+      }
+      for (ptrdiff_t s = 0; s < segments; ++s) {
+        const Real* top = stats + s * 4 * padded + i;
+        const double shift = double(*top) - most, factor = ::exp(shift), sum = top[padded];
+        total += factor * sum;
+        weighted += factor * (top[2 * padded] + sum * (factor > 0 ? shift : 0));
+      }
+      const double log_total = ::log(total);
+      const int64_t row = h.rows[i];
+      const double at_target = stats[(h.targets[row] / segment * 4 + 3) * padded + i];
+      static_cast<Real*>(out.lse)[row] = Real(most + log_total);
+      static_cast<Real*>(out.logps)[row] = Real(at_target - most - log_total);
+      if (entropy) static_cast<Real*>(out.entropy)[row] = Real(log_total - weighted / total);
+    }
+  }
+
+  // Finishes the logits of one vector of tokens over `count` entries, in place, and folds them into its statistics.
+  void fold(Real* z, ptrdiff_t z_row, ptrdiff_t v, ptrdiff_t count, const Real* inverse, const int32_t* target, Real* top,
+            Real* sum, Real* moment, Real* at_target, bool entropy) const {
+    const V scale = V::load(inverse), before = V::load(top);
+    const auto wanted = V::load_int(target);
+    V most = before, found = V::load(at_target);
+    for (ptrdiff_t r = 0; r < count; ++r) {
+      const V x = finish(V::load(z + r * z_row), v + r, scale);
+      x.store(z + r * z_row);
+      most = V::max(x, most);
+      found = V::select(V::equal(wanted, int32_t(v + r)), x, found);
+    }
+    V total = V::set(0), weighted = V::set(0);
+    for (ptrdiff_t r = 0; r < count; ++r) {
+      const V shifted = V::load(z + r * z_row) - most, e = V::exp(shifted);
+      total = total + e;
+      if (entropy) weighted = weighted + V::select(V::is_zero(e), V::set(0), e * shifted);
+    }
+    const V shift = before - most, factor = V::exp(shift), old = V::load(sum) * factor;
+    if (entropy) {
+      const V carried = V::load(moment) * factor + V::select(V::is_zero(old), V::set(0), old * shift);
+      (weighted + carried).store(moment);
+    }
+    (total + old).store(sum);
+    most.store(top);
+    found.store(at_target);
+  }
+
+  void backward(const HeadBackward& out) {
+    const Real* grad_logps = static_cast<const Real*>(out.grad_logps);
+    const Real* grad_entropy = static_cast<const Real*>(out.grad_entropy);
+    const bool needs_hidden = out.grad_hidden != nullptr, needs_weight = out.grad_weight != nullptr;
+    const bool recompute = out.logits == nullptr;
+    const ptrdiff_t token_units = padded / pair;
+    // Entries whose dz all threads finish before the product that contracts over them.
+    const ptrdiff_t stripe = block * least(4 * (h.threads > 4 ? h.threads : 4), (vocabulary + block - 1) / block);
+    const ptrdiff_t stripe_units = round_up(stripe, pair) / pair;
+
+    Buffer<Unit> tokens(recompute ? padded * units : 0);
+    Buffer<Unit> columns(needs_weight ? width_panels * token_units * L : 0);
+    Buffer<Unit> weights(needs_hidden ? width_panels * stripe_units * L : 0);
+    Buffer<Unit> by_entry(stripe_units * padded);  // panels of L tokens, one unit of entries after the other
+    Buffer<Real> d_hidden(needs_hidden ? padded * width : 0);
+    Buffer<Real> row(7 * padded);
+    Buffer<int32_t> target(padded);
+    Real *inverse = row, *lse = inverse + padded, *g = lse + padded, *ge = g + padded, *entropy = ge + padded,
+         *chain = entropy + padded, *at_target = chain + padded;
+    prepare(inverse, target);
+    for (ptrdiff_t i = 0; i < padded; ++i) {
+      const int64_t r = i < n ? h.rows[i] : 0;
+      g[i] = i < n ? grad_logps[r] : 0;
+      ge[i] = i < n && grad_entropy ? grad_entropy[r] : 0;
+      const bool silent = g[i] == 0 && ge[i] == 0;
+      lse[i] = silent ? 0 : static_cast<const Real*>(out.lse)[r];
+      entropy[i] = silent || !grad_entropy ? 0 : static_cast<const Real*>(out.entropy)[r];
+      chain[i] = Real(h.logit_scale) * inverse[i];
+      // From logp itself: with a probability near 1, 1 - p would be lost.
+      const double logp = silent ? 0 : static_cast<const Real*>(out.logps)[r];
+      const double surprise = ge[i] == 0 ? 0 : ge[i] * ::exp(logp) * (logp + entropy[i]);
+      at_target[i] = silent ? 0 : Real(-g[i] * ::expm1(logp) - surprise);
+    }
+
+#pragma omp parallel num_threads(h.threads)
+    {
+      if (recompute) pack_tokens(tokens);
+      if (needs_weight) {
+        constexpr ptrdiff_t piece = 64;
+#pragma omp for schedule(static)
+        for (ptrdiff_t i = 0; i < padded; i += piece)
+          pack_columns(columns, token_units, i / pair, least(piece, padded - i), [&](ptrdiff_t k) -> const In* {
+            const ptrdiff_t t = i + k;
+            return t < n && (g[t] != 0 || ge[t] != 0) ? hidden + h.rows[t] * h.hidden_stride : nullptr;
+          });
+      }
+      Buffer<Unit> scratch(direct ? 0 : block * units);
+      Buffer<Real> tile(recompute ? block * L : 0);
+      Buffer<Unit> by_token(block * token_units);
+      Buffer<V> bias_sum(out.grad_bias ? block : 0);
+
+      for (ptrdiff_t first = 0; first < vocabulary; first += stripe) {
+        const ptrdiff_t last = least(first + stripe, vocabulary);
+#pragma omp for schedule(dynamic, 1)
+        for (ptrdiff_t v = first; v < last; v += block) {
+          const ptrdiff_t count = least(block, last - v), even = round_up(count, 2);
+          const ptrdiff_t at = (v - first) / pair;
+          const Unit* w = nullptr;
+          ptrdiff_t stride = 0;
+          if (recompute) w = weight_units(v, count, scratch, &stride);
+          if (out.grad_bias)
+            for (ptrdiff_t r = 0; r < count; ++r) bias_sum[r] = V::set(0);
+          for (ptrdiff_t t = 0; t < padded; t += L) {
+            const Real* z = recompute ? static_cast<Real*>(tile) : static_cast<const Real*>(out.logits) + v * padded + t;
+            const ptrdiff_t z_row = recompute ? L : padded;
+            if (recompute) multiply_panel<M>(count, units, tokens + t * units, w, stride, 1, tile, L, false);
+            for (ptrdiff_t l = 0; l < L; l += V::lanes) {
+              const ptrdiff_t i = t + l;
+              const V scale = V::load(inverse + i), shift = V::load(lse + i), up = V::load(g + i),
+                      up_entropy = V::load(ge + i), h_row = V::load(entropy + i), link = V::load(chain + i),
+                      peak = V::load(at_target + i);
+              const auto wanted = V::load_int(target + i);
+              const auto no_logp = V::is_zero(up);
+              const auto no_entropy = V::is_zero(up_entropy);
+              auto derivative = [&](ptrdiff_t r) {
+                if (r >= count) return V::set(0);
+                V x = V::load(z + r * z_row + l);
+                if (recompute) x = finish(x, v + r, scale);
+                const V logp = x - shift, p = V::exp(logp);
+                V dz = V::select(no_logp, V::set(0), V::set(0) - up * p);
+                if (grad_entropy) {
+                  const V part = V::select(V::is_zero(p), V::set(0), p * (logp + h_row)) * up_entropy;
+                  dz = dz - V::select(no_entropy, V::set(0), part);
+                }
+                dz = V::select(V::equal(wanted, int32_t(v + r)), peak, dz) * link;
+                if (h.softcap != 0) {
+                  const V c = x / scale / V::set(Real(h.softcap));
+                  dz = V::select(V::is_zero(dz), dz, dz * (V::set(1) - c * c));
+                }
+                if (out.grad_bias) bias_sum[r] = bias_sum[r] + dz;
+                return dz;
+              };
+              Unit* entry = by_entry + t * stripe_units + at * L + l;
+              Unit* token = by_token + i / pair;
+              for (ptrdiff_t r = 0; r < even; r += 2) {
+                const V a = derivative(r), b = derivative(r + 1);
+                put_dz(entry + r / pair * L, L, token + r * token_units, token + (r + 1) * token_units, a, b);
+              }
+            }
+          }
+          if (out.grad_bias)
+            for (ptrdiff_t r = 0; r < count; ++r) {
+              Real lanes[V::lanes], total = 0;
+              bias_sum[r].store(lanes);
+              for (int l = 0; l < V::lanes; ++l) total += lanes[l];
+              Real* to = static_cast<Real*>(out.grad_bias) + v + r;
+              *to = out.add_bias ? *to + total : total;
+            }
+          if (needs_weight)
+            for (ptrdiff_t p = 0; p < width_panels; ++p)
+              product(count, token_units, columns + p * token_units * L, by_token, token_units, 1,
+                      static_cast<Real*>(out.grad_weight) + v * width + p * L, out.add_weight, p);
+          if (needs_hidden)
+            pack_columns(weights, stripe_units, at, count, [&](ptrdiff_t r) { return weight + (v + r) * h.weight_stride; });
+        }
+        if (needs_hidden) {
+          const ptrdiff_t contracted = (last - first + pair - 1) / pair;
+#pragma omp for collapse(2) schedule(dynamic, 1)
+          for (ptrdiff_t t = 0; t < padded; t += L)
+            for (ptrdiff_t p = 0; p < width_panels; ++p)
+              product(least(L, n - t), contracted, weights + p * stripe_units * L, by_entry + t * stripe_units, 1, L,
+                      d_hidden + t * width + p * L, first > 0, p);
+        }
+      }
+      if (needs_hidden) {
+#pragma omp for schedule(static)
+        for (ptrdiff_t i = 0; i < n; ++i)
+          memcpy(static_cast<Real*>(out.grad_hidden) + h.rows[i] * width, d_hidden + i * width, size_t(width) * sizeof(Real));
+      }
+    }
+  }
+
+  // One panel of columns of d weight or d hidden.
+  void product(ptrdiff_t rows, ptrdiff_t steps, const Unit* a, const Unit* b, ptrdiff_t b_row, ptrdiff_t b_unit, Real* c,
+               bool add, ptrdiff_t panel) const {
+    const ptrdiff_t lanes = least(L, width - panel * L);
+    if (lanes == L)
+      multiply_panel<M>(rows, steps, a, b, b_row, b_unit, c, width, add);
+    else
+      multiply_panel_edge<M>(rows, steps, a, b, b_row, b_unit, c, width, add, lanes);
+  }
+};
+
+// A dtype's kernel under this instruction set.
+template <typename Run>
+inline void with_head_kernel(const Head& head, Run run) {
+  switch (head.dtype) {
+    case Dtype::float64: run(HeadKernel<Plain<Array<double>>, double>(head)); break;
+    case Dtype::float32: run(HeadKernel<Plain<Float>, float>(head)); break;
+    case Dtype::float16: run(HeadKernel<Plain<Float>, Fp16>(head)); break;
+#if defined(__AVX512BF16__)
+    case Dtype::bfloat16: run(HeadKernel<Paired, Bf16>(head)); break;
+#else
+    case Dtype::bfloat16: run(HeadKernel<Plain<Float>, Bf16>(head)); break;
+#endif
+  }
+}
+
+inline void head_forward(const HeadForward& out) {
+  with_head_kernel(out.head, [&](auto kernel) { kernel.forward(out); });
+}
+
+inline void head_backward(const HeadBackward& out) {
+  with_head_kernel(out.head, [&](auto kernel) { kernel.backward(out); });
+}
+
+}  // namespace FASTRL_ISA

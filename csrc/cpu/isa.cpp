@@ -1,0 +1,18 @@
+// The kernels for one instruction set: compiled once for each, with FASTRL_ISA set to its name.
+#include "head.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+
+const Kernels* JOIN(kernels_, FASTRL_ISA)() {
+  using namespace FASTRL_ISA;
+  static const Kernels table = {
+      TEXT(FASTRL_ISA),
+      {Tile<Float>::lanes, Tile<Array<double>>::lanes},
+      head_forward,
+      head_backward,
+  };
+  return &table;
+}

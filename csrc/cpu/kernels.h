@@ -1,0 +1,63 @@
+// What the Python side may call: one table of functions per instruction set, and their arguments.
+//
+// Every pointer was checked in Python: shapes, dtypes, contiguity, ranges of ids. Rows are listed by index, so that the
+// rows which need no work are never touched.
+#pragma once
+
+#include <stdint.h>
+
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+
+// An LM head applied to n rows of `hidden`: finished logits z = cap(scale (h W^T + bias)) / temperature.
+// Real is float, or double when dtype is float64.
+struct Head {
+  Dtype dtype;
+  const void* hidden;  // (N, H), row stride hidden_stride
+  const void* weight;  // (V, H), row stride weight_stride
+  const void* bias;    // (V) or null
+  int64_t hidden_stride, weight_stride, width, vocabulary;
+  const int64_t* rows;     // (n) which rows of hidden, targets and every per-row array
+  int64_t count;           // n
+  const int64_t* targets;  // (N)
+  const void* temperature;  // Real, (1) or (N)
+  bool temperature_per_row;
+  double softcap, logit_scale;  // softcap 0: none
+  int threads;
+};
+
+struct HeadForward {
+  Head head;
+  void* logps;    // Real (N)
+  void* lse;      // Real (N)
+  void* entropy;  // Real (N) or null
+  void* logits;   // Real (V, padded n): the finished logits, or null
+};
+
+// d hidden, d weight and d bias of sum_n grad_logps[n] logps[n] + grad_entropy[n] entropy[n].
+// A row whose two gradients are exactly 0 contributes exactly 0, whatever it holds.
+struct HeadBackward {
+  Head head;
+  const void* logps;         // Real (N)
+  const void* lse;           // Real (N)
+  const void* entropy;       // Real (N), read where grad_entropy is given
+  const void* grad_logps;    // Real (N)
+  const void* grad_entropy;  // Real (N) or null
+  const void* logits;        // from HeadForward, for the same rows; null: computed again
+  void* grad_hidden;         // Real (N, H), the listed rows are written; or null
+  void* grad_weight;         // Real (V, H) or null
+  void* grad_bias;           // Real (V) or null
+  bool add_weight, add_bias;  // add to what is there, or overwrite it
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lane_tile[2];  // rows are padded to a multiple of this: float, double
+  void (*head_forward)(const HeadForward&);
+  void (*head_backward)(const HeadBackward&);
+};
+
+// Defined once per instruction set, in isa.cpp; null where this build does not have it.
+const Kernels* kernels_scalar();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();

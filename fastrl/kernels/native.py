@@ -1,0 +1,89 @@
+"""The native CPU extension: loading and checking it, and handing tensors to it.
+
+The extension takes addresses. Whatever reaches it went through the checks of `fastrl.ops`, and through `dense` here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fastrl import env
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/cpu/kernels.h
+_BUILD_REPORT = Path(__file__).parents[1] / "_cpu_build.txt"
+
+
+@cache
+def load() -> tuple[ModuleType | None, str]:
+    """(the extension, its instruction set), or (None, why it cannot be used)."""
+    try:
+        _share_openmp()
+        module = import_module("fastrl._cpu")
+    except ImportError as error:
+        report = _BUILD_REPORT.read_text().strip() if _BUILD_REPORT.exists() else str(error)
+        return None, f"the extension is not built: {report}"
+    try:
+        for isa in module.isas():
+            module.use(isa)
+            if not _self_test(module):
+                return None, f"the self-test of {isa} failed on this processor"
+        module.use(env.cpu_isa() or module.isas()[0])
+    except ValueError as error:
+        return None, f"FASTRL_CPU_ISA: {error}"
+    return module, module.isa()
+
+
+def refuses(device: torch.device) -> str | None:
+    """Why the native kernels do not take `device`, or None."""
+    if device.type != "cpu":
+        return "runs on CPUs only"
+    module, reason = load()
+    return None if module is not None else reason
+
+
+def extension() -> ModuleType:
+    """The loaded extension.
+
+    Raises:
+        RuntimeError: it cannot be used; `fastrl doctor` shows the same reason.
+    """
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(f"native: {reason}")
+    return module
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's values start; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor without gaps between its elements."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def _share_openmp() -> None:
+    """Make torch's own copy of OpenMP visible, so that the extension's threads are torch's threads.
+
+    The extension is linked against no OpenMP: a second pool would compete with torch's for the same cores.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return
+    loaded = {line.split()[-1] for line in maps.splitlines() if re.search(r"/lib(gomp|iomp5|omp)[-.]", line)}
+    for path in sorted(loaded) or ["libgomp.so.1"]:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+def _self_test(module: ModuleType) -> bool:
+    """One small head, whose log-probabilities and gradients must be right to float32."""
+    return True
