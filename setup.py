@@ -11,7 +11,16 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 # gcc 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables (gcc bug 105593).
-COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-fno-math-errno"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-fno-math-errno",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 ISAS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -54,11 +54,11 @@ T* at(Address address) {
 }
 
 Head head(int dtype, Address hidden, Address weight, Address bias, int64_t hidden_stride, int64_t weight_stride,
-          int64_t width, int64_t vocabulary, Address rows, int64_t count, Address targets, Address temperature,
+          int64_t width, int64_t vocabulary, Address rows, int64_t count, int64_t all, Address targets, Address temperature,
           bool temperature_per_row, double softcap, double logit_scale, int threads) {
   return {Dtype(dtype),    at<void>(hidden),    at<void>(weight), at<void>(bias),
           hidden_stride,   weight_stride,       width,            vocabulary,
-          at<int64_t>(rows), count,             at<int64_t>(targets), at<void>(temperature),
+          at<int64_t>(rows), count, all, at<int64_t>(targets), at<void>(temperature),
           temperature_per_row, softcap,         logit_scale,      threads};
 }
 
@@ -82,12 +82,16 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release unlocked;
     chosen->head_forward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(logits)});
   });
+  m.def("head_keep", [](const Head& h, Address lse, Address logits, Address kept, int64_t kept_stride) {
+    py::gil_scoped_release unlocked;
+    chosen->head_keep({h, at<void>(lse), at<void>(logits), at<void>(kept), kept_stride});
+  });
   m.def("head_backward",
         [](const Head& h, Address logps, Address lse, Address entropy, Address grad_logps, Address grad_entropy,
-           Address logits, Address grad_hidden, Address grad_weight, Address grad_bias, bool add_weight, bool add_bias) {
+           Address logits, Address kept, int64_t kept_stride, Address grad_hidden, Address grad_weight, Address grad_bias, bool add_weight, bool add_bias) {
           py::gil_scoped_release unlocked;
           chosen->head_backward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(grad_logps),
-                                 at<void>(grad_entropy), at<void>(logits), at<void>(grad_hidden), at<void>(grad_weight),
+                                 at<void>(grad_entropy), at<void>(logits), at<void>(kept), kept_stride, at<void>(grad_hidden), at<void>(grad_weight),
                                  at<void>(grad_bias), add_weight, add_bias});
         });
 }

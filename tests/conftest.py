@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from fastrl.kernels import native
+
 
 def pytest_collection_modifyitems(items):
     """Tests marked `gpu` need a CUDA device; without one they are reported as skipped, never as passed."""
@@ -21,9 +23,23 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "chunked"])
+def _native_isas():
+    module, _ = native.load()
+    return [] if module is None else [f"native-{isa}" for isa in module.isas()]
+
+
+@pytest.fixture(params=["reference", "chunked", *_native_isas()])
 def backend(request):
-    return request.param
+    """The name of a backend; native once per instruction set that this machine has."""
+    name, _, isa = request.param.partition("-")
+    if not isa:
+        yield name
+        return
+    extension = native.extension()
+    before = extension.isa()
+    extension.use(isa)
+    yield name
+    extension.use(before)
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,9 @@
 //
 // A unit is what one step of the inner loop multiplies: a float (multiply-add), or a pair of bfloat16 (dot product of
 // two, accumulated in float32). `a` is packed into panels of `tile` lanes, so that a step reads whole vectors; `b` is
-// read a broadcast unit at a time and may have any strides. Each c[r, l] is one chain of multiply-adds over k that
-// starts from what c holds: how the work is cut into tiles or shared among threads changes no bit of it.
+// read a broadcast unit at a time and may have any strides. Each c[r, l] is a sum of partial sums over `chain` units in
+// order, which keeps rounding errors small over long k, and starts from what c holds: how the work is cut into tiles or
+// shared among threads changes no bit of it, as long as cuts of k fall on multiples of `chain`.
 #pragma once
 
 #include "simd.h"
@@ -44,6 +45,7 @@ struct Tile {
   static constexpr int vectors = V::registers >= 32 ? 4 : V::registers >= 16 ? 2 : 1;
   static constexpr int rows = V::registers >= 32 ? 6 : V::registers >= 16 ? 5 : 4;
   static constexpr int lanes = vectors * V::lanes;
+  static constexpr int chain = 10 * rows;  // units of one partial sum
 };
 
 template <typename M, int R>
@@ -51,21 +53,30 @@ inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const type
                           ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate) {
   using V = typename M::Vec;
   constexpr int N = Tile<V>::vectors;
-  V acc[R][N];
+  constexpr ptrdiff_t chain = Tile<V>::chain;
+  V total[R][N];
   for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) acc[r][n] = accumulate ? V::load(c + r * c_row + n * V::lanes) : V::set(0);
-  for (ptrdiff_t k = 0; k < units; ++k) {
-    decltype(M::load(a)) lanes[N];
-    for (int n = 0; n < N; ++n) lanes[n] = M::load(a + n * V::lanes);
-    for (int r = 0; r < R; ++r) {
-      auto unit = M::spread(b + r * b_row);
-      for (int n = 0; n < N; ++n) acc[r][n] = M::multiply_add(lanes[n], unit, acc[r][n]);
+    for (int n = 0; n < N; ++n) total[r][n] = accumulate ? V::load(c + r * c_row + n * V::lanes) : V::set(0);
+  for (ptrdiff_t first = 0; first < units; first += chain) {
+    const ptrdiff_t last = first + chain < units ? first + chain : units;
+    V acc[R][N];
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n) acc[r][n] = V::set(0);
+    for (ptrdiff_t k = first; k < last; ++k) {
+      decltype(M::load(a)) lanes[N];
+      for (int n = 0; n < N; ++n) lanes[n] = M::load(a + n * V::lanes);
+      for (int r = 0; r < R; ++r) {
+        auto unit = M::spread(b + r * b_row);
+        for (int n = 0; n < N; ++n) acc[r][n] = M::multiply_add(lanes[n], unit, acc[r][n]);
+      }
+      a += Tile<V>::lanes;
+      b += b_unit;
     }
-    a += Tile<V>::lanes;
-    b += b_unit;
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n) total[r][n] = total[r][n] + acc[r][n];
   }
   for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) acc[r][n].store(c + r * c_row + n * V::lanes);
+    for (int n = 0; n < N; ++n) total[r][n].store(c + r * c_row + n * V::lanes);
 }
 
 // All `rows` of one panel of `Tile::lanes` lanes; c has room for all lanes.

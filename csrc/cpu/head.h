@@ -75,6 +75,7 @@ struct HeadKernel {
   static constexpr int pair = M::pair, L = Tile<V>::lanes;
   static constexpr ptrdiff_t block = 20 * Tile<V>::rows;  // vocabulary entries whose weights stay in the second cache
   static constexpr ptrdiff_t segment = 4 * block;
+  static_assert(block / pair % Tile<V>::chain == 0, "stripes of entries must end where partial sums end");
 
   const Head& h;
   const In* hidden;
@@ -82,7 +83,8 @@ struct HeadKernel {
   const In* bias;
   const Real* temperature;
   ptrdiff_t n, padded, width, units, vocabulary, width_panels;
-  bool direct;  // rows of weight can be read as units where they are
+  bool direct;    // rows of weight can be read as units where they are
+  bool tempered;  // some temperature is not 1
 
   explicit HeadKernel(const Head& head)
       : h(head),
@@ -97,7 +99,8 @@ struct HeadKernel {
         vocabulary(head.vocabulary),
         width_panels(round_up(head.width, L) / L),
         direct(sizeof(In) * pair == sizeof(Unit) && width % pair == 0 && head.weight_stride % pair == 0 &&
-               reinterpret_cast<uintptr_t>(head.weight) % sizeof(Unit) == 0) {}
+               reinterpret_cast<uintptr_t>(head.weight) % sizeof(Unit) == 0),
+        tempered(head.temperature_per_row || *static_cast<const Real*>(head.temperature) != 1) {}
 
   // Rows of hidden with one lane per token: panel p holds tokens [p L, p L + L), a unit of each, then the next unit.
   void pack_tokens(Unit* out) const {
@@ -153,20 +156,20 @@ struct HeadKernel {
 
   Real temperature_of(ptrdiff_t i) const { return temperature[h.temperature_per_row ? h.rows[i] : 0]; }
 
-  // 1 / temperature and target of each token; padding gets a target that no entry has.
-  void prepare(Real* inverse, int32_t* target) const {
+  // Temperature and target of each token; padding gets a target that no entry has.
+  void prepare(Real* warmth, int32_t* target) const {
     for (ptrdiff_t i = 0; i < padded; ++i) {
-      inverse[i] = Real(1) / temperature_of(i < n ? i : 0);
+      warmth[i] = i < n ? temperature_of(i) : Real(1);
       target[i] = i < n ? int32_t(h.targets[h.rows[i]]) : -1;
     }
   }
 
   // z <- cap(scale (z + bias)) / temperature, for one vector of tokens at entry v.
-  V finish(V z, ptrdiff_t v, V inverse) const {
+  V finish(V z, ptrdiff_t v, V warmth) const {
     if (bias) z = z + V::set(Real(widen(bias[v])));
     if (h.logit_scale != 1) z = z * V::set(Real(h.logit_scale));
     if (h.softcap != 0) z = V::tanh(z / V::set(Real(h.softcap))) * V::set(Real(h.softcap));
-    return z * inverse;
+    return tempered ? z / warmth : z;
   }
 
   void forward(const HeadForward& out) {
@@ -174,9 +177,9 @@ struct HeadKernel {
     const bool entropy = out.entropy != nullptr;
     const Real lowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.797693134862315e308);
     Buffer<Unit> tokens(padded * units);
-    Buffer<Real> stats(segments * 4 * padded), inverse(padded);
+    Buffer<Real> stats(segments * 4 * padded), warmth(padded);
     Buffer<int32_t> target(padded);
-    prepare(inverse, target);
+    prepare(warmth, target);
 #pragma omp parallel num_threads(h.threads)
     {
       pack_tokens(tokens);
@@ -197,7 +200,7 @@ struct HeadKernel {
             const ptrdiff_t z_row = out.logits ? padded : L;
             multiply_panel<M>(count, units, tokens + t * units, w, stride, 1, z, z_row, false);
             for (ptrdiff_t l = 0; l < L; l += V::lanes)
-              fold(z + l, z_row, v, count, inverse + t + l, target + t + l, top + t + l, sum + t + l, moment + t + l,
+              fold(z + l, z_row, v, count, warmth + t + l, target + t + l, top + t + l, sum + t + l, moment + t + l,
                    at_target + t + l, entropy);
           }
         }
@@ -218,20 +221,21 @@ struct HeadKernel {
       const double log_total = ::log(total);
       const int64_t row = h.rows[i];
       const double at_target = stats[(h.targets[row] / segment * 4 + 3) * padded + i];
-      static_cast<Real*>(out.lse)[row] = Real(most + log_total);
+      static_cast<Real*>(out.lse)[row] = Real(most);
+      static_cast<Real*>(out.lse)[h.all + row] = Real(log_total);
       static_cast<Real*>(out.logps)[row] = Real(at_target - most - log_total);
       if (entropy) static_cast<Real*>(out.entropy)[row] = Real(log_total - weighted / total);
     }
   }
 
   // Finishes the logits of one vector of tokens over `count` entries, in place, and folds them into its statistics.
-  void fold(Real* z, ptrdiff_t z_row, ptrdiff_t v, ptrdiff_t count, const Real* inverse, const int32_t* target, Real* top,
+  void fold(Real* z, ptrdiff_t z_row, ptrdiff_t v, ptrdiff_t count, const Real* warmth, const int32_t* target, Real* top,
             Real* sum, Real* moment, Real* at_target, bool entropy) const {
-    const V scale = V::load(inverse), before = V::load(top);
+    const V heat = V::load(warmth), before = V::load(top);
     const auto wanted = V::load_int(target);
     V most = before, found = V::load(at_target);
     for (ptrdiff_t r = 0; r < count; ++r) {
-      const V x = finish(V::load(z + r * z_row), v + r, scale);
+      const V x = finish(V::load(z + r * z_row), v + r, heat);
       x.store(z + r * z_row);
       most = V::max(x, most);
       found = V::select(V::equal(wanted, int32_t(v + r)), x, found);
@@ -252,11 +256,32 @@ struct HeadKernel {
     found.store(at_target);
   }
 
+  // Both parts of the log-sum-exp of each token.
+  void gather_lse(const void* lse, Real* parts) const {
+    for (ptrdiff_t part = 0; part < 2; ++part)
+      for (ptrdiff_t i = 0; i < padded; ++i)
+        parts[part * padded + i] = i < n ? static_cast<const Real*>(lse)[part * h.all + h.rows[i]] : 0;
+  }
+
+  void keep(const HeadKeep& out) const {
+    const Real* z = static_cast<const Real*>(out.logits);
+    Buffer<Real> lse(2 * padded);
+    gather_lse(out.lse, lse);
+    In* kept = static_cast<In*>(out.kept);
+#pragma omp parallel for num_threads(h.threads) schedule(static)
+    for (ptrdiff_t v = 0; v < vocabulary; ++v)
+      for (ptrdiff_t i = 0; i < padded; i += V::lanes) {
+        Real p[V::lanes];
+        V::exp(V::load(z + v * padded + i) - V::load(lse + i) - V::load(lse + padded + i)).store(p);
+        for (ptrdiff_t l = 0; l < least(V::lanes, n - i); ++l) narrow(p[l], kept + v * out.kept_stride + h.rows[i + l]);
+      }
+  }
+
   void backward(const HeadBackward& out) {
     const Real* grad_logps = static_cast<const Real*>(out.grad_logps);
     const Real* grad_entropy = static_cast<const Real*>(out.grad_entropy);
     const bool needs_hidden = out.grad_hidden != nullptr, needs_weight = out.grad_weight != nullptr;
-    const bool recompute = out.logits == nullptr;
+    const bool kept = out.kept != nullptr, recompute = !kept && out.logits == nullptr;
     const ptrdiff_t token_units = padded / pair;
     // Entries whose dz all threads finish before the product that contracts over them.
     const ptrdiff_t stripe = block * least(4 * (h.threads > 4 ? h.threads : 4), (vocabulary + block - 1) / block);
@@ -267,19 +292,19 @@ struct HeadKernel {
     Buffer<Unit> weights(needs_hidden ? width_panels * stripe_units * L : 0);
     Buffer<Unit> by_entry(stripe_units * padded);  // panels of L tokens, one unit of entries after the other
     Buffer<Real> d_hidden(needs_hidden ? padded * width : 0);
-    Buffer<Real> row(7 * padded);
+    Buffer<Real> row(8 * padded);
     Buffer<int32_t> target(padded);
-    Real *inverse = row, *lse = inverse + padded, *g = lse + padded, *ge = g + padded, *entropy = ge + padded,
+    Real *warmth = row, *lse = warmth + padded, *lse_rest = lse + padded, *g = lse_rest + padded, *ge = g + padded, *entropy = ge + padded,
          *chain = entropy + padded, *at_target = chain + padded;
-    prepare(inverse, target);
+    prepare(warmth, target);
+    gather_lse(out.lse, lse);
     for (ptrdiff_t i = 0; i < padded; ++i) {
       const int64_t r = i < n ? h.rows[i] : 0;
       g[i] = i < n ? grad_logps[r] : 0;
       ge[i] = i < n && grad_entropy ? grad_entropy[r] : 0;
       const bool silent = g[i] == 0 && ge[i] == 0;
-      lse[i] = silent ? 0 : static_cast<const Real*>(out.lse)[r];
       entropy[i] = silent || !grad_entropy ? 0 : static_cast<const Real*>(out.entropy)[r];
-      chain[i] = Real(h.logit_scale) * inverse[i];
+      chain[i] = Real(h.logit_scale) / warmth[i];
       // From logp itself: with a probability near 1, 1 - p would be lost.
       const double logp = silent ? 0 : static_cast<const Real*>(out.logps)[r];
       const double surprise = ge[i] == 0 ? 0 : ge[i] * ::exp(logp) * (logp + entropy[i]);
@@ -299,7 +324,7 @@ struct HeadKernel {
           });
       }
       Buffer<Unit> scratch(direct ? 0 : block * units);
-      Buffer<Real> tile(recompute ? block * L : 0);
+      Buffer<Real> tile(kept || recompute ? block * L : 0);
       Buffer<Unit> by_token(block * token_units);
       Buffer<V> bias_sum(out.grad_bias ? block : 0);
 
@@ -315,12 +340,17 @@ struct HeadKernel {
           if (out.grad_bias)
             for (ptrdiff_t r = 0; r < count; ++r) bias_sum[r] = V::set(0);
           for (ptrdiff_t t = 0; t < padded; t += L) {
-            const Real* z = recompute ? static_cast<Real*>(tile) : static_cast<const Real*>(out.logits) + v * padded + t;
-            const ptrdiff_t z_row = recompute ? L : padded;
+            const Real* z = out.logits ? static_cast<const Real*>(out.logits) + v * padded + t : static_cast<Real*>(tile);
+            const ptrdiff_t z_row = out.logits ? padded : L;
+            if (kept)
+              for (ptrdiff_t r = 0; r < count; ++r) {
+                const In* from = static_cast<const In*>(out.kept) + (v + r) * out.kept_stride;
+                for (ptrdiff_t l = 0; l < L; ++l) tile[r * L + l] = t + l < n ? widen(from[h.rows[t + l]]) : 0;
+              }
             if (recompute) multiply_panel<M>(count, units, tokens + t * units, w, stride, 1, tile, L, false);
             for (ptrdiff_t l = 0; l < L; l += V::lanes) {
               const ptrdiff_t i = t + l;
-              const V scale = V::load(inverse + i), shift = V::load(lse + i), up = V::load(g + i),
+              const V heat = V::load(warmth + i), shift = V::load(lse + i), shift_rest = V::load(lse_rest + i), up = V::load(g + i),
                       up_entropy = V::load(ge + i), h_row = V::load(entropy + i), link = V::load(chain + i),
                       peak = V::load(at_target + i);
               const auto wanted = V::load_int(target + i);
@@ -329,8 +359,8 @@ struct HeadKernel {
               auto derivative = [&](ptrdiff_t r) {
                 if (r >= count) return V::set(0);
                 V x = V::load(z + r * z_row + l);
-                if (recompute) x = finish(x, v + r, scale);
-                const V logp = x - shift, p = V::exp(logp);
+                if (recompute) x = finish(x, v + r, heat);
+                const V logp = x - shift - shift_rest, p = kept ? x : V::exp(logp);
                 V dz = V::select(no_logp, V::set(0), V::set(0) - up * p);
                 if (grad_entropy) {
                   const V part = V::select(V::is_zero(p), V::set(0), p * (logp + h_row)) * up_entropy;
@@ -338,7 +368,7 @@ struct HeadKernel {
                 }
                 dz = V::select(V::equal(wanted, int32_t(v + r)), peak, dz) * link;
                 if (h.softcap != 0) {
-                  const V c = x / scale / V::set(Real(h.softcap));
+                  const V c = x * heat / V::set(Real(h.softcap));
                   dz = V::select(V::is_zero(dz), dz, dz * (V::set(1) - c * c));
                 }
                 if (out.grad_bias) bias_sum[r] = bias_sum[r] + dz;
@@ -412,6 +442,10 @@ inline void with_head_kernel(const Head& head, Run run) {
 
 inline void head_forward(const HeadForward& out) {
   with_head_kernel(out.head, [&](auto kernel) { kernel.forward(out); });
+}
+
+inline void head_keep(const HeadKeep& out) {
+  with_head_kernel(out.head, [&](auto kernel) { kernel.keep(out); });
 }
 
 inline void head_backward(const HeadBackward& out) {

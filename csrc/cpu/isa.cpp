@@ -12,6 +12,7 @@ const Kernels* JOIN(kernels_, FASTRL_ISA)() {
       TEXT(FASTRL_ISA),
       {Tile<Float>::lanes, Tile<Array<double>>::lanes},
       head_forward,
+      head_keep,
       head_backward,
   };
   return &table;

@@ -17,7 +17,7 @@ struct Head {
   const void* bias;    // (V) or null
   int64_t hidden_stride, weight_stride, width, vocabulary;
   const int64_t* rows;     // (n) which rows of hidden, targets and every per-row array
-  int64_t count;           // n
+  int64_t count, all;      // n, N
   const int64_t* targets;  // (N)
   const void* temperature;  // Real, (1) or (N)
   bool temperature_per_row;
@@ -28,9 +28,18 @@ struct Head {
 struct HeadForward {
   Head head;
   void* logps;    // Real (N)
-  void* lse;      // Real (N)
+  void* lse;      // Real (2, N): the largest logit, and log sum exp of the logits minus it
   void* entropy;  // Real (N) or null
   void* logits;   // Real (V, padded n): the finished logits, or null
+};
+
+// Probabilities of the listed rows, in hidden's dtype, from the logits that HeadForward left.
+struct HeadKeep {
+  Head head;
+  const void* lse;     // Real (2, N)
+  const void* logits;  // Real (V, padded n)
+  void* kept;          // (V, N): a column per row of hidden, row stride kept_stride
+  int64_t kept_stride;
 };
 
 // d hidden, d weight and d bias of sum_n grad_logps[n] logps[n] + grad_entropy[n] entropy[n].
@@ -38,11 +47,13 @@ struct HeadForward {
 struct HeadBackward {
   Head head;
   const void* logps;         // Real (N)
-  const void* lse;           // Real (N)
+  const void* lse;           // Real (2, N)
   const void* entropy;       // Real (N), read where grad_entropy is given
   const void* grad_logps;    // Real (N)
   const void* grad_entropy;  // Real (N) or null
-  const void* logits;        // from HeadForward, for the same rows; null: computed again
+  const void* logits;        // from HeadForward, for the same rows; or null
+  const void* kept;          // from HeadKeep, without softcap and grad_entropy only; or null. Neither: computed again
+  int64_t kept_stride;
   void* grad_hidden;         // Real (N, H), the listed rows are written; or null
   void* grad_weight;         // Real (V, H) or null
   void* grad_bias;           // Real (V) or null
@@ -53,6 +64,7 @@ struct Kernels {
   const char* name;
   int64_t lane_tile[2];  // rows are padded to a multiple of this: float, double
   void (*head_forward)(const HeadForward&);
+  void (*head_keep)(const HeadKeep&);
   void (*head_backward)(const HeadBackward&);
 };
 

@@ -188,11 +188,20 @@ inline float widen(Fp16 v) {
   return bits_to_float(sign | float_to_bits(float(rest) * (1.0f / (1 << 24))));                 // subnormal: exact
 }
 
-// The nearest bfloat16, ties to even; NaN stays NaN.
-inline uint32_t to_bf16(float v) {
+// The nearest value of a narrower type, ties to even; NaN stays NaN.
+inline void narrow(float v, float* to) { *to = v; }
+inline void narrow(double v, double* to) { *to = v; }
+inline void narrow(float v, Bf16* to) {
   uint32_t u = float_to_bits(v);
-  if ((u & 0x7fffffff) > 0x7f800000) return (u >> 16) | 0x40;
-  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  bool nan = (u & 0x7fffffff) > 0x7f800000;
+  to->bits = uint16_t((nan ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline void narrow(float v, Fp16* to) {
+  uint32_t u = float_to_bits(v), sign = (u >> 16) & 0x8000, rest = u & 0x7fffffff;
+  if (rest > 0x7f800000) to->bits = uint16_t(sign | 0x7e00);
+  else if (rest >= 0x477ff000) to->bits = uint16_t(sign | 0x7c00);  // rounds beyond the largest: infinity
+  else if (rest >= 0x38800000) to->bits = uint16_t(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13));
+  else to->bits = uint16_t(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000));  // subnormal: rounds at 2^-24
 }
 
 }  // namespace FASTRL_ISA

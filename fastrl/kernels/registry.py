@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from fastrl.check import choice
+from fastrl.kernels import native
 
 
 def any_device(device: torch.device) -> str | None:
@@ -40,6 +41,8 @@ OPS = (
 )
 # In order of preference: "auto" takes the first that does not refuse.
 TABLE: dict[str, dict[str, Kernel]] = {op: _torch_backends(op) for op in OPS}
+for op in ("linear_logprob", "linear_policy_loss"):
+    TABLE[op] = {"native": Kernel(f"fastrl.kernels.{op}.native", native.refuses), **TABLE[op]}
 
 
 def explain(op: str, device: torch.device) -> dict[str, str | None]:

@@ -63,19 +63,23 @@ def slope_from_probs(
     if softcap == NO_SOFTCAP:
         return None
     log_p = p.log().scatter_(-1, targets.unsqueeze(-1), logps.unsqueeze(-1))
-    capped = log_p.add_(lse.unsqueeze(-1)).mul_(temperature.unsqueeze(-1)).div_(softcap).clamp_(-1.0, 1.0)
+    capped = log_p.add_(lse.sum(0).unsqueeze(-1)).mul_(temperature.unsqueeze(-1)).div_(softcap).clamp_(-1.0, 1.0)
     return capped.square_().neg_().add_(1.0)
 
 
 def softmax_(z: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overwrites z (N, V) with its softmax; returns (logps, lse), each (N,)."""
+    """Overwrites z (N, V) with its softmax; returns logps (N,) and lse (2, N).
+
+    The log-sum-exp stays in two parts, the largest logit and the logarithm of what is left: their sum, rounded, would
+    scale every probability of its row.
+    """
     top = z.amax(-1, keepdim=True)
     z.sub_(top)  # an infinite maximum makes the row NaN, as it must be
     at_target = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     total = z.exp_().sum(-1)
     z.div_(total.unsqueeze(-1))
     log_total = total.log()
-    return at_target - log_total, log_total.add_(top.squeeze(-1))
+    return at_target - log_total, torch.stack((top.squeeze(-1), log_total))
 
 
 def entropy_of(p: torch.Tensor) -> torch.Tensor:

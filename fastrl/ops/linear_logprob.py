@@ -248,7 +248,7 @@ def _(
     return (
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows if entropy else 0, dtype=dtype),
-        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(2, rows, dtype=dtype),
         hidden.new_empty(saved),
         hidden.new_empty(saved_entropy),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 IGNORE = -100
+ORDERS = 16  # of summation, in which plain torch is measured
 
 # (rows, hidden size, vocabulary), each with its reason.
 SHAPES = {
@@ -40,6 +41,17 @@ class Inputs:
             return tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_(name in requires)
 
         return replace(self, hidden=leaf("hidden"), weight=leaf("weight"), bias=leaf("bias"))
+
+    def reordered(self, seed: int) -> Inputs:
+        """The same head with its hidden dimension in another order: equal but for the rounding of each dot product.
+
+        One order may round a logit to the right value by luck; the error of plain torch is that of several orders. Seed 0
+        leaves the order as it is.
+        """
+        order = torch.randperm(self.hidden.shape[1], generator=torch.Generator().manual_seed(seed))
+        if seed == 0:
+            return self
+        return replace(self, hidden=self.hidden[:, order], weight=self.weight[:, order])
 
     def grads(self) -> dict[str, torch.Tensor | None]:
         """The gradients, by name; None where there is none."""

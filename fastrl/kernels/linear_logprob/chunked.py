@@ -120,7 +120,7 @@ def forward(
     """As `reference.forward`, in chunks of rows."""
     head = Head(weight, bias)
     count, vocabulary = len(targets), weight.shape[0]
-    logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(count, dtype=head.dtype)
+    logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(2, count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
     if save == "keep":
@@ -134,7 +134,7 @@ def forward(
         y, t = safe[rows], at_rows(temperature, rows, head.dtype)
         p = head.logits(hidden[rows])
         slope = finish_logits_(p, t, softcap, logit_scale)
-        chunk_logps, lse[rows] = softmax_(p, y)
+        chunk_logps, lse[:, rows] = softmax_(p, y)
         if poisoned is not None:
             chunk_logps.masked_fill_(poisoned[rows], float("nan"))
         logps[rows] = chunk_logps
@@ -186,7 +186,7 @@ def backward(
         y, t, h = safe[rows], at_rows(temperature, rows, head.dtype), hidden[rows]
         if save == "keep":
             p = saved[rows].to(head.dtype)
-            slope = slope_from_probs(p, y, logps[rows], lse[rows], t, softcap)
+            slope = slope_from_probs(p, y, logps[rows], lse[:, rows], t, softcap)
         else:
             p = head.logits(h)
             slope = finish_logits_(p, t, softcap, logit_scale)
