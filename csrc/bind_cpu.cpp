@@ -86,6 +86,15 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release unlocked;
     chosen->head_keep({h, at<void>(lse), at<void>(logits), at<void>(kept), kept_stride});
   });
+  m.def("decode_attention",
+        [](int dtype, Address query, Address keys, Address values, Address mask, Address out, int64_t rows, int64_t heads,
+           int64_t key_heads, int64_t seen, int64_t width, int64_t row_stride, int64_t head_stride, int64_t mask_stride,
+           double scale, int threads) {
+          py::gil_scoped_release unlocked;
+          chosen->decode_attention({Dtype(dtype), at<void>(query), at<void>(keys), at<void>(values), at<float>(mask),
+                                    at<void>(out), rows, heads, key_heads, seen, width, row_stride, head_stride,
+                                    mask_stride, scale, threads});
+        });
   m.def("head_backward",
         [](const Head& h, Address logps, Address lse, Address entropy, Address grad_logps, Address grad_entropy,
            Address logits, Address kept, int64_t kept_stride, Address grad_hidden, Address grad_weight, Address grad_bias, bool add_weight, bool add_bias) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -28,18 +29,31 @@ def _native_isas():
     return [] if module is None else [f"native-{isa}" for isa in module.isas()]
 
 
+@contextmanager
+def _instruction_set(isa):
+    extension = native.extension()
+    before = extension.isa()
+    extension.use(isa)
+    try:
+        yield
+    finally:
+        extension.use(before)
+
+
 @pytest.fixture(params=["reference", "chunked", *_native_isas()])
 def backend(request):
     """The name of a backend; native once per instruction set that this machine has."""
     name, _, isa = request.param.partition("-")
-    if not isa:
+    with _instruction_set(isa) if isa else nullcontext():
         yield name
-        return
-    extension = native.extension()
-    before = extension.isa()
-    extension.use(isa)
-    yield name
-    extension.use(before)
+
+
+@pytest.fixture(params=_native_isas())
+def native_isa(request):
+    """Each instruction set that the native kernels have here."""
+    isa = request.param.partition("-")[2]
+    with _instruction_set(isa):
+        yield isa
 
 
 @pytest.fixture(autouse=True)

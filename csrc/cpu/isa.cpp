@@ -1,4 +1,5 @@
 // The kernels for one instruction set: compiled once for each, with FASTRL_ISA set to its name.
+#include "attention.h"
 #include "head.h"
 
 #define JOIN_(a, b) a##b
@@ -14,6 +15,7 @@ const Kernels* JOIN(kernels_, FASTRL_ISA)() {
       head_forward,
       head_keep,
       head_backward,
+      decode_attention,
   };
   return &table;
 }

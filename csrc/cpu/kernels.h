@@ -60,12 +60,27 @@ struct HeadBackward {
   bool add_weight, add_bias;  // add to what is there, or overwrite it
 };
 
+// Attention of one query token per row over cached keys and values, (rows, key_heads, seen, width) with equal strides.
+struct DecodeAttention {
+  Dtype dtype;  // of query, keys, values and out; not float64
+  const void* query;  // (rows, heads, width)
+  const void* keys;
+  const void* values;
+  const float* mask;  // (rows, seen), added to the scores; row stride mask_stride; or null
+  void* out;          // (rows, heads, width)
+  int64_t rows, heads, key_heads, seen, width;  // width: a multiple of 16
+  int64_t row_stride, head_stride, mask_stride;
+  double scale;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   int64_t lane_tile[2];  // rows are padded to a multiple of this: float, double
   void (*head_forward)(const HeadForward&);
   void (*head_keep)(const HeadKeep&);
   void (*head_backward)(const HeadBackward&);
+  void (*decode_attention)(const DecodeAttention&);
 };
 
 // Defined once per instruction set, in isa.cpp; null where this build does not have it.

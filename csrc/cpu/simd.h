@@ -45,6 +45,7 @@ struct Array {
   // The larger; b where a is not a number.
   static Array max(Array a, Array b) { for (int i = 0; i < lanes; ++i) a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i]; return a; }
   static Array exp(Array a) { for (int i = 0; i < lanes; ++i) a.x[i] = real_exp(a.x[i]); return a; }
+  T total() const { T sum = 0; for (int i = 0; i < lanes; ++i) sum += x[i]; return sum; }
   static Array tanh(Array a) { for (int i = 0; i < lanes; ++i) a.x[i] = real_tanh(a.x[i]); return a; }
 
  private:
@@ -120,6 +121,7 @@ struct Float {
     __m512i high = _mm512_set1_epi32(INT32_MIN);
     return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(high, _mm512_castps_si512(sign.x), _mm512_castps_si512(a.x), 0xCA))};
   }
+  float total() const { return _mm512_reduce_add_ps(x); }
   static Float exp(Float a) { return exp_lanes(a); }
   static Float tanh(Float a) { return tanh_lanes(a); }
 };
@@ -161,6 +163,11 @@ struct Float {
     __m256 high = _mm256_set1_ps(-0.0f);
     return {_mm256_or_ps(_mm256_and_ps(high, sign.x), _mm256_andnot_ps(high, a.x))};
   }
+  float total() const {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
   static Float exp(Float a) { return exp_lanes(a); }
   static Float tanh(Float a) { return tanh_lanes(a); }
 };
@@ -187,6 +194,31 @@ inline float widen(Fp16 v) {
   if (rest >= 0x0400) return bits_to_float(sign | ((rest << 13) + (uint32_t(112) << 23)));      // normal
   return bits_to_float(sign | float_to_bits(float(rest) * (1.0f / (1 << 24))));                 // subnormal: exact
 }
+
+// A vector of lanes from a narrower type.
+inline Float load_wide(const float* p) { return Float::load(p); }
+#if defined(__AVX512F__)
+inline Float load_wide(const Bf16* p) {
+  __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline Float load_wide(const Fp16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+#elif defined(__AVX2__)
+inline Float load_wide(const Bf16* p) {
+  __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline Float load_wide(const Fp16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+#else
+template <typename In>
+inline Float load_wide(const In* p) {
+  Float r;
+  for (int i = 0; i < Float::lanes; ++i) r.x[i] = widen(p[i]);
+  return r;
+}
+#endif
 
 // The nearest value of a narrower type, ties to even; NaN stays NaN.
 inline void narrow(float v, float* to) { *to = v; }

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from fastrl.check import require
+from fastrl.kernels import native
 
 DECODE_ATTENTION = "fastrl_decode"
 _OP = "TransformersSampler"
@@ -16,7 +17,6 @@ class RolloutLayer(CacheLayerMixin):
     """One layer's keys and values, `(rows, kv_heads, max_len, head_dim)`; all rows end at one cursor.
 
     A sliding-window layer returns a view of its last `window` positions, so no mask has to hide the older ones.
-    On a CPU both are float32: small float32 products are twice as fast as bfloat16 ones there, and more precise.
     """
 
     def __init__(self, like: CacheLayerMixin, rows: int, max_len: int, cursor: int) -> None:
@@ -31,10 +31,8 @@ class RolloutLayer(CacheLayerMixin):
         )
         self.window = like.sliding_window if like.is_sliding else max_len
         # Zeros, not empty: masked positions still enter a product with weight 0, and 0 * NaN is NaN.
-        dtype = torch.float32 if like.keys.device.type == "cpu" and like.keys.dtype.itemsize < 4 else like.keys.dtype
         self.keys, self.values = (
-            states.new_zeros(rows, states.shape[1], max_len, states.shape[3], dtype=dtype)
-            for states in (like.keys, like.values)
+            states.new_zeros(rows, states.shape[1], max_len, states.shape[3]) for states in (like.keys, like.values)
         )
         self.cursor = cursor
         self.is_initialized = True
@@ -47,7 +45,6 @@ class RolloutLayer(CacheLayerMixin):
         shared = prefix.shape[1]
         span = slice(self.cursor - like.keys.shape[2] + shared, self.cursor)
         for mine, states in ((self.keys, like.keys), (self.values, like.values)):
-            states = states.to(mine.dtype)
             mine[rows, :, span] = states[source, :, shared:]
             if shared:
                 # All rows have the same prefix; assignment by index puts the heads after the indexed dimensions.
@@ -123,16 +120,42 @@ def decode_attention(
     rows, heads, _, head_dim = query.shape
     groups = query.reshape(rows, key.shape[1], heads // key.shape[1], head_dim)
     mask = None if attention_mask is None else attention_mask[..., -key.shape[2] :]
-    attend = _attend_on_cpu if query.device.type == "cpu" else F.scaled_dot_product_attention
-    out = attend(groups.to(key.dtype), key, value, attn_mask=mask, scale=scaling)
-    return out.to(query.dtype).reshape(rows, 1, heads, value.shape[3]), None
+    attend = _native_attention if _native_takes(query, key, value) else F.scaled_dot_product_attention
+    out = attend(groups, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[3]), None
 
 
-def _attend_on_cpu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, scale: float | None
+def _native_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the native kernel serves this attention; torch's own serves every other."""
+    return (
+        native.refuses(query.device) is None
+        and query.dtype == key.dtype != torch.float64
+        and key.shape == value.shape
+        and key.shape[-1] % 16 == 0
+        and key.stride() == value.stride()
+        and key.stride()[2:] == (key.shape[3], 1)
+    )
+
+
+def _native_attention(
+    groups: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor:
-    """softmax(scale * q k^T + mask) v. Two batched products take half the time of torch's flash kernel on one token."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.bmm((query * scale).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, query.shape[:2])
-    scores = scores if attn_mask is None else scores.add_(attn_mask)
-    return torch.bmm(scores.softmax(-1).flatten(0, 1), value.flatten(0, 1)).unflatten(0, query.shape[:2])
+    """softmax(scale q k^T + mask) v for `groups` (rows, kv_heads, queries, head_dim), one query token a row."""
+    rows, key_heads, queries, width = groups.shape
+    groups, out = groups.contiguous(), torch.empty_like(groups, memory_format=torch.contiguous_format)
+    mask = None if attn_mask is None else attn_mask.float().expand(rows, 1, 1, key.shape[2])
+    native.extension().decode_attention(
+        native.DTYPES[groups.dtype],
+        *map(native.address, (groups, key, value, mask, out)),
+        rows,
+        key_heads * queries,
+        key_heads,
+        key.shape[2],
+        width,
+        key.stride(0),
+        key.stride(1),
+        0 if mask is None else mask.stride(0),
+        width**-0.5 if scale is None else scale,
+        torch.get_num_threads(),
+    )
+    return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os.path
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -142,9 +141,9 @@ class TransformersSampler:
         cache = DynamicCache(config=self.model.config)
         # A layer that forgets old tokens could not hand the whole prefix on.
         remembered = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
-        common = os.path.commonprefix(prompts) if len(prompts) > 1 else ()
+        common = _common_prefix(prompts) if len(prompts) > 1 else ()
         common = common[: min(map(len, prompts)) - 1]  # each prompt keeps a token of its own to predict from
-        if common and max(map(len, prompts)) <= min(remembered, default=math.inf):
+        if common and max(map(len, prompts)) < min(remembered, default=math.inf):
             self.model(
                 input_ids=torch.tensor([common], device=self.model.device),
                 past_key_values=cache,
@@ -224,6 +223,13 @@ def _first_rows(lengths: torch.Tensor, max_len: int, cursor: int, dtype: torch.d
         mask = mask[:, None, None]
     index = torch.arange(len(lengths), device=lengths.device)
     return _Rows(index, lengths, mask, torch.zeros_like(index, dtype=torch.bool))
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The tokens that all prompts begin with: those that the first and the last in order share."""
+    first, last = min(prompts), max(prompts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
 
 
 def _batches_by_length(prompts: list[tuple[int, ...]], budget: int) -> Iterator[list[int]]:

@@ -45,8 +45,8 @@ class Inputs:
     def reordered(self, seed: int) -> Inputs:
         """The same head with its hidden dimension in another order: equal but for the rounding of each dot product.
 
-        One order may round a logit to the right value by luck; the error of plain torch is that of several orders. Seed 0
-        leaves the order as it is.
+        One order may round a logit to the right value by luck; the error of plain torch is that of several orders.
+        Seed 0 leaves the order as it is.
         """
         order = torch.randperm(self.hidden.shape[1], generator=torch.Generator().manual_seed(seed))
         if seed == 0:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tolerance import assert_no_worse
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -21,6 +22,7 @@ from transformers import (
 
 from fastrl.rollout import SamplingParams
 from fastrl.rollout import transformers_sampler as module
+from fastrl.rollout.cache import decode_attention
 from fastrl.rollout.draw import inverse_cdf, truncate, uniforms
 from fastrl.rollout.prepack import can_prepack, prepacked
 from fastrl.rollout.transformers_sampler import TransformersSampler
@@ -32,7 +34,7 @@ COMMON = {
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,  # what the native attention takes
     "max_position_embeddings": 64,
     "pad_token_id": 2,
     "eos_token_id": 2,
@@ -63,6 +65,7 @@ MODELS = {
         GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.25)
     ),
 }
+SHARED = [[7, 3, 9, 5], [7, 3, 9], [7, 3, 9, 11, 13], [7, 3, 9, 5, 2]]  # all begin with 7, 3; the second ends there
 PROMPTS = [[5, 9, 2, 7], [11], [3, 4, 2, 2, 8, 13, 21, 34, 55], [17, 18, 19, 20, 21, 22], [11]]
 
 
@@ -100,9 +103,10 @@ def logps(groups):
     return [sample.sampling_logps for sample in flat(groups)]
 
 
-def test_greedy_equals_generate_of_each_unpadded_prompt(model):
-    groups = TransformersSampler(model).sample(PROMPTS, 2, SamplingParams(12, temperature=0.0))
-    for prompt, group in zip(PROMPTS, groups, strict=True):
+@pytest.mark.parametrize("prompts", [PROMPTS, SHARED], ids=["distinct prompts", "a shared prefix"])
+def test_greedy_equals_generate_of_each_unpadded_prompt(model, prompts):
+    groups = TransformersSampler(model).sample(prompts, 2, SamplingParams(12, temperature=0.0))
+    for prompt, group in zip(prompts, groups, strict=True):
         prompt = torch.tensor([prompt])
         expected = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, eos_token_id=None
@@ -202,7 +206,9 @@ def test_each_distinct_prompt_is_prefilled_once_in_batches_within_the_budget(lla
     seen = []
     plain = TransformersSampler._forward_prompts
     monkeypatch.setattr(
-        TransformersSampler, "_forward_prompts", lambda self, prompts: seen.append(prompts) or plain(self, prompts)
+        TransformersSampler,
+        "_forward_prompts",
+        lambda self, prompts, _: seen.append(prompts) or plain(self, prompts, _),
     )
     params = SamplingParams(6, seed=2)
     small = TransformersSampler(llama).sample(PROMPTS, 3, params)
@@ -211,6 +217,38 @@ def test_each_distinct_prompt_is_prefilled_once_in_batches_within_the_budget(lla
     assert all(len(batch) * max(map(len, batch)) <= 12 for batch in seen)
     monkeypatch.setattr(module, "_PREFILL_TOKENS", 10_000)
     assert ids(TransformersSampler(llama).sample(PROMPTS, 3, params)) == ids(small)
+
+
+def test_what_all_prompts_begin_with_is_prefilled_once(llama):
+    lengths = []
+    hook = llama.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        TransformersSampler(llama).sample(SHARED, 2, SamplingParams(1, seed=0))
+    finally:
+        hook.remove()
+    assert lengths == [(1, 2), (4, 3)]  # every prompt keeps a token of its own, so the prefix ends before the second 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "head_dim", "seen"), [(2, 16, 1), (6, 64, 37), (4, 80, 130)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_native_decode_attention_is_no_worse_than_torch(native_isa, dtype, heads, head_dim, seen, masked):
+    keys, values = (torch.randn(5, 2, seen + 3, head_dim).to(dtype)[:, :, :seen] for _ in range(2))
+    query = torch.randn(5, heads, 1, head_dim).to(dtype)
+    mask = torch.zeros(5, 1, 1, seen + 1, dtype=dtype)
+    mask[:2, ..., : seen // 2 + 1] = -math.inf
+    mask = mask if masked else None
+    got, _ = decode_attention(torch.nn.Module(), query, keys, values, mask, scaling=0.2)
+
+    def torch_attention(cast):
+        q, k, v = (x.to(cast) for x in (query.view(5, 2, heads // 2, head_dim), keys, values))
+        bias = None if mask is None else mask[..., 1:].to(cast)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.2)
+        return out.reshape(5, 1, heads, head_dim)
+
+    assert_no_worse(got, torch_attention(dtype), torch_attention(torch.float64))
 
 
 def test_updated_weights_are_seen_by_the_next_call(llama):

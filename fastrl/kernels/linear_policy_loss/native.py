@@ -1,11 +1,13 @@
-"""`linear_policy_loss` in C++: where the logits of enough rows fit a bounded buffer they are stored between the loss and
-its gradient, which makes three matmuls; else they are computed twice, tile by tile, which makes four."""
+"""`linear_policy_loss` in C++.
+
+Where the logits of enough rows fit a bounded buffer they are stored between the loss and its gradient, which makes
+three matmuls; else they are computed twice, tile by tile, which makes four.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from fastrl.kernels import native
 from fastrl.kernels.linear_logprob.native import NativeHead
 from fastrl.kernels.linear_policy_loss.reference import silent_rows
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
