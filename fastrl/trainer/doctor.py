@@ -17,6 +17,7 @@ from rich.text import Text
 
 import fastrl
 from fastrl import env
+from fastrl.kernels import native
 from fastrl.kernels.registry import OPS, explain
 from fastrl.model.attention import varlen_attention_backend
 from fastrl.trainer import machine
@@ -123,6 +124,7 @@ def environment() -> dict[str, Any]:
             "cores": total,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "instruction_sets": machine.instruction_sets(),
+            "native_kernels": native.load()[1],
             "memory_gib": None if memory.total is None else round(memory.total / machine.GIB, 1),
         },
         "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cores": usable},
@@ -175,6 +177,7 @@ def _devices() -> list[Fact]:
     found = [
         Fact("devices", "cpu", machine.cpu_name(), f"{machine.cores()[0]} cores"),
         Fact("devices", "instruction sets", sets, f"torch uses {capability}"),
+        _native(),
     ]
     for index, name in enumerate(machine.gpus()):
         properties = torch.cuda.get_device_properties(index)
@@ -190,6 +193,14 @@ def _devices() -> list[Fact]:
         None: "torch's SDPA, on padded rows or on groups that share their prompt",
     }[kernel]
     return [*found, Fact("devices", "attention", kernel or "sdpa", note)]
+
+
+def _native() -> Fact:
+    """The native CPU kernels: their instruction set, or why there are none."""
+    module, reason = native.load()
+    if module is None:
+        return Fact("devices", "native kernels", "none", reason, "missing")
+    return Fact("devices", "native kernels", reason, f"of {', '.join(module.isas())}; FASTRL_CPU_ISA chooses")
 
 
 def _threads() -> list[Fact]:
