@@ -39,7 +39,7 @@ def reuse_freed_memory() -> bool:
     if mallopt is None:
         return False
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 << 20))
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 16 << 20))
     return all(mallopt(name, value) == 1 for name, value in settings)
 
 

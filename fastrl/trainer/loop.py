@@ -57,6 +57,7 @@ def train(config: TrainConfig) -> Outcome:
         status, steps = _steps(run, log, interrupt)
         after = evaluate(run, log, step=steps) if status == "finished" else {}
     with log.stage("save"):
+        env.return_freed_memory()
         save_model(run.policy.model, run.tokenizer, directory / "model")
     report = write_report(directory)
     log.close(status, {"before": before, "after": after, "steps": steps, "report": str(report)})
@@ -96,10 +97,11 @@ def _step(run: Run, log: RunLog, optimizer: MasterOptimizer, step: int) -> None:
     config, algorithm, temperature = run.config, run.algorithm, run.config.rollout.temperature
 
     with log.stage("rollout"):
+        env.return_freed_memory()  # neither are the activations of training a shape for the rollout
         prompts = run.prompts.next(config.rollout.prompts)
         params = run.sampling(seed=config.seed + step)
         groups = collect(prompts, run.sampler, run.tokenizer, config.rollout.samples, params)
-        env.return_freed_memory()  # the caches of the rollout are no shape that training can use
+        env.return_freed_memory()  # nor the caches of the rollout one for training
     with log.stage("reward"):
         for failure in run.rewards.score(groups):
             log.warn(f"Step {step}: {failure}")
