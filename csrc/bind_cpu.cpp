@@ -62,6 +62,19 @@ Head head(int dtype, Address hidden, Address weight, Address bias, int64_t hidde
           temperature_per_row, softcap,         logit_scale,      threads};
 }
 
+Logprob logprob(int dtype, Address logits, int64_t stride, int64_t rows, int64_t vocabulary, Address targets,
+                Address temperature, bool temperature_per_row, int64_t ignore_index, int threads) {
+  return {Dtype(dtype), at<void>(logits),    stride,  rows, vocabulary, at<int64_t>(targets), at<void>(temperature),
+          temperature_per_row, ignore_index, threads};
+}
+
+PolicySpec policy_spec(int surrogate, double low, double high, double dual, double tau_pos, double tau_neg,
+                       bool sequence_ratio, int kl, double kl_coef, int correction, bool sequence_correction,
+                       double correction_low, double correction_high, double entropy_coef) {
+  return {Surrogate(surrogate), low, high, dual, tau_pos, tau_neg, sequence_ratio, KLKind(kl), kl_coef,
+          CorrectionKind(correction), sequence_correction, correction_low, correction_high, entropy_coef};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -103,4 +116,40 @@ PYBIND11_MODULE(_cpu, m) {
                                  at<void>(grad_entropy), at<void>(logits), at<void>(kept), kept_stride, at<void>(grad_hidden), at<void>(grad_weight),
                                  at<void>(grad_bias), add_weight, add_bias});
         });
+
+  py::class_<Logprob>(m, "Logprob").def(py::init(&logprob));
+  m.def("logprob_forward", [](const Logprob& call, Address logps, Address entropy) {
+    py::gil_scoped_release unlocked;
+    chosen->logprob_forward({call, at<void>(logps), at<void>(entropy)});
+  });
+  m.def("logprob_backward", [](const Logprob& call, Address grad_logps, Address grad_entropy, Address grad_logits) {
+    py::gil_scoped_release unlocked;
+    chosen->logprob_backward({call, at<void>(grad_logps), at<void>(grad_entropy), at<void>(grad_logits)});
+  });
+
+  py::class_<PolicySpec>(m, "PolicySpec").def(py::init(&policy_spec));
+  m.def("policy_loss",
+        [](const PolicySpec& spec, int dtype, int64_t count, Address logps, Address advantages, Address weights,
+           Address mask, Address old_logps, Address ref_logps, Address sampling_logps, Address entropy,
+           Address sequence_ids, int64_t sequences, int threads, Address loss, Address dlogps, Address dentropy,
+           Address metrics) {
+          py::gil_scoped_release unlocked;
+          chosen->policy_loss({spec, Dtype(dtype), count, at<void>(logps), at<void>(advantages), at<void>(weights),
+                               at<uint8_t>(mask), at<void>(old_logps), at<void>(ref_logps), at<void>(sampling_logps),
+                               at<void>(entropy), at<int64_t>(sequence_ids), sequences, threads, at<void>(loss),
+                               at<void>(dlogps), at<void>(dentropy), at<void>(metrics)});
+        });
+
+  m.def("gae", [](int dtype, Address rewards, Address values, Address mask, Address bounds, int64_t sequences,
+                  int64_t tokens, double gamma, double lam, int threads, Address advantages, Address returns) {
+    py::gil_scoped_release unlocked;
+    chosen->gae({Dtype(dtype), at<void>(rewards), at<void>(values), at<uint8_t>(mask), at<int64_t>(bounds), sequences,
+                 tokens, gamma, lam, threads, at<void>(advantages), at<void>(returns)});
+  });
+  m.def("group_advantages", [](Address rewards, Address group, int64_t count, int64_t groups, int baseline, int scale,
+                               double eps, Address advantages) {
+    py::gil_scoped_release unlocked;
+    chosen->group_advantages({at<double>(rewards), at<int64_t>(group), count, groups, Baseline(baseline), Scale(scale),
+                              eps, at<double>(advantages)});
+  });
 }

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-
-from fastrl.kernels import native
+from backends import BACKENDS, NATIVE, using
 
 
 def pytest_collection_modifyitems(items):
@@ -24,36 +22,18 @@ def _seed():
     torch.manual_seed(0)
 
 
-def _native_isas():
-    module, _ = native.load()
-    return [] if module is None else [f"native-{isa}" for isa in module.isas()]
-
-
-@contextmanager
-def _instruction_set(isa):
-    extension = native.extension()
-    before = extension.isa()
-    extension.use(isa)
-    try:
-        yield
-    finally:
-        extension.use(before)
-
-
-@pytest.fixture(params=["reference", "chunked", *_native_isas()])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     """The name of a backend; native once per instruction set that this machine has."""
-    name, _, isa = request.param.partition("-")
-    with _instruction_set(isa) if isa else nullcontext():
+    with using(request.param) as name:
         yield name
 
 
-@pytest.fixture(params=_native_isas())
+@pytest.fixture(params=NATIVE)
 def native_isa(request):
     """Each instruction set that the native kernels have here."""
-    isa = request.param.partition("-")[2]
-    with _instruction_set(isa):
-        yield isa
+    with using(request.param):
+        yield request.param.partition("-")[2]
 
 
 @pytest.fixture(autouse=True)

@@ -8,32 +8,12 @@
 #pragma once
 
 #include <math.h>
-#include <stdlib.h>
 
+#include "buffer.h"
 #include "gemm.h"
 #include "kernels.h"
 
 namespace FASTRL_ISA {
-
-inline ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) / to * to; }
-inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-
-// Scratch that starts on a cache line.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(ptrdiff_t n)
-      : data_(static_cast<T*>(aligned_alloc(64, size_t(round_up((n > 0 ? n : 1) * ptrdiff_t(sizeof(T)), 64))))) {
-    if (!data_) abort();  // no memory for a few megabytes: nothing sensible is left to do
-  }
-  ~Buffer() { free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator T*() { return data_; }
-
- private:
-  T* data_;
-};
 
 // Writes `pair` neighbouring values of a row as one unit.
 inline void put(float* unit, float a, float) { *unit = a; }

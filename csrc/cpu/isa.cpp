@@ -1,6 +1,10 @@
 // The kernels for one instruction set: compiled once for each, with FASTRL_ISA set to its name.
 #include "attention.h"
+#include "gae.h"
+#include "group_advantages.h"
 #include "head.h"
+#include "logprob.h"
+#include "policy_loss.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -16,6 +20,11 @@ const Kernels* JOIN(kernels_, FASTRL_ISA)() {
       head_keep,
       head_backward,
       decode_attention,
+      logprob_forward,
+      logprob_backward,
+      policy_loss,
+      gae,
+      group_advantages,
   };
   return &table;
 }

@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#include "../math/policy_spec.h"
+
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 // An LM head applied to n rows of `hidden`: finished logits z = cap(scale (h W^T + bias)) / temperature.
@@ -74,6 +76,73 @@ struct DecodeAttention {
   int threads;
 };
 
+// Log-probabilities of targets under softmax(logits / temperature). Real is float, or double when dtype is float64.
+struct Logprob {
+  Dtype dtype;
+  const void* logits;        // (N, V), row stride `stride`
+  int64_t stride, rows, vocabulary;
+  const int64_t* targets;    // (N)
+  const void* temperature;   // Real, (1) or (N)
+  bool temperature_per_row;
+  int64_t ignore_index;
+  int threads;
+};
+
+struct LogprobForward {
+  Logprob logprob;
+  void* logps;    // Real (N)
+  void* entropy;  // Real (N) or null
+};
+
+struct LogprobBackward {
+  Logprob logprob;
+  const void* grad_logps;    // Real (N)
+  const void* grad_entropy;  // Real (N) or null
+  void* grad_logits;         // (N, V) in the dtype of logits, dense
+};
+
+// A policy loss over tokens. Real is float or double, by dtype.
+struct PolicyLossCall {
+  PolicySpec spec;
+  Dtype dtype;
+  int64_t count;                      // N
+  const void *logps, *advantages, *weights;  // Real (N)
+  const uint8_t* mask;                // (N)
+  const void *old_logps, *ref_logps, *sampling_logps, *entropy;  // Real (N) or null
+  const int64_t* sequence_ids;        // (N), read where the spec works on sequences
+  int64_t sequences;
+  int threads;
+  void* loss;      // Real (1)
+  void* dlogps;    // Real (N)
+  void* dentropy;  // Real (N)
+  void* metrics;   // Real (K, 2): (sum, count) of each Metric
+};
+
+// Generalised advantage estimation over packed sequences [bounds[s], bounds[s + 1]). Real is float or double, by dtype.
+struct Gae {
+  Dtype dtype;
+  const void *rewards, *values;  // Real (N)
+  const uint8_t* mask;           // (N)
+  const int64_t* bounds;         // (S + 1)
+  int64_t sequences, tokens;     // S, N
+  double gamma, lam;
+  int threads;
+  void *advantages, *returns;  // Real (N)
+};
+
+enum class Baseline : int { mean, leave_one_out, none };
+enum class Scale : int { group, batch, none };
+
+struct GroupAdvantages {
+  const double* rewards;  // (B), NaN where there is none
+  const int64_t* group;   // (B) in [0, groups)
+  int64_t count, groups;
+  Baseline baseline;
+  Scale scale;
+  double eps;
+  double* advantages;  // (B)
+};
+
 struct Kernels {
   const char* name;
   int64_t lane_tile[2];  // rows are padded to a multiple of this: float, double
@@ -81,6 +150,11 @@ struct Kernels {
   void (*head_keep)(const HeadKeep&);
   void (*head_backward)(const HeadBackward&);
   void (*decode_attention)(const DecodeAttention&);
+  void (*logprob_forward)(const LogprobForward&);
+  void (*logprob_backward)(const LogprobBackward&);
+  void (*policy_loss)(const PolicyLossCall&);
+  void (*gae)(const Gae&);
+  void (*group_advantages)(const GroupAdvantages&);
 };
 
 // Defined once per instruction set, in isa.cpp; null where this build does not have it.

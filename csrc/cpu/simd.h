@@ -196,6 +196,7 @@ inline float widen(Fp16 v) {
 }
 
 // A vector of lanes from a narrower type.
+inline Array<double> load_wide(const double* p) { return Array<double>::load(p); }
 inline Float load_wide(const float* p) { return Float::load(p); }
 #if defined(__AVX512F__)
 inline Float load_wide(const Bf16* p) {

@@ -27,8 +27,9 @@ class Kernel:
     refuses: Callable[[torch.device], str | None] = any_device
 
 
-def _torch_backends(op: str) -> dict[str, Kernel]:
-    return {name: Kernel(f"fastrl.kernels.{op}.{name}") for name in ("chunked", "reference")}
+def _backends(op: str) -> dict[str, Kernel]:
+    torch_backends = {name: Kernel(f"fastrl.kernels.{op}.{name}") for name in ("chunked", "reference")}
+    return {"native": Kernel(f"fastrl.kernels.{op}.native", native.refuses)} | torch_backends
 
 
 OPS = (
@@ -40,9 +41,7 @@ OPS = (
     "gae",
 )
 # In order of preference: "auto" takes the first that does not refuse.
-TABLE: dict[str, dict[str, Kernel]] = {op: _torch_backends(op) for op in OPS}
-for op in ("linear_logprob", "linear_policy_loss"):
-    TABLE[op] = {"native": Kernel(f"fastrl.kernels.{op}.native", native.refuses), **TABLE[op]}
+TABLE: dict[str, dict[str, Kernel]] = {op: _backends(op) for op in OPS}
 
 
 def explain(op: str, device: torch.device) -> dict[str, str | None]:

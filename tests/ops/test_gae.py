@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import FASTER
+from ops.threads import with_threads
 from torch.testing import assert_close
 
-from fastrl.kernels import registry
 from fastrl.ops.gae import gae
 
 NAN, INF = float("nan"), float("inf")
-BACKENDS = [name for name, reason in registry.explain("gae", torch.device("cpu")).items() if reason is None]
-FASTER = [name for name in BACKENDS if name != "reference"]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_decay = pytest.mark.parametrize(
     ("gamma", "lam"), [(1.0, 0.95), (1, 1), (0.9, 0.8), (0.0, 0.95), (0.99, 0), (0, 0)]
 )
@@ -48,7 +46,6 @@ def written_out(rewards, values, mask, gamma, lam):
     return advantages
 
 
-@each_backend
 @each_decay
 def test_equals_equation_16_written_out(backend, gamma, lam):
     rewards, values = torch.randn(2, 4, 13, dtype=torch.float64)
@@ -60,7 +57,7 @@ def test_equals_equation_16_written_out(backend, gamma, lam):
     assert_close(returns, torch.where(mask, want + values, 0.0), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", FASTER)
+@pytest.mark.parametrize("backend", FASTER, indirect=True)
 @each_decay
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.7, 1.0])
 def test_backend_equals_reference_in_float64(backend, gamma, lam, keep):
@@ -73,7 +70,6 @@ def test_backend_equals_reference_in_float64(backend, gamma, lam, keep):
     assert got[0].isfinite().all()
 
 
-@each_backend
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 def test_decay_zero_and_one_are_exact(backend, gamma, lam):
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +81,6 @@ def test_decay_zero_and_one_are_exact(backend, gamma, lam):
     assert torch.equal(advantages, monte_carlo if gamma * lam == 1.0 else one_step)
 
 
-@each_backend
 def test_padded_equals_packed(backend):
     rewards, values = torch.randn(2, 3, 50, dtype=torch.float64)
     mask = torch.rand(3, 50) < 0.8
@@ -95,7 +90,6 @@ def test_padded_equals_packed(backend):
         assert torch.equal(a.flatten(), b)
 
 
-@each_backend
 def test_masked_tokens_are_as_if_removed(backend):
     rewards, values, mask, cu_seqlens = packed()
     rewards = torch.where(mask, rewards, 0.0)
@@ -109,7 +103,6 @@ def test_masked_tokens_are_as_if_removed(backend):
         assert torch.equal(a[~inside], torch.zeros_like(a[~inside]))
 
 
-@each_backend
 def test_a_masked_reward_is_earned_undiscounted_by_the_last_valid_token_before_it(backend):
     values, mask = f64([0.5, 9, 9, 0.25, 9]), f64([1, 0, 0, 1, 0])
     options = dict(gamma=0.5, lam=0.5, backend=backend)
@@ -119,7 +112,6 @@ def test_a_masked_reward_is_earned_undiscounted_by_the_last_valid_token_before_i
     assert torch.equal(got[0], f64([3 + 0.125 - 0.5 + 0.25 * 3.75, 0, 0, 3.75, 0]))
 
 
-@each_backend
 def test_a_masked_reward_with_no_action_before_it_is_dropped(backend):
     rewards, values = f64(1, 5, 2, 7, 3), torch.zeros(5)
     mask = torch.tensor([True, False, False, True, False])
@@ -131,7 +123,6 @@ def test_a_masked_reward_with_no_action_before_it_is_dropped(backend):
     assert torch.equal(advantages, f64([1, 0], [0, 0]))
 
 
-@each_backend
 @pytest.mark.parametrize("junk", [NAN, INF, -INF])
 def test_junk_where_masked_changes_no_bit(backend, junk):
     rewards, values = torch.randn(2, 2, 40)
@@ -143,7 +134,6 @@ def test_junk_where_masked_changes_no_bit(backend, junk):
         assert torch.equal(a, b)
 
 
-@each_backend
 def test_a_nan_on_a_valid_token_reaches_only_its_own_past(backend):
     rewards, values = torch.randn(2, 3, 40, dtype=torch.float64)
     clean, _ = gae(rewards, values, torch.ones(3, 40), backend=backend)
@@ -154,7 +144,6 @@ def test_a_nan_on_a_valid_token_reaches_only_its_own_past(backend):
     assert torch.equal(dirty, clean)
 
 
-@each_backend
 def test_answers_in_float32_rounded_once_and_in_float64_for_float64(backend):
     rewards, values, mask, cu_seqlens = packed()
     narrow = rewards.float(), values.bfloat16()
@@ -166,7 +155,6 @@ def test_answers_in_float32_rounded_once_and_in_float64_for_float64(backend):
         assert torch.equal(a, b.float())
 
 
-@each_backend
 def test_any_strides(backend):
     rewards, values = torch.randn(9, 2).T.clone().T, torch.randn(1, 2).expand(9, 2)  # transposed; stride 0
     mask = (torch.rand(9, 4) < 0.7)[:, ::2]
@@ -175,7 +163,15 @@ def test_any_strides(backend):
         assert torch.equal(a, b)
 
 
-@each_backend
+def test_threads_change_no_bit(native_isa):
+    rewards, values, mask, cu_seqlens = packed()
+    one, two = (
+        with_threads(n, lambda: gae(rewards, values, mask, cu_seqlens=cu_seqlens, backend="native")) for n in (1, 2)
+    )
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_no_tokens_are_legal(backend, shape):
     empty = torch.zeros(shape)
@@ -183,7 +179,6 @@ def test_no_tokens_are_legal(backend, shape):
         assert torch.equal(got, empty)
 
 
-@each_backend
 def test_no_sequences_leave_only_padding(backend):
     tokens = torch.ones(4)
     for got in gae(tokens, tokens, tokens, cu_seqlens=torch.tensor([0]), backend=backend):
@@ -197,7 +192,6 @@ def test_advantages_and_returns_are_constants():
     assert not returns.requires_grad
 
 
-@each_backend
 def test_operator_passes_opcheck(backend):
     rewards, values, mask, cu_seqlens = packed()
     finite = rewards.nan_to_num(0.0), values.nan_to_num(0.0, posinf=0.0)
@@ -205,7 +199,6 @@ def test_operator_passes_opcheck(backend):
         torch.library.opcheck(torch.ops.fastrl.gae.default, (r, v, mask, cu_seqlens, 1.0, 0.95, backend))
 
 
-@each_backend
 def test_compiled_equals_eager(backend):
     compiled = torch.compile(gae, fullgraph=True, backend="aot_eager")
     rewards, values, mask, cu_seqlens = packed()

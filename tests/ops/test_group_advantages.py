@@ -7,23 +7,19 @@ import math
 
 import pytest
 import torch
+from backends import BACKENDS, FASTER, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from fastrl.kernels import registry
 from fastrl.ops.group_advantages import group_advantages
 
 NAN = float("nan")
-CPU = torch.device("cpu")
-BACKENDS = [name for name, reason in registry.explain("group_advantages", CPU).items() if reason is None]
-FASTER = [name for name in BACKENDS if name != "reference"]
 ESTIMATORS = [
     (baseline, scale)
     for baseline, scale in itertools.product(("mean", "leave_one_out", "none"), ("group", "batch", "none"))
     if (baseline, scale) != ("none", "group")
 ]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_estimator = pytest.mark.parametrize(("baseline", "scale"), ESTIMATORS)
 
 
@@ -43,7 +39,7 @@ def unequal_groups():
     return rewards[order], ids[order]
 
 
-@pytest.mark.parametrize("backend", FASTER)
+@pytest.mark.parametrize("backend", FASTER, indirect=True)
 @each_estimator
 def test_backend_equals_reference_in_float64(backend, baseline, scale):
     rewards, ids = unequal_groups()
@@ -56,7 +52,6 @@ def test_backend_equals_reference_in_float64(backend, baseline, scale):
         assert got.isfinite().all()
 
 
-@each_backend
 def test_closed_forms(backend):
     rewards = f64(1, 2, 3, 0, 0, 1, 1)
     ids = torch.tensor([4, 4, 4, 9, 9, 9, 9])
@@ -76,13 +71,11 @@ def test_closed_forms(backend):
     assert_close(advantages("none", "batch"), rewards / rewards.std(), rtol=1e-14, atol=0)
 
 
-@each_backend
 def test_eps_is_added_to_the_standard_deviation(backend):
     got = group_advantages(f64(0, 1), group_size=2, eps=0.5, backend=backend)
     assert_close(got, f64(-0.5, 0.5) / (math.sqrt(0.5) + 0.5), rtol=1e-14, atol=0)
 
 
-@each_backend
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
@@ -95,7 +88,6 @@ def test_constant_and_single_groups_get_exactly_zero(backend, scale, baseline, e
         assert torch.equal(got, torch.zeros_like(got))
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_large_common_offset_changes_no_advantage(backend, dtype):
     small = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=dtype)  # exact also after the offset
@@ -107,7 +99,6 @@ def test_a_large_common_offset_changes_no_advantage(backend, dtype):
         assert torch.equal(near, far)
 
 
-@each_backend
 @each_estimator
 def test_nan_rewards_are_zero_and_as_if_absent(backend, baseline, scale):
     rewards, ids = unequal_groups()
@@ -119,14 +110,12 @@ def test_nan_rewards_are_zero_and_as_if_absent(backend, baseline, scale):
     assert torch.equal(got[~scorable], torch.zeros_like(got[~scorable]))
 
 
-@each_backend
 @pytest.mark.parametrize("rewards", [(0.7,), (0.7, NAN), (0.7, 0.7, 0.7)])
 def test_a_batch_without_spread_is_left_unscaled(backend, rewards):
     got = group_advantages(f64(*rewards), group_size=1, baseline="none", scale="batch", backend=backend)
     assert torch.equal(got, f64(*rewards).nan_to_num(0.0))
 
 
-@each_backend
 def test_group_size_means_consecutive_ids(backend):
     rewards = torch.randn(12)
     ids = torch.tensor([5, 5, 5, 5, 1, 1, 1, 1, 3, 3, 3, 3])
@@ -150,15 +139,15 @@ def test_permuting_the_batch_permutes_the_advantages(data, estimator, members):
     order = torch.tensor(data.draw(st.permutations(range(len(members)))))
     ids, rewards = torch.tensor([i for i, _ in members]), f64(*[r for _, r in members])
     baseline, scale = estimator
-    for backend in BACKENDS:
-        straight, permuted = (
-            group_advantages(r, group_ids=i, baseline=baseline, scale=scale, backend=backend)
-            for r, i in ((rewards, ids), (rewards[order], ids[order]))
-        )
+    for name in BACKENDS:
+        with using(name) as backend:
+            straight, permuted = (
+                group_advantages(r, group_ids=i, baseline=baseline, scale=scale, backend=backend)
+                for r, i in ((rewards, ids), (rewards[order], ids[order]))
+            )
         assert_close(permuted, straight[order], rtol=1e-9, atol=1e-9)
 
 
-@each_backend
 def test_answers_in_float32_rounded_once_and_in_float64_for_float64(backend):
     rewards, ids = unequal_groups()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -170,7 +159,6 @@ def test_answers_in_float32_rounded_once_and_in_float64_for_float64(backend):
         assert torch.equal(got, wide.float())
 
 
-@each_backend
 def test_any_strides_and_integer_ids(backend):
     rewards, ids = torch.randn(24)[::2], torch.arange(24, dtype=torch.int32)[::2] % 3
     want = group_advantages(rewards.contiguous(), group_ids=ids.contiguous().long(), backend=backend)
@@ -179,7 +167,6 @@ def test_any_strides_and_integer_ids(backend):
     assert torch.equal(group_advantages(expanded, group_size=3, backend=backend), torch.zeros(6))
 
 
-@each_backend
 @each_estimator
 def test_an_empty_batch_is_legal(backend, baseline, scale):
     empty = torch.zeros(0)
@@ -193,7 +180,6 @@ def test_advantages_are_constants():
     assert not group_advantages(rewards, group_size=4).requires_grad
 
 
-@each_backend
 @each_estimator
 def test_operator_passes_opcheck(backend, baseline, scale):
     rewards, ids = unequal_groups()
@@ -201,7 +187,6 @@ def test_operator_passes_opcheck(backend, baseline, scale):
         torch.library.opcheck(torch.ops.fastrl.group_advantages.default, (values, ids, baseline, scale, 1e-6, backend))
 
 
-@each_backend
 def test_compiled_equals_eager(backend):
     compiled = torch.compile(group_advantages, fullgraph=True, backend="aot_eager")
     rewards, ids = unequal_groups()

@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
+from backends import BACKENDS, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.cases import IGNORE, dense_logits, dense_logprob, peaked
+from ops.threads import with_threads
 from tolerance import assert_exact, assert_no_worse
 
 from fastrl.kernels.logprob import chunked
 from fastrl.ops import logprob as module
 from fastrl.ops.logprob import logprob
 
-BACKENDS = ("reference", "chunked")
 OPTIONS = {
     "no options": lambda rows: {},
     "temperature a float": lambda rows: {"temperature": 0.7},
@@ -299,7 +300,8 @@ def test_logits_are_never_overwritten(backend, dtype):
 def test_logps_are_never_positive_and_entropy_is_between_zero_and_log_v(backend, seed, rows, vocabulary, scale, dtype):
     torch.manual_seed(seed)
     logits, targets = random_case(rows, vocabulary, ignored=False, dtype=torch.float32)
-    out = logprob((logits * scale).to(dtype), targets, entropy=True, backend=backend)
+    with using(backend) as name:
+        out = logprob((logits * scale).to(dtype), targets, entropy=True, backend=name)
     assert (out.logps <= 0).all()
     assert (out.entropy >= 0).all()
     assert (out.entropy <= math.log(vocabulary) * (1 + 4 * torch.finfo(torch.float32).eps) + 1e-6).all()
@@ -324,6 +326,46 @@ def test_chunks_and_row_order_change_no_bit(seed, rows, chunk_bytes):
         shuffled = run(logits[order], targets[order], grads[:, order])
     for a, b in zip(whole, shuffled, strict=True):
         assert torch.equal(a[order], b)
+
+
+def values_and_gradient(logits, targets, grads, **options):
+    z = logits.detach().clone().requires_grad_()
+    out = logprob(z, targets, entropy=True, **options)
+    torch.autograd.backward(list(out), list(grads))
+    return out.logps.detach(), out.entropy.detach(), z.grad
+
+
+LONG_ROW = 5000  # more than one block of every instruction set, and no multiple of its lanes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_neither_threads_nor_other_rows_change_a_bit_of_a_row(native_isa, dtype):
+    logits, targets = random_case(11, LONG_ROW, dtype=dtype)
+    logits[3] = math.nan
+    grads = torch.randn(2, 11, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    whole = values_and_gradient(logits, targets, grads, backend="native")
+    threaded = with_threads(2, lambda: values_and_gradient(logits, targets, grads, backend="native"))
+    for want, got in zip(whole, threaded, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    for i in range(11):
+        part = slice(i, i + 1)
+        alone = values_and_gradient(logits[part], targets[part], grads[:, part], backend="native")
+        for want, got in zip(whole, alone, strict=True):
+            torch.testing.assert_close(got, want[part], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sixteen_bit_gradient_is_the_float32_one_rounded_once(native_isa, dtype):
+    """From subnormal to infinite, NaN included."""
+    logits, targets = random_case(40, LONG_ROW, dtype=torch.float32)
+    narrow = (logits * 2).to(dtype)
+    narrow[7, 5] = math.nan
+    grads = torch.stack([torch.logspace(-9, 9, 40), torch.zeros(40)])
+    got = values_and_gradient(narrow, targets, grads, backend="native")
+    want = values_and_gradient(narrow.float(), targets, grads, backend="native")
+    torch.testing.assert_close(got[2], want[2].to(dtype), rtol=0, atol=0, equal_nan=True)
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 # The door.

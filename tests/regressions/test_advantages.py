@@ -9,23 +9,16 @@ import torch
 from torch.testing import assert_close
 
 from fastrl.advantages import GRPO, discounted_returns, kl_in_reward, whiten
-from fastrl.kernels import registry
 from fastrl.ops.gae import gae
 from fastrl.ops.group_advantages import group_advantages
 
 NAN = float("nan")
-CPU = torch.device("cpu")
-GAE_BACKENDS = [name for name, reason in registry.explain("gae", CPU).items() if reason is None]
-GROUP_BACKENDS = [name for name, reason in registry.explain("group_advantages", CPU).items() if reason is None]
-each_gae = pytest.mark.parametrize("backend", GAE_BACKENDS)
-each_group = pytest.mark.parametrize("backend", GROUP_BACKENDS)
 
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-@each_group
 def test_partial_groups_do_not_mix_prompts(backend):
     """Groups of 4, 3 and 4 cut by a fixed stride: https://github.com/areal-project/AReaL/issues/1419"""
     rewards = f64(0, 0, 1, 1, 5, 5, 8, 100, 100, 100, 104)
@@ -36,7 +29,6 @@ def test_partial_groups_do_not_mix_prompts(backend):
         group_advantages(rewards, group_size=4, backend=backend)
 
 
-@each_group
 def test_interleaved_prompts_get_the_advantages_of_sorted_ones(backend):
     """P1 P2 P1 P2 read as consecutive groups: https://github.com/StarsfieldAI/R1-V/issues/67"""
     rewards, ids = f64(0, 10, 1, 14), torch.tensor([1, 2, 1, 2])
@@ -46,7 +38,6 @@ def test_interleaved_prompts_get_the_advantages_of_sorted_ones(backend):
         assert_close(got, want[order], rtol=1e-14, atol=0)
 
 
-@each_group
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_constant_rewards_give_no_advantage_that_a_filter_could_miss(backend, dtype):
     """0.1 eight times has a float spread above zero: https://github.com/NVIDIA-NeMo/RL/pull/4158"""
@@ -56,7 +47,6 @@ def test_constant_rewards_give_no_advantage_that_a_filter_could_miss(backend, dt
     assert got[:8].abs().max() == 0
 
 
-@each_group
 def test_advantages_are_normalised_once_with_n_minus_one(backend):
     """Normalised by the estimator and by the trainer again: https://github.com/axon-rl/gem/pull/113"""
     eps, std = 1e-6, math.sqrt(1 / 3)
@@ -66,7 +56,6 @@ def test_advantages_are_normalised_once_with_n_minus_one(backend):
     assert_close(got.std(), torch.tensor(std / (std + eps), dtype=torch.float64), rtol=1e-14, atol=0)
 
 
-@each_group
 def test_a_group_of_one_is_zero_and_not_nan(backend):
     """A sample deviation of one number is NaN: https://github.com/axon-rl/gem/pull/113"""
     for baseline in ("mean", "leave_one_out"):
@@ -75,7 +64,6 @@ def test_a_group_of_one_is_zero_and_not_nan(backend):
             assert torch.equal(got, f64(0, 0))
 
 
-@each_gae
 @pytest.mark.parametrize("masked_value", [100.0, NAN])
 def test_a_masked_value_does_not_leak_into_the_token_before_it(backend, masked_value):
     """5.70 instead of 0.95: https://github.com/alibaba/ROLL/pull/447; the same in https://github.com/verl-project/verl/pull/50"""
@@ -84,7 +72,6 @@ def test_a_masked_value_does_not_leak_into_the_token_before_it(backend, masked_v
     assert torch.equal(returns, f64([0.95, 1.0, 0.0]))
 
 
-@each_gae
 def test_observations_between_turns_cost_no_discount(backend):
     """Decay and value deltas of tool tokens entered the recursion: https://github.com/verl-project/verl/pull/2337"""
     turns = gae(f64([0, 0, 0, 1]), f64([0.5, 9, 9, 0.25]), torch.tensor([[1, 0, 0, 1]]), gamma=0.9, backend=backend)
@@ -94,7 +81,6 @@ def test_observations_between_turns_cost_no_discount(backend):
         assert torch.equal(gap[:, 1:3], torch.zeros(1, 2, dtype=torch.float64))
 
 
-@each_gae
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
 def test_a_terminal_reward_on_a_masked_tool_token_is_kept_whole(backend, gamma):
     """Attenuated by the gap, and lost with gamma 0: https://github.com/radixark/miles/pull/1827"""
@@ -102,7 +88,6 @@ def test_a_terminal_reward_on_a_masked_tool_token_is_kept_whole(backend, gamma):
     assert torch.equal(got, f64([gamma * 0.95, 1.0, 0.0, 0.0]))
 
 
-@each_gae
 def test_padding_does_not_change_returns(backend):
     """Rewards-to-go accumulated over pads: https://github.com/huggingface/trl/pull/7024"""
     rewards, values = torch.randn(2, 1, 6)

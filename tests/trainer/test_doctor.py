@@ -61,7 +61,7 @@ def test_facts_name_each_op_backend_and_device(found):
 
 def test_refusing_backend_is_shown_with_its_reason(monkeypatch):
     refusing = registry.Kernel("nowhere", lambda device: "needs a unicorn")
-    table = {"native": refusing, **registry.TABLE["gae"]}
+    table = {**registry.TABLE["gae"], "native": refusing}
     monkeypatch.setitem(registry.TABLE, "gae", table)
     shown = [fact for fact in doctor._op_backends("gae", CPU) if fact.value == "native"]
     assert shown == [Fact("backends on cpu", "gae", "native", "needs a unicorn", "missing")]

@@ -1,0 +1,38 @@
+// A `fastrl.spec.PolicyLoss` as plain numbers, and the rows of `fastrl.kernels.policy_loss.metrics.METRICS`, in order.
+#pragma once
+
+enum class Surrogate : int { clip, cispo, sapo, reinforce };
+enum class KLKind : int { none, k1, k2, k3, k3_ratio };
+enum class CorrectionKind : int { none, truncate, mask };
+
+struct PolicySpec {
+  Surrogate surrogate;
+  double low, high;         // bounds of the ratio itself: clip and cispo
+  double dual;              // clip; 0: none
+  double tau_pos, tau_neg;  // sapo
+  bool sequence_ratio;
+  KLKind kl;
+  double kl_coef;
+  CorrectionKind correction;
+  bool sequence_correction;
+  double correction_low, correction_high;
+  double entropy_coef;
+};
+
+enum Metric : int {
+  metric_clip_low,
+  metric_clip_high,
+  metric_ratio_mean,
+  metric_ratio_max,
+  metric_kl,
+  metric_old_kl,
+  metric_entropy,
+  metric_difference_mean,
+  metric_difference_max,
+  metric_importance,
+  metric_kept,
+  metric_gradient,
+  metric_clamped,
+  metric_nonfinite,
+  metrics
+};

@@ -1,0 +1,65 @@
+// The surrogates of a policy loss: value, derivatives, and which bound clipped. `log_ratio` is already bounded, and old
+// policies are constants.
+#pragma once
+
+#include "policy_spec.h"
+#include "real.h"
+
+namespace FASTRL_ISA {
+
+template <typename T>
+struct SurrogateTerm {
+  T loss, dlog_ratio, dlogp;  // the derivatives through the log-ratio, and directly by logps
+  Truth<T> low, high;
+};
+
+// -min(rho A, clip(rho, low, high) A), with `dual` > 0 at most -dual A where A < 0: arXiv:1707.06347 eq. 7,
+// arXiv:1912.09729 eq. 5. A tie is not clipped.
+template <typename T>
+FASTRL_HD SurrogateTerm<T> clip(T log_ratio, T advantage, T low, T high, T dual) {
+  const T ratio = exp_of(log_ratio), bounded = clamp<T>(ratio, low, high), zero{};
+  Truth<T> clipped = ratio * advantage > bounded * advantage;
+  T loss = -((clipped ? bounded : ratio) * advantage);
+  const T ceiling = -dual * advantage;
+  const Truth<T> beyond = (dual > zero) & (advantage < zero) & (loss > ceiling);
+  loss = beyond ? ceiling : loss;
+  clipped = clipped | beyond;
+  const Truth<T> down = clipped & (advantage < zero), up = clipped & (advantage > zero);
+  return {loss, clipped ? zero : -ratio * advantage, zero, down, up};
+}
+
+// -sg(clamp(rho, low, high)) A log pi: arXiv:2506.13585 eq. 4. The ratio is a constant: no token loses its gradient.
+template <typename T>
+FASTRL_HD SurrogateTerm<T> cispo(T log_ratio, T logp, T advantage, T low, T high) {
+  const T ratio = exp_of(log_ratio), dlogp = -clamp<T>(ratio, low, high) * advantage;
+  return {dlogp * logp, T{}, dlogp, ratio < low, ratio > high};
+}
+
+// -(4 / tau) sigmoid(tau (rho - 1)) A, tau_pos where A > 0 and tau_neg elsewhere: arXiv:2511.20347.
+template <typename T>
+FASTRL_HD SurrogateTerm<T> sapo(T log_ratio, T advantage, T tau_pos, T tau_neg) {
+  const T one = constant<T>(1), four = constant<T>(4), ratio = exp_of(log_ratio);
+  const T tau = advantage > T{} ? tau_pos : tau_neg;
+  const T gate = one / (one + exp_of(tau * (one - ratio)));
+  const T dlog_ratio = -four * gate * (one - gate) * ratio * advantage;
+  return {-four / tau * gate * advantage, dlog_ratio, T{}, Truth<T>{}, Truth<T>{}};
+}
+
+// -A log pi.
+template <typename T>
+FASTRL_HD SurrogateTerm<T> reinforce(T logp, T advantage) {
+  return {-advantage * logp, T{}, -advantage, Truth<T>{}, Truth<T>{}};
+}
+
+template <typename T>
+FASTRL_HD SurrogateTerm<T> surrogate_term(const PolicySpec& spec, T log_ratio, T logp, T advantage) {
+  const T low = constant<T>(spec.low), high = constant<T>(spec.high);
+  switch (spec.surrogate) {
+    case Surrogate::clip: return clip<T>(log_ratio, advantage, low, high, constant<T>(spec.dual));
+    case Surrogate::cispo: return cispo<T>(log_ratio, logp, advantage, low, high);
+    case Surrogate::sapo: return sapo<T>(log_ratio, advantage, constant<T>(spec.tau_pos), constant<T>(spec.tau_neg));
+    default: return reinforce<T>(logp, advantage);
+  }
+}
+
+}  // namespace FASTRL_ISA
