@@ -13,8 +13,8 @@ struct Spread {
   double count, low, mean, std;
 };
 
-// Numbers are shifted by the least of their segment before anything is summed: differences of equals are exactly 0, so a
-// constant segment has exactly no spread, and a large common offset costs no digits.
+// Numbers are shifted by the least of their segment before anything is summed: differences of equals are exactly 0, so
+// a constant segment has exactly no spread, and a large common offset costs no digits.
 inline void measure(const double* x, const int64_t* segment, int64_t n, Spread* spread, int64_t segments) {
   for (int64_t s = 0; s < segments; ++s) spread[s] = {0, HUGE_VAL, 0, 0};
   for (int64_t i = 0; i < n; ++i) {
@@ -33,7 +33,10 @@ inline void measure(const double* x, const int64_t* segment, int64_t n, Spread* 
     const double deviation = x[i] - of.low - of.mean;
     if (x[i] == x[i]) of.std += deviation * deviation;
   }
-  for (int64_t s = 0; s < segments; ++s) spread[s].std = ::sqrt(spread[s].std / (spread[s].count > 2 ? spread[s].count - 1 : 1));
+  for (int64_t s = 0; s < segments; ++s) {
+    Spread& of = spread[s];
+    of.std = ::sqrt(of.std / (of.count > 2 ? of.count - 1 : 1));
+  }
 }
 
 inline double divisor(const Spread& of, double eps) { return of.std > 0 ? of.std + eps : 1; }

@@ -1,8 +1,9 @@
 // Log-probabilities from logits in memory: lanes run along the vocabulary, threads over the rows.
 //
-// A block of a row is widened into scratch that stays in the first cache, where its maximum and then its sums are taken;
-// blocks are merged in double. The backward takes a row's statistics again, then writes its gradient while the row is
-// still in the cache. Every row is one thread's, in one order: no other row and no number of threads changes its bits.
+// A block of a row is widened into scratch that stays in the first cache, where its maximum and then its sums are
+// taken; blocks are merged in double. The backward takes a row's statistics again, then writes its gradient while the
+// row is still in the cache. Every row is one thread's, in one order: no other row and no number of threads changes its
+// bits.
 #pragma once
 
 #include "../math/softmax.h"
@@ -77,7 +78,7 @@ struct LogprobKernel {
 
   void forward(const LogprobForward& out) const {
     Real *logps = static_cast<Real*>(out.logps), *entropy = static_cast<Real*>(out.entropy);
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 4)
     for (int64_t i = 0; i < a.rows; ++i) {
       const int64_t target = a.targets[i];
       if (target == a.ignore_index) {
@@ -95,9 +96,10 @@ struct LogprobKernel {
 
   // dz_v = g ([v = y] - p_v) - ge p_v (log p_v + H), over the temperature.
   void backward(const LogprobBackward& out) const {
-    const Real *grad_logps = static_cast<const Real*>(out.grad_logps), *grad_entropy = static_cast<const Real*>(out.grad_entropy);
+    const Real* grad_logps = static_cast<const Real*>(out.grad_logps);
+    const Real* grad_entropy = static_cast<const Real*>(out.grad_entropy);
     const size_t row_bytes = size_t(a.vocabulary) * sizeof(In);
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 4)
     for (int64_t i = 0; i < a.rows; ++i) {
       In* to = static_cast<In*>(out.grad_logits) + i * a.vocabulary;
       const Real g = grad_logps[i], ge = grad_entropy ? grad_entropy[i] : 0;

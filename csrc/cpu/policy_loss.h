@@ -125,7 +125,9 @@ struct PolicyLossKernel {
     report(partial);
   }
 
-  void tokens(ptrdiff_t b, double* partial, const Real* mean_log_ratio, const Real* mean_mismatch, Real* through_ratio) const {
+  // The tokens of block b, and their sums.
+  void tokens(ptrdiff_t b, double* partial, const Real* mean_log_ratio, const Real* mean_mismatch,
+              Real* through_ratio) const {
     double sum[sums][L] = {};
     T most[metrics] = {};
     const ptrdiff_t end = least(n, (b + 1) * block);
@@ -158,7 +160,7 @@ struct PolicyLossKernel {
     }
     for (int k = 0; k < sums; ++k) {
       partial[k] = 0;
-      for (int l = 0; l < L; ++l) partial[k] = k < metrics && is_max(k) ? larger_of(partial[k], most[k][l]) : partial[k] + sum[k][l];
+      for (int l = 0; l < L; ++l) partial[k] = is_max(k) ? larger_of(partial[k], most[k][l]) : partial[k] + sum[k][l];
     }
   }
 
@@ -192,7 +194,7 @@ struct PolicyLossKernel {
     for (ptrdiff_t b = 0; b < blocks; ++b)
       for (int k = 0; k < sums; ++k) {
         const double part = partial[b * sums + k];
-        total[k] = k < metrics && is_max(k) ? larger_of(total[k], part) : total[k] + part;
+        total[k] = is_max(k) ? larger_of(total[k], part) : total[k] + part;
       }
     *static_cast<Real*>(a.loss) = Real(total[sum_loss]);
     Real* table = static_cast<Real*>(a.metrics);

@@ -1,4 +1,4 @@
-// What the per-token formulas are written in: a float, a double, or on the CPU a vector of them with the same operators.
+// What the per-token formulas are written in: a float, a double, or on the CPU a vector of them with like operators.
 //
 // A condition on vectors is a vector, so a formula chooses with `?:` between values that are both computed, and joins
 // conditions with & and |. FASTRL_ISA names the namespace: the CPU kernels are compiled once per instruction set, and

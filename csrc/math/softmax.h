@@ -1,12 +1,12 @@
-// Softmax statistics that can be taken in pieces and merged: Milakov and Gimelshein, arXiv:1805.02867, with one more sum
-// for the entropy.
+// Softmax statistics that can be taken in pieces and merged: Milakov and Gimelshein, arXiv:1805.02867, with one more
+// sum for the entropy.
 #pragma once
 
 #include "real.h"
 
 namespace FASTRL_ISA {
 
-// Of a set of logits z, with e = exp(z - top). `top` must be finite: a piece of -inf alone has the lowest number and sum 0.
+// Of a set of logits z, with e = exp(z - top). `top` is finite: for a piece of -inf alone it is the lowest number.
 template <typename T>
 struct Softmax {
   T top, sum, moment;  // moment: sum of e (z - top)
