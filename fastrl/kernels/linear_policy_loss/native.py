@@ -11,7 +11,7 @@ import torch
 from fastrl.kernels.linear_logprob.native import NativeHead
 from fastrl.kernels.linear_policy_loss.reference import silent_rows
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
-from fastrl.kernels.policy_loss import reference as policy_loss
+from fastrl.kernels.policy_loss import native as policy_loss
 from fastrl.kernels.softmax_row import check_targets
 from fastrl.spec import PolicyLoss
 
@@ -58,12 +58,12 @@ def forward(
     loss = hidden.new_zeros((), dtype=head.dtype)
     metrics = hidden.new_zeros((len(METRICS), 2), dtype=head.dtype)
 
-    # Rows whose gradient is known to be zero need the first matmul only.
-    forward_only = live & silent if needs_grad else live
-    plan = [(forward_only.nonzero().squeeze(-1), False)]
-    rows = (live & ~forward_only).nonzero().squeeze(-1)
+    # Rows whose gradient is known to be zero need the first matmul only. The plan, and with it the order of summation,
+    # is the same when nothing needs a gradient.
+    rows = (live & ~silent).nonzero().squeeze(-1)
     stores = head.stores(rows)
-    plan += [(chunk, True) for chunk in (head.chunks(rows) if stores else [rows])]
+    plan = [((live & silent).nonzero().squeeze(-1), False)]
+    plan += [(chunk, needs_grad) for chunk in (head.chunks(rows) if stores else [rows])]
     for rows, with_grad in plan:
         if len(rows) == 0:
             continue
