@@ -18,7 +18,12 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISAS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+    ISAS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512_bf16": AVX512_BF16}
+    ISAS |= {"amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
+    # To test the AMX kernels where there is no AMX. With an extension that is already built: build_ext --force.
+    if os.environ.get("FASTRL_EMULATE_TILES") == "1":
+        ISAS |= {"amx_emulated": [*AVX512_BF16, "-DFASTRL_EMULATE_TILES"]}
 
 
 class BuildKernels(build_ext):
@@ -35,6 +40,7 @@ class BuildKernels(build_ext):
             ext.include_dirs = [pybind11.get_include()]
             extra = os.environ.get("FASTRL_CXXFLAGS", "").split()
             ext.extra_compile_args = [*COMMON, *extra]
+            ext.define_macros = [("FASTRL_EMULATE_TILES", "1")] if "amx_emulated" in ISAS else []
             # OpenMP is not linked: the loader hands over the very copy that torch runs its own threads with.
             ext.extra_link_args = [flag for flag in extra if flag.startswith("-fsanitize")]
             for isa, flags in ISAS.items():

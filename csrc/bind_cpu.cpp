@@ -8,6 +8,12 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -19,17 +25,38 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The processor has tiles of bfloat16 and Linux lets this process use them, which it must be asked for once.
+bool ask_for_amx() {
+#if defined(__linux__)
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;  // cpuid leaf 7, edx
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & amx_bf16) || !(edx & amx_tile)) return false;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+bool has_amx() {
+  static const bool granted = has_avx512_bf16() && ask_for_amx();
+  return granted;
+}
 #endif
 
 // What this processor can run, best first.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
+  if (has_amx()) found.push_back(kernels_amx());
   if (has_avx512_bf16()) found.push_back(kernels_avx512_bf16());
   if (has_avx512()) found.push_back(kernels_avx512());
   if (has_avx2()) found.push_back(kernels_avx2());
 #endif
   found.push_back(kernels_scalar());
+#if defined(FASTRL_EMULATE_TILES)
+  if (has_avx512_bf16()) found.push_back(kernels_amx_emulated());  // last: only for who asks for it
+#endif
   return found;
 }
 

@@ -6,19 +6,24 @@
 // two, accumulated in float32). `a` is packed into panels of `tile` lanes, so that a step reads whole vectors; `b` is
 // read a broadcast unit at a time and may have any strides. Each c[r, l] is a sum of partial sums over `chain` units in
 // order, which keeps rounding errors small over long k, and starts from what c holds: how the work is cut into tiles or
-// shared among threads changes no bit of it, as long as cuts of k fall on multiples of `chain`.
+// shared among threads changes no bit of it, as long as cuts of k fall on multiples of `chain`. AMX has its own: amx.h.
 #pragma once
 
 #include "simd.h"
 
 namespace FASTRL_ISA {
 
+// What a thread must hold while it multiplies: nothing.
+struct NoRegion {};
+
 // One float (or double) per unit.
 template <typename V>
 struct Plain {
   using Vec = V;
   using Unit = typename V::Real;
+  using Region = NoRegion;
   static constexpr int pair = 1;
+  static constexpr bool contiguous_rows = false;  // b may have any strides
   static V load(const Unit* a) { return V::load(a); }
   static V spread(const Unit* b) { return V::set(*b); }
   static V multiply_add(V a, V b, V acc) { return V::fma(a, b, acc); }
@@ -29,7 +34,9 @@ struct Plain {
 struct Paired {
   using Vec = Float;
   using Unit = uint32_t;
+  using Region = NoRegion;
   static constexpr int pair = 2;
+  static constexpr bool contiguous_rows = false;
   struct Bits { __m512i x; };
   static Bits load(const Unit* a) { return {_mm512_loadu_si512(a)}; }
   static Bits spread(const Unit* b) { return {_mm512_set1_epi32(int(*b))}; }
@@ -40,20 +47,23 @@ struct Paired {
 #endif
 
 // Vectors of lanes and rows of one register tile: as many accumulators as leave room for the operands.
-template <typename V>
+template <typename M>
 struct Tile {
+  using V = typename M::Vec;
   static constexpr int vectors = V::registers >= 32 ? 4 : V::registers >= 16 ? 2 : 1;
   static constexpr int rows = V::registers >= 32 ? 6 : V::registers >= 16 ? 5 : 4;
   static constexpr int lanes = vectors * V::lanes;
   static constexpr int chain = 10 * rows;  // units of one partial sum
+  static constexpr ptrdiff_t block = 20 * rows;    // rows of b (vocabulary entries) that stay in the second cache
+  static constexpr ptrdiff_t segment = 4 * block;  // what a thread takes at once
 };
 
 template <typename M, int R>
 inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b, ptrdiff_t b_row,
                           ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate) {
   using V = typename M::Vec;
-  constexpr int N = Tile<V>::vectors;
-  constexpr ptrdiff_t chain = Tile<V>::chain;
+  constexpr int N = Tile<M>::vectors;
+  constexpr ptrdiff_t chain = Tile<M>::chain;
   V total[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) total[r][n] = accumulate ? V::load(c + r * c_row + n * V::lanes) : V::set(0);
@@ -69,7 +79,7 @@ inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const type
         auto unit = M::spread(b + r * b_row);
         for (int n = 0; n < N; ++n) acc[r][n] = M::multiply_add(lanes[n], unit, acc[r][n]);
       }
-      a += Tile<V>::lanes;
+      a += Tile<M>::lanes;
       b += b_unit;
     }
     for (int r = 0; r < R; ++r)
@@ -84,7 +94,7 @@ template <typename M>
 inline void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b,
                            ptrdiff_t b_row, ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row,
                            bool accumulate) {
-  constexpr int R = Tile<typename M::Vec>::rows;
+  constexpr int R = Tile<M>::rows;
   ptrdiff_t r = 0;
   for (; r + R <= rows; r += R)
     multiply_tile<M, R>(units, a, b + r * b_row, b_row, b_unit, c + r * c_row, c_row, accumulate);
@@ -98,7 +108,7 @@ inline void multiply_panel_edge(ptrdiff_t rows, ptrdiff_t units, const typename 
                                 const typename M::Unit* b, ptrdiff_t b_row, ptrdiff_t b_unit,
                                 typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate, ptrdiff_t lanes) {
   using Real = typename M::Vec::Real;
-  constexpr int L = Tile<typename M::Vec>::lanes, R = Tile<typename M::Vec>::rows;
+  constexpr int L = Tile<M>::lanes, R = Tile<M>::rows;
   Real whole[R * L];
   for (ptrdiff_t first = 0; first < rows; first += R) {
     ptrdiff_t count = rows - first < R ? rows - first : R;

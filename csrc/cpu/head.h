@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "amx.h"
 #include "buffer.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -52,10 +53,9 @@ struct HeadKernel {
   using V = typename M::Vec;
   using Real = typename V::Real;
   using Unit = typename M::Unit;
-  static constexpr int pair = M::pair, L = Tile<V>::lanes;
-  static constexpr ptrdiff_t block = 20 * Tile<V>::rows;  // vocabulary entries whose weights stay in the second cache
-  static constexpr ptrdiff_t segment = 4 * block;
-  static_assert(block / pair % Tile<V>::chain == 0, "stripes of entries must end where partial sums end");
+  static constexpr int pair = M::pair, L = Tile<M>::lanes;
+  static constexpr ptrdiff_t block = Tile<M>::block, segment = Tile<M>::segment;
+  static_assert(block / pair % Tile<M>::chain == 0, "stripes of entries must end where partial sums end");
 
   const Head& h;
   const In* hidden;
@@ -162,6 +162,7 @@ struct HeadKernel {
     prepare(warmth, target);
 #pragma omp parallel num_threads(h.threads)
     {
+      [[maybe_unused]] typename M::Region region;
       pack_tokens(tokens);
       Buffer<Unit> scratch(direct ? 0 : block * units);
       Buffer<Real> tile(block * L);
@@ -264,13 +265,16 @@ struct HeadKernel {
     const bool kept = out.kept != nullptr, recompute = !kept && out.logits == nullptr;
     const ptrdiff_t token_units = padded / pair;
     // Entries whose dz all threads finish before the product that contracts over them.
-    const ptrdiff_t stripe = block * least(4 * (h.threads > 4 ? h.threads : 4), (vocabulary + block - 1) / block);
-    const ptrdiff_t stripe_units = round_up(stripe, pair) / pair;
+    const ptrdiff_t stripe = least(segment * (h.threads > 4 ? h.threads : 4), round_up(vocabulary, block));
+    // Rows a multiple of 4 KB apart would share one set of the first cache: a cache line keeps them off it.
+    const ptrdiff_t stripe_units = round_up(stripe, pair) / pair + (M::contiguous_rows ? 16 : 0);
 
     Buffer<Unit> tokens(recompute ? padded * units : 0);
     Buffer<Unit> columns(needs_weight ? width_panels * token_units * L : 0);
     Buffer<Unit> weights(needs_hidden ? width_panels * stripe_units * L : 0);
-    Buffer<Unit> by_entry(stripe_units * padded);  // panels of L tokens, one unit of entries after the other
+    // Panels of L tokens: one unit of entries after the other, or where M wants its rows so, one token after the other.
+    Buffer<Unit> by_entry(stripe_units * padded);
+    const ptrdiff_t entry_row = M::contiguous_rows ? stripe_units : 1, entry_unit = M::contiguous_rows ? 1 : L;
     Buffer<Real> d_hidden(needs_hidden ? padded * width : 0);
     Buffer<Real> row(8 * padded);
     Buffer<int32_t> target(padded);
@@ -293,6 +297,7 @@ struct HeadKernel {
 
 #pragma omp parallel num_threads(h.threads)
     {
+      [[maybe_unused]] typename M::Region region;
       if (recompute) pack_tokens(tokens);
       if (needs_weight) {
         constexpr ptrdiff_t piece = 64;
@@ -306,6 +311,7 @@ struct HeadKernel {
       Buffer<Unit> scratch(direct ? 0 : block * units);
       Buffer<Real> tile(kept || recompute ? block * L : 0);
       Buffer<Unit> by_token(block * token_units);
+      Buffer<Unit> unturned(M::contiguous_rows ? block / pair * L : 0);
       Buffer<V> bias_sum(out.grad_bias ? block : 0);
 
       for (ptrdiff_t first = 0; first < vocabulary; first += stripe) {
@@ -354,12 +360,14 @@ struct HeadKernel {
                 if (out.grad_bias) bias_sum[r] = bias_sum[r] + dz;
                 return dz;
               };
-              Unit* entry = by_entry + t * stripe_units + at * L + l;
+              Unit* turned = by_entry + t * stripe_units + l * entry_row + at * entry_unit;
+              Unit* entry = M::contiguous_rows ? unturned + l : turned;
               Unit* token = by_token + i / pair;
               for (ptrdiff_t r = 0; r < even; r += 2) {
                 const V a = derivative(r), b = derivative(r + 1);
                 put_dz(entry + r / pair * L, L, token + r * token_units, token + (r + 1) * token_units, a, b);
               }
+              if constexpr (M::contiguous_rows) M::transpose(even / pair, entry, L, turned, entry_row);
             }
           }
           if (out.grad_bias)
@@ -382,8 +390,8 @@ struct HeadKernel {
 #pragma omp for collapse(2) schedule(dynamic, 1)
           for (ptrdiff_t t = 0; t < padded; t += L)
             for (ptrdiff_t p = 0; p < width_panels; ++p)
-              product(least(L, n - t), contracted, weights + p * stripe_units * L, by_entry + t * stripe_units, 1, L,
-                      d_hidden + t * width + p * L, first > 0, p);
+              product(least(L, n - t), contracted, weights + p * stripe_units * L, by_entry + t * stripe_units,
+                      entry_row, entry_unit, d_hidden + t * width + p * L, first > 0, p);
         }
       }
       if (needs_hidden) {
@@ -412,7 +420,9 @@ inline void with_head_kernel(const Head& head, Run run) {
     case Dtype::float64: run(HeadKernel<Plain<Array<double>>, double>(head)); break;
     case Dtype::float32: run(HeadKernel<Plain<Float>, float>(head)); break;
     case Dtype::float16: run(HeadKernel<Plain<Float>, Fp16>(head)); break;
-#if defined(__AVX512BF16__)
+#if defined(FASTRL_TILES)
+    case Dtype::bfloat16: run(HeadKernel<Tiled, Bf16>(head)); break;
+#elif defined(__AVX512BF16__)
     case Dtype::bfloat16: run(HeadKernel<Paired, Bf16>(head)); break;
 #else
     case Dtype::bfloat16: run(HeadKernel<Plain<Float>, Bf16>(head)); break;

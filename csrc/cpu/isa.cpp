@@ -15,7 +15,7 @@ const Kernels* JOIN(kernels_, FASTRL_ISA)() {
   using namespace FASTRL_ISA;
   static const Kernels table = {
       TEXT(FASTRL_ISA),
-      {Tile<Float>::lanes, Tile<Array<double>>::lanes},
+      {Tile<Plain<Float>>::lanes, Tile<Plain<Array<double>>>::lanes},
       head_forward,
       head_keep,
       head_backward,

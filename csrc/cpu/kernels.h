@@ -162,3 +162,5 @@ const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx();
+const Kernels* kernels_amx_emulated();  // only in a build with FASTRL_EMULATE_TILES
