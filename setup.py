@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 # How a vector is passed without its instruction set (-Wpsabi) is no matter: it never leaves its object file.
@@ -40,17 +41,23 @@ class BuildKernels(build_ext):
             ext.include_dirs = [pybind11.get_include()]
             extra = os.environ.get("FASTRL_CXXFLAGS", "").split()
             ext.extra_compile_args = [*COMMON, *extra]
-            ext.define_macros = [("FASTRL_EMULATE_TILES", "1")] if "amx_emulated" in ISAS else []
             # OpenMP is not linked: the loader hands over the very copy that torch runs its own threads with.
             ext.extra_link_args = [flag for flag in extra if flag.startswith("-fsanitize")]
             for isa, flags in ISAS.items():
-                ext.extra_objects += self.compiler.compile(
-                    [str(CSRC / "cpu" / "isa.cpp")],
-                    output_dir=str(Path(self.build_temp) / isa),
-                    macros=[("FASTRL_ISA", isa)],
-                    extra_postargs=[*ext.extra_compile_args, *flags],
-                    depends=ext.depends,
-                )
+                try:
+                    ext.extra_objects += self.compiler.compile(
+                        [str(CSRC / "cpu" / "isa.cpp")],
+                        output_dir=str(Path(self.build_temp) / isa),
+                        macros=[("FASTRL_ISA", isa)],
+                        extra_postargs=[*ext.extra_compile_args, *flags],
+                        depends=ext.depends,
+                    )
+                except CompileError as error:
+                    if isa == "scalar" or extra:  # who sets flags wants to see what fails
+                        raise
+                    self.warn(f"no kernels for {isa}: this compiler does not know it ({error})")
+                    continue
+                ext.define_macros.append((f"FASTRL_HAS_{isa}", "1"))
             super().build_extension(ext)
             reason.unlink(missing_ok=True)
         except Exception as error:

@@ -19,12 +19,12 @@ namespace py = pybind11;
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // The processor has tiles of bfloat16 and Linux lets this process use them, which it must be asked for once.
 bool ask_for_amx() {
@@ -38,23 +38,29 @@ bool ask_for_amx() {
   return false;
 #endif
 }
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   static const bool granted = has_avx512_bf16() && ask_for_amx();
   return granted;
 }
 #endif
 
-// What this processor can run, best first.
+// What this build has and this processor can run, best first. FASTRL_HAS_x: the compiler knew x.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
-#if defined(__x86_64__)
+#if defined(FASTRL_HAS_amx)
   if (has_amx()) found.push_back(kernels_amx());
+#endif
+#if defined(FASTRL_HAS_avx512_bf16)
   if (has_avx512_bf16()) found.push_back(kernels_avx512_bf16());
+#endif
+#if defined(FASTRL_HAS_avx512)
   if (has_avx512()) found.push_back(kernels_avx512());
+#endif
+#if defined(FASTRL_HAS_avx2)
   if (has_avx2()) found.push_back(kernels_avx2());
 #endif
   found.push_back(kernels_scalar());
-#if defined(FASTRL_EMULATE_TILES)
+#if defined(FASTRL_HAS_amx_emulated)
   if (has_avx512_bf16()) found.push_back(kernels_amx_emulated());  // last: only for who asks for it
 #endif
   return found;

@@ -163,4 +163,4 @@ const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_amx();
-const Kernels* kernels_amx_emulated();  // only in a build with FASTRL_EMULATE_TILES
+const Kernels* kernels_amx_emulated();  // only in a build that emulates tiles

@@ -113,13 +113,16 @@ class NativeHead:
         *,
         logits: torch.Tensor | None = None,
         kept: torch.Tensor | None = None,
-        add: bool = False,
+        add_weight: bool = False,
+        add_bias: bool = False,
     ) -> None:
         """Writes d hidden at these rows, and writes or adds d weight and d bias of them all."""
         upstream = (logps, lse, entropy, grad_logps, grad_entropy, logits, kept)
         stride = 0 if kept is None else kept.shape[1]
         outputs = (grad_hidden, grad_weight, grad_bias)
-        self.extension.head_backward(self.at(rows), *map(address, upstream), stride, *map(address, outputs), add, add)
+        self.extension.head_backward(
+            self.at(rows), *map(address, upstream), stride, *map(address, outputs), add_weight, add_bias
+        )
 
 
 def forward(

@@ -53,8 +53,9 @@ def forward(
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
     direct = main_grad is not None and main_grad.is_contiguous()
-    grad_weight = hidden.new_zeros(weight.shape if needs_weight and not direct else (0,), dtype=head.dtype)
-    grad_bias = hidden.new_zeros(weight.shape[0] if needs_bias else 0, dtype=head.dtype)
+    grad_weight = hidden.new_empty(weight.shape if needs_weight and not direct else (0,), dtype=head.dtype)
+    grad_bias = hidden.new_empty(weight.shape[0] if needs_bias else 0, dtype=head.dtype)
+    written = False  # the first chunk writes the gradients, so that they are never filled with zeros first
     loss = hidden.new_zeros((), dtype=head.dtype)
     metrics = hidden.new_zeros((len(METRICS), 2), dtype=head.dtype)
 
@@ -64,11 +65,13 @@ def forward(
     stores = head.stores(rows)
     plan = [((live & silent).nonzero().squeeze(-1), False)]
     plan += [(chunk, needs_grad) for chunk in (head.chunks(rows) if stores else [rows])]
+    logits = None
     for rows, with_grad in plan:
         if len(rows) == 0:
             continue
-        logits = head.logits_buffer(rows) if with_grad and stores else None
-        head.forward(rows, logps, lse, entropies if entropy else None, logits)
+        if with_grad and stores and logits is None:
+            logits = head.logits_buffer(rows)  # the first chunk is the longest: the others reuse its pages
+        head.forward(rows, logps, lse, entropies if entropy else None, logits if with_grad else None)
         context = (None if x is None else x[rows] for x in (old_logps, ref_logps, sampling_logps))
         chunk_loss, dlogps[rows], dentropy[rows], chunk_metrics = policy_loss.forward(
             logps[rows],
@@ -98,8 +101,13 @@ def forward(
             (main_grad if direct else grad_weight) if needs_weight else None,
             grad_bias if needs_bias else None,
             logits=logits,
-            add=True,
+            add_weight=written or direct,
+            add_bias=written,
         )
+        written = True
+    if not written:
+        grad_weight.zero_()
+        grad_bias.zero_()
     if needs_weight and main_grad is not None and not direct:
         main_grad.add_(grad_weight)
         grad_weight = grad_weight.new_empty(0)
