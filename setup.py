@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 # How a vector is passed without its instruction set (-Wpsabi) is no matter: it never leaves its object file.
@@ -43,26 +43,32 @@ class BuildKernels(build_ext):
             ext.extra_compile_args = [*COMMON, *extra]
             # OpenMP is not linked: the loader hands over the very copy that torch runs its own threads with.
             ext.extra_link_args = [flag for flag in extra if flag.startswith("-fsanitize")]
-            for isa, flags in ISAS.items():
-                try:
-                    ext.extra_objects += self.compiler.compile(
-                        [str(CSRC / "cpu" / "isa.cpp")],
-                        output_dir=str(Path(self.build_temp) / isa),
-                        macros=[("FASTRL_ISA", isa)],
-                        extra_postargs=[*ext.extra_compile_args, *flags],
-                        depends=ext.depends,
-                    )
-                except CompileError as error:
-                    if isa == "scalar" or extra:  # who sets flags wants to see what fails
-                        raise
-                    self.warn(f"no kernels for {isa}: this compiler does not know it ({error})")
-                    continue
-                ext.define_macros.append((f"FASTRL_HAS_{isa}", "1"))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = {isa: pool.submit(self.compile_isa, ext, isa) for isa in ISAS}
+            for isa, job in jobs.items():
+                failure = job.exception()
+                if failure is None:
+                    ext.extra_objects += job.result()
+                    ext.define_macros.append((f"FASTRL_HAS_{isa}", "1"))
+                elif isa == "scalar" or extra:  # who sets flags wants to see what fails
+                    raise failure
+                else:
+                    self.warn(f"no kernels for {isa}, which this compiler does not know: {failure}")
             super().build_extension(ext)
             reason.unlink(missing_ok=True)
         except Exception as error:
             reason.write_text(f"{type(error).__name__}: {error}\n")
             raise
+
+    def compile_isa(self, ext: Extension, isa: str) -> list[str]:
+        """The object file of one instruction set."""
+        return self.compiler.compile(
+            [str(CSRC / "cpu" / "isa.cpp")],
+            output_dir=str(Path(self.build_temp) / isa),
+            macros=[("FASTRL_ISA", isa)],
+            extra_postargs=[*ext.extra_compile_args, *ISAS[isa]],
+            depends=ext.depends,
+        )
 
 
 setup(

@@ -18,6 +18,11 @@ def tensors(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> dict[
     return {mode: (head_tensors(shape, dtype, device, wants),) for mode, wants in MODES.items()}
 
 
+def matmul_flops(head: HeadTensors) -> float:
+    """What no provider can do without: the logits, and a matmul for each gradient."""
+    return 2 * head.weight.numel() * len(head.hidden) * (1 + len(head.wants))
+
+
 def truth(head: HeadTensors) -> Outputs:
     """Every output in float64."""
     return {"logps": true_logps(head)} | (true_gradients(head, head.grad_logps) if head.wants else {})

@@ -20,7 +20,7 @@ from bench.shapes import (
 )
 from bench.timing import Outputs, Provider
 
-OP, SHAPES, DEFAULT = "linear_policy_loss", HEADS, ("smollm2", "gemma3-270m")
+OP, SHAPES, DEFAULT = "linear_policy_loss", HEADS, ("smollm2-2k", "gemma3-270m-1k")
 # In GRPO on verifiable rewards, a third to two thirds of the groups often have equal rewards, so advantages of zero.
 SILENT = {"all groups train": 0.0, "half of the groups silent": 0.5}
 
@@ -33,6 +33,12 @@ def tensors(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> dict[
         parts = zip(head.hidden.split(64), head.targets.split(64), strict=True)
         around = torch.cat([plain_logps(hidden, head.weight, targets) for hidden, targets in parts]).view(batch)
     return {mode: (head, token_tensors(batch, device, around=around, silent=silent)) for mode, silent in SILENT.items()}
+
+
+def matmul_flops(head: HeadTensors, tokens: TokenTensors) -> float:
+    """What no provider can do without: logits of the completion tokens, two gradients of those that have one."""
+    active = tokens.mask & (tokens.advantages != 0)[:, None]
+    return 2 * head.weight.numel() * (int(tokens.mask.sum()) + 2 * int(active.sum()))
 
 
 def truth(head: HeadTensors, tokens: TokenTensors) -> Outputs:

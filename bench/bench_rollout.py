@@ -1,6 +1,6 @@
 """Tokens per second of the transformers sampler against `model.generate` on the same model, prompts and lengths.
 
-python -m bench.bench_rollout --model DIR
+python -m bench.run rollout
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.workload import model_folder
 from fastrl.env import reuse_freed_memory
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
@@ -78,7 +79,7 @@ def tokens_per_second(produce: Callable[[], int], device: torch.device) -> tuple
 def main() -> None:
     """Print both rates and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a packaged model's name, or a folder")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=int, default=8)
@@ -90,8 +91,9 @@ def main() -> None:
     args = parser.parse_args()
 
     reuse_freed_memory()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    folder = model_folder(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(args.device).eval()
     prompts = render_prompts(tokenizer, args.prompts)
     stop = tokenizer.eos_token_id if not args.no_stop else model.config.vocab_size
     sampler = TransformersSampler(model)

@@ -231,7 +231,7 @@ def _torch_group_advantages(rewards: torch.Tensor, eps: float) -> Provider:
     return lambda: {"advantages": group_normalised(rewards, eps)}
 
 
-LOGPS = {"torch": _torch, "compile": _compile, "torch-lce": _torch_lce, "trl": _trl, "liger": _liger}
+LOGPS = {"torch": _torch, "compile": _compile, "lce": _torch_lce, "trl": _trl, "liger": _liger}
 PEERS: dict[str, dict[str, Callable[..., Provider]]] = {
     "linear_logprob": {name: _linear_logprob(make) for name, make in LOGPS.items()},
     "linear_policy_loss": {name: _linear_policy_loss(make) for name, make in LOGPS.items()}

@@ -2,7 +2,7 @@
 
 python -m bench.run linear_logprob --against torch,trl,liger
 python -m bench.run step --against trl,naive
-python -m bench.run rollout --model smollm2-135m-instruct
+python -m bench.run rollout
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench.peers import PEERS, build
 from bench.shapes import find
-from bench.timing import Case, Result, environment, machine, measure
+from bench.timing import Case, Result, environment, machine, matmul_rate, measure
 
 HEAD_OPS = ("linear_logprob", "linear_policy_loss", "logprob")  # the others work in float32 whatever --dtype
 RESULTS = Path(__file__).parent / "results"
@@ -62,8 +62,10 @@ def _micro(arguments: list[str]) -> None:
     show_environment(console, about)
     for case in _cases(module, args, device):
         results = measure(case, args.rounds, device)
-        console.print(table(case.label, results))
-        append(out_file(args.out, device), [record(args.op, case, result, about) for result in results])
+        rate = matmul_rate(case.dtype, device) if case.flops else 0.0
+        console.print(table(case, results, rate))
+        rows = [record(args.op, case, result, about) | {"matmul_rate": rate} for result in results]
+        append(out_file(args.out, device), rows)
 
 
 def _cases(module: Any, args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
@@ -77,14 +79,14 @@ def _cases(module: Any, args: argparse.Namespace, device: torch.device) -> Itera
             peers, absent = build(args.op, names(args.against), *tensors)
             size = " x ".join(map(str, shape if isinstance(shape, tuple) else asdict(shape).values()))
             label = ", ".join(filter(None, (args.op, f"{name} ({size})", mode, str(dtype).removeprefix("torch."))))
-            yield Case(label, dtype, lambda t=tensors: module.truth(*t), ours | peers, absent)
+            flops = module.matmul_flops(*tensors) if hasattr(module, "matmul_flops") else 0.0
+            yield Case(label, dtype, lambda t=tensors: module.truth(*t), ours | peers, absent, flops)
 
 
 def _rollout(arguments: list[str]) -> None:
     from bench import bench_rollout
-    from fastrl.model.packaged import PACKAGED, converted
 
-    sys.argv = ["bench.run rollout", *(str(converted(PACKAGED[a])) if a in PACKAGED else a for a in arguments)]
+    sys.argv = ["bench.run rollout", *arguments]
     bench_rollout.main()
 
 
@@ -98,26 +100,30 @@ def show_environment(console: Console, about: dict[str, Any]) -> None:
     console.print(", ".join(f"{key} {value}" for key, value in about.items() if key != "machine"), style="dim")
 
 
-def table(label: str, results: list[Result]) -> Table:
+def table(case: Case, results: list[Result], rate: float) -> Table:
     """Markdown: the fastest first, then those that have no time, each with its reason."""
-    shown = Table(title=label, box=MARKDOWN, title_justify="left")
-    for heading in ("provider", "median ms", "20-80 %", "of best peer", "extra MiB", "error", "note"):
+    title = f"{case.label}; torch.mm: {rate / 1e12:.2f} TFLOP/s" if case.flops else case.label
+    shown = Table(title=title, box=MARKDOWN, title_justify="left")
+    floor = case.flops / rate if case.flops else None
+    for heading in ("provider", "median ms", "20-80 %", "of best peer", "of mm", "extra MiB", "error", "note"):
         shown.add_column(heading, justify="left" if heading in ("provider", "note") else "right")
     peers = [r.median for r in results if r.median is not None and not r.provider.startswith("fastrl")]
     best = min(peers, default=None)
     for result in sorted(results, key=lambda r: r.median if r.median is not None else float("inf")):
-        shown.add_row(result.provider, *_cells(result, best))
+        shown.add_row(result.provider, *_cells(result, best, floor))
     return shown
 
 
-def _cells(result: Result, best: float | None) -> list[str]:
+def _cells(result: Result, best: float | None, floor: float | None) -> list[str]:
+    """`floor`: seconds that the matmuls alone would take at the rate of a large `torch.mm`."""
     error = f"{result.error:.1e}" if result.error is not None else ""
     if result.median is None:
-        return [result.status, "", "", "", error, result.detail]
+        return [result.status, "", "", "", "", error, result.detail]
     peak = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.1f}"
     span = f"{result.low * 1e3:.3f}-{result.high * 1e3:.3f}"
     ratio = f"{result.median / best:.2f}" if best else ""
-    return [f"{result.median * 1e3:.3f}", span, ratio, peak, error, result.detail]
+    share = f"{floor / result.median:.0%}" if floor else ""
+    return [f"{result.median * 1e3:.3f}", span, ratio, share, peak, error, result.detail]
 
 
 def record(op: str, case: Case, result: Result, about: dict[str, Any]) -> dict[str, Any]:

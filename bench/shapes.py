@@ -29,7 +29,9 @@ class HeadShape:
 HEADS = {
     "tiny": HeadShape(256, 64, 1_000, 16),
     "smollm2": HeadShape(512, 576, 49_152),
+    "smollm2-2k": HeadShape(2_048, 576, 49_152),
     "gemma3-270m": HeadShape(512, 640, 262_144),
+    "gemma3-270m-1k": HeadShape(1_024, 640, 262_144),
     "qwen3-4b": HeadShape(4_096, 2_560, 151_936, 512),
     "llama3-8b": HeadShape(4_096, 4_096, 128_256, 512),
 }

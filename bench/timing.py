@@ -36,6 +36,7 @@ class Case:
     truth: Provider
     providers: dict[str, Provider]
     absent: dict[str, str] = field(default_factory=dict)  # provider -> why it is not measured
+    flops: float = 0.0  # of the matmuls that no provider can do without; 0 where there are none
 
 
 @dataclass
@@ -77,6 +78,14 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Result]:
         result.low, result.median, result.high = quantiles(times)
         result.samples = rounds * calls[name]
     return [*results.values(), *(Result(name, "absent", why) for name, why in case.absent.items())]
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP per second of one large `torch.mm` in this dtype, the median of five."""
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * size**3 / statistics.median(_seconds(lambda: {"": torch.mm(a, b)}, 1, device) for _ in range(5))
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

@@ -3,8 +3,8 @@
 //   forward    z = h W^T tile by tile: running maximum, sum of exp, and sum of exp times z, one lane per row
 //   backward   dz tile by tile from z, then d weight = dz^T h and d hidden = dz W
 //
-// Lanes are rows (tokens), so no sum ever runs across a vector. The vocabulary is cut into segments whose statistics are
-// merged in order, in double: neither the number of threads nor the other rows change a bit of a row's result.
+// Lanes are rows (tokens), so no sum ever runs across a vector. The vocabulary is cut into segments whose statistics
+// are merged in order, in double: neither the number of threads nor the other rows change a bit of a row's result.
 #pragma once
 
 #include <math.h>
@@ -30,7 +30,8 @@ inline In zero_of() { return In{}; }
 //   by_entry[lane]: both entries of a token in one unit (contraction over the vocabulary)
 //   by_token: neighbouring tokens of one entry in one unit (contraction over tokens)
 template <typename V>
-inline void put_dz(typename V::Real* by_entry, ptrdiff_t entry_stride, typename V::Real* even, typename V::Real* odd, V a, V b) {
+inline void put_dz(typename V::Real* by_entry, ptrdiff_t entry_stride, typename V::Real* even, typename V::Real* odd,
+                   V a, V b) {
   a.store(by_entry);
   b.store(by_entry + entry_stride);
   a.store(even);
@@ -108,6 +109,11 @@ struct HeadKernel {
       for (ptrdiff_t p = 0; p < width_panels; ++p) {
         Unit* to = out + (p * stride_units + at + i / pair) * L;
         const ptrdiff_t left = least(width - p * L, L);
+        if (left == L && even && (pair == 1 || odd)) {  // without conditions inside, this is a loop over vectors
+          const In *a = even + p * L, *b = pair == 1 ? a : odd + p * L;
+          for (ptrdiff_t l = 0; l < L; ++l) put(to + l, a[l], b[l]);
+          continue;
+        }
         for (ptrdiff_t l = 0; l < L; ++l) {
           In a = even && l < left ? even[p * L + l] : zero_of<In>();
           In b = odd && l < left ? odd[p * L + l] : zero_of<In>();
@@ -210,8 +216,8 @@ struct HeadKernel {
   }
 
   // Finishes the logits of one vector of tokens over `count` entries, in place, and folds them into its statistics.
-  void fold(Real* z, ptrdiff_t z_row, ptrdiff_t v, ptrdiff_t count, const Real* warmth, const int32_t* target, Real* top,
-            Real* sum, Real* moment, Real* at_target, bool entropy) const {
+  void fold(Real* z, ptrdiff_t z_row, ptrdiff_t v, ptrdiff_t count, const Real* warmth, const int32_t* target,
+            Real* top, Real* sum, Real* moment, Real* at_target, bool entropy) const {
     const V heat = V::load(warmth), before = V::load(top);
     const auto wanted = V::load_int(target);
     V most = before, found = V::load(at_target);
@@ -278,8 +284,8 @@ struct HeadKernel {
     Buffer<Real> d_hidden(needs_hidden ? padded * width : 0);
     Buffer<Real> row(8 * padded);
     Buffer<int32_t> target(padded);
-    Real *warmth = row, *lse = warmth + padded, *lse_rest = lse + padded, *g = lse_rest + padded, *ge = g + padded, *entropy = ge + padded,
-         *chain = entropy + padded, *at_target = chain + padded;
+    Real *warmth = row, *lse = warmth + padded, *lse_rest = lse + padded, *g = lse_rest + padded, *ge = g + padded,
+         *entropy = ge + padded, *chain = entropy + padded, *at_target = chain + padded;
     prepare(warmth, target);
     gather_lse(out.lse, lse);
     for (ptrdiff_t i = 0; i < padded; ++i) {
@@ -326,7 +332,8 @@ struct HeadKernel {
           if (out.grad_bias)
             for (ptrdiff_t r = 0; r < count; ++r) bias_sum[r] = V::set(0);
           for (ptrdiff_t t = 0; t < padded; t += L) {
-            const Real* z = out.logits ? static_cast<const Real*>(out.logits) + v * padded + t : static_cast<Real*>(tile);
+            const Real* z = tile;
+            if (out.logits) z = static_cast<const Real*>(out.logits) + v * padded + t;
             const ptrdiff_t z_row = out.logits ? padded : L;
             if (kept)
               for (ptrdiff_t r = 0; r < count; ++r) {
@@ -336,9 +343,9 @@ struct HeadKernel {
             if (recompute) multiply_panel<M>(count, units, tokens + t * units, w, stride, 1, tile, L, false);
             for (ptrdiff_t l = 0; l < L; l += V::lanes) {
               const ptrdiff_t i = t + l;
-              const V heat = V::load(warmth + i), shift = V::load(lse + i), shift_rest = V::load(lse_rest + i), up = V::load(g + i),
-                      up_entropy = V::load(ge + i), h_row = V::load(entropy + i), link = V::load(chain + i),
-                      peak = V::load(at_target + i);
+              const V heat = V::load(warmth + i), shift = V::load(lse + i), shift_rest = V::load(lse_rest + i),
+                      up = V::load(g + i), up_entropy = V::load(ge + i), h_row = V::load(entropy + i),
+                      link = V::load(chain + i), peak = V::load(at_target + i);
               const auto wanted = V::load_int(target + i);
               const auto no_logp = V::is_zero(up);
               const auto no_entropy = V::is_zero(up_entropy);
@@ -383,7 +390,8 @@ struct HeadKernel {
               product(count, token_units, columns + p * token_units * L, by_token, token_units, 1,
                       static_cast<Real*>(out.grad_weight) + v * width + p * L, out.add_weight, p);
           if (needs_hidden)
-            pack_columns(weights, stripe_units, at, count, [&](ptrdiff_t r) { return weight + (v + r) * h.weight_stride; });
+            pack_columns(weights, stripe_units, at, count,
+                         [&](ptrdiff_t r) { return weight + (v + r) * h.weight_stride; });
         }
         if (needs_hidden) {
           const ptrdiff_t contracted = (last - first + pair - 1) / pair;
@@ -396,15 +404,17 @@ struct HeadKernel {
       }
       if (needs_hidden) {
 #pragma omp for schedule(static)
-        for (ptrdiff_t i = 0; i < n; ++i)
-          memcpy(static_cast<Real*>(out.grad_hidden) + h.rows[i] * width, d_hidden + i * width, size_t(width) * sizeof(Real));
+        for (ptrdiff_t i = 0; i < n; ++i) {
+          Real* to = static_cast<Real*>(out.grad_hidden) + h.rows[i] * width;
+          memcpy(to, d_hidden + i * width, size_t(width) * sizeof(Real));
+        }
       }
     }
   }
 
   // One panel of columns of d weight or d hidden.
-  void product(ptrdiff_t rows, ptrdiff_t steps, const Unit* a, const Unit* b, ptrdiff_t b_row, ptrdiff_t b_unit, Real* c,
-               bool add, ptrdiff_t panel) const {
+  void product(ptrdiff_t rows, ptrdiff_t steps, const Unit* a, const Unit* b, ptrdiff_t b_row, ptrdiff_t b_unit,
+               Real* c, bool add, ptrdiff_t panel) const {
     const ptrdiff_t lanes = least(L, width - panel * L);
     if (lanes == L)
       multiply_panel<M>(rows, steps, a, b, b_row, b_unit, c, width, add);

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastrl.ops.define import operator
 
-@torch.library.custom_op("fastrl::attach_gradients", mutates_args=())
+
+@operator("fastrl::attach_gradients")
 def attach_gradients(
     loss: torch.Tensor,
     hidden: torch.Tensor,

@@ -7,11 +7,12 @@ import torch
 from fastrl import check
 from fastrl.kernels.precision import answer
 from fastrl.kernels.registry import resolve
+from fastrl.ops.define import operator
 
 OP = "gae"
 
 
-@torch.library.custom_op("fastrl::gae", mutates_args=())
+@operator("fastrl::gae")
 def _gae(
     rewards: torch.Tensor,
     values: torch.Tensor,

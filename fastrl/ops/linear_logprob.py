@@ -9,6 +9,7 @@ import torch
 from fastrl import check, env
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
+from fastrl.ops.define import operator
 from fastrl.types import LogprobOutput
 
 MEMORY = ("auto", "keep", "stream")
@@ -208,7 +209,7 @@ def keep_budget(device: torch.device) -> int:
     return DEFAULT_KEEP_BYTES.get(device.type, DEFAULT_KEEP_BYTES["cpu"]) if budget is None else budget
 
 
-@torch.library.custom_op("fastrl::linear_logprob", mutates_args=())
+@operator("fastrl::linear_logprob")
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -254,7 +255,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastrl::linear_logprob_backward", mutates_args=())
+@operator("fastrl::linear_logprob_backward")
 def backward_op(
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor | None,

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrl.kernels import registry
 from fastrl.kernels.policy_loss import METRICS
+from fastrl.ops.define import operator
 from fastrl.spec import PolicyLoss, decode
 
 SCHEMA = (
@@ -20,13 +21,17 @@ SCHEMA = (
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace json; it guards on the spec instead
 def encoded(spec: PolicyLoss) -> str:
     """The spec as the string in which it crosses the operator boundary, also inside `torch.compile`."""
     return spec.encode()
 
 
-@torch.library.custom_op("fastrl::policy_loss", mutates_args=(), schema=SCHEMA)
+# What torch.compiler.assume_constant_result sets: the compiler cannot trace json, it guards on the spec instead. The
+# decorator would import the whole compiler, 140 MB of resident memory, into every process that imports fastrl.
+encoded._dynamo_marked_constant = True
+
+
+@operator("fastrl::policy_loss", schema=SCHEMA)
 def policy_loss(
     logps: torch.Tensor,
     advantages: torch.Tensor,

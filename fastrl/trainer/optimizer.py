@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from fastrl.check import require
 from fastrl.trainer.config import OptimizerConfig
 
+PIECE = 1 << 19  # 16-bit gradients widened at a time
 SLICE = 1 << 22  # weights updated at a time: what the float32 copy of a slice costs is all the copy there is
 
 
@@ -126,7 +127,9 @@ def _add_to(grad: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:
     """A hook that adds a complete 16-bit gradient to its float32 buffer and frees it."""
 
     def hook(param: torch.nn.Parameter) -> None:
-        grad.add_(param.grad)
+        # torch widens a 16-bit addend before it adds: piece by piece, the wide copy stays in the cache.
+        for total, part in zip(grad.flatten().split(PIECE), param.grad.flatten().split(PIECE), strict=True):
+            total.add_(part)
         param.grad = None
 
     return hook

@@ -36,8 +36,8 @@ def test_a_wrong_provider_has_an_error_and_no_time(value):
     assert right.median > 0
     assert wrong.status == "wrong"
     assert wrong.median is None
-    assert "y beyond" in run._cells(wrong, right.median)[-1]
-    assert run._cells(wrong, right.median)[0] == "wrong"
+    assert "y beyond" in run._cells(wrong, right.median, None)[-1]
+    assert run._cells(wrong, right.median, None)[0] == "wrong"
 
 
 def test_a_provider_without_memory_shows_oom_and_a_broken_one_its_message():
