@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrl.ops.define import operator
 
-
-@operator("fastrl::attach_gradients")
+@torch.library.custom_op("fastrl::attach_gradients", mutates_args=())
 def attach_gradients(
     loss: torch.Tensor,
     hidden: torch.Tensor,

@@ -7,12 +7,11 @@ import torch
 from fastrl import check
 from fastrl.kernels.precision import answer
 from fastrl.kernels.registry import resolve
-from fastrl.ops.define import operator
 
 OP = "gae"
 
 
-@operator("fastrl::gae")
+@torch.library.custom_op("fastrl::gae", mutates_args=())
 def _gae(
     rewards: torch.Tensor,
     values: torch.Tensor,

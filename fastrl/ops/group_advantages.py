@@ -9,14 +9,13 @@ import torch
 from fastrl import check
 from fastrl.kernels.precision import answer
 from fastrl.kernels.registry import resolve
-from fastrl.ops.define import operator
 
 OP = "group_advantages"
 BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("group", "batch", "none")
 
 
-@operator("fastrl::group_advantages")
+@torch.library.custom_op("fastrl::group_advantages", mutates_args=())
 def _group_advantages(
     rewards: torch.Tensor, group_ids: torch.Tensor, baseline: str, scale: str, eps: float, backend: str
 ) -> torch.Tensor:

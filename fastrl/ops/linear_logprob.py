@@ -9,7 +9,6 @@ import torch
 from fastrl import check, env
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
-from fastrl.ops.define import operator
 from fastrl.types import LogprobOutput
 
 MEMORY = ("auto", "keep", "stream")
@@ -209,7 +208,7 @@ def keep_budget(device: torch.device) -> int:
     return DEFAULT_KEEP_BYTES.get(device.type, DEFAULT_KEEP_BYTES["cpu"]) if budget is None else budget
 
 
-@operator("fastrl::linear_logprob")
+@torch.library.custom_op("fastrl::linear_logprob", mutates_args=())
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -255,7 +254,7 @@ def _(
     )
 
 
-@operator("fastrl::linear_logprob_backward")
+@torch.library.custom_op("fastrl::linear_logprob_backward", mutates_args=())
 def backward_op(
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor | None,

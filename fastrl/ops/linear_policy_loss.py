@@ -10,7 +10,6 @@ from fastrl.kernels.policy_loss import METRICS
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
-from fastrl.ops.define import operator
 from fastrl.ops.linear_logprob import HeadInputs
 from fastrl.ops.policy_loss import encoded
 from fastrl.spec import PolicyLoss, decode
@@ -73,7 +72,7 @@ def linear_policy_loss(
     return LinearPolicyLoss(loss, logps, entropies, metrics)
 
 
-@operator("fastrl::linear_policy_loss", mutates_args=("main_grad",))
+@torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=("main_grad",))
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,

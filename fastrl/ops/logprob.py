@@ -9,7 +9,6 @@ import torch
 from fastrl import check
 from fastrl.kernels.registry import resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
-from fastrl.ops.define import operator
 from fastrl.ops.linear_logprob import check_temperature
 from fastrl.types import LogprobOutput
 
@@ -59,7 +58,7 @@ def logprob(
     return LogprobOutput(logps.view(targets.shape), h.view(targets.shape) if entropy else None)
 
 
-@operator("fastrl::logprob")
+@torch.library.custom_op("fastrl::logprob", mutates_args=())
 def _op(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -79,7 +78,7 @@ def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows if entropy else 0, dtype=dtype)
 
 
-@operator("fastrl::logprob_backward")
+@torch.library.custom_op("fastrl::logprob_backward", mutates_args=())
 def _backward_op(
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor | None,
