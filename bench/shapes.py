@@ -107,7 +107,11 @@ def token_tensors(
     advantages = torch.randn(sequences, generator=made)
     advantages[: int(silent * sequences / GROUP) * GROUP] = 0.0
     lengths = torch.randint(max(1, length // 4), length + 1, (sequences, 1), generator=made)
-    old, ref = (logps + 0.1 * torch.randn(batch, generator=made) for _ in range(2))
+    # A fifth of the ratios far beyond the clip bounds, the others well inside: a ratio beside a bound would be clipped
+    # or not by the rounding of 16-bit logits, and every such provider would look wrong by a whole token's gradient.
+    beyond = torch.rand(batch, generator=made) < 0.2
+    away = 0.4 * torch.randn(batch, generator=made).sign()
+    old, ref = (logps + torch.where(beyond, away, 0.03 * torch.randn(batch, generator=made)) for _ in range(2))
     return TokenTensors(
         logps.to(device).requires_grad_(),
         old.to(device),
