@@ -33,8 +33,10 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """One object per instruction set, then the module."""
-        reason = Path(self.get_ext_fullpath(ext.name)).parent / "_cpu_build.txt"
-        reason.parent.mkdir(parents=True, exist_ok=True)
+        # Into what is being installed, and into the tree, which is where an editable installation runs.
+        reasons = [
+            folder / "_cpu_build.txt" for folder in (Path(self.get_ext_fullpath(ext.name)).parent, Path("fastrl"))
+        ]
         try:
             import pybind11
 
@@ -55,9 +57,12 @@ class BuildKernels(build_ext):
                 else:
                     self.warn(f"no kernels for {isa}, which this compiler does not know: {failure}")
             super().build_extension(ext)
-            reason.unlink(missing_ok=True)
+            for reason in reasons:
+                reason.unlink(missing_ok=True)
         except Exception as error:
-            reason.write_text(f"{type(error).__name__}: {error}\n")
+            for reason in reasons:
+                reason.parent.mkdir(parents=True, exist_ok=True)
+                reason.write_text(f"{type(error).__name__}: {error}\n")
             raise
 
     def compile_isa(self, ext: Extension, isa: str) -> list[str]:
