@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.cases import IGNORE, ORDERS, SHAPES, Inputs, dense, gaussian, peaked
+from ops.threads import with_threads
 from tolerance import assert_exact, assert_no_worse
 
 from fastrl.kernels.linear_logprob import chunked
@@ -637,3 +638,21 @@ def test_autocast_takes_float32_weights_as_a_linear_layer_does(backend):
         results.append((logps.detach(), h.grad, w.grad))
     for with_autocast, by_hand in zip(*results, strict=True):
         assert torch.equal(with_autocast, by_hand)
+
+
+def test_native_bits_depend_neither_on_threads_nor_on_the_other_rows(native_isa):
+    inputs = gaussian(70, 33, 1003, dtype=torch.float32)
+
+    def run(rows):
+        part = Inputs(inputs.hidden[rows], inputs.weight, inputs.targets[rows], inputs.bias).leaves("hidden", "weight")
+        out = fused(part, entropy=True, backend="native")
+        (out.logps.sum() + out.entropy.sum()).backward()
+        return out.logps.detach(), out.entropy.detach(), part.hidden.grad, part.weight.grad
+
+    every = slice(0, 70)
+    whole = with_threads(1, lambda: run(every))
+    for one, two in zip(whole, with_threads(2, lambda: run(every)), strict=True):
+        assert torch.equal(one, two)
+    alone = with_threads(1, lambda: run(slice(40, 47)))
+    for among_others, by_itself in zip(whole[:3], alone[:3], strict=True):
+        assert torch.equal(among_others[40:47], by_itself)
