@@ -41,8 +41,9 @@ class _Rows:
 
 
 class TransformersSampler:
-    """A sampler with its own static key/value cache: each distinct prompt is prefilled once, and what all
-    prompts begin with only once for all; finished rows leave.
+    """A sampler with its own static key/value cache, where nothing is prefilled twice and finished rows leave.
+
+    Each distinct prompt is prefilled once, and the tokens that all prompts begin with are prefilled once for all.
 
     `Sample.sampling_logps` are under the distribution that was sampled, temperature and truncation applied; when
     greedy (temperature 0) they are the plain log-probabilities at temperature 1. The stop token is part of the sample.

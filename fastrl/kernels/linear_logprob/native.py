@@ -11,7 +11,7 @@ from fastrl.kernels import native
 from fastrl.kernels.native import address
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype, check_targets, scale_rows
 
-LOGIT_BYTES = 48 << 20  # of logits stored at a time; packed rows and gradients tiles take the rest of 64 MiB
+LOGIT_BYTES = 48 << 20  # of logits stored at a time; packed rows and tiles of the gradients come on top
 FEWEST_ROWS = (
     128  # with fewer rows at a time, passing over the weight's gradient costs more than computing logits again
 )
