@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
 Ratio = Literal["token", "sequence"]
 Aggregate = Literal["token_mean", "prompt_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum"]
+AGGREGATES = get_args(Aggregate)
 KLKind = Literal["k1", "k2", "k3", "k3_ratio"]
 
 
@@ -137,6 +138,9 @@ class PolicyLoss:
     aggregate: Aggregate = "seq_mean_token_mean"
     entropy_coef: float = 0.0
     correction: Correction | None = None
+    # All of the above as text, the form in which it crosses the operator boundary; made here because torch.compile
+    # traces no json. `decode` is the inverse.
+    code: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _require_choice("PolicyLoss.ratio", Ratio, self.ratio)
@@ -155,6 +159,9 @@ class PolicyLoss:
             "a Correction or None",
             self.correction,
         )
+        factors = {name: asdict(value) if is_dataclass(value) else value for name, value in vars(self).items()}
+        factors["surrogate"]["name"] = type(self.surrogate).__name__
+        object.__setattr__(self, "code", json.dumps(factors, sort_keys=True))
 
     @property
     def separable(self) -> bool:
@@ -172,20 +179,10 @@ class PolicyLoss:
         """True when the entropy is part of the loss, and so needs a gradient."""
         return self.entropy_coef != 0.0
 
-    def encode(self) -> str:
-        """The spec as a string, the form in which it crosses the operator boundary; `decode` is the inverse."""
-        return _encode(self)
-
-
-@lru_cache
-def _encode(spec: PolicyLoss) -> str:
-    fields = asdict(spec) | {"surrogate": {"name": type(spec.surrogate).__name__} | asdict(spec.surrogate)}
-    return json.dumps(fields, sort_keys=True)
-
 
 @lru_cache
 def decode(text: str) -> PolicyLoss:
-    """The `PolicyLoss` that `encode` wrote."""
+    """The `PolicyLoss` whose `code` this is."""
     fields = json.loads(text)
     surrogate = fields.pop("surrogate")
     kl, correction = fields.pop("kl"), fields.pop("correction")

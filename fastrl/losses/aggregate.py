@@ -15,12 +15,10 @@ group, `prompt_mean` takes one divisor per sequence: the tokens of its whole gro
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 
 from fastrl import check
-from fastrl.spec import Aggregate
+from fastrl.spec import AGGREGATES, Aggregate
 
 OP = "token_weights"
 
@@ -74,7 +72,7 @@ def token_weights(
         ValueError: a name, a shape, or an argument that the aggregation needs is wrong or missing.
         TypeError: the mask or the ids have a floating-point dtype.
     """
-    check.choice(OP, "aggregate", aggregate, get_args(Aggregate))
+    check.choice(OP, "aggregate", aggregate, AGGREGATES)
     check_layout(OP, mask, cu_seqlens)
     check_normalizer(OP, aggregate, normalizer)
     live = inside(mask, cu_seqlens)

@@ -10,7 +10,6 @@ from fastrl.losses.policy import flatten_tokens
 from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save
 from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
 from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
-from fastrl.ops.policy_loss import encoded
 from fastrl.ops.policy_loss import policy_loss as policy_loss_op
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput
@@ -126,7 +125,7 @@ def linear_policy_loss(
             entropies,
             tokens.seq_ids,
             tokens.num_seqs,
-            encoded(spec),
+            spec.code,
             backend,
         )
     given = {"ref": ref_logps is not None, "sampling": sampling_logps is not None, "entropy": entropy}

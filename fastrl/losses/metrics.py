@@ -18,7 +18,7 @@ Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 def available(spec: PolicyLoss, *, ref: bool, sampling: bool, entropy: bool) -> tuple[str, ...]:
     """The names that a loss can report, given which of the optional inputs it had; known without reading a tensor."""
     present = {
-        "clip_ratio": isinstance(spec.surrogate, Clip | Cispo),
+        "clip_ratio": isinstance(spec.surrogate, (Clip, Cispo)),
         "kl": ref,
         "entropy": entropy,
         "sampling": sampling,

@@ -9,7 +9,6 @@ import torch
 from fastrl import check
 from fastrl.losses.aggregate import check_layout, check_normalizer, inside, sequence_ids, token_weights
 from fastrl.losses.metrics import available, named
-from fastrl.ops.policy_loss import encoded
 from fastrl.ops.policy_loss import policy_loss as policy_loss_op
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput
@@ -107,7 +106,7 @@ def policy_loss(
         None if entropy is None else _flat(entropy, dtype),
         tokens.seq_ids,
         tokens.num_seqs,
-        encoded(spec),
+        spec.code,
         backend,
     )
     given = {"ref": ref_logps is not None, "sampling": sampling_logps is not None, "entropy": entropy is not None}

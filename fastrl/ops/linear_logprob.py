@@ -27,16 +27,11 @@ class HeadInputs(NamedTuple):
     logit_scale: float
     ignore_index: int
 
-    @property
-    def needs_head(self) -> bool:
-        """True when the weight or the bias gets a gradient."""
-        bias_needs = self.bias is not None and self.bias.requires_grad
-        return torch.is_grad_enabled() and (self.weight.requires_grad or bias_needs)
 
-    @property
-    def needs_hidden(self) -> bool:
-        """True when the hidden states get a gradient."""
-        return torch.is_grad_enabled() and self.hidden.requires_grad
+def needs_grad(inputs: HeadInputs) -> tuple[bool, bool, bool]:
+    """Whether the hidden states, the weight and the bias get a gradient; torch 2.6 compiles no property of it."""
+    tensors = (inputs.hidden, inputs.weight, inputs.bias)
+    return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check_head(
@@ -189,10 +184,9 @@ def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool
         check.choice(op, "memory", memory, MEMORY)
     else:
         check.require(isinstance(memory, int) and memory >= 0, op, "memory", "a byte budget of at least 0", memory)
-    if not (inputs.needs_head or inputs.needs_hidden):
-        return "none"
-    if not inputs.needs_head:
-        return "frozen"
+    needs_hidden, *needs_head = needs_grad(inputs)
+    if not any(needs_head):
+        return "frozen" if needs_hidden else "none"
     if memory in ("keep", "stream"):
         return str(memory)
     if entropy and inputs.hidden.element_size() < 4:

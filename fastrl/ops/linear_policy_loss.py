@@ -10,8 +10,7 @@ from fastrl.kernels.policy_loss import METRICS
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
-from fastrl.ops.linear_logprob import HeadInputs
-from fastrl.ops.policy_loss import encoded
+from fastrl.ops.linear_logprob import HeadInputs, needs_grad
 from fastrl.spec import PolicyLoss, decode
 
 
@@ -46,9 +45,7 @@ def linear_policy_loss(
     forward pass too when their gradient is known to be zero beforehand; their logps are then reported as 0. The public
     form, with the arguments users have, is `fastrl.losses.linear_policy_loss`.
     """
-    grad = torch.is_grad_enabled()
-    needs_weight = grad and head.weight.requires_grad
-    needs_bias = grad and head.bias is not None and head.bias.requires_grad
+    needs = needs_grad(head)
     loss, logps, entropies, *gradients, metrics = _op(
         *(x.detach() if isinstance(x, torch.Tensor) else x for x in head),
         advantages,
@@ -57,16 +54,14 @@ def linear_policy_loss(
         old_logps,
         ref_logps,
         sampling_logps,
-        main_grad if needs_weight else None,
-        encoded(spec),
+        main_grad if needs[1] else None,
+        spec.code,
         entropy,
         skip_silent,
-        head.needs_hidden,
-        needs_weight,
-        needs_bias,
+        *needs,
         backend,
     )
-    if head.needs_hidden or head.needs_head:
+    if any(needs):
         weight = head.weight if main_grad is None else head.weight.detach()
         loss = attach_gradients(loss, head.hidden, weight, head.bias, *gradients)
     return LinearPolicyLoss(loss, logps, entropies, metrics)

@@ -10,7 +10,7 @@ from fastrl import check
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
 from fastrl.ops.linear_logprob import _op as linear_logprob_op
-from fastrl.ops.linear_logprob import backward_op, check_head, keep_budget
+from fastrl.ops.linear_logprob import backward_op, check_head, keep_budget, needs_grad
 from fastrl.types import LossOutput
 
 OP = "linear_token_loss"
@@ -60,17 +60,9 @@ def linear_token_loss(
     check.require(memory is None or memory >= 0, OP, "memory", "a byte budget of at least 0, or None", memory)
     dtype = accumulate_dtype(head.hidden.dtype)
     flat = [weights.detach().reshape(-1).to(dtype), *(c.detach().reshape(-1) for c in context)]
-    live = head._replace(
-        hidden=head.hidden.detach(),
-        weight=head.weight.detach(),
-        targets=head.targets.masked_fill(flat[0] == 0, head.ignore_index),
-        bias=None if head.bias is None else head.bias.detach(),
-    )
-    needs = (
-        head.needs_hidden,
-        torch.is_grad_enabled() and head.weight.requires_grad,
-        torch.is_grad_enabled() and head.bias is not None and head.bias.requires_grad,
-    )
+    needs = needs_grad(head)
+    live = head.targets.masked_fill(flat[0] == 0, head.ignore_index)
+    h_all, w_head, b_head = (x if x is None else x.detach() for x in (head.hidden, head.weight, head.bias))
 
     kept_per_token = head.weight.shape[0] * head.hidden.element_size()
     chunk = max(1, (keep_budget(head.hidden.device) if memory is None else memory) // kept_per_token)
@@ -79,8 +71,8 @@ def linear_token_loss(
     loss = head.hidden.new_zeros((), dtype=dtype)
     for start in range(0, max(1, len(head.targets)), chunk):
         piece = slice(start, start + chunk)
-        t = live.temperature if live.temperature.numel() == 1 else live.temperature[piece]
-        part = live._replace(hidden=live.hidden[piece], targets=live.targets[piece], temperature=t)
+        t = head.temperature if head.temperature.numel() == 1 else head.temperature[piece]
+        part = (h_all[piece], w_head, live[piece], b_head, t, head.softcap, head.logit_scale, head.ignore_index)
         save = "keep" if any(needs) else "none"
         logps, h, *saved = linear_logprob_op(*part, entropy, save, backend)
         w, *rest = (f[piece] for f in flat)
@@ -105,8 +97,10 @@ def linear_token_loss(
         totals = list(grads[1:]) if totals is None else [a.add_(b) for a, b in zip(totals, grads[1:], strict=True)]
     if any(needs):
         loss = attach_gradients(loss, head.hidden, head.weight, head.bias, torch.cat(grads_hidden), *totals)
-    count = (live.targets != head.ignore_index).sum()
-    metrics = {"logps": (logp_sum, count)} | ({"entropy": (entropy_sum, count)} if entropy else {})
+    count = (live != head.ignore_index).sum()
+    metrics = {"logps": (logp_sum, count)}
+    if entropy:
+        metrics["entropy"] = (entropy_sum, count)
     return LossOutput(loss, metrics)
 
 

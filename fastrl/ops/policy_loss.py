@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrl.kernels import registry
 from fastrl.kernels.policy_loss import METRICS
-from fastrl.spec import PolicyLoss, decode
+from fastrl.spec import decode
 
 SCHEMA = (
     "(Tensor logps, Tensor advantages, Tensor weights, Tensor mask, Tensor? old_logps, Tensor? ref_logps, "
@@ -18,16 +18,6 @@ SCHEMA = (
 )
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def encoded(spec: PolicyLoss) -> str:
-    """The spec as the string in which it crosses the operator boundary, also inside `torch.compile`."""
-    return spec.encode()
-
-
-# What torch.compiler.assume_constant_result sets: the compiler cannot trace json, it guards on the spec instead. The
-# decorator would import the whole compiler, over 70 MB of resident memory, whenever fastrl is imported.
-encoded._dynamo_marked_constant = True
 
 
 @torch.library.custom_op("fastrl::policy_loss", mutates_args=(), schema=SCHEMA)

@@ -31,7 +31,7 @@ def expected_gradient(kind, theta, ref, old=None):
     spec = PolicyLoss(surrogate=Reinforce(), kl=KL(kind, coef=1.0), aggregate="token_sum")
     mask = torch.ones(ACTIONS, dtype=torch.bool)
     old_logps = None if old is None else old.log_softmax(0)
-    constants = (old_logps, ref.log_softmax(0), None, None, None, 0, spec.encode(), "reference")
+    constants = (old_logps, ref.log_softmax(0), None, None, None, 0, spec.code, "reference")
     loss = policy_loss(logps, torch.zeros_like(logps), q, mask, *constants)[0]
     return loss.detach(), torch.autograd.grad(loss, theta)[0]
 

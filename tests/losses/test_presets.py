@@ -101,7 +101,7 @@ def test_the_table_holds_every_preset_under_its_own_name():
 
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_preset_survives_the_operator_boundary(name):
-    assert decode(presets.PRESETS[name].encode()) == presets.PRESETS[name]
+    assert decode(presets.PRESETS[name].code) == presets.PRESETS[name]
 
 
 def test_metrics_name_only_what_the_inputs_can_give():

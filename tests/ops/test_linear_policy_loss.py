@@ -450,7 +450,7 @@ def test_the_operator_passes_opcheck(backend, needs, layout, into_main_grad):
     inputs = gaussian(4, 3, 5, dtype=torch.float32)
     hidden = inputs.hidden if layout == "contiguous" else inputs.hidden.T.contiguous().T
     tokens = (torch.randn(4), torch.rand(4), torch.tensor([True, True, False, True]), *torch.randn(3, 4).unbind())
-    spec = SPECS["masked weights"].encode()
+    spec = SPECS["masked weights"].code
     head = (hidden, inputs.weight, inputs.targets, inputs.bias, torch.ones(1), 3.0, 0.5, IGNORE)
     main_grad = torch.zeros_like(inputs.weight) if into_main_grad and needs[1] else None
     torch.library.opcheck(module._op, (*head, *tokens, main_grad, spec, True, True, *needs, backend))

@@ -250,9 +250,7 @@ def test_a_nan_in_a_token_that_counts_makes_the_loss_nan_and_is_counted(surrogat
 def test_a_token_of_weight_zero_has_no_loss_and_no_gradient_even_if_nan():
     x = torch.tensor([-1.0, torch.nan])
     weights, mask = torch.tensor([1.0, 0.0]), torch.ones(2, dtype=torch.bool)
-    loss, dlogps, _, _ = op(
-        x, torch.ones(2), weights, mask, None, None, None, None, None, 0, PolicyLoss().encode(), "auto"
-    )
+    loss, dlogps, _, _ = op(x, torch.ones(2), weights, mask, None, None, None, None, None, 0, PolicyLoss().code, "auto")
     assert loss.item() == -1.0
     assert dlogps.tolist() == [-1.0, 0.0]
 
@@ -390,14 +388,14 @@ def op_inputs(ratio="sequence"):
     flat = [data[name].detach().reshape(-1).clone() for name in names]
     spec = PolicyLoss(ratio, Clip(0.2, 0.2), KL("k3", 0.1), entropy_coef=0.1, correction=CORRECTIONS[3])
     ids = torch.arange(5).repeat_interleave(7)
-    return (flat[0].requires_grad_(), *flat[1:7], flat[7].requires_grad_(), ids, 5, spec.encode(), "auto")
+    return (flat[0].requires_grad_(), *flat[1:7], flat[7].requires_grad_(), ids, 5, spec.code, "auto")
 
 
 def test_operator_registration_passes_opcheck():
     torch.library.opcheck(op, op_inputs())
     off = list(op_inputs())
     off[4:9] = [None] * 5
-    off[10] = PolicyLoss().encode()
+    off[10] = PolicyLoss().code
     torch.library.opcheck(op, tuple(off))
 
 
@@ -542,7 +540,7 @@ each_long_spec = pytest.mark.parametrize("spec", LONG_SPECS, ids=["clip", "gspo"
 @each_long_spec
 def test_threads_change_no_bit(native_isa, spec):
     tokens, ids, sequences = long_batch()
-    one, two = (with_threads(n, lambda: op(*tokens, ids, sequences, spec.encode(), "native")) for n in (1, 2))
+    one, two = (with_threads(n, lambda: op(*tokens, ids, sequences, spec.code, "native")) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
 
@@ -551,8 +549,8 @@ def test_threads_change_no_bit(native_isa, spec):
 def test_native_float32_is_no_worse_than_the_reference_in_float32(native_isa, spec):
     tokens, ids, sequences = long_batch()
     wide = [x if x.dtype == torch.bool else x.double() for x in tokens]
-    got = op(*tokens, ids, sequences, spec.encode(), "native")
-    plain, truth = (op(*x, ids, sequences, spec.encode(), "reference") for x in (tokens, wide))
+    got = op(*tokens, ids, sequences, spec.code, "native")
+    plain, truth = (op(*x, ids, sequences, spec.code, "reference") for x in (tokens, wide))
     for name, *values in zip(("loss", "dlogps", "dentropy", "metrics"), got, plain, truth, strict=True):
         if name == "loss":  # one number: an error of the sum, not of a token
             torch.testing.assert_close(values[0].double(), values[2], rtol=1e-6, atol=1e-7)

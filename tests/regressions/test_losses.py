@@ -250,7 +250,7 @@ def test_a_token_counts_as_clipped_only_where_its_gradient_is_zero(dual):
     spec = PolicyLoss(surrogate=Clip(0.2, 0.2, dual=dual), aggregate="token_sum")
     ones, mask = torch.ones(24, dtype=torch.float64), torch.ones(24, dtype=torch.bool)
     old = torch.zeros(24, dtype=torch.float64)
-    constants = (old, None, None, None, None, 0, spec.encode(), "auto")
+    constants = (old, None, None, None, None, 0, spec.code, "auto")
     _, dlogps, _, table = op(logps, advantages, ones, mask, *constants)
     still = dlogps == 0
     assert table[0].tolist() == [(still & (advantages < 0)).sum().item(), 24]

@@ -144,7 +144,7 @@ def test_more_threads_than_usable_cores_is_a_warning(monkeypatch):
 
 def test_environment_is_strict_json_with_versions_threads_and_backends():
     values = json.loads(json.dumps(environment(), allow_nan=False))
-    assert values["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(values["packages"]["torch"])
     assert values["threads"]["torch"] == torch.get_num_threads()
     assert values["backends"]["gae"] in registry.TABLE["gae"]
 
