@@ -586,8 +586,9 @@ def test_operators_pass_opcheck(backend, save, layout):
             outputs = module._op(*head, 3.0, 0.5, IGNORE, True, save, backend)
         plain = tuple(t.detach() for t in head)
         needs = (True, save != "frozen", save != "frozen")
-        args = (torch.randn(4), torch.randn(4), *plain, *outputs, 3.0, 0.5, IGNORE, save, *needs, backend)
-        torch.library.opcheck(module.backward_op, args)
+        for rounded in (False, True):
+            args = (torch.randn(4), torch.randn(4), *plain, *outputs, 3.0, 0.5, IGNORE, save, *needs, rounded, backend)
+            torch.library.opcheck(module.backward_op, args)
 
 
 @pytest.mark.parametrize(
