@@ -13,6 +13,7 @@
 #include "buffer.h"
 #include "gemm.h"
 #include "kernels.h"
+#include "narrow.h"
 
 namespace FASTRL_ISA {
 
@@ -319,6 +320,7 @@ struct HeadKernel {
       Buffer<Unit> by_token(block * token_units);
       Buffer<Unit> unturned(M::contiguous_rows ? block / pair * L : 0);
       Buffer<V> bias_sum(out.grad_bias ? block : 0);
+      Buffer<Real> whole(needs_weight && out.round_weight ? block * width : 0);  // d weight before it is rounded
 
       for (ptrdiff_t first = 0; first < vocabulary; first += stripe) {
         const ptrdiff_t last = least(first + stripe, vocabulary);
@@ -385,10 +387,13 @@ struct HeadKernel {
               Real* to = static_cast<Real*>(out.grad_bias) + v + r;
               *to = out.add_bias ? *to + total : total;
             }
-          if (needs_weight)
+          if (needs_weight) {
+            Real* to = out.round_weight ? whole : static_cast<Real*>(out.grad_weight) + v * width;
             for (ptrdiff_t p = 0; p < width_panels; ++p)
-              product(count, token_units, columns + p * token_units * L, by_token, token_units, 1,
-                      static_cast<Real*>(out.grad_weight) + v * width + p * L, out.add_weight, p);
+              product(count, token_units, columns + p * token_units * L, by_token, token_units, 1, to + p * L,
+                      out.add_weight, p);
+            if (out.round_weight) round(whole, count * width, static_cast<In*>(out.grad_weight) + v * width);
+          }
           if (needs_hidden)
             pack_columns(weights, stripe_units, at, count,
                          [&](ptrdiff_t r) { return weight + (v + r) * h.weight_stride; });
@@ -410,6 +415,12 @@ struct HeadKernel {
         }
       }
     }
+  }
+
+  static void round(const Real* from, ptrdiff_t count, In* to) {
+    ptrdiff_t i = 0;
+    for (; i + V::lanes <= count; i += V::lanes) store_narrow(to + i, V::load(from + i));
+    for (; i < count; ++i) narrow(from[i], to + i);
   }
 
   // One panel of columns of d weight or d hidden.

@@ -103,7 +103,7 @@ def _self_test(module: ModuleType) -> bool:
         shape = (width, width, width, vocabulary, address(index), rows, rows, address(targets), address(one))
         head = module.Head(DTYPES[dtype], address(h), address(w), 0, *shape, False, 0.0, 1.0, 1)
         module.head_forward(head, address(logps), address(lse), 0, 0)
-        outputs = (address(grad), 0, 0, False, False)
+        outputs = (address(grad), 0, 0, False, False, False)
         module.head_backward(head, address(logps), address(lse), 0, address(ones), 0, 0, 0, 0, *outputs)
         if not torch.allclose(logps.double(), want_logps, rtol=0, atol=1e-5):
             return False

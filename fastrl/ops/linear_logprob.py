@@ -269,11 +269,12 @@ def backward_op(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    rounded: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(d hidden, d weight, d bias) in the accumulation dtype; (0,) where not needed."""
+    """(d hidden, d weight, d bias), in the dtype of hidden if `rounded`, else accumulated; (0,) where not needed."""
     with as_written(hidden.device):
-        return resolve("linear_logprob", backend, hidden.device).backward(
+        gradients = resolve("linear_logprob", backend, hidden.device).backward(
             grad_logps,
             grad_entropy,
             hidden,
@@ -293,7 +294,10 @@ def backward_op(
             needs_hidden=needs_hidden,
             needs_weight=needs_weight,
             needs_bias=needs_bias,
+            rounded=rounded,
         )
+    dtype = hidden.dtype if rounded else accumulate_dtype(hidden.dtype)
+    return tuple(gradient.to(dtype) for gradient in gradients)
 
 
 @backward_op.register_fake
@@ -304,8 +308,8 @@ def _(
     weight: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    needs_hidden, needs_weight, needs_bias = rest[-4:-1]
-    dtype = accumulate_dtype(hidden.dtype)
+    needs_hidden, needs_weight, needs_bias, rounded = rest[-5:-1]
+    dtype = hidden.dtype if rounded else accumulate_dtype(hidden.dtype)
     return (
         hidden.new_empty(hidden.shape if needs_hidden else (0,), dtype=dtype),
         weight.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
@@ -327,7 +331,7 @@ def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Ten
         return nothing
     hidden, weight, targets, bias, temperature, logps, entropy, lse, saved, saved_entropy = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    grad_hidden, grad_weight, grad_bias = backward_op(
+    gradients = backward_op(
         torch.zeros_like(logps) if grad_logps is None else grad_logps.contiguous(),
         grad_entropy.contiguous() if ctx.entropy and grad_entropy is not None else None,
         hidden,
@@ -342,15 +346,12 @@ def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Ten
         saved_entropy,
         *ctx.options,
         *needs,
+        True,
         ctx.backend,
     )
-    return (
-        grad_hidden.to(hidden.dtype) if needs[0] else None,
-        grad_weight.to(weight.dtype) if needs[1] else None,
-        None,
-        grad_bias.to(weight.dtype) if needs[2] else None,
-        *nothing[4:],
-    )
+    gradients = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    grad_hidden, grad_weight, grad_bias = gradients
+    return grad_hidden, grad_weight, None, grad_bias, *nothing[4:]
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

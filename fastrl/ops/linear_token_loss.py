@@ -91,6 +91,7 @@ def linear_token_loss(
             *part[5:],
             save,
             *needs,
+            False,
             backend,
         )
         grads_hidden.append(grads[0])

@@ -173,6 +173,7 @@ def backward(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing."""
     head = Head(weight, bias)

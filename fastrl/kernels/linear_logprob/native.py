@@ -116,12 +116,16 @@ class NativeHead:
         add_weight: bool = False,
         add_bias: bool = False,
     ) -> None:
-        """Writes d hidden at these rows, and writes or adds d weight and d bias of them all."""
+        """Writes d hidden at these rows, and writes or adds d weight and d bias of them all.
+
+        A 16-bit `grad_weight` is written only, rounded once from the sum over all rows.
+        """
+        round_weight = grad_weight is not None and grad_weight.dtype != self.dtype
         upstream = (logps, lse, entropy, grad_logps, grad_entropy, logits, kept)
         stride = 0 if kept is None else kept.shape[1]
         outputs = (grad_hidden, grad_weight, grad_bias)
         self.extension.head_backward(
-            self.at(rows), *map(address, upstream), stride, *map(address, outputs), add_weight, add_bias
+            self.at(rows), *map(address, upstream), stride, *map(address, outputs), add_weight, add_bias, round_weight
         )
 
 
@@ -192,6 +196,7 @@ def backward(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing."""
     vocabulary = weight.shape[0]
@@ -204,7 +209,7 @@ def backward(
     head = NativeHead(hidden, weight, safe, bias, temperature, softcap, logit_scale)
     make = hidden.new_zeros if len(rows) == 0 else hidden.new_empty  # the kernel writes every entry
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
-    grad_weight = make(weight.shape if needs_weight else (0,), dtype=head.dtype)
+    grad_weight = make(weight.shape if needs_weight else (0,), dtype=weight.dtype if rounded else head.dtype)
     grad_bias = make(vocabulary if needs_bias else 0, dtype=head.dtype)
     # Probabilities alone do not tell the slope of a softcap, nor log p where p has no digits left.
     usable = save == "keep" and softcap == NO_SOFTCAP and grad_entropy is None

@@ -102,8 +102,12 @@ def backward(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(d hidden (N, H), d weight (V, H), d bias (V,)) in the accumulation dtype; (0,) where not needed."""
+    """(d hidden (N, H), d weight (V, H), d bias (V,)) in the accumulation dtype; (0,) where not needed.
+
+    `rounded` allows, and does not ask for, the dtype of hidden instead: the operator rounds what comes wide.
+    """
     dtype = accumulate_dtype(hidden.dtype)
 
     def unused() -> torch.Tensor:

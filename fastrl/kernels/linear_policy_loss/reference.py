@@ -77,6 +77,7 @@ def forward(
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         needs_bias=needs_bias,
+        rounded=False,
     )
     d_hidden, d_weight, d_bias = gradients
     if main_grad is not None:
