@@ -141,6 +141,9 @@ struct HeadKernel {
     return scratch;
   }
 
+  // Whether a vector of tokens, from the i-th, lies side by side in arrays of all rows.
+  bool neighbours(ptrdiff_t i) const { return i + V::lanes <= n && h.rows[i + V::lanes - 1] - h.rows[i] == V::lanes - 1; }
+
   Real temperature_of(ptrdiff_t i) const { return temperature[h.temperature_per_row ? h.rows[i] : 0]; }
 
   // Temperature and target of each token; padding gets a target that no entry has.
@@ -259,9 +262,15 @@ struct HeadKernel {
 #pragma omp parallel for num_threads(h.threads) schedule(static)
     for (ptrdiff_t v = 0; v < vocabulary; ++v)
       for (ptrdiff_t i = 0; i < padded; i += V::lanes) {
-        Real p[V::lanes];
-        V::exp(V::load(z + v * padded + i) - V::load(lse + i) - V::load(lse + padded + i)).store(p);
-        for (ptrdiff_t l = 0; l < least(V::lanes, n - i); ++l) narrow(p[l], kept + v * out.kept_stride + h.rows[i + l]);
+        const V p = V::exp(V::load(z + v * padded + i) - V::load(lse + i) - V::load(lse + padded + i));
+        In* to = kept + v * out.kept_stride;
+        if (neighbours(i)) {
+          store_narrow(to + h.rows[i], p);
+          continue;
+        }
+        Real lanes[V::lanes];
+        p.store(lanes);
+        for (ptrdiff_t l = 0; l < least(V::lanes, n - i); ++l) narrow(lanes[l], to + h.rows[i + l]);
       }
   }
 
@@ -340,7 +349,13 @@ struct HeadKernel {
             if (kept)
               for (ptrdiff_t r = 0; r < count; ++r) {
                 const In* from = static_cast<const In*>(out.kept) + (v + r) * out.kept_stride;
-                for (ptrdiff_t l = 0; l < L; ++l) tile[r * L + l] = t + l < n ? widen(from[h.rows[t + l]]) : 0;
+                for (ptrdiff_t i = t; i < t + L; i += V::lanes) {
+                  Real* to = tile + r * L + i - t;
+                  if (neighbours(i))
+                    load_wide(from + h.rows[i]).store(to);
+                  else
+                    for (ptrdiff_t l = 0; l < V::lanes; ++l) to[l] = i + l < n ? widen(from[h.rows[i + l]]) : 0;
+                }
               }
             if (recompute) multiply_panel<M>(count, units, tokens + t * units, w, stride, 1, tile, L, false);
             for (ptrdiff_t l = 0; l < L; l += V::lanes) {

@@ -18,7 +18,7 @@ struct Head {
   const void* weight;  // (V, H), row stride weight_stride
   const void* bias;    // (V) or null
   int64_t hidden_stride, weight_stride, width, vocabulary;
-  const int64_t* rows;     // (n) which rows of hidden, targets and every per-row array
+  const int64_t* rows;     // (n), ascending: which rows of hidden, targets and every per-row array
   int64_t count, all;      // n, N
   const int64_t* targets;  // (N)
   const void* temperature;  // Real, (1) or (N)

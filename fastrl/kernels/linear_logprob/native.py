@@ -151,10 +151,13 @@ def forward(
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     wanted = entropies if entropy else None
+    stores = save == "keep" or (save == "frozen" and head.stores(rows))
+    chunks = list(head.chunks(rows)) if stores else [rows]
+    # The first chunk is the longest: the others reuse its pages.
+    logits = head.logits_buffer(chunks[0]) if stores and chunks else None
     if save == "keep":
         saved = hidden.new_zeros(count, vocabulary)  # read as (V, N): a column per row
-        for chunk in head.chunks(rows):
-            logits = head.logits_buffer(chunk)
+        for chunk in chunks:
             head.forward(chunk, logps, lse, wanted, logits)
             head.keep(chunk, lse, logits, saved.view(vocabulary, count))
     elif save == "frozen":
@@ -162,8 +165,7 @@ def forward(
         saved_entropy = torch.zeros_like(saved) if entropy else saved_entropy
         zeros, ones = torch.zeros_like(logps), torch.ones_like(logps)
         grad = hidden.new_zeros(hidden.shape, dtype=head.dtype)
-        for chunk in head.chunks(rows) if head.stores(rows) else [rows]:
-            logits = head.logits_buffer(chunk) if head.stores(rows) else None
+        for chunk in chunks:
             head.forward(chunk, logps, lse, wanted, logits)
             head.backward(chunk, logps, lse, wanted, ones, None, grad, logits=logits)
             saved[chunk] = grad[chunk].to(hidden.dtype)
