@@ -80,15 +80,18 @@ inline void tile_dot() {
   const TileShapes& s = tiles.shapes;
   fault_unless(s.palette == 1 && s.rows[C] && s.rows[C] == s.rows[A] && s.row_bytes[C] == s.row_bytes[B]);
   fault_unless(s.row_bytes[A] % 4 == 0 && s.row_bytes[B] % 4 == 0 && s.row_bytes[A] / 4 == s.rows[B]);
-  for (int r = 0; r < s.rows[C]; ++r)
+  for (int r = 0; r < s.rows[C]; ++r) {
+    float sums[2][16] = {};
+    for (int k = 0; k < s.rows[B]; ++k)
+      for (int i = 0; i < 2; ++i) {
+        const float a = half_of(tiles.units[A][r][k], i);
+        for (int l = 0; l < 16; ++l) sums[i][l] = flush(__builtin_fmaf(a, half_of(tiles.units[B][k][l], i), sums[i][l]));
+      }
     for (int l = 0; l < s.row_bytes[C] / 4; ++l) {
-      float sums[2] = {0, 0};
-      for (int k = 0; k < s.rows[B]; ++k)
-        for (int i = 0; i < 2; ++i)
-          sums[i] = flush(__builtin_fmaf(half_of(tiles.units[A][r][k], i), half_of(tiles.units[B][k][l], i), sums[i]));
-      const float sum = flush(sums[0] + sums[1]);
+      const float sum = flush(sums[0][l] + sums[1][l]);
       tiles.units[C][r][l] = float_to_bits(flush(flush(bits_to_float(tiles.units[C][r][l])) + sum));
     }
+  }
 }
 
 #else
@@ -268,11 +271,11 @@ struct SplitTiled : Tiled {
   static constexpr int L = Tile<Paired>::lanes;  // of a panel
 
   // Takes the next piece off each lane of `rest`: a float whose lower half is 0. Infinities and NaN leave no rest.
-  // From 2^126 on toward zero: rounded up, a piece or a sum of pieces could be infinite where the values' is not.
+  // From 2^110 on toward zero: rounded up, a piece or a sum of pieces could be infinite where the values' is not.
   static __m512i take_piece(__m512* rest) {
     const __m512i bits = _mm512_castps_si512(*rest);
     const __m512i nearest = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(*rest)), 16);
-    const __mmask16 huge = _mm512_cmp_ps_mask(_mm512_abs_ps(*rest), _mm512_set1_ps(0x1p126f), _CMP_GE_OQ);
+    const __mmask16 huge = _mm512_cmp_ps_mask(_mm512_abs_ps(*rest), _mm512_set1_ps(0x1p110f), _CMP_GE_OQ);
     const __m512i piece = _mm512_mask_and_epi32(nearest, huge, bits, _mm512_set1_epi32(int(0xffff0000)));
     constexpr int nan_or_infinity = 0x99;
     const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(*rest, nan_or_infinity));
