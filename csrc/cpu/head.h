@@ -35,9 +35,11 @@ inline void put_lanes(typename M::Unit* to, const In* a, const In* b) {
 // A row of values as units, one after the other; zeros fill up the last, and the last group.
 template <typename M, typename In>
 inline void put_row(typename M::Unit* to, const In* from, ptrdiff_t width) {
+  constexpr ptrdiff_t pair = M::pair;
   if constexpr (M::pieces > 1) M::put_row(to, from, width);
   else
-    for (ptrdiff_t k = 0; k < width; k += M::pair) put(to + k / M::pair, from[k], k + 1 < width ? from[k + 1] : In{});
+    for (ptrdiff_t u = 0; u < (width + pair - 1) / pair; ++u)
+      put(to + u, from[u * pair], u * pair + 1 < width ? from[u * pair + 1] : In{});
 }
 
 // M: how units multiply. In: the element type of hidden, weight and bias.
