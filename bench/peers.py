@@ -206,13 +206,45 @@ def gae_loop(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The backward loop over tokens of TRL's and many other PPO trainers, right-padded sequences."""
     rewards, values = rewards * mask, values * mask
-    last, following, steps = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), []
+    nothing = torch.zeros_like(values[:, 0])
+    advantages = _gae_steps(rewards, values, nothing, nothing, gamma, lam) * mask
+    return advantages, advantages + values
+
+
+def _gae_steps(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    following: torch.Tensor,
+    last: torch.Tensor,
+    gamma: float,
+    lam: float,
+) -> torch.Tensor:
+    """The advantages of some steps, from the value and the advantage that follow them."""
+    steps = []
     for step in reversed(range(values.shape[1])):
         last = rewards[:, step] + gamma * following - values[:, step] + gamma * lam * last
         following = values[:, step]
         steps.append(last)
-    advantages = torch.stack(steps[::-1], 1) * mask
-    return advantages, advantages + values
+    return torch.stack(steps[::-1], 1)
+
+
+COMPILED_STEPS = 64  # that torch.compile unrolls at a time: compiling all at once would take hours
+
+
+def _compile_gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float) -> Provider:
+    steps = torch.compile(_gae_steps, dynamic=False)
+
+    def run() -> Outputs:
+        live = mask.float()
+        masked_rewards, masked_values = (x.split(COMPILED_STEPS, 1) for x in (rewards * live, values * live))
+        following, last, parts = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), []
+        for r, v in zip(masked_rewards[::-1], masked_values[::-1], strict=True):
+            parts.append(steps(r, v, following, last, gamma, lam))
+            following, last = v[:, 0], parts[-1][:, 0]
+        advantages = torch.cat(parts[::-1], 1) * live
+        return {"advantages": advantages, "returns": advantages + values * live}
+
+    return run
 
 
 def _torch_gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float) -> Provider:
@@ -246,6 +278,6 @@ PEERS: dict[str, dict[str, Callable[..., Provider]]] = {
         "compile": _policy_loss(torch.compile(grpo_loss, dynamic=False)),
         "liger": _liger_policy_loss,
     },
-    "gae": {"torch": _torch_gae},
+    "gae": {"torch": _torch_gae, "compile": _compile_gae},
     "group_advantages": {"torch": _torch_group_advantages},
 }

@@ -37,7 +37,7 @@ HEADS = {
 }
 
 # Sequences x tokens of each, for the ops without a vocabulary; `demo` is one step of the demo recipe.
-BATCHES = {"tiny": (8, 16), "demo": (64, 32), "long": (64, 2_048), "wide": (1_024, 512)}
+BATCHES = {"tiny": (8, 16), "demo": (64, 32), "long": (64, 2_048), "wide": (1_024, 512), "32k": (64, 32_768)}
 
 
 def find(table: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -82,38 +82,34 @@ struct Tile {
   static constexpr ptrdiff_t segment = 4 * block;  // what a thread takes at once
 };
 
+// One partial sum, of at most a chain of units, by R rows and the lanes of a panel.
 template <typename M, int R>
 inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b, ptrdiff_t b_row,
                           ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate) {
   using V = typename M::Vec;
   constexpr int N = Tile<M>::vectors;
-  constexpr ptrdiff_t chain = Tile<M>::chain;
-  V total[R][N];
+  V acc[R][N];
   for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) total[r][n] = accumulate ? V::load(c + r * c_row + n * V::lanes) : V::set(0);
-  for (ptrdiff_t first = 0; first < units; first += chain) {
-    const ptrdiff_t last = first + chain < units ? first + chain : units;
-    V acc[R][N];
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < N; ++n) acc[r][n] = V::set(0);
-    for (ptrdiff_t k = first; k < last; ++k) {
-      decltype(M::load(a)) lanes[N];
-      for (int n = 0; n < N; ++n) lanes[n] = M::load(a + n * V::lanes);
-      for (int r = 0; r < R; ++r) {
-        auto unit = M::spread(b + r * b_row);
-        for (int n = 0; n < N; ++n) acc[r][n] = M::multiply_add(lanes[n], unit, acc[r][n]);
-      }
-      a += Tile<M>::lanes;
-      b += b_unit;
+    for (int n = 0; n < N; ++n) acc[r][n] = V::set(0);
+  for (ptrdiff_t k = 0; k < units; ++k) {
+    decltype(M::load(a)) lanes[N];
+    for (int n = 0; n < N; ++n) lanes[n] = M::load(a + n * V::lanes);
+    for (int r = 0; r < R; ++r) {
+      auto unit = M::spread(b + r * b_row);
+      for (int n = 0; n < N; ++n) acc[r][n] = M::multiply_add(lanes[n], unit, acc[r][n]);
     }
-    for (int r = 0; r < R; ++r)
-      for (int n = 0; n < N; ++n) total[r][n] = total[r][n] + acc[r][n];
+    a += Tile<M>::lanes;
+    b += b_unit;
   }
   for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) total[r][n].store(c + r * c_row + n * V::lanes);
+    for (int n = 0; n < N; ++n) {
+      typename V::Real* to = c + r * c_row + n * V::lanes;
+      (accumulate ? V::load(to) + acc[r][n] : acc[r][n]).store(to);
+    }
 }
 
-// All `rows` of one panel of `Tile::lanes` lanes and `units` stored units; c has room for all lanes.
+// All `rows` of one panel of `Tile::lanes` lanes and `units` stored units; c has room for all lanes. A chain of units at
+// a time: its part of the panel stays in the first cache for all rows.
 template <typename M>
 inline void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b,
                            ptrdiff_t b_row, ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row,
@@ -122,11 +118,19 @@ inline void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const typename M::Un
     M::multiply_panel(rows, units, a, b, b_row, c, c_row, accumulate);
   } else {
     constexpr int R = Tile<M>::rows;
-    ptrdiff_t r = 0;
-    for (; r + R <= rows; r += R)
-      multiply_tile<M, R>(units, a, b + r * b_row, b_row, b_unit, c + r * c_row, c_row, accumulate);
-    for (; r < rows; ++r)
-      multiply_tile<M, 1>(units, a, b + r * b_row, b_row, b_unit, c + r * c_row, c_row, accumulate);
+    constexpr ptrdiff_t chain = Tile<M>::chain;
+    ptrdiff_t first = 0;
+    do {  // once for no units, too: that writes zeros
+      const ptrdiff_t count = first + chain < units ? chain : units - first;
+      const typename M::Unit *a_part = a + first * Tile<M>::lanes, *b_part = b + first * b_unit;
+      const bool add = accumulate || first > 0;
+      ptrdiff_t r = 0;
+      for (; r + R <= rows; r += R)
+        multiply_tile<M, R>(count, a_part, b_part + r * b_row, b_row, b_unit, c + r * c_row, c_row, add);
+      for (; r < rows; ++r)
+        multiply_tile<M, 1>(count, a_part, b_part + r * b_row, b_row, b_unit, c + r * c_row, c_row, add);
+      first += chain;
+    } while (first < units);
   }
 }
 

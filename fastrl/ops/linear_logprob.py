@@ -272,7 +272,7 @@ def backward_op(
     rounded: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(d hidden, d weight, d bias), rounded to the dtype of hidden or in the accumulation dtype; (0,) where not needed."""
+    """(d hidden, d weight, d bias), in the dtype of hidden if `rounded`, else accumulated; (0,) where not needed."""
     with as_written(hidden.device):
         gradients = resolve("linear_logprob", backend, hidden.device).backward(
             grad_logps,

@@ -571,6 +571,19 @@ def test_a_wrong_argument_is_refused_by_name(case):
 # torch.library and torch.compile.
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("save", ["stream", "keep"])
+def test_gradients_are_rounded_once_from_the_accumulated_sums(backend, save, dtype):
+    inputs = gaussian(70, 65, 131, dtype=dtype)
+    head = (inputs.hidden, inputs.weight, inputs.targets, inputs.bias, torch.full((1,), 0.7))
+    saved = module._op(*head, 0.0, 1.0, IGNORE, False, save, backend)
+    args = (torch.randn(70), None, *head, *saved, 0.0, 1.0, IGNORE, save, True, True, True)
+    wide, rounded = (module.backward_op(*args, narrow, backend) for narrow in (False, True))
+    for w, r in zip(wide, rounded, strict=True):
+        assert (w.dtype, r.dtype) == (torch.float32, dtype)
+        assert torch.equal(r, w.to(dtype))
+
+
 @pytest.mark.parametrize("save", ["none", "stream", "keep", "frozen"])
 @pytest.mark.parametrize("layout", ["contiguous", "column-major"])
 def test_operators_pass_opcheck(backend, save, layout):
