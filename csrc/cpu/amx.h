@@ -85,7 +85,8 @@ inline void tile_dot() {
     for (int k = 0; k < s.rows[B]; ++k)
       for (int i = 0; i < 2; ++i) {
         const float a = half_of(tiles.units[A][r][k], i);
-        for (int l = 0; l < 16; ++l) sums[i][l] = flush(__builtin_fmaf(a, half_of(tiles.units[B][k][l], i), sums[i][l]));
+        for (int l = 0; l < 16; ++l)
+          sums[i][l] = flush(__builtin_fmaf(a, half_of(tiles.units[B][k][l], i), sums[i][l]));
       }
     for (int l = 0; l < s.row_bytes[C] / 4; ++l) {
       const float sum = flush(sums[0][l] + sums[1][l]);
@@ -257,7 +258,7 @@ inline void Tiled::multiply_panel(ptrdiff_t rows, ptrdiff_t units, const uint32_
 }
 
 // float32 on tiles of bfloat16: x = x1 + x2 + x3, each the bfloat16 nearest to what those before it leave of x. That is
-// all of its 24 bits, and the products left out of a b are below 2^-23 of it.
+// all of its 24 bits, and the products left out of a b are below 2^-23 of it (2^-20 from 2^110 on).
 //
 //   three pieces   a b = a1 b1 + a1 b2 + a2 b1 + a2 b2 + a1 b3 + a3 b1   no less exact than float32 multiply-adds
 //   two pieces     a b = a1 b1 + a1 b2 + a2 b1                           to about 2^-16 of |a b|
@@ -378,8 +379,8 @@ struct SplitTiled : Tiled {
   }
 };
 
-// At a width of 2048 the weights of a block fill half of 2 MB, and half a panel of tokens, read for each block, a fifth:
-// 5 bytes a cycle. A partial sum is as long as segments allow, since folding it into c costs as much as 8 products.
+// At a width of 2048 the weights of a block fill half of 2 MB, and half a panel of tokens a fifth. Tokens are read again
+// for each block, at 5 bytes a cycle. A partial sum is as long as segments allow: each is folded into c by vectors.
 template <int Pieces>
 struct Tile<SplitTiled<Pieces>> {
   static constexpr int rows = 2 * tile_rows;

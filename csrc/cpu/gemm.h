@@ -3,10 +3,11 @@
 //   c[r, l] (+)= sum_k a[k, l] b[r, k]        r: rows, l: lanes, k: units
 //
 // A unit is what one step of the inner loop multiplies: a float (multiply-add), or a pair of bfloat16 (dot product of
-// two, accumulated in float32). A value too long for a unit is stored in pieces, one unit each. `a` is packed into panels of `tile` lanes, so that a step reads whole vectors; `b` is
-// read a broadcast unit at a time and may have any strides. Each c[r, l] is a sum of partial sums over `chain` units in
-// order, which keeps rounding errors small over long k, and starts from what c holds: how the work is cut into tiles or
-// shared among threads changes no bit of it, as long as cuts of k fall on multiples of `chain`. AMX has its own: amx.h.
+// two, accumulated in float32). A value too long for a unit is stored in pieces, one unit each. `a` is packed into
+// panels of `tile` lanes, so that a step reads whole vectors; `b` is read a broadcast unit at a time and may have any
+// strides. Each c[r, l] is a sum of partial sums over `chain` units in order, which keeps rounding errors small over
+// long k, and starts from what c holds: how the work is cut into tiles or shared among threads changes no bit of it, as
+// long as cuts of k fall on multiples of `chain`. AMX has its own: amx.h.
 #pragma once
 
 #include "simd.h"

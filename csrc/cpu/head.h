@@ -131,8 +131,8 @@ struct HeadKernel {
       const In* odd = pair > 1 && i + 1 < count ? row(i + 1) : nullptr;
       for (ptrdiff_t p = 0; p < width_panels; ++p) {
         In room[2][L];
-        const In* a = columns_of(even, p, room[0]);
-        put_lanes<M>(out + (p * panel_units + place<M>(at + i / pair)) * L, a, pair > 1 ? columns_of(odd, p, room[1]) : a);
+        const In *a = columns_of(even, p, room[0]), *b = pair > 1 ? columns_of(odd, p, room[1]) : a;
+        put_lanes<M>(out + (p * panel_units + place<M>(at + i / pair)) * L, a, b);
       }
     }
   }
