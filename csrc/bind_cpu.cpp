@@ -88,11 +88,11 @@ T* at(Address address) {
 
 Head head(int dtype, Address hidden, Address weight, Address bias, int64_t hidden_stride, int64_t weight_stride,
           int64_t width, int64_t vocabulary, Address rows, int64_t count, int64_t all, Address targets, Address temperature,
-          bool temperature_per_row, double softcap, double logit_scale, int threads) {
+          bool temperature_per_row, double softcap, double logit_scale, bool reduced_float32, int threads) {
   return {Dtype(dtype),    at<void>(hidden),    at<void>(weight), at<void>(bias),
           hidden_stride,   weight_stride,       width,            vocabulary,
           at<int64_t>(rows), count, all, at<int64_t>(targets), at<void>(temperature),
-          temperature_per_row, softcap,         logit_scale,      threads};
+          temperature_per_row, softcap,         logit_scale,      reduced_float32, threads};
 }
 
 Logprob logprob(int dtype, Address logits, int64_t stride, int64_t rows, int64_t vocabulary, Address targets,

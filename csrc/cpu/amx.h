@@ -1,8 +1,11 @@
-// The matmul kernel of bfloat16 on AMX: tiles of 16 rows of 64 bytes, and one instruction that multiplies two of them.
+// The matmul kernels on AMX: tiles of 16 rows of 64 bytes, and one instruction that multiplies two of bfloat16.
 //
 // 16 units by 16 lanes of a panel of `a`, packed as for every instruction set, are what TDPBF16PS wants of its second
-// factor, and 16 rows of `b` by 16 units what it wants of its first. Rows and units that fill no whole tile are not
-// padded: the tiles are configured smaller for them, so nothing beyond the operands is ever read.
+// factor, and 16 rows of `b` by 16 units what it wants of its first.
+//
+//   Tiled             bfloat16. Rows and units that fill no whole tile are not padded: the tiles are configured smaller
+//                     for them, so nothing beyond the operands is ever read, and a head's weights are read in place.
+//   SplitTiled<n>     float32, each value the sum of n bfloat16. All operands are packed, so all tiles are whole.
 //
 // With FASTRL_EMULATE_TILES the instructions are plain C++ that aborts where the processor would raise a fault, so that
 // everything but the instructions themselves can be proven on a machine without them.
@@ -10,6 +13,7 @@
 
 #include <stdlib.h>
 
+#include "buffer.h"
 #include "gemm.h"
 
 #if defined(__AMX_BF16__) || defined(FASTRL_EMULATE_TILES)
@@ -76,15 +80,19 @@ inline void tile_dot() {
   const TileShapes& s = tiles.shapes;
   fault_unless(s.palette == 1 && s.rows[C] && s.rows[C] == s.rows[A] && s.row_bytes[C] == s.row_bytes[B]);
   fault_unless(s.row_bytes[A] % 4 == 0 && s.row_bytes[B] % 4 == 0 && s.row_bytes[A] / 4 == s.rows[B]);
-  for (int r = 0; r < s.rows[C]; ++r)
+  for (int r = 0; r < s.rows[C]; ++r) {
+    float sums[2][16] = {};
+    for (int k = 0; k < s.rows[B]; ++k)
+      for (int i = 0; i < 2; ++i) {
+        const float a = half_of(tiles.units[A][r][k], i);
+        for (int l = 0; l < 16; ++l)
+          sums[i][l] = flush(__builtin_fmaf(a, half_of(tiles.units[B][k][l], i), sums[i][l]));
+      }
     for (int l = 0; l < s.row_bytes[C] / 4; ++l) {
-      float sums[2] = {0, 0};
-      for (int k = 0; k < s.rows[B]; ++k)
-        for (int i = 0; i < 2; ++i)
-          sums[i] = flush(__builtin_fmaf(half_of(tiles.units[A][r][k], i), half_of(tiles.units[B][k][l], i), sums[i]));
-      const float sum = flush(sums[0] + sums[1]);
+      const float sum = flush(sums[0][l] + sums[1][l]);
       tiles.units[C][r][l] = float_to_bits(flush(flush(bits_to_float(tiles.units[C][r][l])) + sum));
     }
+  }
 }
 
 #else
@@ -144,6 +152,9 @@ struct Tiled : Paired {
     Region(const Region&) = delete;
     Region& operator=(const Region&) = delete;
   };
+
+  static void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const uint32_t* a, const uint32_t* b, ptrdiff_t b_row,
+                             float* c, ptrdiff_t c_row, bool accumulate);
 
   // to[lane, unit] = from[unit, lane] for one vector of lanes; writes up to the next multiple of 16 units.
   static void transpose(ptrdiff_t units, const uint32_t* from, ptrdiff_t from_row, uint32_t* to, ptrdiff_t to_row) {
@@ -221,9 +232,8 @@ inline void multiply_tiles(ptrdiff_t units, ptrdiff_t step, const uint32_t* a, c
   if (R == 2) tile_store<3>(lower + tile_units, c_row_bytes);
 }
 
-template <>
-inline void multiply_panel<Tiled>(ptrdiff_t rows, ptrdiff_t units, const uint32_t* a, const uint32_t* b,
-                                  ptrdiff_t b_row, ptrdiff_t, float* c, ptrdiff_t c_row, bool accumulate) {
+inline void Tiled::multiply_panel(ptrdiff_t rows, ptrdiff_t units, const uint32_t* a, const uint32_t* b,
+                                  ptrdiff_t b_row, float* c, ptrdiff_t c_row, bool accumulate) {
   constexpr int R = Tile<Tiled>::rows, L = Tile<Tiled>::lanes;
   const ptrdiff_t whole_rows = rows / R * R, left = rows - whole_rows;
   // `count` units in steps of `step`, by all rows and lanes.
@@ -246,6 +256,138 @@ inline void multiply_panel<Tiled>(ptrdiff_t rows, ptrdiff_t units, const uint32_
   if (units > rest) multiply(0, units - rest, tile_units, accumulate);
   if (rest > 0) multiply(units - rest, rest, rest, accumulate || units > rest);
 }
+
+// float32 on tiles of bfloat16: x = x1 + x2 + x3, each the bfloat16 nearest to what those before it leave of x. That is
+// all of its 24 bits, and the products left out of a b are below 2^-23 of it (2^-20 from 2^110 on).
+//
+//   three pieces   a b = a1 b1 + a1 b2 + a2 b1 + a2 b2 + a1 b3 + a3 b1   no less exact than float32 multiply-adds
+//   two pieces     a b = a1 b1 + a1 b2 + a2 b1                           to about 2^-16 of |a b|
+//
+// Two things differ from float32. Tiles take numbers below 2^-126 for 0, so of a value below 2^-102 bits are lost. And
+// a product with an infinity may be NaN, since a piece of the other factor may be 0 or have the other sign.
+template <int Pieces>
+struct SplitTiled : Tiled {
+  static_assert(Pieces == 2 || Pieces == 3);
+  static constexpr int pieces = Pieces, group = tile_units;
+  static constexpr int L = Tile<Paired>::lanes;  // of a panel
+
+  // Takes the next piece off each lane of `rest`: a float whose lower half is 0. Infinities and NaN leave no rest.
+  // From 2^110 on toward zero: rounded up, a piece or a sum of pieces could be infinite where the values' is not.
+  static __m512i take_piece(__m512* rest) {
+    const __m512i bits = _mm512_castps_si512(*rest);
+    const __m512i nearest = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(*rest)), 16);
+    const __mmask16 huge = _mm512_cmp_ps_mask(_mm512_abs_ps(*rest), _mm512_set1_ps(0x1p110f), _CMP_GE_OQ);
+    const __m512i piece = _mm512_mask_and_epi32(nearest, huge, bits, _mm512_set1_epi32(int(0xffff0000)));
+    constexpr int nan_or_infinity = 0x99;
+    const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(*rest, nan_or_infinity));
+    *rest = _mm512_maskz_sub_ps(finite, *rest, _mm512_castsi512_ps(piece));
+    return piece;
+  }
+  // One piece of two values per lane, as a unit each.
+  static void store_pairs(uint32_t* to, __m512i low, __m512i high) {
+    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
+  }
+  // One piece of 16 neighbouring values, as 8 units.
+  static void store_neighbours(uint32_t* to, __m512i piece) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(piece, 16)));
+  }
+
+  static void put_lanes(uint32_t* to, const float* a, const float* b) {
+    for (int l = 0; l < L; l += 16) {
+      __m512 x = _mm512_loadu_ps(a + l), y = _mm512_loadu_ps(b + l);
+      for (int j = 0; j < pieces; ++j) store_pairs(to + j * group * L + l, take_piece(&x), take_piece(&y));
+    }
+  }
+  static void put_row(uint32_t* to, const float* from, ptrdiff_t width) {
+    for (ptrdiff_t k = 0; k < round_up(width, pair * group); k += 16) {
+      const ptrdiff_t left = width - k;
+      const __mmask16 some = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+      __m512 x = _mm512_maskz_loadu_ps(some, from + k);
+      for (int j = 0; j < pieces; ++j) store_neighbours(to + place<SplitTiled>(k / pair) + j * group, take_piece(&x));
+    }
+  }
+  static void put_dz(uint32_t* by_entry, ptrdiff_t, uint32_t* even, uint32_t* odd, Float a, Float b) {
+    for (int j = 0; j < pieces; ++j) {
+      const __m512i low = take_piece(&a.x), high = take_piece(&b.x);
+      store_pairs(by_entry + j * group * L, low, high);
+      store_neighbours(even + j * group, low);
+      store_neighbours(odd + j * group, high);
+    }
+  }
+
+  // sum = a b over one chain of units, for 2 by 2 tiles. From one product of pieces to the next, one pair of tiles is
+  // loaded anew.
+  static void multiply_chain(ptrdiff_t units, const uint32_t* a, const uint32_t* b, ptrdiff_t b_row, float* sum) {
+    constexpr ptrdiff_t second = group, third = 2 * group, all = pieces * group;
+    auto lanes = [&](ptrdiff_t u) {
+      tile_load<6>(a + u * L, L * 4);
+      tile_load<7>(a + u * L + tile_units, L * 4);
+    };
+    auto rows = [&](ptrdiff_t u) {
+      tile_load<4>(b + u, b_row * 4);
+      tile_load<5>(b + tile_rows * b_row + u, b_row * 4);
+    };
+    auto dot = [] {
+      tile_dot<0, 4, 6>();
+      tile_dot<1, 4, 7>();
+      tile_dot<2, 5, 6>();
+      tile_dot<3, 5, 7>();
+    };
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    for (ptrdiff_t u = 0; u < units; u += all) {
+      if (pieces == 3) {
+        lanes(u), rows(u + third), dot();
+        rows(u + second), dot();
+        lanes(u + second), dot();
+        rows(u), dot();
+        lanes(u + third), dot();
+      } else {
+        lanes(u + second), rows(u), dot();
+        lanes(u), dot();
+        rows(u + second), dot();
+      }
+    }
+    if (pieces == 3)  // apart from the five small products, so that those round nothing off the large sum
+      for (ptrdiff_t u = 0; u < units; u += all) lanes(u), rows(u), dot();
+    constexpr ptrdiff_t row = 2 * tile_units;
+    tile_store<0>(sum, row * 4);
+    tile_store<1>(sum + tile_units, row * 4);
+    tile_store<2>(sum + tile_rows * row, row * 4);
+    tile_store<3>(sum + tile_rows * row + tile_units, row * 4);
+  }
+
+  // Rows of b are read up to a multiple of 32: every operand is a buffer that has them. What they give is not stored.
+  static void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const uint32_t* a, const uint32_t* b, ptrdiff_t b_row,
+                             float* c, ptrdiff_t c_row, bool accumulate) {
+    constexpr ptrdiff_t chain = stored<SplitTiled>(Tile<SplitTiled>::chain);
+    constexpr ptrdiff_t R = Tile<SplitTiled>::rows, row = 2 * tile_units;
+    alignas(64) float sum[R * row];
+    for (ptrdiff_t l = 0; l < L; l += row)
+      for (ptrdiff_t r = 0; r < rows; r += R)
+        for (ptrdiff_t first = 0; first == 0 || first < units; first += chain) {  // no units: a sum of 0
+          multiply_chain(least(chain, units - first), a + first * L + l, b + r * b_row + first, b_row, sum);
+          for (ptrdiff_t i = 0; i < least(R, rows - r); ++i)
+            for (ptrdiff_t k = 0; k < row; k += Float::lanes) {
+              float* to = c + (r + i) * c_row + l + k;
+              const Float part = Float::load(sum + i * row + k);
+              (accumulate || first > 0 ? Float::load(to) + part : part).store(to);
+            }
+        }
+  }
+};
+
+// At a width of 2048 the weights of a block fill half of 2 MB, and half a panel of tokens a fifth. Tokens are read again
+// for each block, at 5 bytes a cycle. A partial sum is as long as segments allow: each is folded into c by vectors.
+template <int Pieces>
+struct Tile<SplitTiled<Pieces>> {
+  static constexpr int rows = 2 * tile_rows;
+  static constexpr int lanes = Tile<Paired>::lanes;
+  static constexpr ptrdiff_t block = Pieces == 2 ? 128 : 96, segment = Pieces == 2 ? 4 * block : 5 * block;
+  static constexpr int chain = segment / Paired::pair;
+};
 
 }  // namespace FASTRL_ISA
 

@@ -3,10 +3,11 @@
 //   c[r, l] (+)= sum_k a[k, l] b[r, k]        r: rows, l: lanes, k: units
 //
 // A unit is what one step of the inner loop multiplies: a float (multiply-add), or a pair of bfloat16 (dot product of
-// two, accumulated in float32). `a` is packed into panels of `tile` lanes, so that a step reads whole vectors; `b` is
-// read a broadcast unit at a time and may have any strides. Each c[r, l] is a sum of partial sums over `chain` units in
-// order, which keeps rounding errors small over long k, and starts from what c holds: how the work is cut into tiles or
-// shared among threads changes no bit of it, as long as cuts of k fall on multiples of `chain`. AMX has its own: amx.h.
+// two, accumulated in float32). A value too long for a unit is stored in pieces, one unit each. `a` is packed into
+// panels of `tile` lanes, so that a step reads whole vectors; `b` is read a broadcast unit at a time and may have any
+// strides. Each c[r, l] is a sum of partial sums over `chain` units in order, which keeps rounding errors small over
+// long k, and starts from what c holds: how the work is cut into tiles or shared among threads changes no bit of it, as
+// long as cuts of k fall on multiples of `chain`. AMX has its own: amx.h.
 #pragma once
 
 #include "simd.h"
@@ -16,17 +17,34 @@ namespace FASTRL_ISA {
 // What a thread must hold while it multiplies: nothing.
 struct NoRegion {};
 
+// How units lie in memory, along a row of `b` or down a panel of `a`: `group` of them, rounded up with zeros, then the
+// next piece of the same ones. place: where the first piece of unit u lies. stored: what this many units take.
+template <typename M>
+constexpr ptrdiff_t place(ptrdiff_t u) { return u / M::group * M::group * M::pieces + u % M::group; }
+template <typename M>
+constexpr ptrdiff_t stored(ptrdiff_t units) { return (units + M::group - 1) / M::group * M::group * M::pieces; }
+
 // One float (or double) per unit.
 template <typename V>
 struct Plain {
   using Vec = V;
   using Unit = typename V::Real;
   using Region = NoRegion;
-  static constexpr int pair = 1;
+  static constexpr int pair = 1, pieces = 1, group = 1;
   static constexpr bool contiguous_rows = false;  // b may have any strides
   static V load(const Unit* a) { return V::load(a); }
   static V spread(const Unit* b) { return V::set(*b); }
   static V multiply_add(V a, V b, V acc) { return V::fma(a, b, acc); }
+
+  // What the two backward products read of dz for V::lanes tokens at an even vocabulary entry (a) and the next (b):
+  //   by_entry[lane]: both entries of a token in one unit (contraction over the vocabulary)
+  //   even, odd: neighbouring tokens of one entry in one unit (contraction over tokens)
+  static void put_dz(Unit* by_entry, ptrdiff_t entry_stride, Unit* even, Unit* odd, V a, V b) {
+    a.store(by_entry);
+    b.store(by_entry + entry_stride);
+    a.store(even);
+    b.store(odd);
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -35,13 +53,20 @@ struct Paired {
   using Vec = Float;
   using Unit = uint32_t;
   using Region = NoRegion;
-  static constexpr int pair = 2;
+  static constexpr int pair = 2, pieces = 1, group = 1;
   static constexpr bool contiguous_rows = false;
   struct Bits { __m512i x; };
   static Bits load(const Unit* a) { return {_mm512_loadu_si512(a)}; }
   static Bits spread(const Unit* b) { return {_mm512_set1_epi32(int(*b))}; }
   static Float multiply_add(Bits a, Bits b, Float acc) {
     return {_mm512_dpbf16_ps(acc.x, (__m512bh)a.x, (__m512bh)b.x)};
+  }
+  static void put_dz(Unit* by_entry, ptrdiff_t, Unit* even, Unit* odd, Float a, Float b) {
+    __m256i low = (__m256i)_mm512_cvtneps_pbh(a.x), high = (__m256i)_mm512_cvtneps_pbh(b.x);
+    __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    _mm512_storeu_si512(by_entry, pairs);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd), high);
   }
 };
 #endif
@@ -84,26 +109,30 @@ inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const type
     }
 }
 
-// All `rows` of one panel of `Tile::lanes` lanes; c has room for all lanes. A chain of units at a time: its part of the
-// panel stays in the first cache for all rows.
+// All `rows` of one panel of `Tile::lanes` lanes and `units` stored units; c has room for all lanes. A chain of units at
+// a time: its part of the panel stays in the first cache for all rows.
 template <typename M>
 inline void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b,
                            ptrdiff_t b_row, ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row,
                            bool accumulate) {
-  constexpr int R = Tile<M>::rows;
-  constexpr ptrdiff_t chain = Tile<M>::chain;
-  ptrdiff_t first = 0;
-  do {  // once for no units, too: that writes zeros
-    const ptrdiff_t count = first + chain < units ? chain : units - first;
-    const typename M::Unit *a_part = a + first * Tile<M>::lanes, *b_part = b + first * b_unit;
-    const bool add = accumulate || first > 0;
-    ptrdiff_t r = 0;
-    for (; r + R <= rows; r += R)
-      multiply_tile<M, R>(count, a_part, b_part + r * b_row, b_row, b_unit, c + r * c_row, c_row, add);
-    for (; r < rows; ++r)
-      multiply_tile<M, 1>(count, a_part, b_part + r * b_row, b_row, b_unit, c + r * c_row, c_row, add);
-    first += chain;
-  } while (first < units);
+  if constexpr (M::contiguous_rows) {
+    M::multiply_panel(rows, units, a, b, b_row, c, c_row, accumulate);
+  } else {
+    constexpr int R = Tile<M>::rows;
+    constexpr ptrdiff_t chain = Tile<M>::chain;
+    ptrdiff_t first = 0;
+    do {  // once for no units, too: that writes zeros
+      const ptrdiff_t count = first + chain < units ? chain : units - first;
+      const typename M::Unit *a_part = a + first * Tile<M>::lanes, *b_part = b + first * b_unit;
+      const bool add = accumulate || first > 0;
+      ptrdiff_t r = 0;
+      for (; r + R <= rows; r += R)
+        multiply_tile<M, R>(count, a_part, b_part + r * b_row, b_row, b_unit, c + r * c_row, c_row, add);
+      for (; r < rows; ++r)
+        multiply_tile<M, 1>(count, a_part, b_part + r * b_row, b_row, b_unit, c + r * c_row, c_row, add);
+      first += chain;
+    } while (first < units);
+  }
 }
 
 // The same where only the first `lanes` of the panel exist in c.

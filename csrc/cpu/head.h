@@ -24,30 +24,23 @@ inline void put(uint32_t* unit, Bf16 a, Bf16 b) { *unit = uint32_t(a.bits) | uin
 inline void put(float* unit, Bf16 a, Bf16) { *unit = widen(a); }
 inline void put(float* unit, Fp16 a, Fp16) { *unit = widen(a); }
 
-template <typename In>
-inline In zero_of() { return In{}; }
-
-// Writes what the two backward products read of dz for V::lanes tokens at an even vocabulary entry v and the next one:
-//   by_entry[lane]: both entries of a token in one unit (contraction over the vocabulary)
-//   by_token: neighbouring tokens of one entry in one unit (contraction over tokens)
-template <typename V>
-inline void put_dz(typename V::Real* by_entry, ptrdiff_t entry_stride, typename V::Real* even, typename V::Real* odd,
-                   V a, V b) {
-  a.store(by_entry);
-  b.store(by_entry + entry_stride);
-  a.store(even);
-  b.store(odd);
+// One unit for each lane of a panel: of the values a, or where a unit is a pair, of a and b.
+template <typename M, typename In>
+inline void put_lanes(typename M::Unit* to, const In* a, const In* b) {
+  if constexpr (M::pieces > 1) M::put_lanes(to, a, b);
+  else
+    for (ptrdiff_t l = 0; l < Tile<M>::lanes; ++l) put(to + l, a[l], b[l]);
 }
 
-#if defined(__AVX512BF16__)
-inline void put_dz(uint32_t* by_entry, ptrdiff_t, uint32_t* even, uint32_t* odd, Float a, Float b) {
-  __m256i low = (__m256i)_mm512_cvtneps_pbh(a.x), high = (__m256i)_mm512_cvtneps_pbh(b.x);
-  __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-  _mm512_storeu_si512(by_entry, pairs);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), low);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd), high);
+// A row of values as units, one after the other; zeros fill up the last, and the last group.
+template <typename M, typename In>
+inline void put_row(typename M::Unit* to, const In* from, ptrdiff_t width) {
+  constexpr ptrdiff_t pair = M::pair;
+  if constexpr (M::pieces > 1) M::put_row(to, from, width);
+  else
+    for (ptrdiff_t u = 0; u < (width + pair - 1) / pair; ++u)
+      put(to + u, from[u * pair], u * pair + 1 < width ? from[u * pair + 1] : In{});
 }
-#endif
 
 // M: how units multiply. In: the element type of hidden, weight and bias.
 template <typename M, typename In>
@@ -57,14 +50,15 @@ struct HeadKernel {
   using Unit = typename M::Unit;
   static constexpr int pair = M::pair, L = Tile<M>::lanes;
   static constexpr ptrdiff_t block = Tile<M>::block, segment = Tile<M>::segment;
-  static_assert(block / pair % Tile<M>::chain == 0, "stripes of entries must end where partial sums end");
+  static_assert(segment / pair % Tile<M>::chain == 0, "stripes of entries must end where partial sums end");
+  static_assert(block % (pair * M::group) == 0, "blocks of entries must end where groups of units end");
 
   const Head& h;
   const In* hidden;
   const In* weight;
   const In* bias;
   const Real* temperature;
-  ptrdiff_t n, padded, width, units, vocabulary, width_panels;
+  ptrdiff_t n, padded, width, units, vocabulary, width_panels;  // units: of a row of hidden or weight, stored
   bool direct;    // rows of weight can be read as units where they are
   bool tempered;  // some temperature is not 1
 
@@ -77,49 +71,68 @@ struct HeadKernel {
         n(head.count),
         padded(round_up(head.count, L)),
         width(head.width),
-        units((head.width + pair - 1) / pair),
+        units(stored<M>((head.width + pair - 1) / pair)),
         vocabulary(head.vocabulary),
         width_panels(round_up(head.width, L) / L),
         direct(sizeof(In) * pair == sizeof(Unit) && width % pair == 0 && head.weight_stride % pair == 0 &&
                reinterpret_cast<uintptr_t>(head.weight) % sizeof(Unit) == 0),
         tempered(head.temperature_per_row || *static_cast<const Real*>(head.temperature) != 1) {}
 
+  // Units from one row to the next where M reads rows: a multiple of 4 KB apart they would share one set of the first
+  // cache, off which a cache line keeps them.
+  static ptrdiff_t row_room(ptrdiff_t row_units) { return row_units + (M::contiguous_rows ? 16 : 0); }
+
+  // Row of hidden of the i-th token; null where there is none.
+  const In* token(ptrdiff_t i) const { return i < n ? hidden + h.rows[i] * h.hidden_stride : nullptr; }
+
   // Rows of hidden with one lane per token: panel p holds tokens [p L, p L + L), a unit of each, then the next unit.
   void pack_tokens(Unit* out) const {
+    Buffer<Unit> rows(M::pieces > 1 ? V::lanes * units : 0);
 #pragma omp for schedule(static)
-    for (ptrdiff_t p = 0; p < padded / L; ++p)
-      for (int lane = 0; lane < L; ++lane) {
-        Unit* to = out + p * units * L + lane;
-        ptrdiff_t i = p * L + lane;
-        const In* from = i < n ? hidden + h.rows[i] * h.hidden_stride : nullptr;
-        for (ptrdiff_t u = 0; u < units; ++u) {
-          In a = from ? from[u * pair] : zero_of<In>();
-          In b = from && u * pair + 1 < width ? from[u * pair + 1] : zero_of<In>();
-          put(to + u * L, a, b);
+    for (ptrdiff_t p = 0; p < padded / L; ++p) {
+      Unit* panel = out + p * units * L;
+      if constexpr (M::pieces > 1) {
+        for (int lane = 0; lane < L; lane += V::lanes) {
+          for (int k = 0; k < V::lanes; ++k) {
+            const In* from = token(p * L + lane + k);
+            if (from) put_row<M>(rows + k * units, from, width);
+            else memset(rows + k * units, 0, size_t(units) * sizeof(Unit));
+          }
+          for (ptrdiff_t u = 0; u < units; u += V::lanes)
+            M::transpose(V::lanes, rows + u, units, panel + u * L + lane, L);
+        }
+      } else {
+        for (int lane = 0; lane < L; ++lane) {
+          const In* from = token(p * L + lane);
+          for (ptrdiff_t u = 0; u < units; ++u) {
+            In a = from ? from[u * pair] : In{};
+            In b = from && u * pair + 1 < width ? from[u * pair + 1] : In{};
+            put(panel + u * L + lane, a, b);
+          }
         }
       }
+    }
   }
 
-  // Rows [first, first + count) of a matrix with one lane per column, `pair` rows in a unit: panels of L columns.
-  // `row(i)` is the i-th row, or null for a row of zeros.
+  // Columns [p L, p L + L) of a row: where they are if all exist, else in `room`, with zeros for those that do not.
+  const In* columns_of(const In* row, ptrdiff_t p, In* room) const {
+    const ptrdiff_t left = row ? least(width - p * L, L) : 0;
+    if (left == L) return row + p * L;
+    for (ptrdiff_t l = 0; l < L; ++l) room[l] = l < left ? row[p * L + l] : In{};
+    return room;
+  }
+
+  // Rows [first, first + count) of a matrix with one lane per column, `pair` rows in a unit: panels of L columns with
+  // `panel_units` of room, from unit `at` on. `row(i)` is the i-th row, or null for a row of zeros.
   template <typename Row>
-  void pack_columns(Unit* out, ptrdiff_t stride_units, ptrdiff_t at, ptrdiff_t count, Row row) const {
-    for (ptrdiff_t i = 0; i < count; i += pair) {
-      const In* even = row(i);
+  void pack_columns(Unit* out, ptrdiff_t panel_units, ptrdiff_t at, ptrdiff_t count, Row row) const {
+    for (ptrdiff_t i = 0; i < round_up(count, pair * M::group); i += pair) {
+      const In* even = i < count ? row(i) : nullptr;
       const In* odd = pair > 1 && i + 1 < count ? row(i + 1) : nullptr;
       for (ptrdiff_t p = 0; p < width_panels; ++p) {
-        Unit* to = out + (p * stride_units + at + i / pair) * L;
-        const ptrdiff_t left = least(width - p * L, L);
-        if (left == L && even && (pair == 1 || odd)) {  // without conditions inside, this is a loop over vectors
-          const In *a = even + p * L, *b = pair == 1 ? a : odd + p * L;
-          for (ptrdiff_t l = 0; l < L; ++l) put(to + l, a[l], b[l]);
-          continue;
-        }
-        for (ptrdiff_t l = 0; l < L; ++l) {
-          In a = even && l < left ? even[p * L + l] : zero_of<In>();
-          In b = odd && l < left ? odd[p * L + l] : zero_of<In>();
-          put(to + l, a, b);
-        }
+        In room[2][L];
+        const In *a = columns_of(even, p, room[0]), *b = pair > 1 ? columns_of(odd, p, room[1]) : a;
+        put_lanes<M>(out + (p * panel_units + place<M>(at + i / pair)) * L, a, b);
       }
     }
   }
@@ -130,14 +143,8 @@ struct HeadKernel {
       *stride = h.weight_stride / pair;
       return reinterpret_cast<const Unit*>(weight + v * h.weight_stride);
     }
-    for (ptrdiff_t r = 0; r < count; ++r) {
-      const In* from = weight + (v + r) * h.weight_stride;
-      for (ptrdiff_t u = 0; u < units; ++u) {
-        In b = u * pair + 1 < width ? from[u * pair + 1] : zero_of<In>();
-        put(scratch + r * units + u, from[u * pair], b);
-      }
-    }
-    *stride = units;
+    *stride = row_room(units);
+    for (ptrdiff_t r = 0; r < count; ++r) put_row<M>(scratch + r * *stride, weight + (v + r) * h.weight_stride, width);
     return scratch;
   }
 
@@ -174,7 +181,7 @@ struct HeadKernel {
     {
       [[maybe_unused]] typename M::Region region;
       pack_tokens(tokens);
-      Buffer<Unit> scratch(direct ? 0 : block * units);
+      Buffer<Unit> scratch(direct ? 0 : block * row_room(units));
       Buffer<Real> tile(block * L);
 #pragma omp for schedule(dynamic, 1)
       for (ptrdiff_t s = 0; s < segments; ++s) {
@@ -279,11 +286,10 @@ struct HeadKernel {
     const Real* grad_entropy = static_cast<const Real*>(out.grad_entropy);
     const bool needs_hidden = out.grad_hidden != nullptr, needs_weight = out.grad_weight != nullptr;
     const bool kept = out.kept != nullptr, recompute = !kept && out.logits == nullptr;
-    const ptrdiff_t token_units = padded / pair;
+    const ptrdiff_t token_units = stored<M>(padded / pair);
     // Entries whose dz all threads finish before the product that contracts over them.
     const ptrdiff_t stripe = least(segment * (h.threads > 4 ? h.threads : 4), round_up(vocabulary, block));
-    // Rows a multiple of 4 KB apart would share one set of the first cache: a cache line keeps them off it.
-    const ptrdiff_t stripe_units = round_up(stripe, pair) / pair + (M::contiguous_rows ? 16 : 0);
+    const ptrdiff_t stripe_units = row_room(stored<M>(round_up(stripe, pair) / pair));
 
     Buffer<Unit> tokens(recompute ? padded * units : 0);
     Buffer<Unit> columns(needs_weight ? width_panels * token_units * L : 0);
@@ -321,13 +327,13 @@ struct HeadKernel {
         for (ptrdiff_t i = 0; i < padded; i += piece)
           pack_columns(columns, token_units, i / pair, least(piece, padded - i), [&](ptrdiff_t k) -> const In* {
             const ptrdiff_t t = i + k;
-            return t < n && (g[t] != 0 || ge[t] != 0) ? hidden + h.rows[t] * h.hidden_stride : nullptr;
+            return g[t] != 0 || ge[t] != 0 ? token(t) : nullptr;
           });
       }
-      Buffer<Unit> scratch(direct ? 0 : block * units);
+      Buffer<Unit> scratch(direct ? 0 : block * row_room(units));
       Buffer<Real> tile(kept || recompute ? block * L : 0);
       Buffer<Unit> by_token(block * token_units);
-      Buffer<Unit> unturned(M::contiguous_rows ? block / pair * L : 0);
+      Buffer<Unit> unturned(M::contiguous_rows ? stored<M>(block / pair) * L : 0);
       Buffer<V> bias_sum(out.grad_bias ? block : 0);
       Buffer<Real> whole(needs_weight && out.round_weight ? block * width : 0);  // d weight before it is rounded
 
@@ -335,7 +341,7 @@ struct HeadKernel {
         const ptrdiff_t last = least(first + stripe, vocabulary);
 #pragma omp for schedule(dynamic, 1)
         for (ptrdiff_t v = first; v < last; v += block) {
-          const ptrdiff_t count = least(block, last - v), even = round_up(count, 2);
+          const ptrdiff_t count = least(block, last - v), even = round_up(count, 2 * M::group);
           const ptrdiff_t at = (v - first) / pair;
           const Unit* w = nullptr;
           ptrdiff_t stride = 0;
@@ -384,14 +390,15 @@ struct HeadKernel {
                 if (out.grad_bias) bias_sum[r] = bias_sum[r] + dz;
                 return dz;
               };
-              Unit* turned = by_entry + t * stripe_units + l * entry_row + at * entry_unit;
+              Unit* turned = by_entry + t * stripe_units + l * entry_row + place<M>(at) * entry_unit;
               Unit* entry = M::contiguous_rows ? unturned + l : turned;
-              Unit* token = by_token + i / pair;
+              Unit* even_row = by_token + place<M>(i / pair);
               for (ptrdiff_t r = 0; r < even; r += 2) {
                 const V a = derivative(r), b = derivative(r + 1);
-                put_dz(entry + r / pair * L, L, token + r * token_units, token + (r + 1) * token_units, a, b);
+                Unit* to = even_row + r * token_units;
+                M::put_dz(entry + place<M>(r / pair) * L, L, to, to + token_units, a, b);
               }
-              if constexpr (M::contiguous_rows) M::transpose(even / pair, entry, L, turned, entry_row);
+              if constexpr (M::contiguous_rows) M::transpose(stored<M>(even / pair), entry, L, turned, entry_row);
             }
           }
           if (out.grad_bias)
@@ -414,7 +421,7 @@ struct HeadKernel {
                          [&](ptrdiff_t r) { return weight + (v + r) * h.weight_stride; });
         }
         if (needs_hidden) {
-          const ptrdiff_t contracted = (last - first + pair - 1) / pair;
+          const ptrdiff_t contracted = stored<M>((last - first + pair - 1) / pair);
 #pragma omp for collapse(2) schedule(dynamic, 1)
           for (ptrdiff_t t = 0; t < padded; t += L)
             for (ptrdiff_t p = 0; p < width_panels; ++p)
@@ -454,13 +461,18 @@ template <typename Run>
 inline void with_head_kernel(const Head& head, Run run) {
   switch (head.dtype) {
     case Dtype::float64: run(HeadKernel<Plain<Array<double>>, double>(head)); break;
-    case Dtype::float32: run(HeadKernel<Plain<Float>, float>(head)); break;
     case Dtype::float16: run(HeadKernel<Plain<Float>, Fp16>(head)); break;
 #if defined(FASTRL_TILES)
+    case Dtype::float32:
+      if (head.reduced_float32) run(HeadKernel<SplitTiled<2>, float>(head));
+      else run(HeadKernel<SplitTiled<3>, float>(head));
+      break;
     case Dtype::bfloat16: run(HeadKernel<Tiled, Bf16>(head)); break;
 #elif defined(__AVX512BF16__)
+    case Dtype::float32: run(HeadKernel<Plain<Float>, float>(head)); break;
     case Dtype::bfloat16: run(HeadKernel<Paired, Bf16>(head)); break;
 #else
+    case Dtype::float32: run(HeadKernel<Plain<Float>, float>(head)); break;
     case Dtype::bfloat16: run(HeadKernel<Plain<Float>, Bf16>(head)); break;
 #endif
   }

@@ -24,6 +24,7 @@ struct Head {
   const void* temperature;  // Real, (1) or (N)
   bool temperature_per_row;
   double softcap, logit_scale;  // softcap 0: none
+  bool reduced_float32;  // float32 products may be short of 8 bits where that is quicker
   int threads;
 };
 

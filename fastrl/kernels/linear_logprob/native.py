@@ -65,6 +65,7 @@ class NativeHead:
             address(self.temperature),
             self.temperature.numel() > 1,
             *self.options,
+            native.reduced_float32(),
             torch.get_num_threads(),
         )
 
