@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from backends import BACKENDS, NATIVE, using
+from backends import BACKENDS, DEVICE, NATIVE, using
 
 
 def pytest_collection_modifyitems(items):
@@ -15,6 +15,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _device():
+    """Tests that name no device make their tensors on `FASTRL_TEST_DEVICE`."""
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
