@@ -1,5 +1,6 @@
 """The backends that tests run on: the torch ones, the native one under each instruction set of this processor, and
-Triton in its interpreter. With FASTRL_TEST_DEVICE=cuda: those that run on a GPU, compiled."""
+Triton in its interpreter, CUDA where it was built to be emulated. With FASTRL_TEST_DEVICE=cuda: those that run on a GPU,
+compiled."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ DEVICE = os.environ.get("FASTRL_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
 
-from fastrl.kernels import native  # noqa: E402
+from fastrl.kernels import cuda, native  # noqa: E402
 
 _extension = native.load()[0] if DEVICE == "cpu" else None
 NATIVE = tuple(f"native-{isa}" for isa in _extension.isas()) if _extension else ()
-FASTER = ("chunked", *NATIVE, "triton")
+_cuda = cuda.load_emulated() if DEVICE == "cpu" else cuda.load()[0]
+CUDA = ("cuda",) if _cuda else ()
+FASTER = ("chunked", *NATIVE, *CUDA, "triton")
 BACKENDS = ("reference", *FASTER)
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from fastrl.check import choice
-from fastrl.kernels import native, triton_jit
+from fastrl.kernels import cuda, native, triton_jit
 
 
 def any_device(device: torch.device) -> str | None:
@@ -30,12 +30,15 @@ class Kernel:
 
 
 TRITON_OPS: tuple[str, ...] = ()  # every op, in the end
+CUDA_OPS = ("logprob", "policy_loss", "group_advantages", "gae")
 
 
 def _backends(op: str) -> dict[str, Kernel]:
     folder = f"fastrl.kernels.{op}"
     backends = {"native": Kernel(f"{folder}.native", native.refuses)}
-    if op in TRITON_OPS:  # interpreted Triton is for tests: nobody gets it without asking
+    if op in CUDA_OPS:  # emulated CUDA is for tests: nobody gets it without asking
+        backends["cuda"] = Kernel(f"{folder}.cuda_impl", cuda.refuses, auto_on="cuda")
+    if op in TRITON_OPS:  # and so is interpreted Triton
         backends["triton"] = Kernel(f"{folder}.triton_impl", triton_jit.refuses, auto_on="cuda")
     return backends | {name: Kernel(f"{folder}.{name}") for name in ("chunked", "reference")}
 
