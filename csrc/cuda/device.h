@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <stdexcept>
 #include <string>
@@ -140,57 +141,76 @@ using FullPack = Pack<In, pack_size<In>>;
 
 __device__ inline bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-// A row cut where its addresses are multiples of 16 bytes: elements [0, head), full packs, and the rest. With an odd
-// vocabulary in 16 bits, each row starts at another distance to such an address.
-template <typename In>
-struct Cut {
-  int64_t head, packs, size;
-
-  __device__ Cut(const In* row, int64_t count) : size(count) {
-    const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(In));
-    head = least<int64_t>(beyond == 0 ? 0 : pack_size<In> - beyond, count);
-    packs = (count - head) / pack_size<In>;
-  }
-  __device__ int64_t first(int64_t pack) const { return head + pack * pack_size<In>; }
-
-  // use(first, pack) for each piece that is this thread's, which is the same ones each time. `load` gives a full pack.
-  template <typename Load, typename Use>
-  __device__ void each(const In* row, Load load, Use use) const {
-    constexpr int ahead = 4;  // loads on their way at once
-    const int64_t step = blockDim.x;
-    int64_t p = threadIdx.x;
-    for (; p + (ahead - 1) * step < packs; p += ahead * step) {
-      FullPack<In> loaded[ahead];
-#pragma unroll
-      for (int i = 0; i < ahead; ++i) loaded[i] = load(p + i * step);
-#pragma unroll
-      for (int i = 0; i < ahead; ++i) use(first(p + i * step), loaded[i]);
-    }
-    for (; p < packs; p += step) use(first(p), load(p));
-    for (int64_t v = threadIdx.x; v < head; v += step) use(v, Pack<In, 1>{{row[v]}});
-    for (int64_t v = first(packs) + threadIdx.x; v < size; v += step) use(v, Pack<In, 1>{{row[v]}});
-  }
-};
-
+// To an address that is a multiple of the pack's size.
 template <typename In, int N>
-__device__ void store(In* to, const Pack<In, N>& pack) {
-  if (N > 1 && aligned(to)) {
-    *reinterpret_cast<Pack<In, N>*>(to) = pack;
+__device__ void store_pack(In* to, const Pack<In, N>& pack) {
+  *reinterpret_cast<Pack<In, N>*>(to) = pack;
+}
+
+// At any address, at once where it is aligned.
+template <typename In, int N>
+__device__ void load_elements(const In* from, Pack<In, N>* pack) {
+  if (N > 1 && aligned(from)) {
+    *pack = *reinterpret_cast<const Pack<In, N>*>(from);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = pack.x[i];
+  for (int i = 0; i < N; ++i) pack->x[i] = from[i];
 }
 
+// The same in two loads where it is not aligned; an `edge` may lie at either end of the memory, where nothing beside it may be read.
 template <typename In>
-__device__ void fill_row(In* row, int64_t count, typename Wide<In>::Real value) {
-  FullPack<In> full;
+__device__ FullPack<In> load_pack(const In* from, bool edge) {
+  FullPack<In> pack;
+  if (edge || aligned(from)) {
+    load_elements(from, &pack);
+    return pack;
+  }
+  // The four halves of the two aligned packs that it lies in; three of them hold it.
+  struct alignas(16) Halves {
+    uint64_t x[2];
+  };
+  const unsigned beyond = unsigned(reinterpret_cast<uintptr_t>(from) % 16), shift = beyond % 8 * 8;
+  const Halves* around = reinterpret_cast<const Halves*>(reinterpret_cast<uintptr_t>(from) - beyond);
+  const Halves low = around[0], high = around[1];
+  const uint64_t a = beyond < 8 ? low.x[0] : low.x[1], b = beyond < 8 ? low.x[1] : high.x[0],
+                 c = beyond < 8 ? high.x[0] : high.x[1];
+  const Halves joined = shift == 0 ? Halves{{a, b}} : Halves{{a >> shift | b << (64 - shift), b >> shift | c << (64 - shift)}};
+  memcpy(&pack, &joined, sizeof pack);
+  return pack;
+}
+
+// use(first, pack) for each piece of a row that is this thread's: full packs, then the elements behind the last. Which
+// those are depends on the row's length alone, so that it is summed up in the same order wherever it starts.
+template <typename In, typename Use>
+__device__ void each_pack(const In* row, int64_t count, Use use) {
+  constexpr int ahead = 4, size = pack_size<In>;  // loads on their way at once
+  const int64_t packs = count / size, step = blockDim.x;
+  const auto load = [=](int64_t p) { return load_pack(row + p * size, p == 0 || p + 1 == packs); };
+  int64_t p = threadIdx.x;
+  for (; p + (ahead - 1) * step < packs; p += ahead * step) {
+    FullPack<In> loaded[ahead];
 #pragma unroll
-  for (int i = 0; i < pack_size<In>; ++i) narrow(value, &full.x[i]);
-  const Cut<In> cut(row, count);
-  for (int64_t p = threadIdx.x; p < cut.packs; p += blockDim.x) store(row + cut.first(p), full);
-  for (int64_t v = threadIdx.x; v < cut.head; v += blockDim.x) row[v] = full.x[0];
-  for (int64_t v = cut.first(cut.packs) + threadIdx.x; v < count; v += blockDim.x) row[v] = full.x[0];
+    for (int i = 0; i < ahead; ++i) loaded[i] = load(p + i * step);
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) use((p + i * step) * size, loaded[i]);
+  }
+  for (; p < packs; p += step) use(p * size, load(p));
+  for (int64_t v = packs * size + threadIdx.x; v < count; v += step) use(v, Pack<In, 1>{{row[v]}});
+}
+
+// Writes make(first, of that size) at `first` for each piece of a row, whole packs at addresses that are multiples of 16 bytes: with
+// an odd vocabulary in 16 bits, each row starts at another distance to such an address.
+template <typename In, typename Make>
+__device__ void write_row(In* row, int64_t count, Make make) {
+  constexpr int size = pack_size<In>;
+  const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(In));
+  const int64_t head = least<int64_t>(beyond == 0 ? 0 : size - beyond, count), packs = (count - head) / size;
+#pragma unroll 4
+  for (int64_t p = threadIdx.x; p < packs; p += blockDim.x)
+    store_pack(row + head + p * size, make(head + p * size, FullPack<In>{}));
+  for (int64_t v = threadIdx.x; v < head; v += blockDim.x) row[v] = make(v, Pack<In, 1>{}).x[0];
+  for (int64_t v = head + packs * size + threadIdx.x; v < count; v += blockDim.x) row[v] = make(v, Pack<In, 1>{}).x[0];
 }
 
 // Reductions. Every thread gets the result, and every run the same one.

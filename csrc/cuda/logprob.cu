@@ -2,7 +2,8 @@
 //
 // The forward reads each row once. The backward needs the row's statistics before it can write, so it keeps the row in
 // shared memory, and what does not fit there is read again while it is still in the second cache. A thread sums in
-// float, a block in double; how a row is cut depends on its length and its address alone: no other row changes its bits.
+// float, a block in double, in an order that depends on the row's length alone: no other row changes its bits, nor does
+// the place of a row.
 #include "../math/softmax.h"
 #include "device.h"
 
@@ -37,15 +38,16 @@ struct LogprobRow {
     return temperature == Real(1) ? z : z / temperature;
   }
 
-  template <typename Load>
-  __device__ Softmax<double> statistics(const Cut<In>& cut, Load load, bool moments) const {
+  // seen(first, pack) is told what was read.
+  template <typename Seen>
+  __device__ Softmax<double> statistics(bool moments, Seen seen) const {
     Softmax<Real> own{lowest<Real>, 0, 0};
-    cut.each(logits, load, [&](int64_t, const auto& pack) {
-      constexpr int size = sizeof pack.x / sizeof pack.x[0];
-      Real z[size];
+    each_pack(logits, vocabulary, [&](int64_t first, const auto& pack) {
+      seen(first, pack);
+      Real z[pack.size];
 #pragma unroll
-      for (int i = 0; i < size; ++i) z[i] = finished(pack.x[i]);
-      own.add(z, size, moments);
+      for (int i = 0; i < pack.size; ++i) z[i] = finished(pack.x[i]);
+      own.add(z, pack.size, moments);
     });
     const Softmax<Real> level = own.below(block_reduce(own.top, Larger()));
     const double sum = block_reduce(double(level.sum), Add());
@@ -70,9 +72,7 @@ __global__ void __launch_bounds__(most_threads) forward_row(LogprobForward out) 
     }
     return;
   }
-  const Cut<In> cut(row.logits, row.vocabulary);
-  const FullPack<In>* packs = reinterpret_cast<const FullPack<In>*>(row.logits + cut.head);
-  const Softmax<double> of = row.statistics(cut, [=](int64_t p) { return packs[p]; }, entropy != nullptr);
+  const Softmax<double> of = row.statistics(entropy != nullptr, [](int64_t, const auto&) {});
   if (threadIdx.x == 0) {
     logps[i] = row.outside ? Real(NAN) : Real(row.logp(of));
     if (entropy) entropy[i] = Real(of.entropy());
@@ -87,29 +87,28 @@ __global__ void __launch_bounds__(most_threads) backward_row(LogprobBackward out
   In* to = static_cast<In*>(out.grad_logits) + i * row.vocabulary;
   const Real g = static_cast<const Real*>(out.grad_logps)[i];
   const Real ge = out.grad_entropy ? static_cast<const Real*>(out.grad_entropy)[i] : Real(0);
-  if (row.ignored || (g == 0 && ge == 0)) return fill_row(to, row.vocabulary, Real(0));
-  if (row.outside) return fill_row(to, row.vocabulary, Real(NAN));
+  const bool silent = row.ignored || (g == 0 && ge == 0);
+  if (silent || row.outside) {
+    write_row(to, row.vocabulary, [=](int64_t, auto pack) {
+      for (In& x : pack.x) narrow(silent ? Real(0) : Real(NAN), &x);
+      return pack;
+    });
+    return;
+  }
 
-  const Cut<In> cut(row.logits, row.vocabulary);
-  const FullPack<In>* packs = reinterpret_cast<const FullPack<In>*>(row.logits + cut.head);
-  FullPack<In>* shared = reinterpret_cast<FullPack<In>*>(dynamic_shared());
-  const auto keep = [=](int64_t p) {
-    const FullPack<In> pack = packs[p];
-    if (p < kept) shared[p] = pack;
-    return pack;
-  };
-  const auto again = [=](int64_t p) { return p < kept ? shared[p] : packs[p]; };  // each thread finds its own packs
-
-  const Softmax<double> of = row.statistics(cut, keep, out.grad_entropy != nullptr);
+  In* shared = reinterpret_cast<In*>(dynamic_shared());  // the first `kept` logits
+  const Softmax<double> of = row.statistics(out.grad_entropy != nullptr, [=](int64_t first, const auto& pack) {
+    if (first + pack.size <= kept) store_pack(shared + first, pack);
+  });
+  __syncthreads();
   const double entropy = out.grad_entropy ? of.entropy() : 0;
   const Real top = Real(of.top), log_total = Real(of.log_total()), h = Real(entropy);
   const Real inverse = Real(1) / row.temperature;
-  cut.each(row.logits, again, [&](int64_t first, auto pack) {
-    constexpr int size = sizeof pack.x / sizeof pack.x[0];
-#pragma unroll
-    for (int v = 0; v < size; ++v)
-      narrow(dlogit<Real>(row.finished(pack.x[v]) - top - log_total, g, ge, h) * inverse, &pack.x[v]);
-    store(to + first, pack);
+  write_row(to, row.vocabulary, [=](int64_t first, auto pack) {
+    const In* from = first + pack.size <= kept ? shared : row.logits;
+    load_elements(from + first, &pack);
+    for (In& x : pack.x) narrow(dlogit<Real>(row.finished(x) - top - log_total, g, ge, h) * inverse, &x);
+    return pack;
   });
   __syncthreads();  // the target's entry is written last
   if (threadIdx.x == 0) narrow(Real(dlogit_at_target<double>(row.logp(of), g, ge, entropy) * inverse), to + row.target);
@@ -129,8 +128,8 @@ void launch_forward(const LogprobForward& out, Stream stream) {
 template <typename In>
 void launch_backward(const LogprobBackward& out, Stream stream) {
   const size_t packs = size_t(out.logprob.vocabulary) / pack_size<In>;
-  const size_t kept = allow_shared(backward_row<In>, packs * 16) / 16;
-  launch(backward_row<In>, out.logprob.rows, threads_of<In>(out.logprob), kept * 16, stream, out, int64_t(kept));
+  const size_t kept = allow_shared(backward_row<In>, packs * 16) / 16 * 16;
+  launch(backward_row<In>, out.logprob.rows, threads_of<In>(out.logprob), kept, stream, out, int64_t(kept / sizeof(In)));
 }
 
 }  // namespace
