@@ -142,11 +142,16 @@ def extension(name: str, sources: list[Path]) -> Extension:
     return Extension(f"fastrl.{name}", [str(path) for path in sources], depends=headers, optional=True)
 
 
-CUDA_SOURCES = [CSRC / "bind_cuda.cu", *sorted((CSRC / "cuda").glob("*.cu"))]
-extensions = [extension("_cpu", [CSRC / "bind_cpu.cpp"])]
-if os.environ.get("FASTRL_CUDA", "1" if "build_ext" in sys.argv else "0") == "1":
-    extensions.append(extension("_cuda", CUDA_SOURCES))
-if os.environ.get("FASTRL_EMULATE_CUDA") == "1":
-    extensions.append(extension("_cuda_emulated", CUDA_SOURCES))
+def extensions() -> list[Extension]:
+    """What this command and this environment ask for."""
+    cuda = [CSRC / "bind_cuda.cu", *sorted((CSRC / "cuda").glob("*.cu"))]
+    found = [extension("_cpu", [CSRC / "bind_cpu.cpp"])]
+    if os.environ.get("FASTRL_CUDA", "1" if "build_ext" in sys.argv else "0") == "1":
+        found.append(extension("_cuda", cuda))
+    if os.environ.get("FASTRL_EMULATE_CUDA") == "1":
+        found.append(extension("_cuda_emulated", cuda))
+    return found
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels})
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -21,9 +21,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _device():
-    """Tests that name no device make their tensors on `FASTRL_TEST_DEVICE`."""
+    """Tests that name no device make their tensors and generators on `FASTRL_TEST_DEVICE`."""
     if DEVICE != "cpu":
         torch.set_default_device(DEVICE)
+
+        class Generator(torch.Generator):  # which the default device does not reach
+            def __new__(cls, device=DEVICE):
+                return super().__new__(cls, device)
+
+        torch.Generator = Generator
 
 
 @pytest.fixture(autouse=True)

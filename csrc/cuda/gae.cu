@@ -94,7 +94,7 @@ __device__ Joined join_block(Span own, double gamma, double decay) {
 }
 
 template <typename Real>
-__global__ void __launch_bounds__(threads) sum_up(Gae a, Span* spans) {
+__global__ void __launch_bounds__(threads, 4) sum_up(Gae a, Span* spans) {
   const Tile own = tile_at(a, blockIdx.x);
   if (own.begin == own.end) return;
   const double decay = a.gamma * a.lam;
