@@ -1,8 +1,9 @@
 """Metadata is static in pyproject.toml; this file builds the native kernels where there is a compiler for them.
 
 fastrl._cpu            wherever there is a C++ compiler
-fastrl._cuda           with nvcc: on `python setup.py build_ext --inplace`, or with FASTRL_CUDA=1; never with FASTRL_CUDA=0.
-                       A plain `pip install` does not look for nvcc, so it neither waits for it nor fails with it.
+fastrl._cuda           with nvcc: on `python setup.py build_ext --inplace`, or with FASTRL_CUDA=1;
+                       never with FASTRL_CUDA=0. A plain `pip install` does not look for nvcc: it neither
+                       waits for it nor fails with it.
 fastrl._cuda_emulated  with FASTRL_EMULATE_CUDA=1: the CUDA kernels on the CPU, for tests
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -35,15 +37,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     if os.environ.get("FASTRL_EMULATE_TILES") == "1":
         ISAS |= {"amx_emulated": [*AVX512_BF16, "-DFASTRL_EMULATE_TILES"]}
 
-
-# Every sm_8x runs the code of sm_80; what is newer than sm_100 is compiled from its PTX when it is first loaded.
-ARCHITECTURES = {"sm_80": "compute_80", "sm_90": "compute_90", "sm_100": "compute_100", "compute_100": "compute_100"}
 # A product and a sum are rounded apart, as in the CPU kernels and in torch, unless the code says fma.
 NVCC = ["-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", "--threads=0"]
-NVCC += [f"-gencode=arch={virtual},code={real}" for real, virtual in ARCHITECTURES.items()]
 # longjmp between stacks is how the emulated threads switch, and what a fortified one takes for an attack.
-EMULATED = ["-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DFASTRL_EMULATE_CUDA"]
-EMULATED += [*WARNINGS, "-Wno-unknown-pragmas", "-x", "c++"]
+EMULATED = ["-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
+EMULATED += ["-DFASTRL_EMULATE_CUDA", *WARNINGS, "-Wno-unknown-pragmas", "-x", "c++"]
 
 
 def nvcc() -> str:
@@ -53,6 +51,15 @@ def nvcc() -> str:
         if found:
             return found
     raise FileNotFoundError("no nvcc under CUDA_HOME, on PATH or in /usr/local/cuda/bin")
+
+
+def architectures(compiler: str) -> dict[str, str]:
+    """What this nvcc compiles for, real and virtual: every sm_8x runs the code of sm_80, and a GPU newer than the last
+    compiles its PTX when it first loads it."""
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    found = {f"sm_{number}": f"compute_{number}" for number in (80, 90, 100) if f"sm_{number}" in known}
+    newest = list(found.values())[-1]
+    return found | {newest: newest}
 
 
 def flags(variable: str) -> list[str]:
@@ -116,21 +123,24 @@ class BuildKernels(build_ext):
 
     def build_cuda(self, ext: Extension) -> None:
         """One fat binary by one call of nvcc, which links its runtime statically."""
-        self.build_at_once(ext, [nvcc(), *NVCC, *flags("FASTRL_NVCCFLAGS")], ", ".join(ARCHITECTURES))
+        compiler = nvcc()
+        targets = architectures(compiler)
+        generate = [f"-gencode=arch={virtual},code={real}" for real, virtual in targets.items()]
+        self.build_at_once(ext, [compiler, *NVCC, *generate, *flags("FASTRL_NVCCFLAGS")], ", ".join(targets))
 
     def build_emulated(self, ext: Extension) -> None:
         """The same sources as plain C++."""
         compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
         self.build_at_once(ext, [compiler, *flags("FASTRL_CXXFLAGS"), *EMULATED], "emulated")
 
-    def build_at_once(self, ext: Extension, command: list[str], architectures: str) -> None:
+    def build_at_once(self, ext: Extension, command: list[str], targets: str) -> None:
         """Compiles and links all sources, unless the module is newer than they are."""
         module = Path(self.get_ext_fullpath(ext.name))
         newest = max(Path(path).stat().st_mtime for path in (*ext.sources, *ext.depends, __file__))
         if not self.force and module.exists() and module.stat().st_mtime > newest:
             return
         command += ["-std=c++17", "-O3", f"-DFASTRL_CUDA_MODULE={ext.name.rpartition('.')[2]}"]
-        command += [f'-DFASTRL_CUDA_ARCHITECTURES="{architectures}"']
+        command += [f'-DFASTRL_CUDA_ARCHITECTURES="{targets}"']
         for folder in (*ext.include_dirs, sysconfig.get_path("include")):
             command += ["-isystem", folder]
         self.spawn([*command, *ext.sources, "-o", str(module)])

@@ -73,8 +73,8 @@ def _cce() -> Logps:
     """Apple's cut cross-entropy, without its filter of small gradients."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda hidden, weight, targets: -linear_cross_entropy(
-        hidden, weight, targets, reduction="none", impl="cce_exact"
+    return lambda hidden, weight, targets: (
+        -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce_exact")
     )
 
 

@@ -105,7 +105,17 @@ def table(case: Case, results: list[Result], rate: float) -> Table:
     title = f"{case.label}; torch.mm: {rate / 1e12:.2f} TFLOP/s" if case.flops else case.label
     shown = Table(title=title, box=MARKDOWN, title_justify="left")
     floor = case.flops / rate if case.flops else None
-    for heading in ("provider", "median ms", "20-80 %", "of best peer", "of mm", "device ms", "extra MiB", "error", "note"):
+    for heading in (
+        "provider",
+        "median ms",
+        "20-80 %",
+        "of best peer",
+        "of mm",
+        "device ms",
+        "extra MiB",
+        "error",
+        "note",
+    ):
         shown.add_column(heading, justify="left" if heading in ("provider", "note") else "right")
     peers = [r.median for r in results if r.median is not None and not r.provider.startswith("fastrl")]
     best = min(peers, default=None)

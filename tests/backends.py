@@ -1,6 +1,6 @@
 """The backends that tests run on: the torch ones, the native one under each instruction set of this processor, and
-Triton in its interpreter, CUDA where it was built to be emulated. With FASTRL_TEST_DEVICE=cuda: those that run on a GPU,
-compiled."""
+Triton in its interpreter, CUDA where it was built to be emulated. With FASTRL_TEST_DEVICE=cuda: those that run on a
+GPU, compiled."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def _seed():
 
 
 def pytest_generate_tests(metafunc):
-    """The fixture `backend` goes through the backends of the op in the name of the test's module, else of those ops that
-    the test calls, unless the test lists its own."""
+    """The fixture `backend` goes through the backends of the op in the name of the test's module, else of those ops
+    that the test calls, unless the test lists its own."""
     marks = metafunc.definition.iter_markers("parametrize")
     if "backend" in metafunc.fixturenames and all("backend" not in mark.args[0] for mark in marks):
         module_op = metafunc.module.__name__.rpartition("test_")[2]

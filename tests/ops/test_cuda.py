@@ -1,4 +1,4 @@
-"""What only the CUDA kernels have: tiles, blocks and addresses, at sizes that need several. On a CPU they run emulated."""
+"""What only the CUDA kernels have: tiles, blocks and addresses, at sizes that need several; emulated on a CPU."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def test_a_sequence_has_the_same_bits_alone_and_among_others():
     packed = gae(rewards, values, mask, cu_seqlens=cu_seqlens, backend="cuda")
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         part = slice(start, end)
-        alone = gae(
-            rewards[part], values[part], mask[part], cu_seqlens=torch.tensor([0, end - start]), backend="cuda"
-        )
+        alone = gae(rewards[part], values[part], mask[part], cu_seqlens=torch.tensor([0, end - start]), backend="cuda")
         assert_same_bits(alone, [x[part] for x in packed])
 
 
@@ -172,9 +170,7 @@ def test_the_table_of_metrics_has_a_row_for_each_name():
 def test_advantages_of_a_batch_of_many_blocks_equal_the_reference(scale):
     rewards, ids = torch.randn(1003, dtype=torch.float64), torch.randint(60, (1003,)) * 2**40 - 7
     rewards[::17] = math.nan
-    got, want = (
-        group_advantages(rewards, group_ids=ids, scale=scale, backend=name) for name in ("cuda", "reference")
-    )
+    got, want = (group_advantages(rewards, group_ids=ids, scale=scale, backend=name) for name in ("cuda", "reference"))
     assert_exact(got, want)
 
 

@@ -39,7 +39,8 @@ def forward(
     inputs = _readable(logits, targets, temperature)
     rows = len(targets)
     logps, h = (
-        torch.empty(n, dtype=accumulate_dtype(logits.dtype), device=logits.device) for n in (rows, rows if entropy else 0)
+        torch.empty(n, dtype=accumulate_dtype(logits.dtype), device=logits.device)
+        for n in (rows, rows if entropy else 0)
     )
     call = _call(*inputs, ignore_index)
     launch("logprob_forward", logits.device, call, address(logps), address(h if entropy else None))
@@ -59,7 +60,5 @@ def backward(
     inputs = _readable(logits, targets, temperature)
     grads = (dense(grad_logps), dense(grad_entropy))
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    launch(
-        "logprob_backward", logits.device, _call(*inputs, ignore_index), *map(address, grads), address(grad)
-    )
+    launch("logprob_backward", logits.device, _call(*inputs, ignore_index), *map(address, grads), address(grad))
     return grad
