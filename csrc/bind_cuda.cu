@@ -76,17 +76,18 @@ PYBIND11_MODULE(FASTRL_CUDA_MODULE, m) {
     });
   });
 
-  CLASS(PolicySpec, policy_spec);
-  CLASS(PolicyLossCall, policy_call);
-  m.def("policy_loss_scratch", &policy_loss_scratch);
-  m.def("policy_loss", [](const PolicyLossCall& a, Address scratch, int device, Address stream) {
-    on(device, [&] { policy_loss(a, at<void>(scratch), at<void>(stream)); });
-  });
-
   CLASS(GroupRewards, group_rewards);
   m.def("group_advantages_scratch", &group_advantages_scratch);
   m.def("group_advantages", [](const GroupRewards& a, Address advantages, Address scratch, int device, Address stream) {
     on(device, [&] { group_advantages(a, at<void>(advantages), at<void>(scratch), at<void>(stream)); });
+  });
+
+  CLASS(PolicySpec, policy_spec);
+  CLASS(PolicyLossCall, policy_call);
+  m.def("policy_loss_scratch", &policy_loss_scratch);
+  m.def("policy_loss", [](const PolicyLossCall& a, const GroupRewards& rewards, Address scratch, int device,
+                          Address stream) {
+    on(device, [&] { policy_loss(a, rewards, at<void>(scratch), at<void>(stream)); });
   });
 
   CLASS(Gae, gae_call);

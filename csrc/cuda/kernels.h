@@ -29,9 +29,10 @@ struct GroupRewards {
 size_t group_advantages_scratch(const GroupRewards& call);
 void group_advantages(const GroupRewards& call, void* advantages, void* scratch, Stream stream);
 
-// sequence_ids must not decrease: where they do, the loss is NaN.
+// sequence_ids must not decrease: where they do, the loss is NaN. With rewards, one per sequence and not scaled by the
+// batch, they take the place of the advantages; with none of them (count 0) the advantages are read.
 size_t policy_loss_scratch(const PolicyLossCall& call);
-void policy_loss(const PolicyLossCall& call, void* scratch, Stream stream);
+void policy_loss(const PolicyLossCall& call, const GroupRewards& rewards, void* scratch, Stream stream);
 
 size_t gae_scratch(const Gae& call);
 void gae(const Gae& call, void* scratch, Stream stream);

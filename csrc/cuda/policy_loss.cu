@@ -3,10 +3,12 @@
 //   1  sequence means, where the spec has any       2  every token; the last block adds up what the others found
 //   3  a sequence shares its ratio's derivative among its tokens
 //
-// Sums are taken per block of a fixed number of tokens, in double, and added in order.
+// Advantages are given, or taken from the rewards of the sequences: then each block computes those of its own sequences,
+// some of them again, which costs less than another launch. Sums are taken per block of a fixed number of tokens, in
+// double, and added in order.
 #include "../math/policy_report.h"
 #include "../math/policy_token.h"
-#include "device.h"
+#include "group_advantages.h"
 
 namespace FASTRL_ISA {
 namespace {
@@ -77,16 +79,29 @@ __global__ void __launch_bounds__(threads) sequence_means(PolicyLossCall a, Scra
   }
 }
 
-// Token i, and what it adds to the sums.
+// Of each of the tokens [begin, end), the advantage of its sequence. A warp takes every eighth token, and where a sequence
+// starts it finds the sequence's advantage and hands it to all its neighbours.
 template <typename T>
-__device__ void token(const PolicyLossCall& a, const Scratch<T>& s, int64_t i, double* sum) {
+__device__ void sequence_advantages(const PolicyLossCall& a, const GroupRewards& rewards, int64_t begin, int64_t end, T* to) {
+  for (int64_t i = begin + threadIdx.x / 32; i < end; i += warps) {
+    const int64_t id = a.sequence_ids[i];
+    if (i > begin && a.sequence_ids[i - 1] == id) continue;
+    const T advantage = T(scored(advantage_by_warp<T>(rewards, id)));
+    for (int64_t j = i + threadIdx.x % 32; j < end && a.sequence_ids[j] == id; j += 32) to[j - begin] = advantage;
+  }
+  __syncthreads();
+}
+
+// Token i, and what it adds to the sums. `advantage`: its own, or null.
+template <typename T>
+__device__ void token(const PolicyLossCall& a, const Scratch<T>& s, int64_t i, const T* advantage, double* sum) {
   const bool mask = a.mask[i];
   const auto read = [=](const void* array, T otherwise) {
     return array && mask ? static_cast<const T*>(array)[i] : otherwise;  // a NaN times a weight of 0 would be NaN
   };
   PolicyToken<T> x;
   x.logp = read(a.logps, T(0));
-  x.advantage = read(a.advantages, T(0));
+  x.advantage = advantage ? (mask ? *advantage : T(0)) : read(a.advantages, T(0));
   x.weight = read(a.weights, T(0));
   x.old_logp = read(a.old_logps, x.logp);
   x.ref_logp = read(a.ref_logps, x.logp);
@@ -111,10 +126,13 @@ __device__ void token(const PolicyLossCall& a, const Scratch<T>& s, int64_t i, d
 }
 
 template <typename T>
-__global__ void __launch_bounds__(threads) every_token(PolicyLossCall a, Scratch<T> s) {
-  double sum[policy_sums] = {};
+__global__ void __launch_bounds__(threads) every_token(PolicyLossCall a, GroupRewards rewards, Scratch<T> s) {
+  __shared__ T advantages[block_tokens];
   const int64_t begin = int64_t(blockIdx.x) * block_tokens, end = least(a.count, begin + block_tokens);
-  for (int64_t i = begin + threadIdx.x; i < end; i += threads) token(a, s, i, sum);
+  if (rewards.count > 0) sequence_advantages(a, rewards, begin, end, advantages);
+  double sum[policy_sums] = {};
+  for (int64_t i = begin + threadIdx.x; i < end; i += threads)
+    token(a, s, i, rewards.count > 0 ? advantages + (i - begin) : nullptr, sum);
 
   __shared__ double of_warp[warps][policy_sums], total[policy_sums];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -175,13 +193,13 @@ size_t place(const PolicyLossCall& a, void* memory, Scratch<T>* s) {
 }
 
 template <typename T>
-void launch_policy_loss(const PolicyLossCall& a, void* memory, Stream stream) {
+void launch_policy_loss(const PolicyLossCall& a, const GroupRewards& rewards, void* memory, Stream stream) {
   Scratch<T> s;
   place(a, memory, &s);
   fill_zero(memory, size_t(reinterpret_cast<char*>(s.partial) - static_cast<char*>(memory)), stream);
   const bool by_sequence = a.spec.sequence_ratio || (a.spec.correction != CorrectionKind::none && a.spec.sequence_correction);
   if (by_sequence && a.sequences > 0) launch(sequence_means<T>, a.sequences, threads, 0, stream, a, s);
-  launch(every_token<T>, blocks_of(a), threads, 0, stream, a, s);
+  launch(every_token<T>, blocks_of(a), threads, 0, stream, a, rewards, s);
   if (a.spec.sequence_ratio && a.sequences > 0) launch(share_ratio<T>, a.sequences, threads, 0, stream, a, s);
 }
 
@@ -192,11 +210,11 @@ size_t policy_loss_scratch(const PolicyLossCall& a) {
   return place(a, nullptr, &as_wide);
 }
 
-void policy_loss(const PolicyLossCall& a, void* scratch, Stream stream) {
+void policy_loss(const PolicyLossCall& a, const GroupRewards& rewards, void* scratch, Stream stream) {
   if (a.dtype == Dtype::float64)
-    launch_policy_loss<double>(a, scratch, stream);
+    launch_policy_loss<double>(a, rewards, scratch, stream);
   else
-    launch_policy_loss<float>(a, scratch, stream);
+    launch_policy_loss<float>(a, rewards, scratch, stream);
 }
 
 }  // namespace FASTRL_ISA

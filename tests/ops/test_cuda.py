@@ -12,6 +12,7 @@ from tolerance import assert_exact, assert_no_worse
 
 from fastrl.kernels.logprob import cuda_impl
 from fastrl.kernels.policy_loss import METRICS
+from fastrl.kernels.policy_loss import cuda_impl as policy_cuda
 from fastrl.ops.gae import gae
 from fastrl.ops.group_advantages import group_advantages
 from fastrl.ops.logprob import logprob
@@ -161,6 +162,23 @@ def test_the_table_of_metrics_has_a_row_for_each_name():
     table = policy_loss_op(*tokens, ids, sequences, each_long_spec.args[1][0].code, "cuda")[3]
     assert table.shape == (len(METRICS), 2)
     assert table.isfinite().all()
+
+
+@pytest.mark.parametrize(("baseline", "scale"), [("mean", "group"), ("leave_one_out", "none")])
+@each_long_spec
+def test_rewards_in_the_launch_of_the_loss_give_the_bits_of_two_launches(spec, baseline, scale):
+    """With sequences that end inside blocks, one without tokens and one without a reward."""
+    (logps, _, *tokens), _, _ = long_batch()
+    ids = (torch.arange(len(logps)) // 97).add_(torch.arange(len(logps)) >= 4 * 97)  # none has the id 4
+    sequences = int(ids[-1]) + 1
+    rewards, groups = torch.randn(sequences), torch.arange(sequences) * 7 % 5
+    rewards[2] = math.nan
+    options = {"baseline": baseline, "scale": scale, "eps": 1e-6}
+    got = policy_cuda.forward_from_rewards(logps, rewards, groups, *tokens, ids, spec, **options)
+    advantages = group_advantages(rewards, group_ids=groups, backend="cuda", **options)
+    want = policy_cuda.forward(logps, advantages[ids], *tokens, ids, sequences, spec)
+    assert_same_bits(got, want)
+    assert (got[1] != 0).any()
 
 
 # group_advantages, and all together.
