@@ -10,7 +10,8 @@
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int most_threads = 1024;
+template <typename In>
+constexpr int most_threads = sizeof(In) == 8 ? 512 : 1024;  // a double takes twice the registers
 
 template <typename Real>
 constexpr Real lowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.797693134862315e308);
@@ -60,7 +61,7 @@ struct LogprobRow {
 };
 
 template <typename In>
-__global__ void __launch_bounds__(most_threads) forward_row(LogprobForward out) {
+__global__ void __launch_bounds__(most_threads<In>, 1) forward_row(LogprobForward out) {
   using Real = typename Wide<In>::Real;
   const int64_t i = blockIdx.x;
   const LogprobRow<In> row(out.logprob, i);
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(most_threads) forward_row(LogprobForward out) 
 }
 
 template <typename In>
-__global__ void __launch_bounds__(most_threads) backward_row(LogprobBackward out, int64_t kept) {
+__global__ void __launch_bounds__(most_threads<In>, 1) backward_row(LogprobBackward out, int64_t kept) {
   using Real = typename Wide<In>::Real;
   const int64_t i = blockIdx.x;
   const LogprobRow<In> row(out.logprob, i);
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(most_threads) backward_row(LogprobBackward out
 template <typename In>
 int threads_of(const Logprob& a) {
   const int64_t packs = (a.vocabulary + pack_size<In> - 1) / pack_size<In>;
-  return int(least<int64_t>((packs + 31) / 32 * 32, most_threads));
+  return int(least<int64_t>((packs + 31) / 32 * 32, most_threads<In>));
 }
 
 template <typename In>

@@ -126,7 +126,7 @@ __device__ void token(const PolicyLossCall& a, const Scratch<T>& s, int64_t i, c
 }
 
 template <typename T>
-__global__ void __launch_bounds__(threads) every_token(PolicyLossCall a, GroupRewards rewards, Scratch<T> s) {
+__global__ void __launch_bounds__(threads, 2) every_token(PolicyLossCall a, GroupRewards rewards, Scratch<T> s) {
   __shared__ T advantages[block_tokens];
   const int64_t begin = int64_t(blockIdx.x) * block_tokens, end = least(a.count, begin + block_tokens);
   if (rewards.count > 0) sequence_advantages(a, rewards, begin, end, advantages);
