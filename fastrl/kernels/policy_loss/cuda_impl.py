@@ -16,8 +16,6 @@ from fastrl.spec import PolicyLoss
 
 __all__ = ["METRICS", "forward", "forward_from_rewards", "merge_metrics"]
 
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 @lru_cache
 def _spec(spec: PolicyLoss, device: torch.device) -> object:
@@ -37,7 +35,7 @@ def forward(
     seq_ids: torch.Tensor | None,
     num_seqs: int,
     spec: PolicyLoss,
-) -> Outputs:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, dlogps (N,), dentropy (N,), metrics (K, 2): the contract is in `fastrl.kernels.policy_loss`.
 
     Where the spec looks at whole sequences, the tokens of each lie together, in the order of the ids.
@@ -63,7 +61,7 @@ def forward_from_rewards(
     baseline: str,
     scale: str,
     eps: float,
-) -> Outputs:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`forward` with the `group_advantages` of the sequences' rewards, in the same launch.
 
     Args: rewards and group_ids (S,), one per sequence; seq_ids (N,) in [0, S), also for a separable spec; scale "group"
@@ -75,7 +73,9 @@ def forward_from_rewards(
     return _run(tokens, len(x), spec, rewards_of_groups(x, group, baseline, scale, eps))
 
 
-def _run(tokens: tuple[torch.Tensor | None, ...], num_seqs: int, spec: PolicyLoss, rewards: object) -> Outputs:
+def _run(
+    tokens: tuple[torch.Tensor | None, ...], num_seqs: int, spec: PolicyLoss, rewards: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = tuple(map(dense, tokens))
     logps, device = inputs[0], inputs[0].device
     loss, table = logps.new_empty(()), logps.new_empty(len(METRICS), 2)
