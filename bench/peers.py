@@ -15,9 +15,9 @@ Logps = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # hi
 
 
 def build(op: str, names: Sequence[str], *tensors: Any) -> tuple[dict[str, Provider], dict[str, str]]:
-    """(providers, absent with the reason) of the peers of `op`; no names: all of them."""
+    """(providers, absent with the reason) of the peers of `op`; no names: all of them, "none": none."""
     providers, absent = {}, {}
-    for name in names or PEERS[op]:
+    for name in [] if list(names) == ["none"] else names or PEERS[op]:
         if name not in PEERS[op]:
             absent[name] = f"no peer for {op}; there are {', '.join(PEERS[op])}"
             continue
@@ -67,6 +67,29 @@ def _liger() -> Logps:
         return LigerFusedLinearPPOBase.chunk_forward(hidden.unsqueeze(0), weight, targets.unsqueeze(0)).squeeze(0)
 
     return logps
+
+
+def _cce() -> Logps:
+    """Apple's cut cross-entropy, without its filter of small gradients."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, targets: (
+        -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce_exact")
+    )
+
+
+def _quack() -> Logps:
+    """QuACK's matmul and cross-entropy kernels."""
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return lambda hidden, weight, targets: -linear_cross_entropy_func(hidden, weight, None, targets, reduction="none")
+
+
+def _verl() -> Logps:
+    """veRL's Triton kernels, which give the entropy too."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, 1.0, "none")[0]
 
 
 def with_gradients(head: HeadTensors, logps: Callable[[], torch.Tensor]) -> Provider:
@@ -263,7 +286,16 @@ def _torch_group_advantages(rewards: torch.Tensor, eps: float) -> Provider:
     return lambda: {"advantages": group_normalised(rewards, eps)}
 
 
-LOGPS = {"torch": _torch, "compile": _compile, "lce": _torch_lce, "trl": _trl, "liger": _liger}
+LOGPS = {
+    "torch": _torch,
+    "compile": _compile,
+    "lce": _torch_lce,
+    "trl": _trl,
+    "liger": _liger,
+    "cce": _cce,
+    "quack": _quack,
+    "verl": _verl,
+}
 PEERS: dict[str, dict[str, Callable[..., Provider]]] = {
     "linear_logprob": {name: _linear_logprob(make) for name, make in LOGPS.items()},
     "linear_policy_loss": {name: _linear_policy_loss(make) for name, make in LOGPS.items()}

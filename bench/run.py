@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _micro(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=(*PEERS, "step", "rollout"))
-    parser.add_argument("--against", default="", help="comma-separated peers; all by default")
+    parser.add_argument("--against", default="", help="comma-separated peers, or none; all by default")
     parser.add_argument("--backends", default="auto", help="comma-separated fastrl backends")
     parser.add_argument("--shapes", default="", help="comma-separated names from bench/shapes.py")
     parser.add_argument("--device", default="cpu")
@@ -105,7 +105,17 @@ def table(case: Case, results: list[Result], rate: float) -> Table:
     title = f"{case.label}; torch.mm: {rate / 1e12:.2f} TFLOP/s" if case.flops else case.label
     shown = Table(title=title, box=MARKDOWN, title_justify="left")
     floor = case.flops / rate if case.flops else None
-    for heading in ("provider", "median ms", "20-80 %", "of best peer", "of mm", "extra MiB", "error", "note"):
+    for heading in (
+        "provider",
+        "median ms",
+        "20-80 %",
+        "of best peer",
+        "of mm",
+        "device ms",
+        "extra MiB",
+        "error",
+        "note",
+    ):
         shown.add_column(heading, justify="left" if heading in ("provider", "note") else "right")
     peers = [r.median for r in results if r.median is not None and not r.provider.startswith("fastrl")]
     best = min(peers, default=None)
@@ -118,12 +128,13 @@ def _cells(result: Result, best: float | None, floor: float | None) -> list[str]
     """`floor`: seconds that the matmuls alone would take at the rate of a large `torch.mm`."""
     error = f"{result.error:.1e}" if result.error is not None else ""
     if result.median is None:
-        return [result.status, "", "", "", "", error, result.detail]
+        return [result.status, "", "", "", "", "", error, result.detail]
     peak = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.1f}"
     span = f"{result.low * 1e3:.3f}-{result.high * 1e3:.3f}"
     ratio = f"{result.median / best:.2f}" if best else ""
     share = f"{floor / result.median:.0%}" if floor else ""
-    return [f"{result.median * 1e3:.3f}", span, ratio, share, peak, error, result.detail]
+    device = f"{result.device_seconds * 1e3:.4f}" if result.device_seconds else ""
+    return [f"{result.median * 1e3:.3f}", span, ratio, share, device, peak, error, result.detail]
 
 
 def record(op: str, case: Case, result: Result, about: dict[str, Any]) -> dict[str, Any]:

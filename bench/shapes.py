@@ -34,10 +34,21 @@ HEADS = {
     "gemma3-270m-1k": HeadShape(1_024, 640, 262_144),
     "qwen3-4b": HeadShape(4_096, 2_560, 151_936, 512),
     "llama3-8b": HeadShape(4_096, 4_096, 128_256, 512),
+    "qwen3-0.6b-8k": HeadShape(8_192, 1_024, 151_936, 512),
+    "qwen3-8b-8k": HeadShape(8_192, 4_096, 151_936, 512),
+    "qwen3-8b-16k": HeadShape(16_384, 4_096, 151_936, 512),
 }
 
 # Sequences x tokens of each, for the ops without a vocabulary; `demo` is one step of the demo recipe.
-BATCHES = {"tiny": (8, 16), "demo": (64, 32), "long": (64, 2_048), "wide": (1_024, 512), "32k": (64, 32_768)}
+BATCHES = {
+    "tiny": (8, 16),
+    "demo": (64, 32),
+    "64k": (128, 512),
+    "long": (64, 2_048),
+    "wide": (1_024, 512),
+    "32k": (64, 32_768),
+    "16 x 128k": (16, 131_072),
+}
 
 
 def find(table: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -69,16 +80,16 @@ class HeadTensors:
 
 def head_tensors(shape: HeadShape, dtype: torch.dtype, device: torch.device, wants: tuple[str, ...]) -> HeadTensors:
     """Random tensors whose distributions are as peaked as a trained model's: most tokens were likely."""
-    made = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape.vocabulary, shape.hidden, generator=made) * shape.hidden**-0.5
-    targets = torch.randint(shape.vocabulary, (shape.tokens,), generator=made)
-    hidden = 14 * weight[targets] + 2 * torch.randn(shape.tokens, shape.hidden, generator=made)
-    grad_logps = torch.randn(shape.tokens, generator=made) / shape.tokens
+    on = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    weight = torch.randn(shape.vocabulary, shape.hidden, **on) * shape.hidden**-0.5
+    targets = torch.randint(shape.vocabulary, (shape.tokens,), **on)
+    hidden = 14 * weight[targets] + 2 * torch.randn(shape.tokens, shape.hidden, **on)
+    grad_logps = torch.randn(shape.tokens, **on) / shape.tokens
     return HeadTensors(
-        hidden.to(device, dtype).requires_grad_("hidden" in wants),
-        weight.to(device, dtype).requires_grad_("weight" in wants),
-        targets.to(device),
-        grad_logps.to(device),
+        hidden.to(dtype).requires_grad_("hidden" in wants),
+        weight.to(dtype).requires_grad_("weight" in wants),
+        targets,
+        grad_logps,
         wants,
     )
 
@@ -152,7 +163,7 @@ def true_gradients(head: HeadTensors, grad_logps: torch.Tensor, rows: int = 64) 
     for hidden, targets, upstream in zip(*parts, strict=True):
         hidden = hidden.detach().double()
         dz = -(hidden @ weight.T).softmax(-1)
-        dz[torch.arange(len(targets)), targets] += 1.0
+        dz[torch.arange(len(targets), device=targets.device), targets] += 1.0
         dz *= upstream.unsqueeze(1)
         grad_hidden.append(dz @ weight)
         grad_weight.addmm_(dz.T, hidden)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fastrl.kernels import native
+from fastrl.kernels import cuda, native
 
 Outputs = dict[str, torch.Tensor]
 Provider = Callable[[], Outputs]
@@ -51,6 +51,7 @@ class Result:
     low: float | None = None  # 20 % quantile
     high: float | None = None  # 80 % quantile
     peak_bytes: int | None = None  # above what was in use before the call
+    device_seconds: float | None = None  # of all kernels and copies of a call, on a GPU
     samples: int = 0
 
     @property
@@ -67,6 +68,7 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Result]:
     right = [name for name, result in results.items() if result.status == "ok"]
     for name in right:
         results[name].peak_bytes = peak_extra(case.providers[name], device)
+        results[name].device_seconds = device_seconds(case.providers[name], device)
     calls = {name: _calls(case.providers[name], device) for name in right}
     seconds: dict[str, list[float]] = {name: [] for name in right}
     for turn in range(rounds):
@@ -100,7 +102,7 @@ def _gate(name: str, run: Provider, truth: Outputs, limit: float) -> Result:
     """Runs a provider once, which also warms it up, and compares all its outputs."""
     try:
         got = run()
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # a peer may raise whatever its compiler does; that is shown, and the next one measured
         first = str(error).strip().partition("\n")[0]
         return Result(name, "OOM" if out_of_memory(error) else "failed", first)
     errors = {output: relative_error(got[output], expected) for output, expected in truth.items()}
@@ -128,18 +130,31 @@ def _calls(run: Provider, device: torch.device) -> int:
 
 
 def _seconds(run: Provider, calls: int, device: torch.device) -> float:
-    """Seconds of one call, a mean over `calls`."""
-    _synchronize(device)
-    start = time.perf_counter()
+    """Seconds of one call, a mean over `calls`: on a GPU between two events on its stream, else by the clock."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+    begin = time.perf_counter()
     for _ in range(calls):
         run()
-    _synchronize(device)
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - begin) / calls
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+def device_seconds(run: Provider, device: torch.device, calls: int = 5) -> float | None:
+    """Seconds that a GPU works on one call: what is left of a short call when the host costs nothing. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            run()
         torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / calls
 
 
 def peak_extra(run: Provider, device: torch.device) -> int | None:
@@ -179,6 +194,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "cpu": _cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "native": native.load()[1],
+        "cuda": f"{torch.version.cuda}, kernels {cuda.load()[1]}" if device.type == "cuda" else "not used",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -26,6 +26,11 @@ def cpu_isa() -> str | None:
     return os.environ.get("FASTRL_CPU_ISA") or None
 
 
+def triton_interpreted() -> bool:
+    """`$TRITON_INTERPRET`: whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def reuse_freed_memory() -> bool:
     """Ask the C library to keep freed blocks, so that a step's big CPU buffers are not paged in anew at the next one.
 

@@ -1,16 +1,31 @@
-"""The backends that tests run on: the torch ones, and the native one under each instruction set of this processor."""
+"""The backends that tests run on: the torch ones, the native one under each instruction set of this processor, and
+Triton in its interpreter, CUDA where it was built to be emulated. With FASTRL_TEST_DEVICE=cuda: those that run on a
+GPU, compiled."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastrl.kernels import native
+DEVICE = os.environ.get("FASTRL_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
 
-_extension = native.load()[0]
+from fastrl.kernels import cuda, native, registry  # noqa: E402
+
+_extension = native.load()[0] if DEVICE == "cpu" else None
 NATIVE = tuple(f"native-{isa}" for isa in _extension.isas()) if _extension else ()
-FASTER = ("chunked", *NATIVE)
+_cuda = cuda.load_emulated() if DEVICE == "cpu" else cuda.load()[0]
+CUDA = ("cuda",) if _cuda else ()
+FASTER = ("chunked", *NATIVE, *CUDA, "triton")
 BACKENDS = ("reference", *FASTER)
+
+
+def of_ops(ops: set[str]) -> tuple[str, ...]:
+    """The backends that all these ops have."""
+    every = ops and ops <= set(registry.CUDA_OPS)
+    return BACKENDS if every else tuple(name for name in BACKENDS if name != "cuda")
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
-from backends import BACKENDS, NATIVE, using
+from backends import DEVICE, NATIVE, of_ops, using
+
+from fastrl.kernels.registry import OPS
 
 
 def pytest_collection_modifyitems(items):
@@ -17,12 +19,35 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _device():
+    """Tests that name no device make their tensors and generators on `FASTRL_TEST_DEVICE`."""
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
+
+        class Generator(torch.Generator):  # which the default device does not reach
+            def __new__(cls, device=DEVICE):
+                return super().__new__(cls, device)
+
+        torch.Generator = Generator
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc):
+    """The fixture `backend` goes through the backends of the op in the name of the test's module, else of those ops
+    that the test calls, unless the test lists its own."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "backend" in metafunc.fixturenames and all("backend" not in mark.args[0] for mark in marks):
+        module_op = metafunc.module.__name__.rpartition("test_")[2]
+        ops = {module_op} if module_op in OPS else set(OPS).intersection(metafunc.function.__code__.co_names)
+        metafunc.parametrize("backend", of_ops(ops), indirect=True)
+
+
+@pytest.fixture
 def backend(request):
     """The name of a backend; native once per instruction set that this machine has."""
     with using(request.param) as name:

@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "../math/group_spec.h"
 #include "../math/policy_spec.h"
 
 enum class Dtype : int { float32, float64, bfloat16, float16 };
@@ -131,9 +132,6 @@ struct Gae {
   int threads;
   void *advantages, *returns;  // Real (N)
 };
-
-enum class Baseline : int { mean, leave_one_out, none };
-enum class Scale : int { group, batch, none };
 
 struct GroupAdvantages {
   const double* rewards;  // (B), NaN where there is none

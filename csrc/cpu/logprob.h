@@ -127,11 +127,9 @@ struct LogprobKernel {
         derivative(V::load(rest)).store(rest);
         for (ptrdiff_t l = 0; v + l < a.vocabulary; ++l) narrow(rest[l], to + v + l);
       }
-      // From logp itself: with a probability near 1, 1 - p would be lost.
       const Real at_target = Real(widen(row[target])) / t;
-      const double logp = double(at_target) - of.top - of.log_total(), p = ::exp(logp);
-      const double through_entropy = p > 0 ? ge * p * (logp + entropy) : ge * p;
-      narrow(Real((-g * ::expm1(logp) - through_entropy) * inverse), to + target);
+      const double logp = double(at_target) - of.top - of.log_total();
+      narrow(Real(dlogit_at_target<double>(logp, g, ge, entropy) * inverse), to + target);
     }
   }
 };

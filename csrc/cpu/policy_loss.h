@@ -8,6 +8,7 @@
 
 #include "lanes.h"
 
+#include "../math/policy_report.h"
 #include "../math/policy_token.h"
 #include "buffer.h"
 #include "kernels.h"
@@ -19,7 +20,7 @@ struct PolicyLossKernel {
   using Real = RealIn<T>;
   static constexpr int L = lanes_of<T>;
   static constexpr ptrdiff_t block = 1024;
-  enum Sum : int { sum_loss = metrics, sum_count, sums };
+  static constexpr int sums = policy_sums;
   typedef uint8_t Bytes __attribute__((vector_size(L)));
 
   const PolicyLossCall& a;
@@ -28,8 +29,6 @@ struct PolicyLossKernel {
 
   explicit PolicyLossKernel(const PolicyLossCall& call)
       : a(call), spec(call.spec), n(call.count), blocks((call.count + block - 1) / block) {}
-
-  static bool is_max(int k) { return k == metric_ratio_max || k == metric_difference_max; }
 
   bool corrects_sequences() const { return spec.correction != CorrectionKind::none && spec.sequence_correction; }
   Real old_logp(ptrdiff_t i) const { return static_cast<const Real*>(a.old_logps ? a.old_logps : a.logps)[i]; }
@@ -122,7 +121,7 @@ struct PolicyLossKernel {
 #pragma omp for schedule(static)
       for (ptrdiff_t b = 0; b < blocks; ++b) partial[b * sums + metric_gradient] = double(with_gradient(b));
     }
-    report(partial);
+    report_sums(partial);
   }
 
   // The tokens of block b, and their sums.
@@ -160,11 +159,9 @@ struct PolicyLossKernel {
     }
     for (int k = 0; k < sums; ++k) {
       partial[k] = 0;
-      for (int l = 0; l < L; ++l) partial[k] = is_max(k) ? larger_of(partial[k], most[k][l]) : partial[k] + sum[k][l];
+      for (int l = 0; l < L; ++l) partial[k] = join_sums(k, partial[k], is_max(k) ? double(most[k][l]) : sum[k][l]);
     }
   }
-
-  static double larger_of(double most, double x) { return x > most || x != x ? x : most; }
 
   ptrdiff_t with_gradient(ptrdiff_t b) const {
     const Real *dlogps = static_cast<const Real*>(a.dlogps), *dentropy = static_cast<const Real*>(a.dentropy);
@@ -174,35 +171,11 @@ struct PolicyLossKernel {
     return found;
   }
 
-  // Whether a metric has values: a row without is (0, 0).
-  bool reported(int k) const {
-    switch (k) {
-      case metric_clip_low:
-      case metric_clip_high: return spec.surrogate == Surrogate::clip || spec.surrogate == Surrogate::cispo;
-      case metric_kl: return a.ref_logps;
-      case metric_entropy: return a.entropy;
-      case metric_difference_mean:
-      case metric_difference_max:
-      case metric_importance: return a.sampling_logps;
-      case metric_kept: return spec.correction != CorrectionKind::none;
-      default: return true;
-    }
-  }
-
-  void report(const double* partial) const {
+  void report_sums(const double* partial) const {
     double total[sums] = {};
     for (ptrdiff_t b = 0; b < blocks; ++b)
-      for (int k = 0; k < sums; ++k) {
-        const double part = partial[b * sums + k];
-        total[k] = is_max(k) ? larger_of(total[k], part) : total[k] + part;
-      }
-    *static_cast<Real*>(a.loss) = Real(total[sum_loss]);
-    Real* table = static_cast<Real*>(a.metrics);
-    for (int k = 0; k < metrics; ++k) {
-      const double count = is_max(k) ? double(total[sum_count] > 0) : total[sum_count];
-      table[2 * k] = reported(k) ? Real(total[k]) : 0;
-      table[2 * k + 1] = reported(k) ? Real(count) : 0;
-    }
+      for (int k = 0; k < sums; ++k) total[k] = join_sums(k, total[k], partial[b * sums + k]);
+    report<Real>(a, total);
   }
 };
 

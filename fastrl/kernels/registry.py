@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from fastrl.check import choice
-from fastrl.kernels import native
+from fastrl.kernels import cuda, native, triton_jit
 
 
 def any_device(device: torch.device) -> str | None:
@@ -21,15 +21,26 @@ def any_device(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one op: a module under `fastrl.kernels.<op>`, and why it would refuse a device."""
+    """One implementation of one op: a module under `fastrl.kernels.<op>`, why it would refuse a device, and on which
+    type of device "auto" considers it (None: every)."""
 
     module: str
     refuses: Callable[[torch.device], str | None] = any_device
+    auto_on: str | None = None
+
+
+TRITON_OPS: tuple[str, ...] = ()  # every op, in the end
+CUDA_OPS = ("logprob", "policy_loss", "group_advantages", "gae")
 
 
 def _backends(op: str) -> dict[str, Kernel]:
-    torch_backends = {name: Kernel(f"fastrl.kernels.{op}.{name}") for name in ("chunked", "reference")}
-    return {"native": Kernel(f"fastrl.kernels.{op}.native", native.refuses)} | torch_backends
+    folder = f"fastrl.kernels.{op}"
+    backends = {"native": Kernel(f"{folder}.native", native.refuses)}
+    if op in CUDA_OPS:  # emulated CUDA is for tests: nobody gets it without asking
+        backends["cuda"] = Kernel(f"{folder}.cuda_impl", cuda.refuses, auto_on="cuda")
+    if op in TRITON_OPS:  # and so is interpreted Triton
+        backends["triton"] = Kernel(f"{folder}.triton_impl", triton_jit.refuses, auto_on="cuda")
+    return backends | {name: Kernel(f"{folder}.{name}") for name in ("chunked", "reference")}
 
 
 OPS = (
@@ -66,7 +77,11 @@ def resolve(op: str, backend: str, device: torch.device) -> ModuleType:
     table = TABLE[op]
     choice(op, "backend", backend, ("auto", *table))
     refusals = []
-    for name in table if backend == "auto" else (backend,):
+    if backend == "auto":
+        candidates = [name for name, kernel in table.items() if kernel.auto_on in (None, device.type)]
+    else:
+        candidates = [backend]
+    for name in candidates:
         reason = table[name].refuses(device)
         if reason is None:
             return import_module(table[name].module)

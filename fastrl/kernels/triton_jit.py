@@ -1,0 +1,42 @@
+"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, to check them without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from fastrl import env
+
+
+@dataclass(frozen=True)
+class Build:
+    """One way in which a kernel is compiled; a Triton module lists its own as `BUILDS`, for `bench.aot` to compile
+    ahead of time and to count registers, spills, shared memory and instructions of.
+
+    `signature` gives a Triton type per run-time argument ("*bf16", "i32", "fp32"), `constants` the constexpr arguments
+    and those that are None.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion: as at the launch
+
+
+@cache
+def _missing() -> str | None:
+    return None if find_spec("triton") else "triton is not installed"
+
+
+def refuses(device: torch.device) -> str | None:
+    """Why Triton kernels do not take `device`, or None."""
+    if (reason := _missing()) is not None:
+        return reason
+    if env.triton_interpreted():
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
+    return None if device.type == "cuda" else "runs on CUDA devices; on a CPU only interpreted, with TRITON_INTERPRET=1"

@@ -1,0 +1,211 @@
+"""What only the CUDA kernels have: tiles, blocks and addresses, at sizes that need several; emulated on a CPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from backends import CUDA, DEVICE
+from ops.test_policy_loss import each_long_spec, long_batch
+from tolerance import assert_exact, assert_no_worse
+
+from fastrl.kernels.logprob import cuda_impl
+from fastrl.kernels.policy_loss import METRICS
+from fastrl.kernels.policy_loss import cuda_impl as policy_cuda
+from fastrl.ops.gae import gae
+from fastrl.ops.group_advantages import group_advantages
+from fastrl.ops.logprob import logprob
+from fastrl.ops.policy_loss import policy_loss as policy_loss_op
+
+pytestmark = pytest.mark.skipif(not CUDA, reason="neither a GPU build nor one with FASTRL_EMULATE_CUDA=1")
+each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+TILE = 2048  # tokens of a block of csrc/cuda/gae.cu
+
+
+def assert_same_bits(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# gae.
+
+
+def long_sequences():
+    """Around one tile, a few of them, and more tiles than a block has threads; a padded tail; a third is masked."""
+    lengths = torch.tensor([TILE - 1, TILE, TILE + 1, 0, 5000, 257 * TILE, 1])
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    tokens = int(cu_seqlens[-1]) + 777
+    rewards, values = torch.randn(2, tokens, dtype=torch.float64)
+    mask = torch.rand(tokens) < 0.7
+    mask[TILE + 100 : 2 * TILE + 3000] = False  # a masked stretch from one tile into another
+    values[~mask] = math.nan
+    return rewards, values, mask, cu_seqlens
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_of_sequences_of_many_tiles_equals_the_reference(gamma, lam):
+    rewards, values, mask, cu_seqlens = long_sequences()
+    options = dict(gamma=gamma, lam=lam, cu_seqlens=cu_seqlens)
+    got, want = (gae(rewards, values, mask, **options, backend=name) for name in ("cuda", "reference"))
+    for a, b in zip(got, want, strict=True):
+        assert_exact(a, b)
+        assert (a[~mask] == 0).all()
+
+
+def test_a_sequence_has_the_same_bits_alone_and_among_others():
+    rewards, values, mask, cu_seqlens = long_sequences()
+    packed = gae(rewards, values, mask, cu_seqlens=cu_seqlens, backend="cuda")
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        part = slice(start, end)
+        alone = gae(rewards[part], values[part], mask[part], cu_seqlens=torch.tensor([0, end - start]), backend="cuda")
+        assert_same_bits(alone, [x[part] for x in packed])
+
+
+# logprob.
+
+
+def values_and_gradient(logits, targets, grads, **options):
+    z = logits.detach().requires_grad_()
+    out = logprob(z, targets, entropy=True, backend="cuda", **options)
+    (gradient,) = torch.autograd.grad(list(out), z, list(grads))
+    return out.logps.detach(), out.entropy.detach(), gradient
+
+
+@each_dtype
+@pytest.mark.parametrize("vocabulary", [37, 5003], ids=["less than a warp", "several packs a thread"])
+def test_neither_other_rows_nor_the_address_change_a_bit_of_a_row(dtype, vocabulary):
+    rows = 9  # of an odd length: every distance to an address that is a multiple of 16 bytes
+    logits = (torch.randn(rows, vocabulary) * 3).to(dtype)
+    logits[3, 7] = math.nan
+    targets = torch.randint(vocabulary, (rows,))
+    grads = torch.randn(2, rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    temperature = torch.rand(rows).to(grads.dtype) + 0.5
+    whole = values_and_gradient(logits, targets, grads, temperature=temperature)
+    for i in range(rows):
+        part = slice(i, i + 1)
+        for offset in range(9):
+            moved = torch.zeros(vocabulary + 20, dtype=dtype)[offset : offset + vocabulary].unsqueeze(0)
+            moved.copy_(logits[part])
+            alone = values_and_gradient(moved, targets[part], grads[:, part], temperature=temperature[part])
+            assert_same_bits(alone, [x[part] for x in whole])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sixteen_bit_gradient_is_the_float32_one_rounded_once(dtype):
+    """From subnormal to infinite."""
+    narrow = (torch.randn(40, 5003) * 6).to(dtype)
+    targets = torch.randint(5003, (40,))
+    grads = torch.stack([torch.logspace(-9, 9, 40), torch.zeros(40)])
+    got, want = (values_and_gradient(x, targets, grads)[2] for x in (narrow, narrow.float()))
+    relative = (got.double() - want.double()).abs() / want.double().abs().clamp(min=torch.finfo(dtype).tiny)
+    finite = got.isfinite()
+    assert (relative[finite] <= torch.finfo(dtype).eps).all()  # a float32 in another order of summation, rounded
+    assert (want[~finite].abs() > torch.finfo(dtype).max * 0.99).all()
+
+
+@pytest.mark.parametrize("target", [-1, 37, 2**40])
+def test_an_id_outside_the_vocabulary_makes_its_row_nan_and_no_other(target, monkeypatch):
+    monkeypatch.setattr(cuda_impl, "check_targets", lambda *_: None)  # which raises before the kernel does, on a CPU
+    logits, targets = torch.randn(6, 37), torch.randint(37, (6,))
+    grads = torch.ones(2, 6)
+    want = values_and_gradient(logits, targets, grads)
+    targets[4] = target
+    logps, entropy, gradient = values_and_gradient(logits, targets, grads)
+    assert logps[4].isnan()
+    assert gradient[4].isnan().all()
+    others = torch.arange(6) != 4
+    assert_same_bits([x[others] for x in (logps, entropy, gradient)], [x[others] for x in want])
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_logits_are_read_and_written_where_they_are():
+    rows, vocabulary = 16_400, 131_075
+    logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device="cuda").normal_()
+    targets = torch.randint(vocabulary, (rows,), device="cuda")
+    grads = torch.randn(2, rows, device="cuda")
+    whole = values_and_gradient(logits, targets, grads)
+    for i in (0, rows // 2, rows - 1):
+        part = slice(i, i + 1)
+        alone = values_and_gradient(logits[part].clone(), targets[part], grads[:, part])
+        assert_same_bits(alone, [x[part] for x in whole])
+
+
+# policy_loss.
+
+
+@each_long_spec
+def test_a_policy_loss_of_many_blocks_is_that_of_the_reference(spec):
+    tokens, ids, sequences = long_batch()
+    wide = [x if x.dtype == torch.bool else x.double() for x in tokens]
+    names = ("loss", "dlogps", "dentropy", "metrics")
+    got, want = (policy_loss_op(*wide, ids, sequences, spec.code, name) for name in ("cuda", "reference"))
+    for name, a, b in zip(names, got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+    narrow, plain = (policy_loss_op(*tokens, ids, sequences, spec.code, name) for name in ("cuda", "reference"))
+    for a, b, truth, name in zip(narrow[1:3], plain[1:3], want[1:3], names[1:3], strict=True):
+        assert_no_worse(a, b, truth, name=name)
+    for a, truth in ((narrow[0], want[0]), (narrow[3], want[3])):
+        torch.testing.assert_close(a.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_sequence_ids_that_decrease_make_the_loss_nan():
+    tokens, ids, sequences = long_batch()
+    spec = each_long_spec.args[1][1]
+    assert not spec.separable
+    assert policy_loss_op(*tokens, ids, sequences, spec.code, "cuda")[0].isfinite()
+    assert policy_loss_op(*tokens, ids.flip(0), sequences, spec.code, "cuda")[0].isnan()
+
+
+def test_the_table_of_metrics_has_a_row_for_each_name():
+    tokens, ids, sequences = long_batch()
+    table = policy_loss_op(*tokens, ids, sequences, each_long_spec.args[1][0].code, "cuda")[3]
+    assert table.shape == (len(METRICS), 2)
+    assert table.isfinite().all()
+
+
+@pytest.mark.parametrize(("baseline", "scale"), [("mean", "group"), ("leave_one_out", "none")])
+@each_long_spec
+def test_rewards_in_the_launch_of_the_loss_give_the_bits_of_two_launches(spec, baseline, scale):
+    """With sequences that end inside blocks, one without tokens and one without a reward."""
+    (logps, _, *tokens), _, _ = long_batch()
+    ids = (torch.arange(len(logps)) // 97).add_(torch.arange(len(logps)) >= 4 * 97)  # none has the id 4
+    sequences = int(ids[-1]) + 1
+    rewards, groups = torch.randn(sequences), torch.arange(sequences) * 7 % 5
+    rewards[2] = math.nan
+    options = {"baseline": baseline, "scale": scale, "eps": 1e-6}
+    got = policy_cuda.forward_from_rewards(logps, rewards, groups, *tokens, ids, spec, **options)
+    advantages = group_advantages(rewards, group_ids=groups, backend="cuda", **options)
+    want = policy_cuda.forward(logps, advantages[ids], *tokens, ids, sequences, spec)
+    assert_same_bits(got, want)
+    assert (got[1] != 0).any()
+
+
+# group_advantages, and all together.
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_of_a_batch_of_many_blocks_equal_the_reference(scale):
+    rewards, ids = torch.randn(1003, dtype=torch.float64), torch.randint(60, (1003,)) * 2**40 - 7
+    rewards[::17] = math.nan
+    got, want = (group_advantages(rewards, group_ids=ids, scale=scale, backend=name) for name in ("cuda", "reference"))
+    assert_exact(got, want)
+
+
+def test_each_run_gives_the_same_bits():
+    """The emulation turns the order of blocks around at every launch, a GPU takes whichever it likes."""
+    tokens, ids, sequences = long_batch()
+    rewards, values, mask, cu_seqlens = long_sequences()
+    logits, targets, grads = torch.randn(5, 5003), torch.randint(5003, (5,)), torch.randn(2, 5)
+
+    def run():
+        results = [*gae(rewards, values, mask, cu_seqlens=cu_seqlens, backend="cuda")]
+        results += values_and_gradient(logits, targets, grads)
+        for spec in each_long_spec.args[1]:
+            results += policy_loss_op(*tokens, ids, sequences, spec.code, "cuda")
+        batch = group_advantages(tokens[0], group_size=1, baseline="none", scale="batch", backend="cuda")
+        return [*results, batch]
+
+    first = run()
+    for _ in range(2 if DEVICE == "cpu" else 49):
+        assert_same_bits(run(), first)
