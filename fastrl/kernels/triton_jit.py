@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,3 +41,14 @@ def refuses(device: torch.device) -> str | None:
     if env.triton_interpreted():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
     return None if device.type == "cuda" else "runs on CUDA devices; on a CPU only interpreted, with TRITON_INTERPRET=1"
+
+
+def launching_on(device: torch.device) -> AbstractContextManager:
+    """Makes `device` the one that kernels are launched on: Triton asks for the current device, not for the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@lru_cache
+def scalars(device: torch.device, *values: float) -> torch.Tensor:
+    """Run-time numbers for a kernel, as float64: an argument that is a Python float arrives in float32."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
