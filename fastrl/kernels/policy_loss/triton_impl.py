@@ -153,7 +153,7 @@ def _tokens(
     tl.store(dlogps + t, dlogp, mask=t < n)
     tl.store(dentropy + t, dterm, mask=t < n)
 
-    row = tl.zeros([COLUMNS], tl.float64)
+    row = tl.full([COLUMNS], 0.0, tl.float64)
     row = _with_sum(row, CLIP_LOW, low, seen)
     row = _with_sum(row, CLIP_HIGH, high, seen)
     row = _with_sum(row, RATIO_MEAN, ratio, seen)
@@ -182,8 +182,8 @@ def _total(
 ) -> None:
     """The loss and the metrics from the sums of all blocks, in one program."""
     k = tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float64)
-    most = tl.zeros([COLUMNS], tl.float64)
+    total = tl.full([COLUMNS], 0.0, tl.float64)
+    most = tl.full([COLUMNS], 0.0, tl.float64)
     for start in range(0, parts, PARTS):
         i = start + tl.arange(0, PARTS)
         part = tl.load(partial + i[:, None] * COLUMNS + k[None, :], mask=i[:, None] < parts, other=0.0)
@@ -208,9 +208,9 @@ def _means(
     """Of one sequence, the means over its masked-in tokens of logps - old_logps and of old_logps - sampling_logps."""
     s = tl.program_id(0)
     end = tl.load(bounds + s + 1)
-    count = tl.zeros([BLOCK], tl.float64)
-    log_ratio = tl.zeros([BLOCK], tl.float64)
-    mismatch = tl.zeros([BLOCK], tl.float64)
+    count = tl.full([BLOCK], 0.0, tl.float64)
+    log_ratio = tl.full([BLOCK], 0.0, tl.float64)
+    mismatch = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(tl.load(bounds + s), end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         t = tl.load(order + i, mask=i < end, other=0)
@@ -244,8 +244,8 @@ def _share(
     s = tl.program_id(0)
     first = tl.load(bounds + s)
     end = tl.load(bounds + s + 1)
-    count = tl.zeros([BLOCK], tl.float64)
-    total = tl.zeros([BLOCK], tl.float64)
+    count = tl.full([BLOCK], 0.0, tl.float64)
+    total = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(first, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         t = tl.load(order + i, mask=i < end, other=0)
@@ -253,7 +253,7 @@ def _share(
         count += seen.to(tl.float64)
         total += tl.load(through_ratio + t, mask=seen, other=0.0).to(tl.float64)
     mean = (tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)).to(dlogps.dtype.element_ty)
-    active = tl.zeros([BLOCK], tl.float64)
+    active = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(first, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         t = tl.load(order + i, mask=i < end, other=0)
