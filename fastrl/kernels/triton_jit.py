@@ -1,4 +1,4 @@
-"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, to check them without a GPU."""
+"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, for checks without a GPU."""
 
 from __future__ import annotations
 

@@ -82,9 +82,7 @@ def _blocks(
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _carries(
-    offsets: tl.tensor, slopes: tl.tensor, carries: tl.tensor, blocks: tl.tensor, BLOCK: tl.constexpr
-) -> None:
+def _carries(offsets: tl.tensor, slopes: tl.tensor, carries: tl.tensor, blocks: tl.tensor, BLOCK: tl.constexpr) -> None:
     """The X that enters each block, from the last block to the first, BLOCK of them at a time."""
     i = tl.arange(0, BLOCK)
     carry = tl.full([], 0.0, tl.float64)

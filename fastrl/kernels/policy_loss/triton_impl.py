@@ -6,7 +6,6 @@ level means, a program per sequence sums its tokens before, and shares the deriv
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -208,7 +207,7 @@ def _means(
     """Of one sequence, the means over its masked-in tokens of logps - old_logps and of old_logps - sampling_logps."""
     s = tl.program_id(0)
     end = tl.load(bounds + s + 1)
-    count = tl.full([BLOCK], 0.0, tl.float64)
+    count = tl.full([BLOCK], 0, tl.int32)
     log_ratio = tl.full([BLOCK], 0.0, tl.float64)
     mismatch = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(tl.load(bounds + s), end, BLOCK):
@@ -219,11 +218,11 @@ def _means(
         old_logp = logp
         if old_logps is not None:
             old_logp = tl.load(old_logps + t, mask=seen, other=0.0).to(tl.float64)
-        count += seen.to(tl.float64)
+        count += seen.to(tl.int32)
         log_ratio += logp - old_logp
         if sampling_logps is not None:
             mismatch += old_logp - tl.load(sampling_logps + t, mask=seen, other=0.0).to(tl.float64)
-    tokens = tl.maximum(tl.sum(count, 0), 1.0)
+    tokens = tl.maximum(tl.sum(count, 0), 1).to(tl.float64)
     tl.store(means + s, tl.sum(log_ratio, 0) / tokens)
     tl.store(means + sequences + s, tl.sum(mismatch, 0) / tokens)
 
@@ -244,15 +243,15 @@ def _share(
     s = tl.program_id(0)
     first = tl.load(bounds + s)
     end = tl.load(bounds + s + 1)
-    count = tl.full([BLOCK], 0.0, tl.float64)
+    count = tl.full([BLOCK], 0, tl.int32)
     total = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(first, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         t = tl.load(order + i, mask=i < end, other=0)
         seen = tl.load(mask + t, mask=i < end, other=0) != 0
-        count += seen.to(tl.float64)
+        count += seen.to(tl.int32)
         total += tl.load(through_ratio + t, mask=seen, other=0.0).to(tl.float64)
-    mean = (tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)).to(dlogps.dtype.element_ty)
+    mean = (tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1).to(tl.float64)).to(dlogps.dtype.element_ty)
     active = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(first, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -352,7 +351,9 @@ def _builds() -> Iterator[Build]:
         "clip": PolicyLoss("token", Clip(0.2, 0.2, dual=3.0), KL("k3_ratio", 0.1), "token_sum", 0.1),
         "cispo": PolicyLoss("token", Cispo(5.0), KL("k2", 0.1), correction=Correction("truncate", "token", 2.0)),
         "sapo": PolicyLoss("token", Sapo(), KL("k1", 0.1), correction=Correction("mask", "sequence", 2.0)),
-        "gspo": PolicyLoss("sequence", Clip(3e-4, 4e-4), KL("k3", 0.1), correction=Correction("truncate", "token", 2.0)),
+        "gspo": PolicyLoss(
+            "sequence", Clip(3e-4, 4e-4), KL("k3", 0.1), correction=Correction("truncate", "token", 2.0)
+        ),
         "reinforce": PolicyLoss("token", Reinforce(), aggregate="token_sum"),
     }
     floats = {"params": "*fp64", "partial": "*fp64"}
@@ -377,9 +378,7 @@ def _builds() -> Iterator[Build]:
     tokens = dict.fromkeys(("logps", "old_logps", "sampling_logps", "means"), "*fp32")
     yield Build("means", _means, segments | tokens | {"sequences": "i32"}, {"BLOCK": BLOCK}, OPTIONS)
     tokens = dict.fromkeys(("through_ratio", "dlogps", "dentropy"), "*fp32")
-    yield Build(
-        "share", _share, segments | tokens | {"partial": "*fp64", "blocks": "i32"}, {"BLOCK": BLOCK}, OPTIONS
-    )
+    yield Build("share", _share, segments | tokens | {"partial": "*fp64", "blocks": "i32"}, {"BLOCK": BLOCK}, OPTIONS)
 
 
 BUILDS = tuple(_builds())

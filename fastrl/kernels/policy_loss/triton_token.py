@@ -1,8 +1,8 @@
 """One token of a policy loss, w (c surrogate + coef KL - entropy_coef H), its derivatives and what it reports: the
 Triton copy of the formulas, as csrc/math/policy_token.h is the C++ one.
 
-The kinds of a spec's factors are compile-time constants (`kinds`); their numbers are read at run time (`parameters`), so
-that a coefficient on a schedule compiles nothing anew.
+The kinds of a spec's factors are compile-time constants (`kinds`), their numbers are read at run time (`parameters`): a
+coefficient on a schedule compiles nothing anew.
 """
 
 from typing import Any
@@ -133,7 +133,7 @@ def kl_term(
 def correction_weight(
     params: tl.tensor, log_weight: tl.tensor, CORRECTION: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """min(w, high), or w within [low, high] and 0 outside, with w = exp(log_weight); and whether w was left as it is."""
+    """min(w, high), or w within [low, high] and 0 outside, with w = exp(log_weight); whether w was left as it is."""
     held, _ = bound(log_weight)
     weight = exp(held)
     high = tl.load(params + CORRECTION_HIGH).to(weight.dtype)
