@@ -87,7 +87,7 @@ def count(cubin: bytes) -> Counts:
 def measure(names: list[str], processes: int) -> Table:
     """The table of some builds, or what the compiler says of the first that does not compile."""
     tasks = [(name, capability) for name in names for capability in SHARED_LIMIT]
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:  # a fork can inherit a lock that torch holds
         counts = pool.starmap(compile_and_count, tasks, chunksize=1)
     table: Table = {name: {} for name in names}
     for (name, capability), found in zip(tasks, counts, strict=True):

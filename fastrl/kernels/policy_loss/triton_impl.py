@@ -44,7 +44,7 @@ COLUMNS = tl.constexpr(16)
 
 BLOCK = 512  # tokens of a program
 PARTS = 64  # blocks' sums that are added at a time
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit
