@@ -1,10 +1,11 @@
-"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, for checks without a GPU."""
+"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, to check them without one."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -43,9 +44,20 @@ def refuses(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "runs on CUDA devices; on a CPU only interpreted, with TRITON_INTERPRET=1"
 
 
-def launching_on(device: torch.device) -> AbstractContextManager:
-    """Makes `device` the one that kernels are launched on: Triton asks for the current device, not for the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def device_function(function: Callable) -> Callable:
+    """`triton.jit` for what kernels call. The interpreter would go through the whole language again at each call: there
+    it stays plain Python, which the kernel around it makes work."""
+    if env.triton_interpreted():
+        return function
+    return import_module("triton").jit(function)
+
+
+def launch(kernel: Any, programs: int | tuple[int, ...], like: torch.Tensor, **arguments: Any) -> None:
+    """Runs `kernel` on the device of `like`, which need not be the current one; no programs, no launch."""
+    grid = (programs,) if isinstance(programs, int) else programs
+    if 0 not in grid:
+        with torch.cuda.device_of(like):
+            kernel[grid](**arguments)
 
 
 @lru_cache

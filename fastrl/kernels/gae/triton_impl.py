@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastrl.kernels.precision import answer
-from fastrl.kernels.triton_jit import Build, launching_on, scalars
+from fastrl.kernels.triton_jit import Build, device_function, launch, scalars
 from fastrl.kernels.triton_math import is_finite
 
 BLOCK = 512
@@ -34,12 +34,12 @@ def _after(
     return tl.where(constant, offset, offset + slope * later), tl.where(constant, slope, both)
 
 
-@triton.jit
+@device_function
 def _apply(offset: tl.tensor, slope: tl.tensor, x: tl.tensor) -> tl.tensor:
     return tl.where(slope == FORGETS, offset, offset + slope * x)
 
 
-@triton.jit
+@device_function
 def _incoming(
     rewards: tl.tensor,
     values: tl.tensor,
@@ -138,14 +138,17 @@ def forward(
         return advantages, returns
     rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
     starts = torch.zeros(n + 1, dtype=torch.bool, device=device).index_fill_(0, cu_seqlens, True)
-    tokens = (rewards, values, mask, starts, scalars(device, gamma, gamma * lam))
+    tokens = {"rewards": rewards, "values": values, "mask": mask, "starts": starts, "n": n}
+    tokens["decays"] = scalars(device, gamma, gamma * lam)
+    common = {"BLOCK": BLOCK} | OPTIONS
     blocks, carries = triton.cdiv(n, BLOCK), None
-    with launching_on(device):
-        if blocks > 1:
-            offsets, slopes, carries = rewards.new_empty(3, blocks, dtype=torch.float64)
-            _blocks[(blocks,)](*tokens, offsets, slopes, n, BLOCK=BLOCK, **OPTIONS)
-            _carries[(1,)](offsets, slopes, carries, blocks, BLOCK=BLOCK, **OPTIONS)
-        _tokens[(blocks,)](*tokens, cu_seqlens[-1:], carries, advantages, returns, n, BLOCK=BLOCK, **OPTIONS)
+    if blocks > 1:
+        offsets, slopes, carries = rewards.new_empty(3, blocks, dtype=torch.float64)
+        maps = {"offsets": offsets, "slopes": slopes}
+        launch(_blocks, blocks, rewards, **tokens, **maps, **common)
+        launch(_carries, 1, rewards, **maps, carries=carries, blocks=blocks, **common)
+    outputs = {"advantages": advantages, "returns": returns}
+    launch(_tokens, blocks, rewards, **tokens, **outputs, end=cu_seqlens[-1:], carries=carries, **common)
     return advantages, returns
 
 

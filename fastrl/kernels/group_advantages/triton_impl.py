@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastrl.kernels.precision import answer
-from fastrl.kernels.triton_jit import Build, launching_on, scalars
+from fastrl.kernels.triton_jit import Build, device_function, launch, scalars
 
 BLOCK = 128  # members at a time: most groups are one block
 BATCH_BLOCK = 1024
@@ -18,7 +18,7 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 BATCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
-@triton.jit
+@device_function
 def _member(x: tl.tensor, order: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr) -> tuple:
     """Where the members of a segment from `start` on are, which of the block are any, and their numbers."""
     i = start + tl.arange(0, BLOCK)
@@ -28,7 +28,7 @@ def _member(x: tl.tensor, order: tl.tensor, start: tl.tensor, end: tl.tensor, BL
     return member, i < end, tl.load(x + member, mask=i < end, other=float("nan")).to(tl.float64)
 
 
-@triton.jit
+@device_function
 def _spread(
     x: tl.tensor, order: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
@@ -58,7 +58,7 @@ def _spread(
     return n, least, mean, tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - 1.0, 1.0))
 
 
-@triton.jit
+@device_function
 def _divided(x: tl.tensor, std: tl.tensor, eps: tl.tensor) -> tl.tensor:
     """x over the standard deviation plus eps, or x where there is no spread to divide by; NaN stays NaN."""
     return x / tl.where(std > 0.0, std + tl.load(eps), 1.0)
@@ -112,12 +112,13 @@ def forward(rewards: torch.Tensor, group_ids: torch.Tensor, baseline: str, scale
         return advantages
     ids, order = group_ids.sort(stable=True)
     ends = torch.searchsorted(ids, ids, right=True)
-    eps = scalars(rewards.device, eps)
     by_group = rewards.new_empty(n, dtype=torch.float64) if scale == "batch" else advantages
-    with launching_on(rewards.device):
-        _group[(n,)](rewards, ids, ends, order, eps, by_group, BASELINE=baseline, SCALE=scale, BLOCK=BLOCK, **OPTIONS)
-        if scale == "batch":
-            _batch[(1,)](by_group, eps, advantages, n, BLOCK=BATCH_BLOCK, **BATCH_OPTIONS)
+    segments = {"ids": ids, "ends": ends, "order": order, "eps": scalars(rewards.device, eps)}
+    kinds = {"BASELINE": baseline, "SCALE": scale, "BLOCK": BLOCK}
+    launch(_group, n, rewards, rewards=rewards, advantages=by_group, **segments, **kinds, **OPTIONS)
+    if scale == "batch":
+        outputs = {"advantages": advantages, "eps": segments["eps"], "n": n, "BLOCK": BATCH_BLOCK}
+        launch(_batch, 1, rewards, x=by_group, **outputs, **BATCH_OPTIONS)
     return advantages
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from fastrl.kernels.native import dense
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics
 from fastrl.kernels.policy_loss.triton_token import kinds, parameters, policy_token
-from fastrl.kernels.triton_jit import Build, launching_on
+from fastrl.kernels.triton_jit import Build, device_function, launch
 from fastrl.kernels.triton_math import max_or_nan
 from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Reinforce, Sapo
 
@@ -47,19 +47,19 @@ PARTS = 64  # blocks' sums that are added at a time
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
-@triton.jit
+@device_function
 def _with_sum(row: tl.tensor, column: tl.constexpr, x: tl.tensor, seen: tl.tensor) -> tl.tensor:
     """`row` (COLUMNS,) with the sum of x over the tokens seen."""
     return tl.where(tl.arange(0, COLUMNS) == column, tl.sum(tl.where(seen, x.to(tl.float64), 0.0), 0), row)
 
 
-@triton.jit
+@device_function
 def _with_max(row: tl.tensor, column: tl.constexpr, x: tl.tensor, seen: tl.tensor) -> tl.tensor:
     """`row` (COLUMNS,) with the maximum of x, never negative, over the tokens seen."""
     return tl.where(tl.arange(0, COLUMNS) == column, max_or_nan(tl.where(seen, x.to(tl.float64), 0.0), 0), row)
 
 
-@triton.jit
+@device_function
 def _report(row: tl.tensor, reported: tl.tensor, loss: tl.tensor, table: tl.tensor) -> None:
     """Writes the loss and the table of the metrics from the sums over all tokens."""
     k = tl.arange(0, COLUMNS)
@@ -308,41 +308,35 @@ def forward(
     old_logps, ref_logps, sampling_logps, entropy = map(dense, (old_logps, ref_logps, sampling_logps, entropy))
     loss, table = logps.new_empty(()), logps.new_empty(len(METRICS), 2)
     dlogps, dentropy = torch.empty_like(logps), torch.empty_like(logps)
-    reported = _reported(spec, ref_logps, sampling_logps, entropy)
-
-    order = bounds = means = through_ratio = partial = None
-    blocks = triton.cdiv(n, BLOCK)
+    seen = {"mask": mask, "BLOCK": BLOCK} | OPTIONS
+    outputs = {"loss": loss, "table": table, "reported": _reported(spec, ref_logps, sampling_logps, entropy)}
+    derivatives = {"dlogps": dlogps, "dentropy": dentropy, "through_ratio": None}
+    tokens = {"logps": logps, "old_logps": old_logps, "sampling_logps": sampling_logps}
+    shared = {"seq_ids": None, "means": None, "sequences": num_seqs}
+    partial, blocks = None, triton.cdiv(n, BLOCK)
     parts = blocks + (num_seqs if by_sequence else 0)
     if parts > 1 or by_sequence:
         partial = logps.new_empty(parts, COLUMNS.value, dtype=torch.float64)
-    with launching_on(logps.device):
-        if spec.separable:
-            seq_ids = None
-        else:
-            seq_ids = dense(seq_ids)
-            ids, order = seq_ids.sort(stable=True)  # a sequence's tokens side by side, whatever their order
-            bounds = torch.searchsorted(ids, torch.arange(num_seqs + 1, device=ids.device))
-            means = logps.new_empty(2, num_seqs)
-            _means[(num_seqs,)](
-                order, bounds, mask, logps, old_logps, sampling_logps, means, num_seqs, BLOCK=BLOCK, **OPTIONS
-            )
-        if by_sequence:
-            through_ratio = torch.empty_like(logps)
-        _tokens[(blocks,)](
-            *(parameters(spec, logps.device), logps, advantages, weights, mask),
-            *(old_logps, ref_logps, sampling_logps, entropy, seq_ids, means),
-            *(dlogps, dentropy, through_ratio, partial, loss, table),
-            *(n, num_seqs, reported),
-            **kinds(spec),
-            BLOCK=BLOCK,
-            **OPTIONS,
-        )
-        if by_sequence:
-            _share[(num_seqs,)](
-                order, bounds, mask, through_ratio, dlogps, dentropy, partial, blocks, BLOCK=BLOCK, **OPTIONS
-            )
-        if partial is not None:
-            _total[(1,)](partial, loss, table, parts, reported, PARTS=PARTS, **OPTIONS)
+    if not spec.separable:
+        ids, order = seq_ids.sort(stable=True)  # a sequence's tokens side by side, whatever their order
+        segments = {"order": order, "bounds": torch.searchsorted(ids, torch.arange(num_seqs + 1, device=ids.device))}
+        means = logps.new_empty(2, num_seqs)
+        launch(_means, num_seqs, logps, **segments, **tokens, **seen, means=means, sequences=num_seqs)
+        shared |= {"seq_ids": dense(seq_ids), "means": means}
+    if by_sequence:
+        derivatives["through_ratio"] = torch.empty_like(logps)
+    launch(
+        _tokens,
+        blocks,
+        logps,
+        **{"params": parameters(spec, logps.device), "advantages": advantages, "weights": weights, "n": n},
+        **{"ref_logps": ref_logps, "entropy": entropy, "partial": partial},
+        **(tokens | shared | derivatives | outputs | kinds(spec) | seen),
+    )
+    if by_sequence:
+        launch(_share, num_seqs, logps, **segments, **derivatives, **seen, partial=partial, blocks=blocks)
+    if partial is not None:
+        launch(_total, 1, logps, **outputs, partial=partial, parts=parts, PARTS=PARTS, **OPTIONS)
     return loss, dlogps, dentropy, table
 
 

@@ -8,11 +8,10 @@ coefficient on a schedule compiles nothing anew.
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from fastrl.kernels.policy_loss.reference import LOG_RATIO_BOUND
-from fastrl.kernels.triton_jit import scalars
+from fastrl.kernels.triton_jit import device_function, scalars
 from fastrl.kernels.triton_math import exp, expm1, is_finite
 from fastrl.spec import Cispo, Clip, PolicyLoss, Sapo
 
@@ -47,19 +46,19 @@ def parameters(spec: PolicyLoss, device: torch.device) -> torch.Tensor:
     return scalars(device, *surrogate, spec.kl.coef if spec.kl else 0.0, *corrected, spec.entropy_coef)
 
 
-@triton.jit
+@device_function
 def clamp(x: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
     """NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
-@triton.jit
+@device_function
 def bound(raw: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """A log-ratio held where its exp is finite, and whether it was beyond: there it is a constant. NaN stays NaN."""
     return clamp(raw, -BOUND, BOUND), tl.abs(raw) > BOUND
 
 
-@triton.jit
+@device_function
 def surrogate_term(
     params: tl.tensor, ratio: tl.tensor, logp: tl.tensor, advantage: tl.tensor, SURROGATE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
@@ -100,7 +99,7 @@ def surrogate_term(
     return loss, dlog_ratio, dlogp, low, high
 
 
-@triton.jit
+@device_function
 def k3(raw: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """e^d - d - 1, its derivative by -d, and where d is held at its bound and a constant."""
     d, beyond = bound(raw)
@@ -108,7 +107,7 @@ def k3(raw: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     return growth - d, tl.where(beyond, 0.0, -growth), beyond
 
 
-@triton.jit
+@device_function
 def kl_term(
     d: tl.tensor, own: tl.tensor, own_beyond: tl.tensor, KL: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
@@ -129,7 +128,7 @@ def kl_term(
     return loss, dlogp, beyond
 
 
-@triton.jit
+@device_function
 def correction_weight(
     params: tl.tensor, log_weight: tl.tensor, CORRECTION: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -148,7 +147,7 @@ def correction_weight(
     return weight, kept
 
 
-@triton.jit
+@device_function
 def policy_token(
     params: tl.tensor,
     logp: tl.tensor,
