@@ -1,5 +1,7 @@
 """Functions that Triton lacks or only approximates, in the dtype of their argument."""
 
+from __future__ import annotations
+
 import triton.language as tl
 
 from fastrl.kernels.triton_jit import device_function

@@ -11,6 +11,8 @@ not know sequences. Three kernels: each block's composed map; the X that enters 
 block needs the last alone.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl

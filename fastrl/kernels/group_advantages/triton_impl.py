@@ -5,6 +5,8 @@ the batch. How many groups there are is not known without waiting for the GPU: a
 only that of a group's first member works.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl

@@ -5,6 +5,8 @@ atomics, so every run gives the same bits. A batch of one block needs no second 
 level means, a program per sequence sums its tokens before, and shares the derivative of its ratio among them after.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch

@@ -5,6 +5,8 @@ The kinds of a spec's factors are compile-time constants (`kinds`), their number
 coefficient on a schedule compiles nothing anew.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
