@@ -1,9 +1,11 @@
-"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, to check them without a GPU."""
+"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, to check them without one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,3 +42,25 @@ def refuses(device: torch.device) -> str | None:
     if env.triton_interpreted():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
     return None if device.type == "cuda" else "runs on CUDA devices; on a CPU only interpreted, with TRITON_INTERPRET=1"
+
+
+def device_function(function: Callable) -> Callable:
+    """`triton.jit` for what kernels call. The interpreter would go through the whole language again at each call: there
+    it stays plain Python, which the kernel around it makes work."""
+    if env.triton_interpreted():
+        return function
+    return import_module("triton").jit(function)
+
+
+def launch(kernel: Any, programs: int | tuple[int, ...], like: torch.Tensor, **arguments: Any) -> None:
+    """Runs `kernel` on the device of `like`, which need not be the current one; no programs, no launch."""
+    grid = (programs,) if isinstance(programs, int) else programs
+    if 0 not in grid:
+        with torch.cuda.device_of(like):
+            kernel[grid](**arguments)
+
+
+@lru_cache
+def scalars(device: torch.device, *values: float) -> torch.Tensor:
+    """Run-time numbers for a kernel, as float64: an argument that is a Python float arrives in float32."""
+    return torch.tensor(values, dtype=torch.float64, device=device)

@@ -70,6 +70,21 @@ def test_backend_equals_reference_in_float64(backend, gamma, lam, keep):
     assert got[0].isfinite().all()
 
 
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.0), (0.0, 0.0)])
+def test_triton_scan_over_many_blocks_equals_reference_and_stops_a_nan_at_the_sequence(gamma, lam, monkeypatch):
+    from fastrl.kernels.gae import triton_impl
+
+    monkeypatch.setattr(triton_impl, "BLOCK", 8)  # sequences cross blocks, and 77 blocks take ten turns
+    rewards, values, mask, cu_seqlens = packed()
+    rewards[(mask & (torch.arange(len(mask)) < 400)).nonzero()[-1]] = NAN
+    got, want = (
+        gae(rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, backend=name)
+        for name in ("triton", "reference")
+    )
+    assert 0 < want[0].isnan().sum() < mask.sum()
+    assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 def test_decay_zero_and_one_are_exact(backend, gamma, lam):
     generator = torch.Generator().manual_seed(0)

@@ -52,6 +52,20 @@ def test_backend_equals_reference_in_float64(backend, baseline, scale):
         assert got.isfinite().all()
 
 
+@each_estimator
+def test_triton_in_many_blocks_equals_reference(baseline, scale, monkeypatch):
+    from fastrl.kernels.group_advantages import triton_impl
+
+    monkeypatch.setattr(triton_impl, "BLOCK", 2)
+    monkeypatch.setattr(triton_impl, "BATCH_BLOCK", 4)
+    rewards, ids = unequal_groups()
+    got, want = (
+        group_advantages(rewards, group_ids=ids, baseline=baseline, scale=scale, backend=name)
+        for name in ("triton", "reference")
+    )
+    assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_closed_forms(backend):
     rewards = f64(1, 2, 3, 0, 0, 1, 1)
     ids = torch.tensor([4, 4, 4, 9, 9, 9, 9])

@@ -546,10 +546,35 @@ def test_threads_change_no_bit(native_isa, spec):
 
 
 @each_long_spec
+def test_triton_takes_the_tokens_of_sequences_in_any_order(spec):
+    tokens, ids, sequences = long_batch()
+    order = torch.randperm(len(ids))
+    straight = op(*tokens, ids, sequences, spec.code, "triton")
+    shuffled = op(*(x[order] for x in tokens), ids[order], sequences, spec.code, "triton")
+    if spec.separable:  # a sequence's mean is a sum, which has an order
+        assert torch.equal(shuffled[1], straight[1][order])
+    assert torch.equal(shuffled[2], straight[2][order])
+    for a, b in zip(shuffled, (straight[0], straight[1][order], straight[2][order], straight[3]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@each_long_spec
 def test_native_float32_is_no_worse_than_the_reference_in_float32(native_isa, spec):
+    assert_float32_no_worse(spec, "native")
+
+
+@each_long_spec
+def test_triton_float32_in_many_blocks_is_no_worse_than_the_reference_in_float32(spec, monkeypatch):
+    from fastrl.kernels.policy_loss import triton_impl
+
+    monkeypatch.setattr(triton_impl, "PARTS", 4)  # the sums of ten blocks in three turns
+    assert_float32_no_worse(spec, "triton")
+
+
+def assert_float32_no_worse(spec, backend):
     tokens, ids, sequences = long_batch()
     wide = [x if x.dtype == torch.bool else x.double() for x in tokens]
-    got = op(*tokens, ids, sequences, spec.code, "native")
+    got = op(*tokens, ids, sequences, spec.code, backend)
     plain, truth = (op(*x, ids, sequences, spec.code, "reference") for x in (tokens, wide))
     for name, *values in zip(("loss", "dlogps", "dentropy", "metrics"), got, plain, truth, strict=True):
         if name == "loss":  # one number: an error of the sum, not of a token

@@ -1,0 +1,177 @@
+"""Every Triton kernel compiled ahead of time, without a GPU, and what it takes on one.
+
+python -m bench.aot            the table, next to the recorded one
+python -m bench.aot --check    fails on a spill, on too much shared memory, and where a kernel grew
+python -m bench.aot --write    records the table of this Triton version
+
+The record is `bench/results/aot.json`: Triton version -> build -> architecture -> counts. Another version's compiler
+counts differently, so where there is no record of the installed one only the limits are checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "bench" / "results" / "aot.json"
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use, by compute capability
+COUNTS = ("registers", "spills", "shared", "instructions")  # spills and shared in bytes: per thread, per block
+
+Counts = dict[str, int]
+Table = dict[str, dict[str, Counts]]  # build -> sm_90 -> counts
+
+
+def modules() -> list[ModuleType]:
+    """The modules of fastrl.kernels that hold Triton kernels, and their `BUILDS`."""
+    paths = sorted((ROOT / "fastrl" / "kernels").rglob("*triton*.py"))
+    return [import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in paths]
+
+
+def builds() -> dict[str, Any]:
+    """Every `fastrl.kernels.triton_jit.Build` by its module's and its own name."""
+    found: dict[str, Any] = {}
+    for module in modules():
+        for build in getattr(module, "BUILDS", ()):
+            if any(build is other for other in found.values()):
+                continue  # an op that launches another's kernels may list them too
+            name = f"{module.__name__.removeprefix('fastrl.kernels.')}: {build.name}"
+            if name in found:
+                raise ValueError(f"bench.aot: two builds are named {name!r}. Give each its own name.")
+            found[name] = build
+    return found
+
+
+def compile_and_count(name: str, capability: int) -> Counts:
+    """One build for one architecture; pointers are taken to be aligned to 16 bytes, as torch's are."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    build = builds()[name]
+    arguments = build.kernel.arg_names
+    signature = {a: "constexpr" if a in build.constants else build.signature[a] for a in arguments}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(arguments) if signature[a].startswith("*")}
+    source = ASTSource(fn=build.kernel, signature=signature, constexprs=build.constants, attrs=aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=build.options)
+    return {"shared": kernel.metadata.shared} | count(kernel.asm["cubin"])
+
+
+def count(cubin: bytes) -> Counts:
+    """Registers and bytes of local memory of a thread, and machine instructions, without padding."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(flag: str) -> str:
+            command = [knobs.nvidia.cuobjdump.path, flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("--dump-resource-usage"), dump("--dump-sass")
+    (used,) = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    registers, stack, local = map(int, used)
+    instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)", code, re.MULTILINE)
+    return {"registers": registers, "spills": stack + local, "instructions": len(instructions)}
+
+
+def measure(names: list[str], processes: int) -> Table:
+    """The table of some builds, or what the compiler says of the first that does not compile."""
+    tasks = [(name, capability) for name in names for capability in SHARED_LIMIT]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:  # a fork can inherit a lock that torch holds
+        counts = pool.starmap(compile_and_count, tasks, chunksize=1)
+    table: Table = {name: {} for name in names}
+    for (name, capability), found in zip(tasks, counts, strict=True):
+        table[name][f"sm_{capability}"] = {key: found[key] for key in COUNTS}
+    return table
+
+
+def over_limit(table: Table) -> list[str]:
+    """What no GPU should see: spilled registers, and more shared memory than there is."""
+    complaints = []
+    for name, architectures in table.items():
+        for architecture, counts in architectures.items():
+            limit = SHARED_LIMIT[int(architecture.removeprefix("sm_"))]
+            if counts["spills"] > 0:
+                complaints.append(f"{name} on {architecture}: {counts['spills']} bytes of spilled registers")
+            if counts["shared"] > limit:
+                complaints.append(f"{name} on {architecture}: {counts['shared']} bytes of shared memory, {limit} exist")
+    return complaints
+
+
+def grown(table: Table, record: Table) -> list[str]:
+    """Where a build takes more than its record, or only one of the two has it."""
+    complaints = [f"{name}: not in the record" for name in table if name not in record]
+    complaints += [f"{name}: recorded, but no longer built" for name in record if name not in table]
+    for name in table.keys() & record.keys():
+        for architecture, counts in table[name].items():
+            for key, now in counts.items():
+                before = record[name][architecture][key]
+                if now > before:
+                    complaints.append(f"{name} on {architecture}: {key} rose from {before} to {now}")
+    return sorted(complaints)
+
+
+def show(table: Table, record: Table | None) -> None:
+    """One line per build: each architecture's counts, and in brackets the recorded ones where they differ."""
+    print("registers / spills / shared / instructions")
+    for name, architectures in table.items():
+        cells = []
+        for architecture, counts in architectures.items():
+            cell = "/".join(str(counts[key]) for key in COUNTS)
+            before = (record or {}).get(name, {}).get(architecture)
+            if before is not None and before != counts:
+                cell += f" (was {'/'.join(str(before[key]) for key in COUNTS)})"
+            cells.append(f"{architecture} {cell}")
+        print(f"{name:60s} {'   '.join(cells)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command's exit status."""
+    parser = argparse.ArgumentParser(prog="bench.aot", description="Compile every Triton kernel ahead of time.")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--check", action="store_true", help="fail where a kernel grew, spills or does not fit")
+    choice.add_argument("--write", action="store_true", help="record the table of the installed Triton")
+    parser.add_argument("--only", default="", help="builds whose name contains this")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args(arguments)
+    if args.write and args.only:
+        parser.error("--write records every build: leave --only out")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # every build is compiled, and nothing is left behind
+        import triton
+
+        table = measure([name for name in builds() if args.only in name], args.processes)
+    records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = records.get(triton.__version__)
+    show(table, record)
+    complaints = over_limit(table)
+    if args.write and not complaints:
+        RECORD.write_text(json.dumps(records | {triton.__version__: table}, indent=1) + "\n")
+    elif record is None:
+        print(f"bench/results/aot.json has no record of Triton {triton.__version__}: only the limits are checked")
+    elif args.check:
+        recorded = {name: counts for name, counts in record.items() if args.only in name}
+        complaints += grown(table, recorded)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    if complaints and args.check:
+        print("If a rise is meant: python -m bench.aot --write, with the reason in the commit.", file=sys.stderr)
+    return 1 if complaints and (args.check or args.write) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
