@@ -40,3 +40,11 @@ def refuses(device: torch.device) -> str | None:
     if env.triton_interpreted():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
     return None if device.type == "cuda" else "runs on CUDA devices; on a CPU only interpreted, with TRITON_INTERPRET=1"
+
+
+def launch(kernel: Any, programs: int | tuple[int, ...], like: torch.Tensor, **arguments: Any) -> None:
+    """Runs `kernel` on the device of `like`, which need not be the current one; no programs, no launch."""
+    grid = (programs,) if isinstance(programs, int) else programs
+    if 0 not in grid:
+        with torch.cuda.device_of(like):
+            kernel[grid](**arguments)
