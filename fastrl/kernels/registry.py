@@ -29,7 +29,7 @@ class Kernel:
     auto_on: str | None = None
 
 
-TRITON_OPS: tuple[str, ...] = ("logprob",)  # every op, in the end
+TRITON_OPS: tuple[str, ...] = ("linear_logprob", "logprob", "linear_policy_loss")  # every op, in the end
 
 
 def _backends(op: str) -> dict[str, Kernel]:

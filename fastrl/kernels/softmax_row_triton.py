@@ -15,7 +15,7 @@ import triton.language as tl
 
 from fastrl import env
 from fastrl.kernels.softmax_row import NO_SOFTCAP
-from fastrl.kernels.triton_jit import Build, launch
+from fastrl.kernels.triton_jit import Build, device_function
 
 INTERPRETED = tl.constexpr(env.triton_interpreted())
 LOWEST_32 = tl.constexpr(-3.4028234663852886e38)
@@ -29,7 +29,7 @@ LARGEST_BLOCK = 4096  # 16 columns per thread: loads in flight for the memory's 
 # Device functions.
 
 
-@triton.jit
+@device_function
 def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
     """x / y correctly rounded, which `/` of float32 is not: with z near 100 its rounding would show in exp(z)."""
     if x.dtype == tl.float64:
@@ -38,7 +38,7 @@ def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
         return tl.div_rn(x, y)
 
 
-@triton.jit
+@device_function
 def expm1(x: tl.tensor) -> tl.tensor:
     """e^x - 1: near 0, where the difference would cancel, by its series x (1 + x/2 (1 + x/3 (1 + ...)))."""
     TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 9
@@ -48,7 +48,7 @@ def expm1(x: tl.tensor) -> tl.tensor:
     return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1)
 
 
-@triton.jit
+@device_function
 def tanh(x: tl.tensor) -> tl.tensor:
     """-e / (2 + e) with e = expm1(-2 |x|), with the sign of x."""
     e = expm1(-2 * tl.abs(x))
@@ -56,7 +56,7 @@ def tanh(x: tl.tensor) -> tl.tensor:
     return tl.where(x < 0, -t, t)
 
 
-@triton.jit
+@device_function
 def cap(z: tl.tensor, softcap: tl.tensor, logit_scale: tl.tensor, HAS_SOFTCAP: tl.constexpr) -> tl.tensor:
     """(cap(logit_scale z), cap') with cap(x) = softcap tanh(x / softcap)."""
     z = z * logit_scale
@@ -67,7 +67,15 @@ def cap(z: tl.tensor, softcap: tl.tensor, logit_scale: tl.tensor, HAS_SOFTCAP: t
         return z, tl.full((), 1, z.dtype)
 
 
-@triton.jit
+@device_function
+def over(z: tl.tensor, temperature: tl.tensor) -> tl.tensor:
+    """z / temperature, a scalar: a branch, because a division per logit is not free and mostly it is 1."""
+    if temperature != 1:
+        z = divide(z, temperature)
+    return z
+
+
+@device_function
 def load_finished(
     row_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -84,19 +92,17 @@ def load_finished(
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=inside, other=0).to(temperature.dtype)
     z, slope = cap(z, softcap, logit_scale, HAS_SOFTCAP)
-    if temperature != 1:  # a branch per row, where a division per logit is not free
-        z = divide(z, temperature)
-    return tl.where(inside, z, float("-inf")), slope
+    return tl.where(inside, over(z, temperature), float("-inf")), slope
 
 
-@triton.jit
+@device_function
 def lowest(dtype: tl.constexpr) -> tl.tensor:
     """The lowest finite number."""
     value: tl.constexpr = LOWEST_64 if dtype == tl.float64 else LOWEST_32
     return tl.full((), value, dtype)
 
 
-@triton.jit
+@device_function
 def below(top: tl.tensor, total: tl.tensor, moment: tl.tensor, higher: tl.tensor) -> tl.tensor:
     """The sums of e and e (z - top), e = exp(z - top), relative to a higher maximum; csrc/math/softmax.h.
 
@@ -108,7 +114,7 @@ def below(top: tl.tensor, total: tl.tensor, moment: tl.tensor, higher: tl.tensor
     return scaled, tl.where(factor > 0, moment * factor + scaled * shift, 0)
 
 
-@triton.jit
+@device_function
 def statistics(
     row_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -122,8 +128,8 @@ def statistics(
 ) -> tl.tensor:
     """(largest logit, logarithm of what is left, entropy) of a row, which is read once."""
     top = lowest(temperature.dtype)
-    total = tl.zeros((BLOCK,), temperature.dtype)
-    moment = tl.zeros((BLOCK,), temperature.dtype)
+    total = tl.full((BLOCK,), 0, temperature.dtype)
+    moment = tl.full((BLOCK,), 0, temperature.dtype)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z, _ = load_finished(row_ptr, bias_ptr, cols, V, temperature, softcap, logit_scale, HAS_SOFTCAP)
@@ -140,7 +146,7 @@ def statistics(
     return top, log_total, log_total - divide(tl.sum(moment, 0), sum_of_all)
 
 
-@triton.jit
+@device_function
 def logp_at(
     row_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -160,14 +166,13 @@ def logp_at(
     return tl.where(known, (z - top) - log_total, float("nan"))
 
 
-@triton.jit
+@device_function
 def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """x rounded to the nearest of `dtype`; the interpreter cuts off bits of a bfloat16: there the rounding goes first."""
-    if INTERPRETED:
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-            x = tl.where(x == x, rounded, x)
+    """x rounded to the nearest; the interpreter cuts off the bits of a bfloat16: there the rounding goes first."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
     return x.to(dtype)
 
 
@@ -247,15 +252,15 @@ def gradient_kernel(
     temperature = tl.load(temperature_ptr + row if PER_ROW_TEMPERATURE else temperature_ptr)
     ACC: tl.constexpr = temperature_ptr.dtype.element_ty
     softcap_, scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
-    grad_logp = tl.load(grad_logps_ptr + row)
-    grad_entropy = tl.full((), 0, ACC) if grad_entropy_ptr is None else tl.load(grad_entropy_ptr + row)
+    grad_logp = tl.load(grad_logps_ptr + row).to(ACC)
+    grad_entropy = tl.full((), 0, ACC) if grad_entropy_ptr is None else tl.load(grad_entropy_ptr + row).to(ACC)
     row_ptr = logits_ptr + source * stride
     to_ptr = out_ptr + row * V
     OUT: tl.constexpr = out_ptr.dtype.element_ty
     if (target == ignore_index) | ((grad_logp == 0) & (grad_entropy == 0)):
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            tl.store(to_ptr + cols, tl.zeros((BLOCK,), OUT), mask=cols < V)
+            tl.store(to_ptr + cols, tl.full((BLOCK,), 0, OUT), mask=cols < V)
     else:
         if lse_ptr is None:
             ENTROPY: tl.constexpr = grad_entropy_ptr is not None
@@ -339,15 +344,17 @@ def flags(temperature: torch.Tensor, softcap: float, vocabulary: int) -> dict[st
     return {**presence, "BLOCK": block(vocabulary), **OPTIONS}
 
 
-NUMBERS = {"stride": "i64", "V": "i32", "softcap": "fp64", "logit_scale": "fp64", "ignore_index": "i64"}
+NUMBERS = dict.fromkeys(("stride", "hidden_stride", "weight_stride", "lse_stride", "ignore_index"), "i64")
+NUMBERS |= dict.fromkeys(("V", "H", "n", "part_columns", "parts"), "i32")
+NUMBERS |= dict.fromkeys(("softcap", "logit_scale"), "fp64")
 
 
-def build(name: str, kernel: Any, pointers: dict[str, str], **constants: Any) -> Build:
-    """How a kernel with these arguments is compiled; `pointers` by name without `_ptr`, the others are None."""
+def build(
+    name: str, kernel: Any, pointers: dict[str, str], *, options: dict[str, Any] = OPTIONS, **constants: Any
+) -> Build:
+    """How a kernel is compiled that takes these `pointers`, named without `_ptr`, and None for its others."""
     given = {f"{key}_ptr": f"*{kind}" for key, kind in pointers.items()}
-    signature = {key: kind for key in kernel.arg_names if (kind := given.get(key) or NUMBERS.get(key))}
-    nothing = {key: None for key in kernel.arg_names if key.endswith("_ptr") and key not in given}
-    defaults = {"HAS_SOFTCAP": False, "PER_ROW_TEMPERATURE": False, "BLOCK": LARGEST_BLOCK}
-    if "KEPT" in kernel.arg_names:
-        defaults["KEPT"] = False
-    return Build(name, kernel, signature, nothing | defaults | constants, OPTIONS)
+    types = {key: given.get(key) or NUMBERS.get(key) for key in kernel.arg_names}
+    defaults = {"HAS_SOFTCAP": False, "PER_ROW_TEMPERATURE": False, "KEPT": False, "BLOCK": LARGEST_BLOCK}
+    rest = {key: (defaults | constants).get(key) for key, kind in types.items() if kind is None}
+    return Build(name, kernel, {key: kind for key, kind in types.items() if kind}, rest, options)

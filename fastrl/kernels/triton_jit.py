@@ -1,9 +1,11 @@
-"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, to check them without a GPU."""
+"""Where Triton kernels run: on CUDA devices, and with TRITON_INTERPRET=1 on CPU tensors, to check them without one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,6 +42,14 @@ def refuses(device: torch.device) -> str | None:
     if env.triton_interpreted():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
     return None if device.type == "cuda" else "runs on CUDA devices; on a CPU only interpreted, with TRITON_INTERPRET=1"
+
+
+def device_function(function: Callable) -> Callable:
+    """`triton.jit` for what kernels call. The interpreter would go through the whole language again at each call: there
+    it stays plain Python, which the kernel around it makes work."""
+    if env.triton_interpreted():
+        return function
+    return import_module("triton").jit(function)
 
 
 def launch(kernel: Any, programs: int | tuple[int, ...], like: torch.Tensor, **arguments: Any) -> None:
