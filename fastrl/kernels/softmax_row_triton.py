@@ -50,10 +50,23 @@ def expm1(x: tl.tensor) -> tl.tensor:
 
 @device_function
 def tanh(x: tl.tensor) -> tl.tensor:
-    """-e / (2 + e) with e = expm1(-2 |x|), with the sign of x."""
-    e = expm1(-2 * tl.abs(x))
-    t = divide(-e, 2 + e)
-    return tl.where(x < 0, -t, t)
+    """tanh x and its derivative 4 u / (1 + u)^2, where u = e^a, a = -2 |x|: 1 - tanh^2 has no digits left near 1.
+
+    Each form below is a number plus a smaller correction, so that little more than the last rounding is lost: a softcap
+    of 30 makes 30 times the error one of the logit. Far from 0, 1 - 2 u / (1 + u). Near 0, with e^a = 1 + a + a^2 r and
+    r = 1/2 + a s, |x| - a^3 (s - r/2) / (2 + a + a^2 r).
+    """
+    a = -2 * tl.abs(x)
+    u = tl.exp(a)
+    TERMS: tl.constexpr = 20 if x.dtype == tl.float64 else 12
+    series = x * 0 + 1
+    for k in tl.static_range(TERMS, 3, -1):
+        series = 1 + series * a * (1.0 / k)
+    s = series * (1 / 6)
+    r = 0.5 + a * s
+    near = tl.abs(x) - a * a * a * (s - 0.5 * r) / (2 + a + a * a * r)
+    t = tl.where(a > -1.1, near, 1 - 2 * u / (1 + u))
+    return tl.where(x < 0, -t, t), 4 * u / ((1 + u) * (1 + u))
 
 
 @device_function
@@ -61,8 +74,8 @@ def cap(z: tl.tensor, softcap: tl.tensor, logit_scale: tl.tensor, HAS_SOFTCAP: t
     """(cap(logit_scale z), cap') with cap(x) = softcap tanh(x / softcap)."""
     z = z * logit_scale
     if HAS_SOFTCAP:
-        t = tanh(divide(z, softcap))
-        return softcap * t, 1 - t * t
+        t, slope = tanh(divide(z, softcap))
+        return softcap * t, slope
     else:
         return z, tl.full((), 1, z.dtype)
 

@@ -33,6 +33,7 @@ NOT_A_TARGET = -1  # the rows of a chunk are chosen beforehand: none of them is 
 FUSED_HIDDEN = 2048  # up to this size the logits' way to memory and back weighs more than the library's faster matmul
 PARTS = 32  # of the vocabulary: work for a whole GPU also where there are few rows, whose number it must not depend on
 TILE = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 64}
+CAPPED_TILE = TILE | {"BLOCK_V": 64}  # tanh takes the registers of the other columns
 MERGED_ROWS = 256
 MATMUL_OPTIONS = OPTIONS | {"num_stages": 3}
 
@@ -288,12 +289,13 @@ def _fused(
     entropies = temperature.new_zeros(count if entropy else 0)
     safe, poisoned = check_targets(targets, vocabulary, ignore_index)
     rows = (targets != ignore_index).nonzero().squeeze(-1)
-    tiles = -(-vocabulary // TILE["BLOCK_V"])
+    tile = TILE if softcap == NO_SOFTCAP else CAPPED_TILE
+    tiles = -(-vocabulary // tile["BLOCK_V"])
     part_tiles = -(-tiles // PARTS)
     parts = temperature.new_empty(4, -(-tiles // part_tiles), len(rows))
     launch(
         part_kernel,
-        (-(-len(rows) // TILE["BLOCK_N"]), parts.shape[1]),
+        (-(-len(rows) // tile["BLOCK_N"]), parts.shape[1]),
         hidden,
         hidden_ptr=hidden,
         hidden_stride=hidden.stride(0),
@@ -307,12 +309,12 @@ def _fused(
         n=len(rows),
         V=vocabulary,
         H=hidden.shape[1],
-        part_columns=part_tiles * TILE["BLOCK_V"],
+        part_columns=part_tiles * tile["BLOCK_V"],
         softcap=softcap,
         logit_scale=logit_scale,
         HAS_SOFTCAP=softcap != NO_SOFTCAP,
         PER_ROW_TEMPERATURE=temperature.numel() > 1,
-        **TILE,
+        **tile,
         **MATMUL_OPTIONS,
     )
     launch(
@@ -362,11 +364,12 @@ def _builds(head: str) -> list[Build]:
 
 def _fused_builds(head: str) -> list[Build]:
     inputs = {"hidden": head, "weight": head, "rows": "i64", "targets": "i64", "temperature": "fp32", "parts": "fp32"}
-    capped = {"HAS_SOFTCAP": True, "PER_ROW_TEMPERATURE": True}
-    options = {"options": MATMUL_OPTIONS, **TILE}
+    options = {"options": MATMUL_OPTIONS, "PER_ROW_TEMPERATURE": True}
+    capped = inputs | {"bias": head}
     return [
-        build(f"linear_logprob fused {head}", part_kernel, inputs, **options),
-        build(f"linear_logprob fused {head}, softcap", part_kernel, inputs | {"bias": head}, **options, **capped),
+        build(f"linear_logprob fused {head}", part_kernel, inputs, **TILE, options=MATMUL_OPTIONS),
+        build(f"linear_logprob fused {head}, bias", part_kernel, capped, **TILE, **options),
+        build(f"linear_logprob fused {head}, softcap", part_kernel, capped, HAS_SOFTCAP=True, **CAPPED_TILE, **options),
     ]
 
 
