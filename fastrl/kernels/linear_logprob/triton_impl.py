@@ -266,7 +266,8 @@ def forward(
     # Wider values would go to units that multiply no faster than the library uses them.
     if save != "none" or hidden.element_size() > 2 or hidden.shape[1] > FUSED_HIDDEN:
         return forward_in_chunks(Chunk, hidden, weight, targets, bias, temperature, **options, save=save)
-    return *_fused(hidden, weight, targets, bias, temperature, **options), *hidden.new_empty(2, 0)
+    nothing = (hidden.new_empty(0) for _ in range(2))
+    return *_fused(hidden, weight, targets, bias, temperature, **options), *nothing
 
 
 def _fused(
