@@ -346,15 +346,15 @@ def probabilities_kernel(
 # From the host.
 
 
-def block(vocabulary: int) -> int:
-    """Columns at a time: a power of two, and a function of the vocabulary alone."""
-    return min(LARGEST_BLOCK, max(128, triton.next_power_of_2(vocabulary)))
+def block(vocabulary: int, itemsize: int = 4) -> int:
+    """Columns at a time: a power of two, and a function of the vocabulary and of the arithmetic's dtype alone."""
+    return min(LARGEST_BLOCK * 4 // itemsize, max(128, triton.next_power_of_2(vocabulary)))
 
 
 def flags(temperature: torch.Tensor, softcap: float, vocabulary: int) -> dict[str, Any]:
     """The constexpr arguments that every kernel here has, and the options of its launch."""
     presence = {"HAS_SOFTCAP": softcap != NO_SOFTCAP, "PER_ROW_TEMPERATURE": temperature.numel() > 1}
-    return {**presence, "BLOCK": block(vocabulary), **OPTIONS}
+    return {**presence, "BLOCK": block(vocabulary, temperature.element_size()), **OPTIONS}
 
 
 NUMBERS = dict.fromkeys(("stride", "hidden_stride", "weight_stride", "lse_stride", "ignore_index"), "i64")
@@ -368,6 +368,7 @@ def build(
     """How a kernel is compiled that takes these `pointers`, named without `_ptr`, and None for its others."""
     given = {f"{key}_ptr": f"*{kind}" for key, kind in pointers.items()}
     types = {key: given.get(key) or NUMBERS.get(key) for key in kernel.arg_names}
-    defaults = {"HAS_SOFTCAP": False, "PER_ROW_TEMPERATURE": False, "KEPT": False, "BLOCK": LARGEST_BLOCK}
+    defaults = {"HAS_SOFTCAP": False, "PER_ROW_TEMPERATURE": False, "KEPT": False}
+    defaults["BLOCK"] = LARGEST_BLOCK // 2 if given.get("temperature_ptr") == "*fp64" else LARGEST_BLOCK
     rest = {key: (defaults | constants).get(key) for key, kind in types.items() if kind is None}
     return Build(name, kernel, {key: kind for key, kind in types.items() if kind}, rest, options)
