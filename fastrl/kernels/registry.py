@@ -37,7 +37,9 @@ def _backends(op: str) -> dict[str, Kernel]:
     backends = {"native": Kernel(f"{folder}.native", native.refuses)}
     if op in CUDA_OPS:  # emulated CUDA is for tests: nobody gets it without asking
         backends["cuda"] = Kernel(f"{folder}.cuda_impl", cuda.refuses, auto_on="cuda")
-    backends["triton"] = Kernel(f"{folder}.triton_impl", triton_jit.refuses, auto_on="cuda")  # and so is interpreted Triton
+    backends["triton"] = Kernel(
+        f"{folder}.triton_impl", triton_jit.refuses, auto_on="cuda"
+    )  # and so is interpreted Triton
     return backends | {name: Kernel(f"{folder}.{name}") for name in ("chunked", "reference")}
 
 

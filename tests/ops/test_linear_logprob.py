@@ -670,3 +670,45 @@ def test_native_bits_depend_neither_on_threads_nor_on_the_other_rows(native_isa)
     alone = with_threads(1, lambda: run(slice(40, 47)))
     for among_others, by_itself in zip(whole[:3], alone[:3], strict=True):
         assert torch.equal(among_others[40:47], by_itself)
+
+
+# Triton without a gradient: one kernel multiplies and keeps statistics of parts of the vocabulary.
+
+
+def without_gradient(inputs: Inputs, backend: str, **options):
+    with torch.no_grad():
+        return fused(inputs, entropy=True, backend=backend, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_statistics_inside_the_matmul_equal_those_of_stored_logits(monkeypatch, option, dtype):
+    triton_impl = pytest.importorskip("fastrl.kernels.linear_logprob.triton_impl")
+    monkeypatch.setattr(triton_impl, "PARTS", 2)  # of two tiles or more each
+    options = OPTIONS[option](140)
+    inputs = gaussian(140, 70, 300, ignored="ignore_index" not in options).leaves(dtype=dtype)
+    inputs.targets[2] = 0
+    inputs.hidden[inputs.targets == options.get("ignore_index", IGNORE)] = math.nan
+    for got, want in zip(*(without_gradient(inputs, name, **options) for name in ("triton", "chunked")), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_inside_the_matmul_pass_over_masked_and_report_broken_vocabulary():
+    inputs = gaussian(5, 16, 300, ignored=False).leaves(dtype=torch.bfloat16)
+    inputs.bias[:256] = -math.inf  # whole tiles and whole parts
+    inputs.targets[:] = torch.tensor([256, 299, 280, 3, 270])
+    inputs.hidden[4] = math.nan
+    results = [without_gradient(inputs, name) for name in ("triton", "chunked")]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert results[0].logps[3] == -math.inf
+    assert results[0].logps[4].isnan()
+    assert results[0].entropy[:4].isfinite().all()
+
+
+def test_statistics_inside_the_matmul_depend_on_no_other_row():
+    inputs = gaussian(140, 40, 300).leaves(dtype=torch.bfloat16)
+    whole = without_gradient(inputs, "triton")
+    part = Inputs(inputs.hidden[97:105], inputs.weight, inputs.targets[97:105], inputs.bias)
+    for among_others, alone in zip(whole, without_gradient(part, "triton"), strict=True):
+        assert torch.equal(among_others[97:105], alone)

@@ -355,6 +355,19 @@ def test_neither_threads_nor_other_rows_change_a_bit_of_a_row(native_isa, dtype)
             torch.testing.assert_close(got, want[part], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_other_rows_change_no_bit_of_a_row(dtype):
+    logits, targets = random_case(6, LONG_ROW, dtype=dtype)
+    logits[3] = math.nan
+    grads = torch.randn(2, 6)
+    whole = values_and_gradient(logits, targets, grads, backend="triton")
+    for i in range(6):
+        part = slice(i, i + 1)
+        alone = values_and_gradient(logits[part], targets[part], grads[:, part], backend="triton")
+        for want, got in zip(whole, alone, strict=True):
+            torch.testing.assert_close(got, want[part], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_sixteen_bit_gradient_is_the_float32_one_rounded_once(native_isa, dtype):
     """From subnormal to infinite, NaN included."""

@@ -1,8 +1,13 @@
-"""`linear_logprob` in plain torch with bounded memory: rows in chunks, ignored and zero-gradient rows left out."""
+"""`linear_logprob` with bounded memory: rows in chunks, ignored and zero-gradient rows left out.
+
+The matmuls are torch's. What lies between them is a `Chunk`: here in plain torch, in `triton_impl` as kernels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +24,7 @@ from fastrl.kernels.softmax_row import (
 )
 
 CHUNK_BYTES = 64 << 20  # of logits in the accumulation dtype; the workspace is a small multiple of it
+GPU_CHUNKS = 24  # such chunks at a time on a GPU, where each passes over the weight's whole gradient in slow memory
 VOCABULARY_TILE = 8192  # rows of a 16-bit weight that are widened at a time where no mixed-precision matmul exists
 
 _MIXED_MATMUL = hasattr(torch.ops.aten.mm, "dtype")  # mm(16-bit, 16-bit) -> float32, CUDA, torch 2.8 and newer
@@ -26,7 +32,7 @@ _MIXED_MATMUL = hasattr(torch.ops.aten.mm, "dtype")  # mm(16-bit, 16-bit) -> flo
 
 def row_chunks(rows: torch.Tensor, vocabulary: int, itemsize: int) -> Iterator[torch.Tensor]:
     """Splits row indices into equal chunks whose logits fit `CHUNK_BYTES`."""
-    most = max(1, CHUNK_BYTES // (vocabulary * itemsize))
+    most = max(1, CHUNK_BYTES * (GPU_CHUNKS if rows.is_cuda else 1) // (vocabulary * itemsize))
     pieces = -(-len(rows) // most)
     return iter(torch.tensor_split(rows, pieces)) if pieces else iter(())
 
@@ -38,10 +44,11 @@ class Head:
     is widened tile by tile where the device has no mixed-precision matmul, so no float32 copy of it ever exists.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, main_grad: torch.Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: torch.Tensor, main_grad: torch.Tensor | None = None) -> None:
+        self.weight = weight
         self.dtype = accumulate_dtype(weight.dtype)
         self.mixed = _MIXED_MATMUL and weight.is_cuda and weight.dtype != self.dtype
+        self.dz_dtype = weight.dtype if self.mixed else self.dtype  # in which the last two products read dz
         self.grad_weight = main_grad
         self.grad_bias: torch.Tensor | None = None
 
@@ -53,15 +60,14 @@ class Head:
             yield tile, self.weight[tile].to(self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (n, H) -> raw logits (n, V)."""
+        """hidden (n, H) -> hidden W^T (n, V), without the bias."""
         if self.mixed:
-            z = torch.mm(hidden, self.weight.T, out_dtype=self.dtype)
-        else:
-            h = hidden.to(self.dtype)
-            z = h.new_empty(len(h), self.weight.shape[0])
-            for tile, weight in self._tiles():
-                torch.mm(h, weight.T, out=z[:, tile])
-        return z if self.bias is None else z.add_(self.bias)
+            return torch.mm(hidden, self.weight.T, out_dtype=self.dtype)
+        h = hidden.to(self.dtype)
+        z = h.new_empty(len(h), self.weight.shape[0])
+        for tile, weight in self._tiles():
+            torch.mm(h, weight.T, out=z[:, tile])
+        return z
 
     def grad_hidden(self, dz: torch.Tensor) -> torch.Tensor:
         """d raw logits (n, V) -> d hidden (n, H)."""
@@ -82,7 +88,7 @@ class Head:
 
     def accumulate_bias(self, dz: torch.Tensor) -> None:
         """grad_bias += sum of dz over rows."""
-        total = dz.sum(0)
+        total = dz.sum(0, dtype=self.dtype)
         self.grad_bias = total if self.grad_bias is None else self.grad_bias.add_(total)
 
     def gradients(self, needs_weight: bool, needs_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +110,83 @@ def at_rows(temperature: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -
     return (temperature if temperature.numel() == 1 else temperature[rows]).to(dtype)
 
 
-def forward(
+class Statistics(NamedTuple):
+    """What is known of each row of logits once it was read."""
+
+    logps: torch.Tensor  # (n,)
+    lse: torch.Tensor  # (2, n): the largest logit, and the logarithm of what is left
+    entropy: torch.Tensor | None  # (n,)
+
+    def at(self, rows: torch.Tensor) -> Statistics:
+        """The statistics of some rows."""
+        return Statistics(self.logps[rows], self.lse[:, rows], None if self.entropy is None else self.entropy[rows])
+
+
+class Chunk:
+    """Between the matmuls, for some rows: from logits to their statistics, and from these to the logits' gradient.
+
+    `read`, `reread` or `recall` comes first; the buffer given to it may be overwritten by the last `gradient`.
+    """
+
+    def __init__(
+        self,
+        targets: torch.Tensor,
+        temperature: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float,
+        logit_scale: float,
+    ) -> None:
+        """Args: targets (n,) safe to read with, temperature (1,) or (n,) in the accumulation dtype, bias (V,)."""
+        self.targets, self.temperature, self.bias = targets, temperature, bias
+        self.softcap, self.logit_scale = softcap, logit_scale
+        self.slope: torch.Tensor | None = None
+
+    def read(self, logits: torch.Tensor, entropy: bool) -> Statistics:
+        """Statistics of hidden W^T (n, V)."""
+        self.p = logits if self.bias is None else logits.add_(self.bias)
+        self.slope = finish_logits_(self.p, self.temperature, self.softcap, self.logit_scale)
+        return Statistics(*softmax_(self.p, self.targets), entropy_of(self.p) if entropy else None)
+
+    def reread(self, logits: torch.Tensor) -> None:
+        """hidden W^T once more, where the statistics are already known."""
+        self.read(logits, entropy=False)
+
+    def keep(self, known: Statistics, saved: torch.Tensor, rows: torch.Tensor) -> None:
+        """Writes the probabilities to those rows of `saved` (N, V)."""
+        saved[rows] = self.p.to(saved.dtype)
+
+    def recall(self, saved: torch.Tensor, rows: torch.Tensor) -> None:
+        """Takes the probabilities that `keep` wrote."""
+        self.p = saved[rows].to(self.temperature.dtype)
+
+    def gradient(
+        self,
+        known: Statistics,
+        grad_logps: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+        dtype: torch.dtype,
+        *,
+        rows: torch.Tensor | None = None,
+        last: bool = True,
+    ) -> torch.Tensor:
+        """d hidden W^T (n, V), in `dtype`.
+
+        `rows`: those of the chunk to which the statistics and gradients given here belong, None for all of them.
+        `last`: the logits are not needed again.
+        """
+        p, slope, y, t = self.p, self.slope, self.targets, self.temperature
+        if rows is not None:
+            p, slope, y, t = p[rows], None if slope is None else slope[rows], y[rows], at_rows(t, rows, t.dtype)
+        elif not last:
+            p = p.clone()
+        if slope is None:
+            slope = slope_from_probs(p, y, known.logps, known.lse, t, self.softcap)
+        dz = grad_logits_(p, y, known.logps, grad_logps, known.entropy, grad_entropy)
+        return unfinish_grad_(dz, slope, t, self.logit_scale).to(dtype)
+
+
+def forward_in_chunks(
+    make: type[Chunk],
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -118,7 +200,7 @@ def forward(
     save: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.forward`, in chunks of rows."""
-    head = Head(weight, bias)
+    head = Head(weight)
     count, vocabulary = len(targets), weight.shape[0]
     logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(2, count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
@@ -131,28 +213,26 @@ def forward(
         saved_entropy = torch.zeros_like(saved) if entropy else saved_entropy
     safe, poisoned = check_targets(targets, vocabulary, ignore_index)
     for rows in row_chunks((targets != ignore_index).nonzero().squeeze(-1), vocabulary, logps.element_size()):
-        y, t = safe[rows], at_rows(temperature, rows, head.dtype)
-        p = head.logits(hidden[rows])
-        slope = finish_logits_(p, t, softcap, logit_scale)
-        chunk_logps, lse[:, rows] = softmax_(p, y)
+        chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
+        known = chunk.read(head.logits(hidden[rows]), entropy)
         if poisoned is not None:
-            chunk_logps.masked_fill_(poisoned[rows], float("nan"))
-        logps[rows] = chunk_logps
+            known.logps.masked_fill_(poisoned[rows], float("nan"))
+        logps[rows], lse[:, rows] = known.logps, known.lse
         if entropy:
-            entropies[rows] = chunk_entropy = entropy_of(p)
+            entropies[rows] = known.entropy
         if save == "keep":
-            saved[rows] = p.to(saved.dtype)
+            chunk.keep(known, saved, rows)
         elif save == "frozen":
-            one = torch.ones_like(chunk_logps)
+            one = torch.ones_like(known.logps)
             if entropy:
-                dz = grad_logits_(p.clone(), y, chunk_logps, torch.zeros_like(one), chunk_entropy, one)
-                saved_entropy[rows] = head.grad_hidden(unfinish_grad_(dz, slope, t, logit_scale)).to(hidden.dtype)
-            dz = unfinish_grad_(grad_logits_(p, y, chunk_logps, one), slope, t, logit_scale)
-            saved[rows] = head.grad_hidden(dz).to(hidden.dtype)
+                dz = chunk.gradient(known, torch.zeros_like(one), one, head.dz_dtype, last=False)
+                saved_entropy[rows] = head.grad_hidden(dz).to(hidden.dtype)
+            saved[rows] = head.grad_hidden(chunk.gradient(known, one, None, head.dz_dtype)).to(hidden.dtype)
     return logps, entropies, lse, saved, saved_entropy
 
 
-def backward(
+def backward_in_chunks(
+    make: type[Chunk],
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor | None,
     hidden: torch.Tensor,
@@ -176,26 +256,23 @@ def backward(
     rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing."""
-    head = Head(weight, bias)
+    head = Head(weight)
     if save == "frozen":
         return scale_rows(saved, grad_logps, saved_entropy, grad_entropy), *head.gradients(False, False)
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     active &= targets != ignore_index
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
     safe, _ = check_targets(targets, weight.shape[0], ignore_index)
+    known = Statistics(logps, lse, None if grad_entropy is None else entropy)
     for rows in row_chunks(active.nonzero().squeeze(-1), weight.shape[0], logps.element_size()):
-        y, t, h = safe[rows], at_rows(temperature, rows, head.dtype), hidden[rows]
+        chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
+        h = hidden[rows]
         if save == "keep":
-            p = saved[rows].to(head.dtype)
-            slope = slope_from_probs(p, y, logps[rows], lse[:, rows], t, softcap)
+            chunk.recall(saved, rows)
         else:
-            p = head.logits(h)
-            slope = finish_logits_(p, t, softcap, logit_scale)
-            softmax_(p, y)
+            chunk.reread(head.logits(h))
         upstream_entropy = None if grad_entropy is None else grad_entropy[rows]
-        row_entropy = None if grad_entropy is None else entropy[rows]
-        dz = grad_logits_(p, y, logps[rows], grad_logps[rows], row_entropy, upstream_entropy)
-        unfinish_grad_(dz, slope, t, logit_scale)
+        dz = chunk.gradient(known.at(rows), grad_logps[rows], upstream_entropy, head.dz_dtype)
         if needs_hidden:
             grad_hidden[rows] = head.grad_hidden(dz)
         if needs_weight:
@@ -203,3 +280,7 @@ def backward(
         if needs_bias:
             head.accumulate_bias(dz)
     return grad_hidden, *head.gradients(needs_weight, needs_bias)
+
+
+forward = partial(forward_in_chunks, Chunk)
+backward = partial(backward_in_chunks, Chunk)

@@ -6,24 +6,22 @@ rows whose gradient is not zero.
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
+
 import torch
 
-from fastrl.kernels.linear_logprob.chunked import Head, at_rows, row_chunks
+from fastrl.kernels.linear_logprob.chunked import Chunk, Head, at_rows, row_chunks
 from fastrl.kernels.linear_policy_loss.reference import silent_rows
 from fastrl.kernels.policy_loss import METRICS, merge_metrics
 from fastrl.kernels.policy_loss import reference as policy_loss
-from fastrl.kernels.softmax_row import (
-    check_targets,
-    entropy_of,
-    finish_logits_,
-    grad_logits_,
-    softmax_,
-    unfinish_grad_,
-)
+from fastrl.kernels.softmax_row import check_targets
 from fastrl.spec import PolicyLoss
 
 
-def forward(
+def forward_in_chunks(
+    make: type[Chunk],
+    token_loss: ModuleType,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -47,8 +45,8 @@ def forward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """As `reference.forward`."""
-    head = Head(weight, bias, main_grad)
+    """As `reference.forward`; `token_loss` is a backend of `policy_loss`."""
+    head = Head(weight, main_grad)
     count, vocabulary = len(targets), weight.shape[0]
     logps = hidden.new_zeros(count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
@@ -61,19 +59,16 @@ def forward(
         live &= ~silent_rows(advantages, weights, spec)
     safe, poisoned = check_targets(targets.masked_fill(~live, ignore_index), vocabulary, ignore_index)
     for rows in row_chunks(live.nonzero().squeeze(-1), vocabulary, logps.element_size()):
-        y, t = safe[rows], at_rows(temperature, rows, head.dtype)
-        p = head.logits(hidden[rows])
-        slope = finish_logits_(p, t, softcap, logit_scale)
-        chunk_logps, _ = softmax_(p, y)
+        chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
+        known = chunk.read(head.logits(hidden[rows]), entropy)
         if poisoned is not None:
-            chunk_logps.masked_fill_(poisoned[rows], float("nan"))
-        logps[rows] = chunk_logps
-        chunk_entropy = entropy_of(p) if entropy else None
-        if chunk_entropy is not None:
-            entropies[rows] = chunk_entropy
+            known.logps.masked_fill_(poisoned[rows], float("nan"))
+        logps[rows] = known.logps
+        if entropy:
+            entropies[rows] = known.entropy
         context = (None if x is None else x[rows] for x in (old_logps, ref_logps, sampling_logps))
-        chunk_loss, dlogps, dentropy, chunk_metrics = policy_loss.forward(
-            chunk_logps, advantages[rows], weights[rows], live[rows], *context, chunk_entropy, None, 0, spec
+        chunk_loss, dlogps, dentropy, chunk_metrics = token_loss.forward(
+            known.logps, advantages[rows], weights[rows], live[rows], *context, known.entropy, None, 0, spec
         )
         loss += chunk_loss
         metrics = merge_metrics(metrics, chunk_metrics)
@@ -81,14 +76,13 @@ def forward(
             continue
 
         active = (dlogps != 0) | (dentropy != 0) if spec.needs_entropy else dlogps != 0
-        keep = active.nonzero().squeeze(-1)
-        if len(keep) == 0:
+        within = active.nonzero().squeeze(-1)
+        if len(within) == 0:
             continue
-        if len(keep) < len(rows):
-            rows, y, p, chunk_logps, dlogps = rows[keep], y[keep], p[keep], chunk_logps[keep], dlogps[keep]
-            t, slope = at_rows(t, keep, head.dtype), None if slope is None else slope[keep]
-        entropy_pair = (chunk_entropy[active], dentropy[active]) if spec.needs_entropy else (None, None)
-        dz = unfinish_grad_(grad_logits_(p, y, chunk_logps, dlogps, *entropy_pair), slope, t, logit_scale)
+        some = within if len(within) < len(rows) else None
+        if some is not None:
+            rows, known, dlogps, dentropy = rows[some], known.at(some), dlogps[some], dentropy[some]
+        dz = chunk.gradient(known, dlogps, dentropy if spec.needs_entropy else None, head.dz_dtype, rows=some)
         if needs_hidden:
             grad_hidden[rows] = head.grad_hidden(dz)
         if needs_weight:
@@ -97,3 +91,6 @@ def forward(
             head.accumulate_bias(dz)
     gradients = head.gradients(needs_weight and main_grad is None, needs_bias)
     return loss, logps, entropies, grad_hidden, *gradients, metrics
+
+
+forward = partial(forward_in_chunks, Chunk, policy_loss)

@@ -1,0 +1,397 @@
+"""`linear_logprob` with torch's matmuls and kernels between them; without a gradient and at small hidden sizes one
+kernel multiplies and keeps statistics, so that no logit is ever stored."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastrl.kernels.linear_logprob import chunked
+from fastrl.kernels.linear_logprob.chunked import Statistics, at_rows, backward_in_chunks, forward_in_chunks
+from fastrl.kernels.softmax_row import NO_SOFTCAP, check_targets
+from fastrl.kernels.softmax_row_triton import (
+    INTERPRETED,
+    OPTIONS,
+    below,
+    build,
+    cap,
+    divide,
+    flags,
+    gradient_kernel,
+    lowest,
+    over,
+    probabilities_kernel,
+    statistics_kernel,
+)
+from fastrl.kernels.triton_jit import Build, launch
+
+NOT_A_TARGET = -1  # the rows of a chunk are chosen beforehand: none of them is ignored
+FUSED_HIDDEN = 2048  # up to this size the logits' way to memory and back weighs more than the library's faster matmul
+PARTS = 32  # of the vocabulary: work for a whole GPU also where there are few rows, whose number it must not depend on
+TILE = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 64}
+CAPPED_TILE = TILE | {"BLOCK_V": 64}  # tanh takes the registers of the other columns
+MERGED_ROWS = 256
+MATMUL_OPTIONS = OPTIONS | {"num_stages": 3}
+
+
+class Chunk(chunked.Chunk):
+    """As `chunked.Chunk`, with raw logits in memory: bias, scale, softcap and temperature are applied as they are read.
+
+    Logits are read once for their statistics and once for their gradient, which is written once, in its own dtype.
+    """
+
+    def read(self, logits: torch.Tensor, entropy: bool) -> Statistics:
+        """Statistics of hidden W^T (n, V)."""
+        self.reread(logits)
+        lse = logits.new_empty(2, len(logits))
+        logps, h = (logits.new_empty(len(logits)) for _ in range(2))
+        launch(
+            statistics_kernel,
+            len(logits),
+            logits,
+            logits_ptr=logits,
+            stride=logits.stride(0),
+            targets_ptr=self.targets,
+            logps_ptr=logps,
+            lse_ptr=lse,
+            entropy_ptr=h if entropy else None,
+            ignore_index=NOT_A_TARGET,
+            **self._finish(self.temperature),
+        )
+        return Statistics(logps, lse, h if entropy else None)
+
+    def reread(self, logits: torch.Tensor) -> None:
+        """hidden W^T once more, where the statistics are already known."""
+        self.source, self.source_rows, self.vocabulary = logits, None, logits.shape[1]
+
+    def keep(self, known: Statistics, saved: torch.Tensor, rows: torch.Tensor) -> None:
+        """Writes the probabilities to those rows of `saved` (N, V)."""
+        launch(
+            probabilities_kernel,
+            len(rows),
+            saved,
+            logits_ptr=self.source,
+            rows_ptr=rows,
+            lse_ptr=known.lse,
+            out_ptr=saved,
+            **self._finish(self.temperature),
+        )
+
+    def recall(self, saved: torch.Tensor, rows: torch.Tensor) -> None:
+        """Takes the probabilities that `keep` wrote."""
+        self.source, self.source_rows, self.vocabulary = saved, rows, saved.shape[1]
+
+    def gradient(
+        self,
+        known: Statistics,
+        grad_logps: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+        dtype: torch.dtype,
+        *,
+        rows: torch.Tensor | None = None,
+        last: bool = True,
+    ) -> torch.Tensor:
+        """d hidden W^T (n, V), in `dtype`."""
+        kept = self.source_rows is not None
+        targets, temperature = self.targets, self.temperature
+        if rows is not None:
+            targets, temperature = targets[rows], at_rows(temperature, rows, temperature.dtype)
+        in_place = last and not kept and rows is None and dtype == self.source.dtype
+        out = self.source if in_place else self.source.new_empty(len(grad_logps), self.vocabulary, dtype=dtype)
+        launch(
+            gradient_kernel,
+            len(grad_logps),
+            out,
+            logits_ptr=self.source,
+            stride=self.source.stride(0),
+            rows_ptr=self.source_rows if kept else rows,
+            targets_ptr=targets,
+            logps_ptr=known.logps,
+            lse_ptr=known.lse,
+            entropy_ptr=known.entropy,
+            grad_logps_ptr=grad_logps,
+            grad_entropy_ptr=grad_entropy,
+            out_ptr=out,
+            ignore_index=NOT_A_TARGET,
+            KEPT=kept,
+            **self._finish(temperature),
+        )
+        return out
+
+    def _finish(self, temperature: torch.Tensor) -> dict[str, Any]:
+        """The arguments that finish a logit."""
+        return {
+            "bias_ptr": None if self.bias is None else self.bias.contiguous(),
+            "temperature_ptr": temperature,
+            "V": self.vocabulary,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            **flags(temperature, self.softcap, self.vocabulary),
+        }
+
+
+# The first matmul and the statistics in one kernel.
+
+
+@triton.jit(do_not_specialize=["n"])
+def part_kernel(
+    hidden_ptr: tl.tensor,  # (N, H)
+    hidden_stride: tl.int64,
+    weight_ptr: tl.tensor,  # (V, H)
+    weight_stride: tl.int64,
+    rows_ptr: tl.tensor,  # (n,) of hidden, targets and temperature
+    bias_ptr: tl.tensor,  # (V,) or None
+    targets_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    parts_ptr: tl.tensor,  # (4, parts, n): largest logit, the two sums relative to it, the target's logit or 0
+    n: tl.int32,
+    V: tl.int32,
+    H: tl.int32,
+    part_columns: tl.int32,
+    softcap: tl.float64,
+    logit_scale: tl.float64,
+    HAS_SOFTCAP: tl.constexpr,
+    PER_ROW_TEMPERATURE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> None:
+    """Statistics of hidden W^T over one part of the vocabulary. Neighbouring programs share the part of the weight."""
+    ACC: tl.constexpr = temperature_ptr.dtype.element_ty
+    softcap_, scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
+    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    row = tl.load(rows_ptr + at, mask=at < n, other=0)  # int64
+    target = tl.load(targets_ptr + row)
+    temperature = tl.load(temperature_ptr + row if PER_ROW_TEMPERATURE else temperature_ptr)
+    hidden_at = hidden_ptr + row[:, None] * hidden_stride
+    top = tl.full((BLOCK_N,), 0, ACC) + lowest(ACC)
+    total = tl.full((BLOCK_N,), 0, ACC)
+    moment = tl.full((BLOCK_N,), 0, ACC)
+    at_target = tl.full((BLOCK_N,), 0, ACC)
+    for start in range(part * part_columns, tl.minimum((part + 1) * part_columns, V), BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        weight_at = weight_ptr + cols[None, :].to(tl.int64) * weight_stride
+        z = tl.full((BLOCK_N, BLOCK_V), 0, ACC)
+        for k in range(0, H, BLOCK_H):
+            ks = k + tl.arange(0, BLOCK_H)
+            h = tl.load(hidden_at + ks[None, :], mask=ks[None, :] < H, other=0)
+            w = tl.load(weight_at + ks[:, None], mask=(ks[:, None] < H) & (cols[None, :] < V), other=0)
+            if INTERPRETED:  # the interpreter multiplies the bits of a bfloat16 as an integer; the product is the same
+                h = h.to(ACC)
+                w = w.to(ACC)
+            z = tl.dot(h, w, z, input_precision="ieee")
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + cols, mask=cols < V, other=0).to(ACC)[None, :]
+        z, _ = cap(z, softcap_, scale, HAS_SOFTCAP)
+        z = divide(z, temperature[:, None]) if PER_ROW_TEMPERATURE else over(z, temperature)
+        at_target += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0), 1)
+        z = tl.where(cols[None, :] < V, z, float("-inf"))
+        higher = tl.maximum(top, tl.max(z, 1))
+        total, moment = below(top, total, moment, higher)
+        top = higher
+        shifted = z - top[:, None]
+        e = tl.exp(shifted)
+        total += tl.sum(e, 1)
+        moment += tl.sum(tl.where(e == 0, 0, e * shifted), 1)
+    to_ptr = parts_ptr + part.to(tl.int64) * n + at
+    step = tl.num_programs(1).to(tl.int64) * n
+    tl.store(to_ptr, top, mask=at < n)
+    tl.store(to_ptr + step, total, mask=at < n)
+    tl.store(to_ptr + 2 * step, moment, mask=at < n)
+    tl.store(to_ptr + 3 * step, at_target, mask=at < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def merge_kernel(
+    parts_ptr: tl.tensor,  # (4, parts, n)
+    rows_ptr: tl.tensor,  # (n,)
+    logps_ptr: tl.tensor,  # (N,)
+    lse_ptr: tl.tensor,  # (2, N)
+    entropy_ptr: tl.tensor,  # (N,) or None
+    n: tl.int32,
+    lse_stride: tl.int64,
+    parts: tl.int32,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Merges the parts in their order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    ACC: tl.constexpr = parts_ptr.dtype.element_ty
+    step = parts.to(tl.int64) * n
+    top = tl.full((BLOCK,), 0, ACC) + lowest(ACC)
+    total = tl.full((BLOCK,), 0, ACC)
+    moment = tl.full((BLOCK,), 0, ACC)
+    at_target = tl.full((BLOCK,), 0, ACC)
+    for part in range(0, parts):
+        from_ptr = parts_ptr + tl.cast(part, tl.int64) * n + at
+        other_top = tl.load(from_ptr, mask=inside, other=0)
+        other_total = tl.load(from_ptr + step, mask=inside, other=1)
+        other_moment = tl.load(from_ptr + 2 * step, mask=inside, other=0)
+        at_target += tl.load(from_ptr + 3 * step, mask=inside, other=0)
+        higher = tl.maximum(top, other_top)
+        total, moment = below(top, total, moment, higher)
+        other_total, other_moment = below(other_top, other_total, other_moment, higher)
+        total += other_total
+        moment += other_moment
+        top = higher
+    log_total = tl.log(total)
+    row = tl.load(rows_ptr + at, mask=inside, other=0)
+    tl.store(logps_ptr + row, (at_target - top) - log_total, mask=inside)
+    tl.store(lse_ptr + row, top, mask=inside)
+    tl.store(lse_ptr + lse_stride + row, log_total, mask=inside)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, log_total - divide(moment, total), mask=inside)
+
+
+def forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    *,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    entropy: bool,
+    save: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `reference.forward`."""
+    options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index, "entropy": entropy}
+    # Wider values would go to units that multiply no faster than the library uses them.
+    if save != "none" or hidden.element_size() > 2 or hidden.shape[1] > FUSED_HIDDEN:
+        return forward_in_chunks(Chunk, hidden, weight, targets, bias, temperature, **options, save=save)
+    nothing = (hidden.new_empty(0) for _ in range(2))
+    return *_fused(hidden, weight, targets, bias, temperature, **options), *nothing
+
+
+def _fused(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: torch.Tensor,
+    *,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logps, entropy, lse) without logits."""
+    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
+    temperature = temperature.contiguous()
+    count, vocabulary = len(targets), weight.shape[0]
+    logps, lse = temperature.new_zeros(count), temperature.new_zeros(2, count)
+    entropies = temperature.new_zeros(count if entropy else 0)
+    safe, poisoned = check_targets(targets, vocabulary, ignore_index)
+    rows = (targets != ignore_index).nonzero().squeeze(-1)
+    tile = TILE if softcap == NO_SOFTCAP else CAPPED_TILE
+    tiles = -(-vocabulary // tile["BLOCK_V"])
+    part_tiles = -(-tiles // PARTS)
+    parts = temperature.new_empty(4, -(-tiles // part_tiles), len(rows))
+    launch(
+        part_kernel,
+        (-(-len(rows) // tile["BLOCK_N"]), parts.shape[1]),
+        hidden,
+        hidden_ptr=hidden,
+        hidden_stride=hidden.stride(0),
+        weight_ptr=weight,
+        weight_stride=weight.stride(0),
+        rows_ptr=rows,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        targets_ptr=safe.contiguous(),
+        temperature_ptr=temperature,
+        parts_ptr=parts,
+        n=len(rows),
+        V=vocabulary,
+        H=hidden.shape[1],
+        part_columns=part_tiles * tile["BLOCK_V"],
+        softcap=softcap,
+        logit_scale=logit_scale,
+        HAS_SOFTCAP=softcap != NO_SOFTCAP,
+        PER_ROW_TEMPERATURE=temperature.numel() > 1,
+        **tile,
+        **MATMUL_OPTIONS,
+    )
+    launch(
+        merge_kernel,
+        -(-len(rows) // MERGED_ROWS),
+        hidden,
+        parts_ptr=parts,
+        rows_ptr=rows,
+        logps_ptr=logps,
+        lse_ptr=lse,
+        entropy_ptr=entropies if entropy else None,
+        n=len(rows),
+        lse_stride=count,
+        parts=parts.shape[1],
+        BLOCK=MERGED_ROWS,
+        **OPTIONS,
+    )
+    return logps if poisoned is None else logps.masked_fill_(poisoned, float("nan")), entropies, lse
+
+
+backward = partial(backward_in_chunks, Chunk)
+
+
+def _builds(head: str) -> list[Build]:
+    """What heads of one dtype use, at its fullest."""
+    real = "fp64" if head == "fp64" else "fp32"
+    row = {"targets": "i64", "temperature": real, "bias": head}
+    logits, known = {"logits": real, **row}, dict.fromkeys(("logps", "lse", "entropy"), real)
+    upstream = dict.fromkeys(("grad_logps", "grad_entropy"), real)
+    capped = {"HAS_SOFTCAP": True, "PER_ROW_TEMPERATURE": True}
+    saved = {**logits, "logits": head, "rows": "i64"}
+    kept = {**logits, "rows": "i64", "lse": real, "out": head}
+    del kept["targets"]
+    return [
+        build(f"linear_logprob statistics {head}", statistics_kernel, logits | known, **capped),
+        build(f"linear_logprob gradient {head}", gradient_kernel, logits | known | upstream | {"out": head}, **capped),
+        build(
+            f"linear_logprob gradient of kept {head}",
+            gradient_kernel,
+            saved | known | upstream | {"out": head},
+            KEPT=True,
+            **capped,
+        ),
+        build(f"linear_logprob probabilities {head}", probabilities_kernel, kept, **capped),
+    ]
+
+
+def _fused_builds(head: str) -> list[Build]:
+    inputs = {"hidden": head, "weight": head, "rows": "i64", "targets": "i64", "temperature": "fp32", "parts": "fp32"}
+    options = {"options": MATMUL_OPTIONS, "PER_ROW_TEMPERATURE": True}
+    capped = inputs | {"bias": head}
+    return [
+        build(f"linear_logprob fused {head}", part_kernel, inputs, **TILE, options=MATMUL_OPTIONS),
+        build(f"linear_logprob fused {head}, bias", part_kernel, capped, **TILE, **options),
+        build(f"linear_logprob fused {head}, softcap", part_kernel, capped, HAS_SOFTCAP=True, **CAPPED_TILE, **options),
+    ]
+
+
+BUILDS = [build for head in ("bf16", "fp16", "fp32", "fp64") for build in _builds(head)]
+BUILDS += [
+    build(
+        f"linear_logprob {name} bf16, no options",
+        kernel,
+        {"logits": "fp32", "targets": "i64", "temperature": "fp32", "logps": "fp32", "lse": "fp32"} | more,
+    )
+    for name, kernel, more in (
+        ("statistics", statistics_kernel, {}),
+        ("gradient", gradient_kernel, {"grad_logps": "fp32", "out": "bf16"}),
+    )
+]
+BUILDS += _fused_builds("bf16") + _fused_builds("fp16")
+BUILDS += [
+    build(
+        "linear_logprob merge",
+        merge_kernel,
+        {"parts": "fp32", "rows": "i64", "logps": "fp32", "lse": "fp32", "entropy": "fp32"},
+        BLOCK=MERGED_ROWS,
+    )
+]
