@@ -31,7 +31,7 @@ train: $(VENV)/train.stamp
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
 
 test: $(VENV)/dev.stamp lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # In a copy of the tree, so that the build which tests and training use stays as it is. The compiler of torch.compile
 # loads no sanitized library, and the interpreter's own leaks are not ours.
