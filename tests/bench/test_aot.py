@@ -16,7 +16,7 @@ COUNTS = {"registers": 32, "spills": 0, "shared": 1024, "instructions": 500}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-def test_every_kernel_compiles_for_each_architecture_without_spills_and_no_larger_than_recorded():
+def test_every_kernel_compiles_for_each_architecture_within_its_limits_and_no_larger_than_recorded():
     compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.aot", "--check"]
     result = subprocess.run(command, cwd=ROOT, env=compiled, capture_output=True, text=True, timeout=280)
