@@ -42,7 +42,8 @@ sanitize: $(VENV)/dev.stamp
 	cd build/sanitize && FASTRL_EMULATE_TILES=1 FASTRL_EMULATE_CUDA=1 FASTRL_CUDA=0 FASTRL_CXXFLAGS="$(SANITIZE)" \
 	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops -k "(native or cuda) and not opcheck and not compile" $(ARGS)
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -n 2 --dist worksteal tests/ops \
+	  -k "(native or cuda) and not opcheck and not compile" $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

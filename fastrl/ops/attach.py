@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+PIECE = 1 << 19  # elements scaled at a time: their product stays in the cache
+
 
 @torch.library.custom_op("fastrl::attach_gradients", mutates_args=())
 def attach_gradients(
@@ -41,12 +43,28 @@ def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     needs = ctx.needs_input_grad[1:4]
     dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])
-    scaled = (
-        # out= rounds on the way, without a whole product in the accumulation dtype
-        torch.mul(saved, grad, out=torch.empty_like(saved, dtype=dtype)) if needed else None
-        for saved, dtype, needed in zip(ctx.saved_tensors, dtypes, needs, strict=True)
-    )
-    return None, *scaled, None, None, None
+    gradients = zip(ctx.saved_tensors, dtypes, needs, strict=True)
+    wanted = (scaled(saved, grad, dtype) if needed else None for saved, dtype, needed in gradients)
+    return None, *wanted, None, None, None
+
+
+@torch.library.custom_op("fastrl::scaled", mutates_args=())
+def scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient * scale, rounded once to `dtype`.
+
+    A CPU would make the whole product in the accumulation dtype before it rounds: there it goes piece by piece.
+    """
+    out = torch.empty_like(gradient, dtype=dtype)
+    if gradient.is_cuda or dtype == gradient.dtype:
+        return torch.mul(gradient, scale, out=out)
+    for to, piece in zip(out.view(-1).split(PIECE), gradient.view(-1).split(PIECE), strict=True):
+        to.copy_(piece * scale)
+    return out
+
+
+@scaled.register_fake
+def _(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
 
 
 attach_gradients.register_autograd(_backward, setup_context=_setup_context)

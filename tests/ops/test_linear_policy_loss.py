@@ -11,6 +11,7 @@ from tolerance import assert_exact, assert_no_worse
 from fastrl import linear_logprob, linear_policy_loss, policy_loss
 from fastrl.kernels.linear_logprob import chunked
 from fastrl.kernels.policy_loss import METRICS
+from fastrl.ops import attach
 from fastrl.ops import linear_policy_loss as module
 from fastrl.ops.attach import attach_gradients
 from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Reinforce, Sapo
@@ -462,6 +463,18 @@ def test_attach_gradients_passes_opcheck(requires):
     tensors = {"hidden": inputs.hidden, "weight": inputs.weight, "bias": inputs.bias}
     gradients = (torch.randn(t.shape if name in requires else 0) for name, t in tensors.items())
     torch.library.opcheck(attach_gradients, (torch.tensor(1.5), *tensors.values(), *gradients))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_gradient_is_scaled_in_pieces_and_rounded_once(dtype, monkeypatch):
+    monkeypatch.setattr(attach, "PIECE", 7)
+    gradient, scale = torch.randn(5, 9), torch.tensor(1 / 3)
+    assert torch.equal(attach.scaled(gradient, scale, dtype), (gradient * scale).to(dtype))
+    assert attach.scaled(torch.empty(0), scale, dtype).shape == (0,)
+
+
+def test_scaled_passes_opcheck():
+    torch.library.opcheck(attach.scaled, (torch.randn(3, 4), torch.tensor(0.3), torch.bfloat16))
 
 
 @pytest.mark.parametrize("spec", ["masked weights", "sequence ratio"])
