@@ -26,6 +26,7 @@ class PromptSampler:
         self.epoch = 0
         self._drawn = 0  # of this epoch
         self._order = self._shuffled()
+        self._fingerprint = ""  # made when first asked for
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts; an epoch's last and the following epoch's first may share a batch."""
@@ -41,7 +42,7 @@ class PromptSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler is, as JSON can hold it."""
-        return {"seed": self.seed, "epoch": self.epoch, "drawn": self._drawn, "prompts": self._fingerprint()}
+        return {"seed": self.seed, "epoch": self.epoch, "drawn": self._drawn, "prompts": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken.
@@ -50,7 +51,7 @@ class PromptSampler:
             ValueError: the state is of other prompts, whose order would not be continued.
         """
         check.require(
-            state["prompts"] == self._fingerprint(),
+            state["prompts"] == self.fingerprint(),
             "PromptSampler",
             "state",
             "the state of the same prompts in the same order",
@@ -65,8 +66,11 @@ class PromptSampler:
         random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         return order
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            digest.update(repr((prompt.index, prompt.token_ids)).encode())
-        return digest.hexdigest()
+    def fingerprint(self) -> str:
+        """SHA-256 of the prompts and their order."""
+        if not self._fingerprint:
+            digest = hashlib.sha256()
+            for prompt in self.prompts:
+                digest.update(repr((prompt.index, prompt.token_ids)).encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint

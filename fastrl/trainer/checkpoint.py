@@ -1,32 +1,239 @@
-"""Model checkpoints that transformers loads back: safetensors, written aside and renamed."""
+"""Checkpoints on disk: safetensors and JSON, complete or absent, and checked against their hashes before use.
+
+    runs/grpo/checkpoints/
+      latest                      the name of the newest one
+      step_000020/                step_000020_update_2 when stopped inside a rollout batch
+        manifest.json             step, versions, model, recipe; size and SHA-256 of every other file
+        model/                    what transformers loads; an adapter's own folder belongs beside it
+        optimizer.safetensors     see `MasterOptimizer.tensors`
+        rollout.safetensors       the rest of the rollout batch, when stopped inside one
+        state.json                everything else that the next step depends on
+
+What is in them is the business of `resume.py`; this file knows how they are written, found and kept.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import fastrl
+from fastrl.check import sentence
 from fastrl.model.load import quiet_progress
+from fastrl.trainer.files import clear_leftovers, complete_or_absent, remove, replace_text
+
+FORMAT = 1  # of the folder; a checkpoint of another format is not read
+CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
+_NAME = re.compile(r"step_(\d{6,})(?:_update_(\d+))?")
+Contents = Callable[[Path], None]  # writes files into the folder it is given
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was written, and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every file is what was written."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    skipped: tuple[str, ...] = ()  # why newer ones were passed over, one sentence each
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that it belongs to."""
+        return self.folder.parent.parent
+
+    def json(self, name: str) -> Any:
+        """The contents of a JSON file."""
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The contents of a safetensors file, on the CPU."""
+        return load_file(self.folder / name)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Writes model and tokenizer to `folder`, which appears complete or not at all; returns it.
 
-    `AutoModelForCausalLM.from_pretrained(folder)` loads it. An older checkpoint of the same name is replaced.
+    `AutoModelForCausalLM.from_pretrained(folder)` loads it. An older folder of that name is replaced.
     """
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with quiet_progress():
-        model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    for path in aside.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
+    with complete_or_absent(folder) as aside:
+        write_model(model, tokenizer, aside)
     return folder
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes model and tokenizer into `folder`, file by file."""
+    with quiet_progress():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file."""
+    save_file(tensors, path)
+
+
+def write_json(values: Any, path: Path) -> None:
+    """Writes a JSON file; floats come back bit for bit."""
+    path.write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+def name_of(step: int, update: int | None = None) -> str:
+    """The folder of the checkpoint after `step` steps, and after `update` optimizer steps of the next one."""
+    return f"step_{step:06d}" + ("" if update is None else f"_update_{update}")
+
+
+def write_checkpoint(run_dir: Path, name: str, contents: Contents, about: dict[str, Any]) -> Path:
+    """Writes a checkpoint and makes it the latest; until the last moment the one before it is.
+
+    Raises:
+        OSError: it cannot be written, for lack of space perhaps; nothing of it is left, the others are as they were.
+    """
+    parent = run_dir / CHECKPOINTS
+    parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(parent)
+    try:
+        with complete_or_absent(parent / name) as aside:
+            contents(aside)
+            write_json(_sealed(about | {"files": _files(aside)}), aside / MANIFEST)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+    point_to(parent / name)
+    return parent / name
+
+
+def point_to(folder: Path) -> None:
+    """Makes `folder` the latest of its run."""
+    replace_text(folder.parent / LATEST, folder.name + "\n")
+
+
+def keep(run_dir: Path, *, last: int, every: int) -> None:
+    """Deletes the checkpoints before the latest but for the `last` newest and those of each `every`-th step (0: none).
+
+    Those after it are of a future that a resumed run has left, and are replaced as it gets there.
+    """
+    found = _up_to_latest(run_dir / CHECKPOINTS)
+    for folder in found[last:]:
+        step, update = _order(folder)
+        if not (every and step % every == 0 and update < 0):
+            remove(folder)
+
+
+def find(where: Path) -> Checkpoint:
+    """The newest undamaged checkpoint of a run directory, or the very one whose folder is given.
+
+    Raises:
+        ValueError: there is none, or the one given is damaged.
+    """
+    if _NAME.fullmatch(where.name) and where.parent.name == CHECKPOINTS:
+        return Checkpoint(where, _verified(where))
+    skipped: list[str] = []
+    for folder in _up_to_latest(where / CHECKPOINTS):
+        try:
+            return Checkpoint(folder, _verified(folder), tuple(skipped))
+        except Damaged as error:
+            skipped.append(f"{error} Skipped for the one before it.")
+    got = "none that is undamaged: " + " ".join(skipped) if skipped else "none"
+    do = (
+        "Leave resume out to start anew. A run writes checkpoints with save_every, and when Ctrl-C or SIGTERM stops it."
+    )
+    raise ValueError(sentence("resume", str(where), "a run directory with a checkpoint, or a checkpoint", got, do))
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether the run has written any."""
+    return bool(_up_to_latest(run_dir / CHECKPOINTS))
+
+
+def about(**more: Any) -> dict[str, Any]:
+    """The manifest's first fields: format and versions."""
+    versions = {
+        "fastrl": fastrl.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+    return {"format": FORMAT, "versions": versions, **more}
+
+
+def _order(folder: Path) -> tuple[int, int]:
+    """(step, optimizer steps of the next one or -1)."""
+    step, update = _NAME.fullmatch(folder.name).groups()
+    return int(step), -1 if update is None else int(update)
+
+
+def _up_to_latest(parent: Path) -> list[Path]:
+    """Checkpoint folders, newest first, from the one that `latest` names; all of them where it names none of them."""
+    found = [path for path in parent.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    found.sort(key=_order, reverse=True)
+    pointer = parent / LATEST
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    return found[found.index(parent / name) :] if parent / name in found else found
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file below `folder`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a hash of itself."""
+    text = json.dumps(manifest, sort_keys=True)
+    return manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, every file of which has been read and is what was written.
+
+    Raises:
+        Damaged: something is missing, cut off or changed, or would be read from outside the folder.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise Damaged(f"Checkpoint {folder} has no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_bytes())
+        intact = manifest == _sealed({key: value for key, value in manifest.items() if key != "sha256"})
+    except (ValueError, AttributeError):  # not JSON, or no mapping
+        intact = False
+    if not intact:
+        raise Damaged(f"Checkpoint {folder} is damaged: {MANIFEST} is not what was written.")
+    if manifest["format"] != FORMAT:
+        raise Damaged(f"Checkpoint {folder} is of format {manifest['format']}; this fastrl reads {FORMAT}.")
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise Damaged(f"Checkpoint {folder} is damaged: {name} is outside it.")
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["bytes"]:
+            got = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
+            raise Damaged(f"Checkpoint {folder} is damaged: {name} {got}.")
+        if _sha256(path) != expected["sha256"]:
+            raise Damaged(f"Checkpoint {folder} is damaged: {name} is not what was written.")
+    return manifest

@@ -15,6 +15,13 @@ from fastrl.algorithms import ALGORITHMS, GroupPolicyGradient
 from fastrl.check import choice, require
 from fastrl.spec import KL, Clip, Correction, PolicyLoss
 
+# What a resumed run may do otherwise than it began: how long, how often and on what it runs, not what it computes.
+# `model` may have another name, if its weights are the same.
+RESUME_MAY_CHANGE = {
+    "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
+    "device", "backend", "tokens_per_batch", "layout", "gradient_checkpointing", "threads", "max_failure_fraction",
+}  # fmt: skip
+
 
 class ConfigError(ValueError):
     """A recipe or flag that cannot be run, in one sentence."""
@@ -153,7 +160,13 @@ class TrainConfig:
     threads: int = 0
     """CPU threads; 0 keeps torch's choice."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints to resume from; 0 writes one only when Ctrl-C or SIGTERM stops the run."""
+    keep_last: int = 2
+    """Checkpoints that stay; the newest may be damaged."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps stay forever; 0 keeps none."""
+    resume: str = ""
+    """A run directory or one of its checkpoints to go on from; latest takes the run in run_dir that saved last."""
     show_every: int = 10
     """Steps between tables of completions on the screen."""
     max_failure_fraction: float = 0.5
@@ -175,6 +188,7 @@ class TrainConfig:
             "rollout.max_new_tokens": self.rollout.max_new_tokens,
             "optimizer.steps_per_rollout": self.optimizer.steps_per_rollout,
             "eval.samples": self.eval.samples,
+            "keep_last": self.keep_last,
         }
         for name, value in positive.items():
             require(value >= 1, "TrainConfig", name, "at least 1", value)

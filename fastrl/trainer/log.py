@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ import yaml
 from rich.console import Console
 
 from fastrl.trainer.alarms import Alarms
+from fastrl.trainer.files import replace_text, sync
+from fastrl.trainer.records import lines
 from fastrl.trainer.screen import COLUMNS, Column, Screen
 from fastrl.trainer.untrusted import question
 from fastrl.types import Group
 
+FILES = ("metrics", "completions", "evaluations", "evaluation_completions", "warnings")  # .jsonl
 BETWEEN_STEPS = ("eval", "save")  # stages that no step pays for
 
 
@@ -47,7 +51,7 @@ class RunLog:
         evaluation_completions.jsonl        one line a held-out sample
         warnings.jsonl                      one line a warning
 
-    Each line holds `time`, the seconds since the log was made, and is flushed as it is written. `clock` counts seconds.
+    Each line holds `time`, the seconds that the run has taken, and is flushed as it is written. `clock` counts seconds.
     """
 
     def __init__(
@@ -66,15 +70,58 @@ class RunLog:
         self._began = self._mark = clock()
         self._seconds: dict[str, float] = {}
         self._alarms = Alarms()
+        self._evaluated: dict[int, dict[str, float]] = {}
         self._screen = Screen(total_steps, columns, console, clock)
 
     def start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         """Writes config.yaml and env.json, and says on screen what is about to run."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-        (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
-        (self.run_dir / "env.json").write_text(json.dumps(_plain(environment), indent=2) + "\n", encoding="utf-8")
+        replace_text(self.run_dir / "config.yaml", text)
+        replace_text(self.run_dir / "env.json", json.dumps(_plain(environment), indent=2) + "\n")
         self._screen.header(config, environment, self.run_dir)
+
+    def state(self) -> dict[str, Any]:
+        """Where the log is, as JSON can hold it; what was logged until now is on the disk when this returns."""
+        paths = [path for name in FILES if (path := self._path(name)).is_file()]
+        for path in paths:
+            sync(path)
+        now = self._clock()
+        return {
+            "bytes": {path.name: path.stat().st_size for path in paths},
+            "seconds": now - self._began,
+            "seconds_of_step": now - self._mark,
+            "stages": dict(self._seconds),
+        }
+
+    def resume(self, state: dict[str, Any], where_from: str) -> None:
+        """Goes on from where `state` was taken: what was logged after it is cut off, and the clock counts on from it.
+
+        Alarms, rolling means and evaluations are read back from the lines that stay.
+        """
+        short = []
+        for path in map(self._path, FILES):
+            size = state["bytes"].get(path.name, 0)
+            if path.is_file() and path.stat().st_size > size:
+                os.truncate(path, size)
+            elif size and not (path.is_file() and path.stat().st_size == size):
+                short.append(path.name)
+        now = self._clock()
+        self._began, self._mark = now - state["seconds"], now - state["seconds_of_step"]
+        self._seconds = dict(state["stages"])
+        for record in lines(self._path("evaluations")):
+            self._evaluated.setdefault(record["step"], {})[record["name"]] = float(record.get("reward", "nan"))
+        for record in lines(self._path("metrics")):
+            record = {name: float(value) for name, value in record.items()} | {"step": record["step"]}
+            list(self._alarms.check(record["step"], record))  # these warnings were given
+            self._screen.remember(record)
+        self._screen.resumed(where_from)
+        for name in short:
+            self.warn(f"{name} is shorter than it was when the checkpoint was written: lines are missing.")
+
+    def evaluated(self, step: int) -> dict[str, float]:
+        """Evaluation name -> mean reward of the evaluations logged at `step`."""
+        return self._evaluated.get(step, {})
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -96,14 +143,14 @@ class RunLog:
         if "num_tokens" in metrics and step_time > 0:
             record["tokens_per_second"] = metrics["num_tokens"] / step_time
         stages, self._seconds, self._mark = self._seconds, {}, now
-        self._append("metrics.jsonl", record | {f"time/{name}": seconds for name, seconds in stages.items()})
+        self._append("metrics", record | {f"time/{name}": seconds for name, seconds in stages.items()})
         self._screen.step(record, {name: s for name, s in stages.items() if name not in BETWEEN_STEPS})
         for message in self._alarms.check(step, metrics):
             self.warn(message)
 
     def completions(self, step: int, groups: list[Group]) -> None:
         """Every sample of a step to completions.jsonl, and a few of them to the screen every `show_every` steps."""
-        self._append("completions.jsonl", *_samples({"step": step}, groups))
+        self._append("completions", *_samples({"step": step}, groups))
         if self.show_every > 0 and (step == 1 or step % self.show_every == 0):
             self._screen.completions(step, groups)
 
@@ -112,13 +159,14 @@ class RunLog:
         seconds = self._seconds.pop("eval", 0.0)
         self._mark += seconds  # the next step does not pay for it
         now = self._clock() - self._began
-        self._append("evaluations.jsonl", {"step": step, "time": now, "name": name, **result, "seconds": seconds})
-        self._append("evaluation_completions.jsonl", *_samples({"step": step, "name": name}, samples))
+        self._evaluated.setdefault(step, {})[name] = result.get("reward", math.nan)
+        self._append("evaluations", {"step": step, "time": now, "name": name, **result, "seconds": seconds})
+        self._append("evaluation_completions", *_samples({"step": step, "name": name}, samples))
         self._screen.evaluation(step, name, result, seconds)
 
     def warn(self, message: str) -> None:
         """To the screen and to warnings.jsonl."""
-        self._append("warnings.jsonl", {"time": self._clock() - self._began, "message": message})
+        self._append("warnings", {"time": self._clock() - self._began, "message": message})
         self._screen.warn(message)
 
     def close(self, status: str, summary: dict[str, Any]) -> None:
@@ -127,8 +175,11 @@ class RunLog:
 
     def _append(self, name: str, *records: dict[str, Any]) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with (self.run_dir / name).open("a", encoding="utf-8") as handle:
+        with self._path(name).open("a", encoding="utf-8") as handle:
             handle.write("".join(encode(record) + "\n" for record in records))
+
+    def _path(self, name: str) -> Path:
+        return self.run_dir / f"{name}.jsonl"
 
 
 def _samples(about: dict[str, Any], groups: list[Group]) -> Iterator[dict[str, Any]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -19,13 +20,15 @@ from fastrl.data.pack import minibatches
 from fastrl.model.policy import score_old_and_ref
 from fastrl.rewards import RewardFailure
 from fastrl.rollout.collect import collect
-from fastrl.trainer.checkpoint import save_model
+from fastrl.trainer.batch import RolloutBatch
+from fastrl.trainer.checkpoint import has_checkpoint, save_model
 from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.doctor import environment
 from fastrl.trainer.evaluate import evaluate
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.report import write_report
+from fastrl.trainer.resume import how_to, position, reached, restore, resume_log, save
 from fastrl.trainer.setup import Run, prepare
 from fastrl.trainer.step import NonFiniteLoss, optimise
 from fastrl.trainer.summary import step_metrics
@@ -45,55 +48,105 @@ class Outcome:
 def train(config: TrainConfig) -> Outcome:
     """Trains as `config` says and returns how it ended. Nothing is written until model, prompts and rewards are ready.
 
+    With `config.resume` it goes on in that run's directory, and what follows is what would have followed.
+
     Raises:
         ValueError: something in the configuration cannot work; the message says what.
     """
     run = prepare(config)
     directory = run.directory
+    optimizer = MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)
+    done, batch = restore(run, optimizer) if run.resumed else (0, None)
     log = RunLog(directory, total_steps=config.steps, show_every=config.show_every)
-    log.start(asdict(config), environment())
+    log.start(asdict(replace(config, resume="")), environment())
+    if run.resumed:
+        resume_log(run, log, done, batch)
     with _interruptible() as interrupt:
-        before = evaluate(run, log, step=0)
-        status, steps = _steps(run, log, interrupt)
-        after = evaluate(run, log, step=steps) if status == "finished" else {}
+        status, steps = _steps(run, log, optimizer, interrupt, done, batch)
     with log.stage("save"):
         env.return_freed_memory()
         save_model(run.policy.model, run.tokenizer, directory / "model")
+    before, after = log.evaluated(0), log.evaluated(steps) if status == "finished" else {}
     report = write_report(directory)
-    log.close(status, {"before": before, "after": after, "steps": steps, "report": str(report)})
+    again = {"resume": how_to(directory)} if status != "finished" and has_checkpoint(directory) else {}
+    log.close(status, {"before": before, "after": after, "steps": steps, "report": str(report)} | again)
     return Outcome(status, steps, before, after, report)
 
 
-def _steps(run: Run, log: RunLog, interrupt: list[int]) -> tuple[str, int]:
-    """Every step of the run; returns (status, completed steps)."""
+def _steps(
+    run: Run, log: RunLog, optimizer: MasterOptimizer, interrupt: list[int], done: int, batch: RolloutBatch | None
+) -> tuple[str, int]:
+    """Every step after the first `done`, of which `batch` is the next one's when it has begun.
+
+    Returns (status, completed steps).
+    """
     config = run.config
-    optimizer = MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)
-    for step in range(1, config.steps + 1):
+    while True:
+        if not interrupt and _evaluates(config, done) and not log.evaluated(done):
+            evaluate(run, log, step=done)
+        if interrupt:
+            log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after {reached(done, batch)}; saving.")
+            _save(run, log, optimizer, done, batch=batch)
+            return "interrupted", done
+        if done == config.steps:
+            return "finished", done
+        before = position(run)
         try:
-            _step(run, log, optimizer, step)
+            batch = _step(run, log, optimizer, done + 1, interrupt, batch)
         except NonFiniteLoss as error:
             path = error.save(run.directory)
-            log.warn(f"Step {step}: {error}. Nothing was updated; the batch is in {path}.")
-            return "diverged", step - 1
+            log.warn(f"Step {done + 1}: {error}. Nothing was updated; the batch is in {path}.")
+            return "diverged", done
         except FloatingPointError as error:  # the sampler met logits that are not finite
-            log.warn(f"Step {step}: {error}")
-            return "diverged", step - 1
-        except RewardFailure as error:
-            log.warn(f"Step {step}: {error}")
-            return "rewards failed", step - 1
-        if config.save_every and step % config.save_every == 0:
-            with log.stage("save"):
-                save_model(run.policy.model, run.tokenizer, run.directory / "checkpoints" / f"step_{step:06d}")
-        if config.eval.every and step % config.eval.every == 0 and step < config.steps:
-            evaluate(run, log, step=step)
-        if interrupt:
-            log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after step {step}; saving.")
-            return "interrupted", step
-    return "finished", config.steps
+            log.warn(f"Step {done + 1}: {error}")
+            return "diverged", done
+        except RewardFailure as error:  # the weights are those of the step before, and a judge may be repaired
+            log.warn(f"Step {done + 1}: {error}")
+            _save(run, log, optimizer, done, at=before)
+            return "rewards failed", done
+        if batch is None:
+            done += 1
+            if config.save_every and (done % config.save_every == 0 or done == config.steps):
+                _save(run, log, optimizer, done)
 
 
-def _step(run: Run, log: RunLog, optimizer: MasterOptimizer, step: int) -> None:
-    """One rollout batch, from prompts to updated weights."""
+def _evaluates(config: TrainConfig, step: int) -> bool:
+    return step in (0, config.steps) or bool(config.eval.every and step % config.eval.every == 0)
+
+
+def _save(run: Run, log: RunLog, optimizer: MasterOptimizer, step: int, **where: Any) -> None:
+    """A checkpoint after `step` steps; one that cannot be written costs neither the run nor the one before it."""
+    try:
+        with log.stage("save"):
+            env.return_freed_memory()
+            save(run, optimizer, log, step, **where)
+    except OSError as error:
+        log.warn(f"The checkpoint after step {step} could not be written: {error}. Earlier ones are as they were.")
+
+
+def _step(
+    run: Run, log: RunLog, optimizer: MasterOptimizer, step: int, interrupt: list[int], batch: RolloutBatch | None
+) -> RolloutBatch | None:
+    """One rollout batch, from prompts to updated weights, or the rest of one that an interrupt had cut short.
+
+    Returns the batch if it is interrupted between two of its optimizer steps.
+    """
+    batch, temperature = batch or _rollout(run, log, step), run.config.rollout.temperature
+    with log.stage("train"):
+        while batch.parts and not (interrupt and batch.updates):
+            batches, normalizer = batch.parts.pop(0)
+            update = optimise(run.policy, optimizer, run.algorithm, batches, normalizer, temperature=temperature)
+            batch.updates.append(update)
+    if batch.parts:
+        return batch
+    # The sampler runs the very weights that were just updated, so there is nothing to publish.
+    log.step(step, step_metrics(batch.groups, batch.contributing, batch.updates))
+    log.completions(step, batch.groups)
+    return None
+
+
+def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
+    """Completions of the next prompts, scored and packed."""
     config, algorithm, temperature = run.config, run.algorithm, run.config.rollout.temperature
 
     with log.stage("rollout"):
@@ -124,14 +177,7 @@ def _step(run: Run, log: RunLog, optimizer: MasterOptimizer, step: int) -> None:
             for batches, normalizer in parts
             if batches
         ]
-    with log.stage("train"):
-        updates = [
-            optimise(run.policy, optimizer, algorithm, batches, normalizer, temperature=temperature)
-            for batches, normalizer in parts
-        ]
-    # The sampler runs the very weights that were just updated, so there is nothing to publish.
-    log.step(step, step_metrics(groups, contributing, updates))
-    log.completions(step, groups)
+    return RolloutBatch(groups, contributing, parts)
 
 
 @contextmanager

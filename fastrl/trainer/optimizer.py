@@ -82,6 +82,28 @@ class MasterOptimizer:
         """The float32 weights, one tensor per parameter: views when the model is float32, copies when it is not."""
         return self._views(self.weights if self.rest is None else join(self.weights, self.rest))
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the next step depends on besides `steps`: the flat buffers themselves, no copies.
+
+        weights `(n,)` in the model's dtype; rest `(n,)` int16, of a bfloat16 model; exp_avg, exp_avg_sq `(n,)` float32.
+        """
+        named = {name: getattr(self, name) for name in ("weights", "rest", "exp_avg", "exp_avg_sq")}
+        return {name: buffer for name, buffer in named.items() if buffer is not None}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, torch.Tensor], *, steps: int) -> None:
+        """Goes on from where `tensors` were taken, after `steps` steps; the model's weights change with the masters.
+
+        Raises:
+            ValueError: they are of parameters of another number or dtype.
+        """
+        expected = {name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in self.tensors().items()}
+        got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        require(got == expected, "MasterOptimizer", "tensors", f"{expected}, as the model's", got)
+        for name, buffer in self.tensors().items():
+            buffer.copy_(tensors[name])
+        self.steps = steps
+
     def _update(self, piece: slice) -> None:
         master = self.weights[piece] if self.rest is None else join(self.weights[piece], self.rest[piece])
         adamw(

@@ -72,9 +72,9 @@ def read_run(run_dir: Path) -> RunRecord:
         str(run_dir),
         "Give the run_dir of a training run.",
     )
-    metrics = list(_lines(run_dir / "metrics.jsonl"))
-    evaluations = list(_lines(run_dir / "evaluations.jsonl"))
-    warnings = list(_lines(run_dir / "warnings.jsonl"))
+    metrics = list(lines(run_dir / "metrics.jsonl"))
+    evaluations = list(lines(run_dir / "evaluations.jsonl"))
+    warnings = list(lines(run_dir / "warnings.jsonl"))
     environment = run_dir / "env.json"
     return RunRecord(
         name=run_dir.resolve().name,
@@ -88,7 +88,7 @@ def read_run(run_dir: Path) -> RunRecord:
     )
 
 
-def _lines(path: Path) -> Iterator[Record]:
+def lines(path: Path) -> Iterator[Record]:
     """The records of a JSON lines file. A last line without its end is one that a killed run did not finish."""
     if not path.is_file():
         return
@@ -100,7 +100,7 @@ def _lines(path: Path) -> Iterator[Record]:
 
 def _evaluations(run_dir: Path, records: list[Record]) -> list[Evaluation]:
     samples: dict[tuple[int, str], list[Record]] = {}
-    for sample in _lines(run_dir / "evaluation_completions.jsonl"):
+    for sample in lines(run_dir / "evaluation_completions.jsonl"):
         samples.setdefault((sample["step"], sample["name"]), []).append(sample)
     return [
         Evaluation(r["step"], r["name"], float(r.get("reward", "nan")), samples.get((r["step"], r["name"]), []))
@@ -110,9 +110,9 @@ def _evaluations(run_dir: Path, records: list[Record]) -> list[Evaluation]:
 
 def _first_middle_last(path: Path) -> dict[int, list[Record]]:
     """Two passes, because a long run's completions need not fit in memory."""
-    steps = sorted({record["step"] for record in _lines(path)})
+    steps = sorted({record["step"] for record in lines(path)})
     chosen = {step: [] for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]})} if steps else {}
-    for record in _lines(path):
+    for record in lines(path):
         if record["step"] in chosen:
             chosen[record["step"]].append(record)
     return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jinja2
 
 from fastrl.trainer.charts import WINDOW, charts, rolling
+from fastrl.trainer.files import replace_text
 from fastrl.trainer.records import Evaluation, Record, RunRecord, read_run
 from fastrl.trainer.units import duration, number
 from fastrl.trainer.untrusted import clean
@@ -48,9 +48,7 @@ def write_report(run_dir: Path) -> Path:
         environment=flatten(run.environment),
     )
     path = Path(run_dir) / "report.html"
-    aside = path.with_suffix(".html.tmp")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, path)  # a reader never sees half a page
+    replace_text(path, page)
     return path
 
 

@@ -88,10 +88,8 @@ class Screen:
 
     def step(self, record: dict[str, Any], stages: dict[str, float]) -> None:
         """One line; headings now and then."""
-        self._done, self._stages = record["step"], stages
-        if math.isfinite(record.get("reward", math.nan)):
-            self._rewards.append(record["reward"])
-        self._step_times.append(record["step_time"])
+        self._stages = stages
+        self.remember(record)
         row = record | {"rolling": fmean(self._rewards) if self._rewards else None, "eta": self.eta()}
         if self._lines % HEADINGS_EVERY == 0:
             self._print(self._line("step", [c.heading for c in self._columns], "stages"), style="dim")
@@ -100,6 +98,17 @@ class Screen:
         bad = any(isinstance(v := row.get(c.metric), float) and not math.isfinite(v) for c in self._columns)
         line = self._line(f"{self._done}/{self._total}", values, _compact(stages))
         self._print(line, style="bold red" if bad else "")
+
+    def remember(self, record: dict[str, Any]) -> None:
+        """A step that counts in the rolling means, and is not shown."""
+        self._done = record["step"]
+        if math.isfinite(record.get("reward", math.nan)):
+            self._rewards.append(record["reward"])
+        self._step_times.append(record["step_time"])
+
+    def resumed(self, where_from: str) -> None:
+        """One line."""
+        self._print(clean(where_from), style="bold")
 
     def eta(self) -> float:
         """Seconds left: the rolling mean step time for each remaining step."""
@@ -155,6 +164,8 @@ class Screen:
             table.add_row("report", Text(str(summary["report"])))
         style = "green" if status == "finished" else "yellow"
         self.console.print("", Panel(table, title=Text(status), title_align="left", border_style=style, padding=(0, 1)))
+        if "resume" in summary:  # outside the panel, in one piece, to be copied
+            self._print(f"To go on: {summary['resume']}", style="bold")
 
     def _stop(self) -> None:
         if self._live is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +19,14 @@ from fastrl.data.plan import ModelShape
 from fastrl.data.prompts import load_prompts, split
 from fastrl.data.sampler import PromptSampler
 from fastrl.model.attention import prepare_attention
-from fastrl.model.load import load_model, stop_token_ids
+from fastrl.model.load import fingerprint, load_model, stop_token_ids
 from fastrl.model.policy import Policy
 from fastrl.rewards import RewardSuite, resolve_reward
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
+from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.config import TrainConfig, build_algorithm
+from fastrl.trainer.resume import require_same_model, resumable
 from fastrl.types import Group, MicroBatch, Prompt
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -46,6 +50,8 @@ class Run:
     algorithm: GroupPolicyGradient
     layout: str
     shape: ModelShape
+    fingerprint: str  # of the model's weights before training
+    resumed: Checkpoint | None  # where the run goes on from, instead of the model's own weights
 
     def sampling(self, *, seed: int) -> SamplingParams:
         """How this run samples, with one step's seed."""
@@ -81,10 +87,12 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
     """
+    resumed = resumable(config) if config.resume else None
     if config.threads:
         torch.set_num_threads(config.threads)
     env.reuse_freed_memory()
-    torch.manual_seed(config.seed)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # for rewards that draw from them
+        seed(config.seed)
     device = pick_device(config.device)
     rewards = RewardSuite(
         [resolve_reward(reward.name, **reward.options) for reward in config.rewards],
@@ -94,6 +102,9 @@ def prepare(config: TrainConfig) -> Run:
     algorithm = build_algorithm(config)
 
     model, tokenizer = load_model(config.model, DTYPES[config.dtype])
+    began = fingerprint(model)
+    if resumed:
+        require_same_model(resumed, config.model, began)
     model.to(device)
     layout = prepare_attention(model, config.layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
@@ -117,7 +128,7 @@ def prepare(config: TrainConfig) -> Run:
     )
     return Run(
         config=config,
-        directory=free_directory(config.directory()),
+        directory=resumed.run_dir if resumed else free_directory(config.directory()),
         device=device,
         policy=Policy(model, backend=config.backend),
         reference=reference,
@@ -130,6 +141,8 @@ def prepare(config: TrainConfig) -> Run:
         algorithm=algorithm,
         layout=layout,
         shape=ModelShape.of(model),
+        fingerprint=began,
+        resumed=resumed,
     )
 
 

@@ -153,10 +153,10 @@ def test_gradient_checkpointing_does_not_change_the_run(tmp_path):
 def test_interrupt_stops_after_the_step_with_everything_saved(tmp_path, monkeypatch):
     original = loop._step
 
-    def interrupted(run, log, optimizer, step):
+    def interrupted(run, log, optimizer, step, *rest):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        original(run, log, optimizer, step)
+        return original(run, log, optimizer, step, *rest)
 
     monkeypatch.setattr(loop, "_step", interrupted)
     before = signal.getsignal(signal.SIGINT)
@@ -179,11 +179,11 @@ def test_second_interrupt_stops_at_once():
 def test_nan_stops_the_run_updates_nothing_and_saves_the_batch(tmp_path, monkeypatch):
     original = loop._step
 
-    def poisoned(run, log, optimizer, step):
+    def poisoned(run, log, optimizer, step, *rest):
         if step == 2:
             hidden = run.policy.hidden
             monkeypatch.setattr(run.policy, "hidden", lambda batch: hidden(batch) * float("nan"))
-        original(run, log, optimizer, step)
+        return original(run, log, optimizer, step, *rest)
 
     monkeypatch.setattr(loop, "_step", poisoned)
     outcome = train(tiny_config(tmp_path, steps=5))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -49,6 +51,12 @@ def wanted_words(completions, wanted, **_):
     """The share of words in a completion that are the wanted one."""
     words = [text.split() for text in completions]
     return [w.count(target) / max(1, len(w)) for w, target in zip(words, wanted, strict=True)]
+
+
+def noisy_words(completions, wanted, **_):
+    """The same, and a little from each of the global random number generators."""
+    words = wanted_words(completions, wanted)
+    return [w + 0.1 * (random.random() + np.random.random() + torch.rand(()).item()) for w in words]
 
 
 def raises_on_some(completions, **_):

@@ -1,0 +1,77 @@
+"""Files and folders that appear complete or not at all, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ASIDE = ".tmp-"  # in the name of what is not complete yet, or not deleted yet
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file of which a reader sees the old or the new contents, never a part."""
+    aside = _aside(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` when the block ends and vanishes when it raises."""
+    aside = _aside(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            sync(path)
+        with _moved_away(folder):
+            os.rename(aside, folder)
+            sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder, if it exists, that is never seen half deleted under its own name."""
+    with _moved_away(folder):
+        pass
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Deletes what a killed process left incomplete in `parent`."""
+    for path in parent.glob(f".*{ASIDE}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def _moved_away(folder: Path) -> Iterator[None]:
+    """Frees the name of `folder` for the block, which is short; what had it is deleted afterwards."""
+    old = _aside(folder, "old-")
+    if folder.exists():
+        os.rename(folder, old)
+    yield
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(path: Path, why: str = "") -> Path:
+    return path.with_name(f".{path.name}{ASIDE}{why}{os.getpid()}")

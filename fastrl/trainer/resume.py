@@ -1,0 +1,224 @@
+"""What a checkpoint holds of a run, and how a run goes on from it as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastrl.check import require, sentence
+from fastrl.trainer import checkpoint
+from fastrl.trainer.batch import RolloutBatch
+from fastrl.trainer.checkpoint import Checkpoint
+from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig, from_dict
+from fastrl.trainer.files import clear_leftovers
+from fastrl.trainer.log import RunLog
+from fastrl.trainer.optimizer import MasterOptimizer
+
+if TYPE_CHECKING:
+    from fastrl.trainer.setup import Run
+
+
+def position(run: Run) -> dict[str, Any]:
+    """Where the run is between two steps, besides weights and optimizer: the prompts drawn and the random numbers.
+
+    What a step samples and in which order it trains is seeded by the step's number; the global generators are for
+    what others draw from them, rewards above all.
+    """
+    return {"prompts": run.prompts.state_dict(), "random": _random_state()}
+
+
+def save(
+    run: Run,
+    optimizer: MasterOptimizer,
+    log: RunLog,
+    step: int,
+    *,
+    batch: RolloutBatch | None = None,
+    at: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the checkpoint after `step` steps, and deletes those that are no longer kept; returns its folder.
+
+    Args:
+        batch: the rollout batch of the next step, when the run stops inside it.
+        at: an earlier `position`, from which to go on instead of the present one.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left, and the checkpoints before it are as they were.
+    """
+    state = {
+        "step": step,
+        "optimizer_steps": optimizer.steps,
+        **(at or position(run)),
+        "log": log.state(),
+        "batch": batch.values() if batch else None,
+    }
+
+    def contents(folder: Path) -> None:
+        checkpoint.write_model(run.policy.model, run.tokenizer, folder / "model")
+        checkpoint.write_tensors(optimizer.tensors(), folder / "optimizer.safetensors")
+        if batch:
+            checkpoint.write_tensors(batch.tensors(), folder / "rollout.safetensors")
+        checkpoint.write_json(state, folder / "state.json")
+
+    about = checkpoint.about(
+        step=step,
+        update=len(batch.updates) if batch else None,
+        model={"name": run.config.model, "fingerprint": run.fingerprint},
+        recipe=_plain(run.config),
+    )
+    name = checkpoint.name_of(step, about["update"])
+    folder = checkpoint.write_checkpoint(run.directory, name, contents, about)
+    checkpoint.keep(run.directory, last=run.config.keep_last, every=run.config.keep_every)
+    return folder
+
+
+def restore(run: Run, optimizer: MasterOptimizer) -> tuple[int, RolloutBatch | None]:
+    """Puts weights, optimizer, prompts and random numbers back to where `run.resumed` was written.
+
+    Returns the steps that are done, and the rollout batch of the next one when the run stopped inside it.
+
+    Raises:
+        ValueError: the prompts or the model's shape are others than the run began with.
+    """
+    found = run.resumed
+    state = found.json("state.json")
+    run.prompts.load_state_dict(state["prompts"])
+    optimizer.load_tensors(found.tensors("optimizer.safetensors"), steps=state["optimizer_steps"])
+    batch = None
+    if state["batch"]:
+        tensors = found.tensors("rollout.safetensors")
+        batch = RolloutBatch.load(state["batch"], tensors, run.prompts.prompts, run.device)
+    _set_random_state(state["random"])
+    return state["step"], batch
+
+
+def resume_log(run: Run, log: RunLog, step: int, batch: RolloutBatch | None) -> None:
+    """Cuts from the run's files what it wrote after `run.resumed`, and says where it goes on from."""
+    clear_leftovers(run.directory)
+    checkpoint.point_to(run.resumed.folder)  # newer ones are of a future that will not be
+    log.resume(run.resumed.json("state.json")["log"], _where_from(run, reached(step, batch)))
+    for message in (*run.resumed.skipped, *_differences(run)):
+        log.warn(message)
+
+
+def reached(step: int, batch: RolloutBatch | None) -> str:
+    """How far a run is, in words."""
+    return f"step {step}" + (f" and {len(batch.updates)} optimizer steps of the next" if batch else "")
+
+
+def resumable(config: TrainConfig) -> Checkpoint:
+    """The checkpoint that `config.resume` names: a run directory, one of its checkpoints, or `latest`.
+
+    Raises:
+        ValueError: there is none, or its recipe is another; the message names the field.
+    """
+    found = checkpoint.find(_newest_run(config.directory()) if config.resume == "latest" else Path(config.resume))
+    began = found.manifest["step"] + (found.manifest["update"] is not None)
+    require(config.steps >= began, "resume", "steps", f"at least {began}, as far as {found.folder} is", config.steps)
+    changed = [change for change in _changes(found, config) if change[0] not in RESUME_MAY_CHANGE]
+    if changed:
+        name, was, now = changed[0]
+        others = f" So do {', '.join(name for name, *_ in changed[1:])}." if changed[1:] else ""
+        do = f"It differs between recipe and run.{others} {found.run_dir / 'config.yaml'} is the run's recipe."
+        raise ValueError(sentence("resume", name, f"{was!r} as in {found.folder}", repr(now), do))
+    return found
+
+
+def require_same_model(found: Checkpoint, name: str, fingerprint: str) -> None:
+    """Refuses to go on with other weights than the run began with, under whatever name.
+
+    Raises:
+        ValueError: they are others.
+    """
+    began = found.manifest["model"]
+    got = "other weights under the same name" if name == began["name"] else repr(name)
+    do = f"{found.folder} was trained from it."
+    require(fingerprint == began["fingerprint"], "resume", "model", f"{began['name']!r}", got, do)
+
+
+def how_to(run_dir: Path) -> str:
+    """The command that goes on with a run."""
+    return shlex.join(["fastrl", "train", str(run_dir / "config.yaml"), "--resume", str(run_dir)])
+
+
+def _newest_run(wanted: Path) -> Path:
+    """Of `wanted`, `wanted`-2, ... the run directory that wrote a checkpoint last; `wanted` if none did."""
+    runs = [run for run in (wanted, *wanted.parent.glob(f"{wanted.name}-*")) if checkpoint.has_checkpoint(run)]
+    return max(runs, key=lambda run: (run / checkpoint.CHECKPOINTS).stat().st_mtime, default=wanted)
+
+
+def _changes(found: Checkpoint, config: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """(field, its value in the checkpoint, its value in `config`) of every field that differs."""
+    saved = from_dict(TrainConfig, found.manifest["recipe"], f"resume: {found.folder}")  # fills in newer fields
+    was, now = dict(_leaves(_plain(saved))), dict(_leaves(_plain(config)))
+    return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
+
+
+def _where_from(run: Run, where: str) -> str:
+    changes = [change for change in _changes(run.resumed, run.config) if change[0] not in ("resume", "run_dir")]
+    listed = "".join(f"; {name} {was} -> {now}" for name, was, now in changes)
+    return f"resumed after {where}, from {run.resumed.folder}{listed}"
+
+
+def _differences(run: Run) -> Iterator[str]:
+    """What the reader should know about a run that goes on under other conditions."""
+    was = run.resumed.manifest["versions"]
+    now = checkpoint.about()["versions"]
+    changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
+    if changed:
+        yield f"Resumed with other versions, whose rounding may differ: {', '.join(changed)}."
+    steps = run.resumed.manifest["recipe"]["steps"]
+    if run.config.optimizer.schedule == "cosine" and steps != run.config.steps:
+        yield f"The cosine schedule now ends at step {run.config.steps} instead of {steps}: the learning rate jumps."
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The recipe as JSON gives it back."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of a nested mapping; a list is a value."""
+    if isinstance(values, dict) and values:
+        for name, value in values.items():
+            yield from _leaves(value, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, values
+
+
+def _random_state() -> dict[str, Any]:
+    """Of python, numpy, torch and each CUDA device, as JSON can hold it."""
+    _, keys, place, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [keys.tolist(), place, has_gauss, gauss],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": [_hex(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    """CUDA devices that this machine has not, or the other had not, are left alone."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, place, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, cached))
+    torch.set_rng_state(_bytes(state["torch"]))
+    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(_bytes(cuda), device)
+
+
+def _hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
