@@ -91,8 +91,7 @@ def prepare(config: TrainConfig) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
     env.reuse_freed_memory()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):  # for rewards that draw from them
-        seed(config.seed)
+    torch.manual_seed(config.seed)
     device = pick_device(config.device)
     rewards = RewardSuite(
         [resolve_reward(reward.name, **reward.options) for reward in config.rewards],
@@ -126,6 +125,9 @@ def prepare(config: TrainConfig) -> Run:
         f"at least {longest}, the longest prompt plus rollout.max_new_tokens",
         config.tokens_per_batch,
     )
+    # For rewards that draw from them; last, because libraries that are imported on first use draw from them too.
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(config.seed)
     return Run(
         config=config,
         directory=resumed.run_dir if resumed else free_directory(config.directory()),
