@@ -20,6 +20,10 @@ _EXPORTS = {
     "FusedLMHead": "fastrl.ops.fused_lm_head",
     "policy_loss": "fastrl.losses.policy",
     "linear_policy_loss": "fastrl.losses.linear_policy",
+    "preference_loss": "fastrl.losses.preference",
+    "unpaired_preference_loss": "fastrl.losses.unpaired",
+    "reward_model_loss": "fastrl.losses.reward_model",
+    "value_loss": "fastrl.losses.value",
     "PolicyLoss": "fastrl.spec",
     "Clip": "fastrl.spec",
     "Cispo": "fastrl.spec",
@@ -27,6 +31,13 @@ _EXPORTS = {
     "Reinforce": "fastrl.spec",
     "KL": "fastrl.spec",
     "Correction": "fastrl.spec",
+    "PreferenceLoss": "fastrl.preference_spec",
+    "PreferenceMix": "fastrl.preference_spec",
+    "UnpairedPreferenceLoss": "fastrl.preference_spec",
+    "Sft": "fastrl.preference_spec",
+    "Power": "fastrl.preference_spec",
+    "JensenShannon": "fastrl.preference_spec",
+    "LogOdds": "fastrl.preference_spec",
     "LogprobOutput": "fastrl.types",
     "LossOutput": "fastrl.types",
 }
@@ -39,12 +50,23 @@ if TYPE_CHECKING:
     from fastrl.losses import presets as presets
     from fastrl.losses.linear_policy import linear_policy_loss as linear_policy_loss
     from fastrl.losses.policy import policy_loss as policy_loss
+    from fastrl.losses.preference import preference_loss as preference_loss
+    from fastrl.losses.reward_model import reward_model_loss as reward_model_loss
+    from fastrl.losses.unpaired import unpaired_preference_loss as unpaired_preference_loss
+    from fastrl.losses.value import value_loss as value_loss
     from fastrl.ops.fused_lm_head import FusedLMHead as FusedLMHead
     from fastrl.ops.gae import gae as gae
     from fastrl.ops.group_advantages import group_advantages as group_advantages
     from fastrl.ops.linear_logprob import linear_logprob as linear_logprob
     from fastrl.ops.linear_token_loss import linear_token_loss as linear_token_loss
     from fastrl.ops.logprob import logprob as logprob
+    from fastrl.preference_spec import JensenShannon as JensenShannon
+    from fastrl.preference_spec import LogOdds as LogOdds
+    from fastrl.preference_spec import Power as Power
+    from fastrl.preference_spec import PreferenceLoss as PreferenceLoss
+    from fastrl.preference_spec import PreferenceMix as PreferenceMix
+    from fastrl.preference_spec import Sft as Sft
+    from fastrl.preference_spec import UnpairedPreferenceLoss as UnpairedPreferenceLoss
     from fastrl.spec import KL as KL
     from fastrl.spec import Cispo as Cispo
     from fastrl.spec import Clip as Clip

@@ -1,4 +1,4 @@
-"""Named algorithms as points in the space of `PolicyLoss`: change one with `dataclasses.replace`.
+"""Named algorithms as points in the spaces of `PolicyLoss` and `PreferenceLoss`: change one with `dataclasses.replace`.
 
 A preset is the loss alone. What the paper asks of the caller (advantages, normaliser, filters) is said beside it;
 advantages are those of `fastrl.group_advantages` or `fastrl.gae`.
@@ -6,6 +6,7 @@ advantages are those of `fastrl.group_advantages` or `fastrl.gae`.
 
 from __future__ import annotations
 
+from fastrl.preference_spec import LogOdds, Power, PreferenceLoss, PreferenceMix, Sft, UnpairedPreferenceLoss
 from fastrl.spec import KL, Cispo, Clip, PolicyLoss, Reinforce, Sapo
 
 # Proximal Policy Optimization, arXiv:1707.06347 eq. 7. Left to the caller: GAE advantages, whitened; the value loss;
@@ -62,4 +63,124 @@ PRESETS: dict[str, PolicyLoss] = {
     "SAPO": SAPO,
     "RLOO": RLOO,
     "REINFORCE_PP": REINFORCE_PP,
+}
+
+# Preference losses. Supervised fine-tuning needs none of its own: it is -logps, token_mean, in
+# `linear_token_loss(hidden, weight, targets, torch.neg, weights=token_weights(mask, "token_mean"))`.
+
+# Direct Preference Optimization, arXiv:2305.18290 eq. 7, with its default beta.
+DPO = PreferenceLoss("sigmoid", beta=0.1)
+
+# Conservative DPO: labels wrong with probability 0.1 (https://ericmitchell.ai/cdpo.pdf). TRL's DPO ignores
+# label_smoothing; its CPO and OpenRLHF have it as here.
+CDPO = PreferenceLoss("sigmoid", beta=0.1, label_smoothing=0.1)
+
+# Robust DPO, arXiv:2403.00409: cDPO's noise made unbiased. 0.1 is TRL's recommended value.
+ROBUST_DPO = PreferenceLoss("sigmoid", beta=0.1, label_smoothing=0.1, debias=True)
+
+# DPO with the rewards divided by the answers' lengths, as in Tulu 3, arXiv:2411.15124; TRL's sigmoid_norm.
+DPO_NORM = PreferenceLoss("sigmoid", beta=0.1, length="mean")
+
+# SLiC's hinge on DPO's margin, arXiv:2305.10425, as in TRL.
+SLIC = PreferenceLoss("hinge", beta=0.1)
+
+# Identity Preference Optimization, arXiv:2310.12036 eq. 17, beta being its tau. Libraries disagree: this one, as TRL,
+# takes means over tokens, which the paper's authors confirmed to TRL; the equation as printed and OpenRLHF take sums,
+# replace(IPO, length="sum").
+IPO = PreferenceLoss("ipo", beta=0.1, length="mean")
+
+# EXO on pairs, arXiv:2402.00856 eq. 16, with the label smoothing that TRL quotes from it.
+EXO = PreferenceLoss("exo_pair", beta=0.1, label_smoothing=1e-3)
+
+# NCA on pairs, arXiv:2402.05369.
+NCA = PreferenceLoss("nca_pair", beta=0.1)
+
+# BCO on pairs, arXiv:2404.04656, without its moving reward shift, as TRL 1.16.
+BCO = PreferenceLoss("bco_pair", beta=0.1)
+
+# SPPO with win probabilities of 1 and 0, arXiv:2405.00675 eq. 4.7.
+SPPO_HARD = PreferenceLoss("sppo_hard", beta=0.1)
+
+# Alignment via Optimal Transport, arXiv:2406.05882, paired and unpaired. The loss depends on the batch that is sorted.
+AOT = PreferenceLoss("sigmoid", beta=0.1, match="aot")
+AOT_UNPAIRED = PreferenceLoss("sigmoid", beta=0.1, match="aot_unpaired")
+
+# Anchored Preference Optimization, arXiv:2408.06266: zero where the chosen answers are better than the model's own,
+# down where they are worse.
+APO_ZERO = PreferenceLoss("apo_zero", beta=0.1)
+APO_DOWN = PreferenceLoss("apo_down", beta=0.1)
+
+# DiscoPOP, arXiv:2406.08414 eq. 5, with its tau of 0.05.
+DISCOPOP = PreferenceLoss("discopop", beta=0.1)
+
+# DPO of another f-divergence, arXiv:2309.16240, is replace(DPO, transform=...): Power(-1.0) forward KL, Power(a - 1)
+# TRL's alpha divergence of coefficient a, JensenShannon() itself. With them TRL's ipo and sigmoid_norm have
+# length="reward_mean".
+
+# LD-DPO, arXiv:2409.06411: tokens past the length of the pair's shorter answer count alpha, which is to be tuned;
+# 0.5 is no default.
+LD_DPO = PreferenceLoss("sigmoid", beta=0.1, ld_alpha=0.5)
+
+# Weighted Preference Optimization, arXiv:2406.11827 eq. 2. Left to the caller: log sum_v p_v^2 of each token.
+WPO = PreferenceLoss("sigmoid", beta=0.1, weighting="wpo")
+
+# Iterative Reasoning Preference Optimization, arXiv:2404.19733: DPO plus the chosen answer's NLL, a mean over each
+# answer's tokens. TRL's sft term is a mean over the batch's tokens: Sft("token_mean").
+RPO = PreferenceMix(((1.0, DPO), (1.0, Sft())))
+
+# Mixed Preference Optimization, arXiv:2411.10442, with the weights that TRL gives for it.
+MPO = PreferenceMix(((0.8, DPO), (0.2, BCO), (1.0, Sft())))
+
+# SimPO, arXiv:2405.14734: mean log-probabilities, no reference, a target margin gamma = `margin`, not gamma / beta. The
+# margin is TRL's default; the paper tunes both numbers.
+SIMPO = PreferenceLoss("sigmoid", beta=2.0, reference=False, length="mean", margin=0.5)
+
+# AlphaPO, arXiv:2501.03884: SimPO with the reward (1 - p^-alpha) / alpha. Its alpha is to be tuned; 0.25 is no default.
+ALPHAPO = PreferenceLoss("sigmoid", beta=2.0, reference=False, length="mean", margin=0.5, transform=Power(-0.25))
+
+# Contrastive Preference Optimization, arXiv:2401.08417 eq. 3: no reference, and the chosen answer's NLL, a sum over its
+# tokens. TRL averages that term over the batch's tokens: Sft("token_mean").
+CPO = PreferenceMix(((1.0, PreferenceLoss("sigmoid", beta=0.1, reference=False)), (1.0, Sft("seq_mean_token_sum"))))
+
+# Odds Ratio Preference Optimization, arXiv:2403.07691 eq. 4 and 7, lambda = 0.1. Its metrics' rewards are the log-odds.
+# TRL's NLL counts the prompt's tokens too, over the whole batch.
+ORPO = PreferenceMix(
+    (
+        (1.0, Sft()),
+        (0.1, PreferenceLoss("sigmoid", beta=1.0, reference=False, length="mean", transform=LogOdds())),
+    )
+)
+
+# Kahneman-Tversky Optimization, arXiv:2402.01306 eq. 7. Left to the caller: kl, from answers to other prompts.
+KTO = UnpairedPreferenceLoss(beta=0.1, baseline="kl")
+
+# APO-zero on single answers, arXiv:2408.06266, as in TRL's KTOTrainer.
+APO_ZERO_UNPAIRED = UnpairedPreferenceLoss(beta=0.1, baseline="zero")
+
+PREFERENCE_PRESETS: dict[str, PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss] = {
+    "DPO": DPO,
+    "CDPO": CDPO,
+    "ROBUST_DPO": ROBUST_DPO,
+    "DPO_NORM": DPO_NORM,
+    "SLIC": SLIC,
+    "IPO": IPO,
+    "EXO": EXO,
+    "NCA": NCA,
+    "BCO": BCO,
+    "SPPO_HARD": SPPO_HARD,
+    "AOT": AOT,
+    "AOT_UNPAIRED": AOT_UNPAIRED,
+    "APO_ZERO": APO_ZERO,
+    "APO_DOWN": APO_DOWN,
+    "DISCOPOP": DISCOPOP,
+    "LD_DPO": LD_DPO,
+    "WPO": WPO,
+    "RPO": RPO,
+    "MPO": MPO,
+    "SIMPO": SIMPO,
+    "ALPHAPO": ALPHAPO,
+    "CPO": CPO,
+    "ORPO": ORPO,
+    "KTO": KTO,
+    "APO_ZERO_UNPAIRED": APO_ZERO_UNPAIRED,
 }
