@@ -11,6 +11,7 @@ All three give the same log-probabilities and gradients. A sequence's last token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Literal, NamedTuple
@@ -72,6 +73,7 @@ def pack(
     device: torch.device | str = "cpu",
     shape: ModelShape | None = None,
     mask_truncated: bool = False,
+    whole_groups: bool = False,
 ) -> list[MicroBatch]:
     """The samples of `groups` that train (`trained`), each once, as micro-batches of at most `max_tokens` input tokens.
 
@@ -83,10 +85,12 @@ def pack(
         max_tokens: bound on R * L of a micro-batch, padding included.
         shape: proportions of the model, which decide how a group is split over `shared` rows and what `auto` takes.
         mask_truncated: leave out samples that the length limit cut; give `count` the same value.
+        whole_groups: keep a group's samples in one micro-batch, next to each other and in order, for a loss that
+            compares them, such as that of a preference pair; under `shared` they are then one row.
 
     Raises:
-        ValueError: a sequence is longer than `max_tokens`, a prompt is empty, or `sampling_logps` do not match the
-            tokens.
+        ValueError: a sequence, or with `whole_groups` a group, is longer than `max_tokens`, a prompt is empty, or
+            `sampling_logps` do not match the tokens.
     """
     choice("pack", "layout", layout, LAYOUTS)
     shape = shape or ModelShape()
@@ -94,21 +98,40 @@ def pack(
         (index, group.prompt.token_ids, trained(group, mask_truncated=mask_truncated))
         for index, group in enumerate(groups)
     ]
-    rows = [Row(index, prompt_ids, [sample]) for index, prompt_ids, samples in taken for sample in samples]
+    units = [[Row(index, prompt, [sample]) for sample in samples] for index, prompt, samples in taken if samples]
     group_tokens = {index: sum(len(sample.token_ids) for sample in samples) for index, _, samples in taken}
+    rows = list(chain.from_iterable(units))
     _check(rows, max_tokens)
+    if not whole_groups:
+        units = [[row] for row in rows]  # of which a micro-batch holds all rows or none
+    do = "Raise max_tokens, or leave out the longest groups."
     if layout == "varlen":
-        parts = fit(rows, lambda row: row.length, max_tokens)
+        largest = max((sum(row.length for row in unit) for unit in units), default=0)
+        require(largest <= max_tokens, "pack", "max_tokens", f"at least {largest}, a whole group", max_tokens, do)
+        parts = fit(units, lambda unit: sum(row.length for row in unit), max_tokens)
+        parts = [list(chain.from_iterable(part)) for part in parts]
         return [_micro_batch(part, "varlen", torch.device(device), group_tokens) for part in parts]
 
     plans = {}
     if layout != "shared":
-        plans["padded"] = plan(rows, max_tokens, lambda length: shape.row_cost(length, dense=False))
+        plans["padded"] = _plan_padded(units, max_tokens, shape)
     if layout != "padded":
-        shared = [row for group in taken for row in split(Row(*group), max_tokens, shape.crossover)]
-        plans["shared"] = plan(shared, max_tokens, lambda length: shape.row_cost(length, dense=True))
-    name, (_, parts) = min(plans.items(), key=lambda item: item[1][0])
+        groups_rows = [Row(*group) for group in taken if group[2]]
+        if not whole_groups:
+            groups_rows = [part for row in groups_rows for part in split(row, max_tokens, shape.crossover)]
+        plans["shared"] = plan(groups_rows, max_tokens, lambda length: shape.row_cost(length, dense=True))
+    name, (cost, parts) = min(plans.items(), key=lambda item: item[1][0])
+    require(cost < math.inf, "pack", "max_tokens", "room for every whole group", max_tokens, do)
     return [_micro_batch(part, name, torch.device(device), group_tokens) for part in parts]
+
+
+def _plan_padded(units: list[list[Row]], max_tokens: int, shape: ModelShape) -> tuple[float, list[list[Row]]]:
+    """`plan` for units of several rows: the longest row of each stands for all of them."""
+    width = max(map(len, units), default=1)
+    longest = [max(unit, key=lambda row: row.length) for unit in units]
+    unit_of = {id(row): unit for row, unit in zip(longest, units, strict=True)}
+    cost, parts = plan(longest, max_tokens // width, lambda length: shape.row_cost(length, dense=False))
+    return width * cost, [[row for stand_in in part for row in unit_of[id(stand_in)]] for part in parts]
 
 
 def _group_tokens(group: Group) -> int:

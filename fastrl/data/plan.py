@@ -110,7 +110,8 @@ def plan(rows: list[Row], max_tokens: int, cost: Callable[[int], float]) -> tupl
     """The cheapest micro-batches of rows padded to their longest, and what they cost.
 
     Cutting the rows sorted by length is optimal: taking any other micro-batches in the order of their longest rows
-    and refilling them in sorted order lengthens none. The best cuts come from the shortest path over cut positions.
+    and refilling them in sorted order lengthens none. The best cuts come from the shortest path over cut positions. The
+    cost is infinite where a row is longer than `max_tokens`.
     """
     rows = sorted(rows, key=lambda row: -row.length)
     best = [0.0] + [math.inf] * len(rows)

@@ -63,7 +63,7 @@ def load_prompts(
             check.require(
                 has_template, row.where, column, "text", "chat messages", "This tokenizer has no chat template."
             )
-            content = _complete(content, system, suffix)
+            content = complete(content, system, suffix)
             text = tokenizer.apply_chat_template(
                 content, add_generation_prompt=True, tokenize=False, **(template_options or {})
             )
@@ -114,12 +114,8 @@ def _content(row: Row, column: str) -> str | Messages:
     if isinstance(content, str):
         check.require(bool(content.strip()), row.where, column, "some text", repr(content))
         return content
-    messages = isinstance(content, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in content
-    )
     check.require(
-        messages and any(message["role"] == "user" for message in content),
+        is_messages(content) and any(message["role"] == "user" for message in content),
         row.where,
         column,
         "text, or chat messages with a role and text each, one of them the user's",
@@ -128,7 +124,16 @@ def _content(row: Row, column: str) -> str | Messages:
     return [{"role": message["role"], "content": message["content"]} for message in content]
 
 
-def _complete(messages: Messages, system: str, suffix: str) -> Messages:
+def is_messages(content: object) -> bool:
+    """True for a list of chat messages with a role and text each."""
+    return isinstance(content, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in content
+    )
+
+
+def complete(messages: Messages, system: str, suffix: str) -> Messages:
+    """The messages with a system message where they have none, and the suffix behind the user's last words."""
     last = max(place for place, message in enumerate(messages) if message["role"] == "user")
     asked = messages[last] | {"content": messages[last]["content"] + suffix}
     messages = [*messages[:last], asked, *messages[last + 1 :]]

@@ -1,0 +1,275 @@
+"""Answers that were written before training: preference pairs, labelled answers and demonstrations, as groups to pack.
+
+| kind          | columns                         | a group                                    | trains      |
+|---------------|---------------------------------|--------------------------------------------|-------------|
+| `pairs`       | (prompt), chosen, rejected      | [chosen, rejected], advantages 1 and -1    | DPO and kin |
+| `labelled`    | prompt, completion, label       | [completion], advantage 1 if true, else -1 | KTO and kin |
+| `completions` | prompt, completion; or messages | [completion], advantage 1                  | SFT         |
+
+An answer has no sampler: its `sampling_logps` are NaN, so that a loss which reads them shows it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+from fastrl import check
+from fastrl.data.prompts import complete, is_messages
+from fastrl.data.sources import Row, read_rows
+from fastrl.types import Group, Messages, Prompt, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OP = "load_preferences"
+Kind = Literal["pairs", "labelled", "completions"]
+ANSWERS = {"pairs": ("chosen", "rejected"), "labelled": ("completion",), "completions": ("completion",)}
+
+
+class BadRow(ValueError):
+    """What is wrong with one row, to be counted; rows of the same words are reported together."""
+
+
+class Limits(NamedTuple):
+    """How long a row may be, in tokens; None: as long as it is."""
+
+    prompt: int | None
+    all: int | None
+
+
+def load_preferences(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kind: Kind = "pairs",
+    options: Mapping[str, Any] | None = None,
+    chat: bool = True,
+    system: str = "",
+    max_prompt_tokens: int | None = None,
+    max_tokens: int | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[Group]:
+    """The rows of a source, tokenised, one group each: TRL's preference, unpaired and prompt-completion formats.
+
+    A side is text, or a list with one assistant message, or a whole conversation that ends in one; the prompt is text
+    or chat messages. With `chat` and a chat template, a text prompt is one user message and a text side one assistant
+    message. A pair without a prompt column has what both sides begin with as its prompt: all messages but the last, or
+    the shared text up to its last white space, which is then left as it is. Anything else that is text is tokenised as
+    it is, with the end-of-text token added.
+
+    Prompt and answer are cut where the prompt alone ends, so a model trained on them sees at generation what it saw
+    here: the answer's tokens are those of the whole text where its tokens begin with the prompt's, and else those of
+    the answer by itself. What a template puts behind the end-of-turn token is not trained on. Nothing is truncated.
+
+    Args:
+        source: a `.jsonl` file, a folder written by `save_to_disk`, a hub id, a `datasets` dataset, or an iterable of
+            mappings; `options` has `split` and `name` for a dataset with several.
+        kind: what a row is: the table in `fastrl.data.preferences`.
+        system: a system message for chat prompts that have none.
+        max_prompt_tokens, max_tokens: of the prompt, and of the prompt with its answer.
+        template_options: further arguments of the chat template, such as `enable_thinking`.
+
+    Returns:
+        One group per good row, in order, `Prompt.index` being the row's number. A bad row (an empty side, two identical
+        sides, a prompt over its limit, a missing value) is left out, and a warning counts them by what is wrong.
+
+    Raises:
+        ValueError: no rows, a column that no row has, or no good row.
+    """
+    check.choice(OP, "kind", kind, get_args(Kind))
+    rows = read_rows(source, size=0, seed=0, options=dict(options or {}))
+    _require_columns(rows, kind)
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    template_options = template_options or {}
+    render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options) if has_template else None
+    limits = Limits(max_prompt_tokens, max_tokens)
+    groups, bad = [], {}
+    for index, row in enumerate(rows):
+        try:
+            prompt, answers = _parts(row.values, kind, chat and has_template)
+            groups.append(
+                _group(index, row.values, kind, _complete(prompt, system), answers, tokenizer, render, limits)
+            )
+        except BadRow as reason:
+            bad.setdefault(str(reason), []).append(row.where)
+    _report(len(rows), bad)
+    return groups
+
+
+def unpair(pairs: Sequence[Group]) -> list[Group]:
+    """Each side of each pair as a labelled answer of its own, chosen before rejected."""
+    return [Group(pair.prompt, [sample]) for pair in pairs for sample in pair.samples]
+
+
+def mismatched(groups: Sequence[Group]) -> list[Group]:
+    """Each prompt with the answer of another one, the nearest before it in the batch, the last before the first.
+
+    The answers that KTO's KL is estimated from (`fastrl.losses.unpaired.mismatched_kl`); TRL takes the answer before,
+    whatever its prompt, which is the same where neighbours have different prompts.
+
+    Raises:
+        ValueError: all prompts are the same, so there is no other.
+    """
+    check.require(
+        len({group.prompt.token_ids for group in groups}) > 1,
+        "mismatched",
+        "groups",
+        "answers to two prompts or more",
+        f"{len(groups)} to one",
+        "Take larger batches, or shuffle them.",
+    )
+    others = []
+    for place, group in enumerate(groups):
+        before = [*groups[:place][::-1], *groups[place:][::-1]]
+        other = next(other for other in before if other.prompt.token_ids != group.prompt.token_ids)
+        others.append(Group(group.prompt, other.samples))
+    return others
+
+
+def _require_columns(rows: list[Row], kind: Kind) -> None:
+    present = {name for row in rows for name, value in row.values.items() if value is not None}
+    needed = {"pairs": (), "labelled": ("prompt", "label"), "completions": ("prompt",)}[kind] + ANSWERS[kind]
+    if kind == "completions" and "messages" in present:
+        needed = ("messages",)
+    missing = [name for name in needed if name not in present]
+    expected = ", ".join(map(repr, needed)) + (" (or 'messages')" if kind == "completions" else "")
+    check.require(
+        not missing, OP, f"columns of kind={kind!r}", expected, ", ".join(map(repr, sorted(present))) or "none"
+    )
+
+
+def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Messages, list[str | Messages]]:
+    """The prompt, and the answers to it as text or as one assistant message each."""
+    if kind == "completions" and values.get("messages") is not None:
+        values = {"completion": values["messages"]}
+    answers = [_content(values, name) for name in ANSWERS[kind]]
+    if len(answers) == 2 and answers[0] == answers[1]:
+        raise BadRow("with identical sides")
+    conversations = [isinstance(answer, list) for answer in answers]
+    if any(conversations) != all(conversations):
+        raise BadRow("with one side text and the other messages")
+    if conversations[0] and len(answers[0]) > 1:  # each holds its prompt
+        prompts = [answer[:-1] for answer in answers]
+        if prompts[0] != prompts[-1]:
+            raise BadRow("whose sides differ before their last messages")
+        prompt, answers = prompts[0], [answer[-1:] for answer in answers]
+    elif values.get("prompt") is None:
+        if kind != "pairs" or conversations[0]:
+            raise BadRow("without a 'prompt'")
+        return _shared_text(*answers)
+    else:
+        prompt = _content(values, "prompt")
+    for name, answer in zip(ANSWERS[kind], answers, strict=True):
+        if isinstance(answer, list) and answer[-1]["role"] != "assistant":
+            raise BadRow(f"whose {name!r} does not end with the assistant")
+        if not (answer if isinstance(answer, str) else answer[-1]["content"]).strip():
+            raise BadRow(f"with an empty {name!r}")
+    if not (chat or isinstance(prompt, list) or isinstance(answers[0], list)):
+        return prompt, answers
+    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    return prompt, [a if isinstance(a, list) else [{"role": "assistant", "content": a}] for a in answers]
+
+
+def _content(values: Mapping[str, Any], name: str) -> str | Messages:
+    content = values.get(name)
+    if content is None:
+        raise BadRow(f"without a {name!r}")
+    if isinstance(content, str):
+        if not content.strip():
+            raise BadRow(f"with an empty {name!r}")
+        return content
+    if not (is_messages(content) and content):
+        raise BadRow(f"whose {name!r} is neither text nor chat messages")
+    return [{"role": message["role"], "content": message["content"]} for message in content]
+
+
+def _shared_text(chosen: str, rejected: str) -> tuple[str, list[str]]:
+    differ = (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    shared = chosen[: next(differ, min(len(chosen), len(rejected)))]
+    cut = max(shared.rfind(space) for space in (" ", "\n", "\t"))
+    prompt, answers = shared[: max(cut, 0)], [chosen[max(cut, 0) :], rejected[max(cut, 0) :]]
+    if not prompt.strip():
+        raise BadRow("without a 'prompt', whose sides begin with no shared text")
+    for name, answer in zip(ANSWERS["pairs"], answers, strict=True):
+        if not answer.strip():
+            raise BadRow(f"with an empty {name!r}")
+    return prompt, answers
+
+
+def _complete(prompt: str | Messages, system: str) -> str | Messages:
+    return prompt if isinstance(prompt, str) else complete(prompt, system, "")
+
+
+def _group(
+    index: int,
+    values: Mapping[str, Any],
+    kind: Kind,
+    prompt: str | Messages,
+    answers: list[str | Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    render: Any,
+    limits: Limits,
+) -> Group:
+    if isinstance(prompt, list) and render is None:
+        raise BadRow("of chat messages, for which the tokenizer has no chat template")
+    chat = isinstance(prompt, list)
+    prompt_text = render(prompt, add_generation_prompt=True) if chat else prompt
+    prompt_ids = tokenizer(prompt_text, add_special_tokens=not chat)["input_ids"]
+    if limits.prompt is not None and len(prompt_ids) > limits.prompt:
+        raise BadRow(f"with a prompt longer than {limits.prompt} tokens")
+    signs = {"pairs": (1.0, -1.0), "completions": (1.0,)}.get(kind) or (1.0 if _label(values) else -1.0,)
+    samples = []
+    for answer, sign in zip(answers, signs, strict=True):
+        text = answer if isinstance(answer, str) else answer[-1]["content"]
+        whole = render([*prompt, *answer]) if chat else prompt + answer
+        ids = _answer_ids(tokenizer, prompt_text, prompt_ids, whole, chat)
+        if limits.all is not None and len(prompt_ids) + len(ids) > limits.all:
+            raise BadRow(f"longer than {limits.all} tokens")
+        samples.append(Sample(ids, [math.nan] * len(ids), True, text, reward=float(sign > 0), advantage=sign))
+    if len(samples) == 2 and samples[0].token_ids == samples[1].token_ids:
+        raise BadRow("with identical sides")
+    used = {"prompt", "messages", "label", *ANSWERS[kind]}
+    columns = {name: value for name, value in values.items() if name not in used}
+    return Group(Prompt(index, prompt, tuple(prompt_ids), columns), samples)
+
+
+def _answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt_text: str, prompt_ids: list[int], whole: str, chat: bool
+) -> list[int]:
+    """The tokens that follow `prompt_ids`, up to and with the one that ends the answer."""
+    if not whole.startswith(prompt_text):
+        raise BadRow("whose prompt the chat template renders otherwise once it is answered")
+    ids = tokenizer(whole, add_special_tokens=not chat)["input_ids"]
+    if ids[: len(prompt_ids)] == prompt_ids:
+        ids = ids[len(prompt_ids) :]
+    else:
+        ids = tokenizer(whole[len(prompt_text) :], add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    if chat:
+        last = max((place for place, token in enumerate(ids) if token == end), default=len(ids))
+        return ids if tokenizer.decode(ids[last + 1 :]).strip() else ids[: last + 1]
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _label(values: Mapping[str, Any]) -> bool:
+    label = values.get("label")
+    if label not in (True, False):
+        raise BadRow("whose 'label' is neither true nor false")
+    return bool(label)
+
+
+def _report(total: int, bad: Mapping[str, Sequence[str]]) -> None:
+    """Say how many rows were left out and why; refuse a source of which nothing is left."""
+    skipped = sum(map(len, bad.values()))
+    reasons = "; ".join(
+        f"{len(places)} {reason} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
+        for reason, places in bad.items()
+    )
+    check.require(skipped < total, OP, "source", f"a good row among {total}", f"only rows {reasons}")
+    if skipped:
+        warnings.warn(f"{OP}: left out {skipped} of {total} rows: {reasons}.", stacklevel=3)

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from test_prompts import tokenizer
+from trl.data_utils import apply_chat_template, extract_prompt
+
+from fastrl.data import load_preferences
+from fastrl.data.pack import pack
+from fastrl.data.preferences import mismatched, unpair
+from fastrl.losses.answer_rows import split_pairs
+from fastrl.types import Group, Prompt, Sample
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<bos>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{% if shout %}!{% endif %}"
+)
+PLAIN, CHAT = tokenizer(), tokenizer(TEMPLATE)
+for _tokenizer in (PLAIN, CHAT):
+    _tokenizer.eos_token = "<bos>"  # the one special token that it has
+GOOD = {"prompt": "Sky?", "chosen": "blue", "rejected": "red"}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def seen(group):
+    return [CHAT.decode(ids) for ids in (group.prompt.token_ids, *(sample.token_ids for sample in group.samples))]
+
+
+def test_text_pairs_without_a_template_are_tokenised_as_they_are_and_ended(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(GOOD | {"prompt": "Sky? ", "source": "a"}), "utf-8")
+    (group,) = load_preferences(path, PLAIN)
+    assert seen(group) == ["<bos>Sky? ", "blue<bos>", "red<bos>"]
+    assert (group.prompt.index, group.prompt.content, group.prompt.columns) == (0, "Sky? ", {"source": "a"})
+    assert [(s.text, s.advantage, s.reward, s.finished) for s in group.samples] == [
+        ("blue", 1.0, 1.0, True),
+        ("red", -1.0, 0.0, True),
+    ]
+    assert all(math.isnan(logp) for sample in group.samples for logp in sample.sampling_logps)
+
+
+RENDERED = ["<user>Sky?<assistant>", "blue<bos>", "red<bos>"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        {"prompt": [user("Sky?")], "chosen": [assistant("blue")], "rejected": [assistant("red")]},
+        {"prompt": "Sky?", "chosen": [assistant("blue")], "rejected": [assistant("red")]},
+        {"prompt": [user("Sky?")], "chosen": "blue", "rejected": "red"},
+        {"chosen": [user("Sky?"), assistant("blue")], "rejected": [user("Sky?"), assistant("red")]},
+        {"prompt": "Sky?", "chosen": [user("Sky?"), assistant("blue")], "rejected": [user("Sky?"), assistant("red")]},
+    ],
+    ids=["text", "messages", "text-and-messages", "messages-and-text", "implicit", "both"],
+)
+def test_every_format_of_a_chat_pair_gives_the_same_tokens(row):
+    (group,) = load_preferences([row], CHAT)
+    assert seen(group) == RENDERED  # the template's newline behind the end of the turn is not trained on
+    assert group.prompt.content == [user("Sky?")]
+
+
+def test_chat_pairs_render_as_trl_renders_them():
+    row = {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")]}
+    row["rejected"] = [*row["chosen"][:-1], assistant("e")]
+    theirs = apply_chat_template(extract_prompt(row), CHAT)
+    (group,) = load_preferences([row], CHAT)
+    assert seen(group) == [theirs["prompt"], *(theirs[side].removesuffix("\n") for side in ("chosen", "rejected"))]
+
+
+def test_system_and_template_options_reach_the_template():
+    (group,) = load_preferences([GOOD], CHAT, system="Be brief.")
+    assert seen(group)[0] == "<system>Be brief.<user>Sky?<assistant>"
+    with pytest.raises(ValueError, match="whose prompt the chat template renders otherwise once it is answered"):
+        load_preferences([GOOD], CHAT, template_options={"shout": True})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "parts"),
+    [
+        ("The sky is blue.", "The sky is green.", ["The sky is", " blue.", " green."]),
+        ("The sky is blue", "The sky is bluish", ["The sky is", " blue", " bluish"]),
+        ("Human: hi\n\nAssistant: yes", "Human: hi\n\nAssistant: no", ["Human: hi\n\nAssistant:", " yes", " no"]),
+        ("A b", "A b c", ["A", " b", " b c"]),
+    ],
+)
+def test_text_that_both_sides_begin_with_is_the_prompt_and_stays_as_it_is(chosen, rejected, parts):
+    (group,) = load_preferences([{"chosen": chosen, "rejected": rejected}], CHAT)
+    prompt, *answers = seen(group)
+    assert [prompt.removeprefix("<bos>"), *(answer.removesuffix("<bos>") for answer in answers)] == parts
+
+
+def test_tokens_that_merge_across_the_boundary_are_cut_where_the_prompt_ends():
+    merging = tokenizer()
+    vocabulary = json.loads(merging.backend_tokenizer.to_str())
+    size = len(vocabulary["model"]["vocab"])
+    vocabulary["model"]["vocab"]["ab"] = size
+    vocabulary["model"]["merges"] = [["a", "b"]]
+    merging._tokenizer = type(merging.backend_tokenizer).from_str(json.dumps(vocabulary))
+    assert merging("xab", add_special_tokens=False)["input_ids"][-1] == size
+    (group,) = load_preferences([{"prompt": "xa", "chosen": "b", "rejected": "ab"}], merging, chat=False)
+    alone = merging("xa")["input_ids"]
+    assert list(group.prompt.token_ids) == alone
+    assert group.samples[0].token_ids == merging("b", add_special_tokens=False)["input_ids"]
+
+
+BAD = {
+    "with identical sides": GOOD | {"rejected": "blue"},
+    "with an empty 'chosen'": GOOD | {"chosen": " "},
+    "with an empty 'rejected'": GOOD | {"rejected": [assistant("")], "chosen": [assistant("a")]},
+    "without a 'rejected'": GOOD | {"rejected": None},
+    "without a 'prompt', whose sides begin with no shared text": GOOD | {"prompt": None},
+    "whose 'chosen' is neither text nor chat messages": GOOD | {"chosen": 3},
+    "with one side text and the other messages": GOOD | {"rejected": [assistant("red")]},
+    "whose 'chosen' does not end with the assistant": GOOD | {"chosen": [user("a")], "rejected": [user("b")]},
+    "whose sides differ before their last messages": {
+        "chosen": [user("a"), assistant("b")],
+        "rejected": [user("c"), assistant("d")],
+    },
+    "with a prompt longer than 30 tokens": GOOD | {"prompt": "long" * 10},
+    "longer than 60 tokens": GOOD | {"chosen": "long" * 20},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_row_is_counted_named_and_left_out(reason):
+    with pytest.warns(UserWarning, match="load_preferences: left out 1 of 3 rows") as caught:
+        groups = load_preferences([GOOD, BAD[reason], GOOD], CHAT, max_prompt_tokens=30, max_tokens=60)
+    assert str(caught[0].message) == f"load_preferences: left out 1 of 3 rows: 1 {reason} (list row 1)."
+    assert [group.prompt.index for group in groups] == [0, 2]
+
+
+def test_a_source_of_bad_rows_only_is_refused():
+    message = (
+        r"load_preferences: source: expected a good row among 1, got only rows 1 with identical sides \(list row 0\)\."
+    )
+    with pytest.raises(ValueError, match=message):
+        load_preferences([BAD["with identical sides"]], CHAT)
+
+
+def test_bad_rows_of_one_kind_are_counted_together():
+    rows = [GOOD, *[GOOD | {"rejected": "blue"}] * 4, GOOD | {"chosen": ""}]
+    with pytest.warns(
+        UserWarning, match=r"left out 5 of 6 rows: 4 with identical sides \(list row 1, .*, \.\.\.\); 1 with"
+    ):
+        load_preferences(rows, PLAIN)
+
+
+def test_chat_messages_without_a_template_are_refused():
+    with pytest.raises(ValueError, match="of chat messages, for which the tokenizer has no chat template"):
+        load_preferences([{"prompt": [user("a")], "chosen": "b", "rejected": "c"}], PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("pairs", {"prompt": "a", "completion": "b"}, r"columns of kind='pairs': expected 'chosen', 'rejected', got"),
+        ("labelled", {"prompt": "a", "completion": "b"}, r"expected 'prompt', 'label', 'completion', got"),
+        ("completions", GOOD, r"expected 'prompt', 'completion' \(or 'messages'\), got 'chosen', 'prompt', 'rejected'"),
+        ("pair", GOOD, r"load_preferences: kind: expected one of .* Did you mean 'pairs'\?"),
+    ],
+)  # fmt: skip
+def test_a_source_without_the_columns_is_refused(kind, row, message):
+    with pytest.raises(ValueError, match=message):
+        load_preferences([row], CHAT, kind=kind)
+
+
+def test_labelled_answers_have_advantages_of_their_labels_sign(tmp_path):
+    rows = [
+        {"prompt": f"p{i}", "completion": "c", "label": label} for i, label in enumerate((True, False, 1, 0, "yes"))
+    ]
+    datasets.Dataset.from_list(rows[:2]).save_to_disk(tmp_path / "rows")
+    groups = load_preferences(tmp_path / "rows", CHAT, kind="labelled")
+    assert [[(s.text, s.advantage) for s in group.samples] for group in groups] == [[("c", 1.0)], [("c", -1.0)]]
+    with pytest.warns(UserWarning, match="1 whose 'label' is neither true nor false"):
+        groups = load_preferences(rows, CHAT, kind="labelled")
+    assert [group.samples[0].advantage for group in groups] == [1.0, -1.0, 1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Sky?", "completion": "blue"}, {"messages": [user("Sky?"), assistant("blue")]}]
+)
+def test_demonstrations_train_their_last_message(row):
+    (group,) = load_preferences([row], CHAT, kind="completions")
+    assert seen(group) == RENDERED[:2]
+    assert group.samples[0].advantage == 1.0
+
+
+def pair(index, prompt, chosen, rejected):
+    answers = [(chosen, 1.0), (rejected, -1.0)]
+    samples = [Sample([9] * n, [math.nan] * n, True, reward=1.0, advantage=sign) for n, sign in answers]
+    return Group(Prompt(index, "", (index,) * prompt), samples)
+
+
+def test_pairs_become_labelled_answers_and_meet_other_prompts():
+    singles = unpair([pair(1, 2, 1, 2), pair(2, 2, 3, 4)])
+    assert [(g.prompt.index, len(g.samples[0].token_ids)) for g in singles] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    others = mismatched(singles)
+    assert [g.prompt.index for g in others] == [1, 1, 2, 2]
+    assert [len(g.samples[0].token_ids) for g in others] == [4, 4, 2, 2]
+    distinct = [pair(i, 2, i, 1) for i in (1, 2, 3)]
+    assert [len(g.samples[0].token_ids) for g in mismatched(distinct)] == [3, 1, 2]
+    with pytest.raises(
+        ValueError, match=r"mismatched: groups: expected answers to two prompts or more, got 2 to one\."
+    ):
+        mismatched(singles[:2])
+
+
+PAIRS = [pair(1, 3, 5, 2), pair(2, 6, 1, 1), pair(3, 2, 9, 12), pair(4, 4, 7, 7), pair(5, 1, 2, 11)]
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded", "shared", "varlen"])
+@pytest.mark.parametrize("max_tokens", [28, 40, 400])
+def test_whole_groups_keep_each_pair_in_one_micro_batch_chosen_before_rejected(layout, max_tokens):
+    batches = pack(PAIRS, layout=layout, max_tokens=max_tokens, whole_groups=True)
+    found = []
+    for batch in batches:
+        assert batch.num_tokens <= max_tokens
+        assert batch.advantages.tolist() == [1.0, -1.0] * (len(batch.group_ids) // 2)
+        assert (batch.group_ids[::2] == batch.group_ids[1::2]).all()
+        sides = split_pairs(batch.cu_seqlens, logps=batch.targets.float(), mask=batch.mask)
+        lengths = [sides[f"{side}_cu_seqlens"].diff().tolist() for side in ("chosen", "rejected")]
+        found += list(zip(batch.group_ids[::2].tolist(), *lengths, strict=True))
+    assert sorted(found) == [(i, *(len(s.token_ids) for s in group.samples)) for i, group in enumerate(PAIRS)]
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded", "shared", "varlen"])
+def test_a_pair_that_does_not_fit_is_refused(layout):
+    with pytest.raises(ValueError, match=r"pack: max_tokens: expected .* whole group.* Raise max_tokens, or leave out"):
+        pack(PAIRS, layout=layout, max_tokens=15, whole_groups=True)
+
+
+def test_a_demonstration_packs_like_a_rollout():
+    groups = load_preferences([{"prompt": "Sky?", "completion": "blue"}], CHAT, kind="completions")
+    (batch,) = pack(groups, layout="padded", max_tokens=64)
+    assert CHAT.decode(batch.targets) == "blue<bos>"
+    assert torch.isnan(batch.sampling_logps).all()
+    assert batch.advantages.tolist() == [1.0]
