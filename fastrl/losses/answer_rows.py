@@ -85,7 +85,7 @@ def _padded(tensor: torch.Tensor, bounds: list[int] | None) -> torch.Tensor:
     if bounds is None:
         return tensor
     if len(bounds) == 1:
-        return tensor.new_zeros(0, 0)
+        return tensor[:0].view(0, 0)  # of the tensor itself: a loss of nothing has a gradient too
     sequences = [tensor[start:end] for start, end in pairwise(bounds)]
     return pad_sequence(sequences, batch_first=True)
 
