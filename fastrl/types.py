@@ -77,11 +77,14 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # (S + 1,) int64, bounds of each sequence's completion tokens in N
     group_ids: torch.Tensor  # (S,) int64
     group_tokens: torch.Tensor  # (S,) int64, tokens that train in the sequence's whole group, wherever they are
-    advantages: torch.Tensor  # (S,) float32
+    scores: torch.Tensor  # (S,) float32, the samples' rewards
+    advantages: torch.Tensor  # (S,) float32, or (N,) where they come from a critic
     mask: torch.Tensor  # (N,) bool
     sampling_logps: torch.Tensor  # (N,) float32
     old_logps: torch.Tensor | None = None  # (N,) float32; None = on-policy, the ratio is exactly 1
     ref_logps: torch.Tensor | None = None  # (N,) float32
+    values: torch.Tensor | None = None  # (N,) float32, of the critic before the update
+    returns: torch.Tensor | None = None  # (N,) float32, what the critic should have said
     attention_cu_seqlens: torch.Tensor | None = None  # (S + 1,) int32, bounds in L of sequences laid end to end, R = 1
     attention_max_seqlen: int = 0  # length of the longest of them
 

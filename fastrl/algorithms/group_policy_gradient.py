@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from fastrl.advantages import GroupAdvantage
+from fastrl.algorithms.policy_gradient import policy_gradient_loss
 from fastrl.data.pack import Counts
-from fastrl.losses.linear_policy import linear_policy_loss
 from fastrl.model.policy import Policy
 from fastrl.spec import PolicyLoss
 from fastrl.types import Group, LossOutput, MicroBatch
@@ -57,30 +57,5 @@ class GroupPolicyGradient:
     def loss(
         self, policy: Policy, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
     ) -> LossOutput:
-        """One micro-batch's share of the step's loss, from hidden states, with its metrics.
-
-        Where the head's weight has a `main_grad`, its gradient is there already when this returns.
-        """
-        if self.spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
-            normalizer = normalizer * batch.group_tokens
-        return linear_policy_loss(
-            policy.hidden(batch),
-            policy.head.weight,
-            batch.targets,
-            batch.advantages,
-            self.spec,
-            mask=batch.mask,
-            old_logps=batch.old_logps,
-            ref_logps=batch.ref_logps,
-            sampling_logps=batch.sampling_logps,
-            group_ids=batch.group_ids,
-            normalizer=normalizer,
-            cu_seqlens=batch.cu_seqlens,
-            bias=policy.head.bias,
-            temperature=temperature,
-            softcap=policy.head.softcap,
-            logit_scale=policy.head.logit_scale,
-            main_grad=getattr(policy.head.weight, "main_grad", None) if self.spec.separable else None,
-            entropy=entropy,
-            backend=policy.backend,
-        )
+        """As `policy_gradient_loss`."""
+        return policy_gradient_loss(policy, batch, self.spec, normalizer, temperature=temperature, entropy=entropy)

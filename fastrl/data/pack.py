@@ -192,6 +192,7 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
         cu_seqlens=tensor([0, *accumulate(len(sample.token_ids) for sample in samples)]),
         group_ids=tensor([row.group_id for row in rows for _ in row.samples]),
         group_tokens=tensor([group_tokens[row.group_id] for row in rows for _ in row.samples]),
+        scores=tensor([sample.reward for sample in samples], torch.float32),
         advantages=tensor([sample.advantage for sample in samples], torch.float32),
         mask=torch.ones(len(hidden_index), dtype=torch.bool, device=device),
         sampling_logps=tensor(list(chain.from_iterable(s.sampling_logps for s in samples)), torch.float32),

@@ -17,6 +17,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def last_hidden(
+    decoder: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **attention: Any,
+) -> torch.Tensor:
+    """The last hidden states of a decoder after its final norm, (R, L, H) in the model's dtype, with gradients.
+
+    Args:
+        input_ids: (R, L) int64.
+        attention_mask: (R, L), 1 where there is a token; or (R, 1, L, L) bool, True where a query may attend to a
+            key, which layers with a sliding window narrow by `position_ids`; None is plain causal attention.
+        position_ids: (R, L) int64; None counts from 0 along each row.
+        attention: further arguments for the model's attention, as `fastrl.model.attention` makes them.
+    """
+    mask: Any = attention_mask
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.numel() > 0:
+        mask = dense_masks(decoder, input_ids, attention_mask, position_ids, next(decoder.parameters()))
+    outputs = decoder(
+        input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **attention
+    )
+    return outputs.last_hidden_state
+
+
 @dataclass(frozen=True)
 class CutModel:
     """The halves of a model: logits = cap(logit_scale (hidden weight^T + bias)), cap(z) = softcap tanh(z / softcap).
@@ -40,29 +65,9 @@ class CutModel:
         """(V,) or None."""
         return self.head.bias
 
-    def trunk(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **attention: Any,
-    ) -> torch.Tensor:
-        """The last hidden states after the final norm, (R, L, H) in the model's dtype, with gradients.
-
-        Args:
-            input_ids: (R, L) int64.
-            attention_mask: (R, L), 1 where there is a token; or (R, 1, L, L) bool, True where a query may attend to a
-                key, which layers with a sliding window narrow by `position_ids`; None is plain causal attention.
-            position_ids: (R, L) int64; None counts from 0 along each row.
-            attention: further arguments for the model's attention, as `fastrl.model.attention` makes them.
-        """
-        mask: Any = attention_mask
-        if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.numel() > 0:
-            mask = dense_masks(self.decoder, input_ids, attention_mask, position_ids, next(self.decoder.parameters()))
-        outputs = self.decoder(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **attention
-        )
-        return outputs.last_hidden_state
+    def trunk(self, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """`last_hidden` of the model's own decoder."""
+        return last_hidden(self.decoder, input_ids, **inputs)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits (..., V), in full; the fused ops compute what they need without them."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,19 +30,30 @@ def load_model(
         ValueError: there is no such model.
         ModuleNotFoundError: the package that ships the model is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    return load_pretrained(AutoModelForCausalLM, name_or_path, dtype)[:2]
+
+
+def load_pretrained(
+    kind: Any, name_or_path: str | Path, dtype: torch.dtype, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """(model of the transformers class `kind`, tokenizer, names of the weights that the checkpoint did not have)."""
+    from transformers import AutoTokenizer
 
     name = str(name_or_path)
     with quiet_progress():
         source = str(converted(PACKAGED[name])) if name in PACKAGED else name
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+            model, loading = kind.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+            )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except OSError as error:
             raise ValueError(_no_such_model(name)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, sorted(loading["missing_keys"])
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

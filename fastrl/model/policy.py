@@ -23,7 +23,7 @@ class Policy:
     """
 
     def __init__(self, model: PreTrainedModel, *, backend: str = "auto") -> None:
-        _switch_off_dropout(model)
+        switch_off_dropout(model)
         self.model = model
         self.head = cut(model)
         self.backend = backend
@@ -64,7 +64,7 @@ def score_old_and_ref(
     ]
 
 
-def _switch_off_dropout(model: PreTrainedModel) -> None:
+def switch_off_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

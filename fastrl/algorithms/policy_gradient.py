@@ -1,0 +1,40 @@
+"""The policy loss of one micro-batch, which every algorithm that samples shares."""
+
+from __future__ import annotations
+
+from fastrl.losses.linear_policy import linear_policy_loss
+from fastrl.model.policy import Policy
+from fastrl.spec import PolicyLoss
+from fastrl.types import LossOutput, MicroBatch
+
+
+def policy_gradient_loss(
+    policy: Policy, batch: MicroBatch, spec: PolicyLoss, normalizer: float, *, temperature: float, entropy: bool
+) -> LossOutput:
+    """One micro-batch's share of the step's loss, from hidden states, with its metrics.
+
+    Where the head's weight has a `main_grad`, its gradient is there already when this returns.
+    """
+    if spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
+        normalizer = normalizer * batch.group_tokens
+    return linear_policy_loss(
+        policy.hidden(batch),
+        policy.head.weight,
+        batch.targets,
+        batch.advantages,
+        spec,
+        mask=batch.mask,
+        old_logps=batch.old_logps,
+        ref_logps=batch.ref_logps,
+        sampling_logps=batch.sampling_logps,
+        group_ids=batch.group_ids,
+        normalizer=normalizer,
+        cu_seqlens=batch.cu_seqlens,
+        bias=policy.head.bias,
+        temperature=temperature,
+        softcap=policy.head.softcap,
+        logit_scale=policy.head.logit_scale,
+        main_grad=getattr(policy.head.weight, "main_grad", None) if spec.separable else None,
+        entropy=entropy,
+        backend=policy.backend,
+    )

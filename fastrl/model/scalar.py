@@ -1,0 +1,77 @@
+"""A model with one number per position instead of logits: the critic of PPO, and a reward model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastrl import check
+from fastrl.model.attention import attention_inputs
+from fastrl.model.head import last_hidden
+from fastrl.model.load import load_pretrained
+from fastrl.model.policy import switch_off_dropout
+from fastrl.types import MicroBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_scalar_model(
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_model`, with a scalar head: transformers' sequence classification model with one label.
+
+    A checkpoint of a causal language model gets a head of zeros, so that training starts from the answer 0 everywhere
+    instead of from noise; one that was saved with a scalar head keeps it.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, tokenizer, fresh = load_pretrained(AutoModelForSequenceClassification, name_or_path, dtype, num_labels=1)
+    head = scalar_head(model)
+    if any(key.startswith("score.") for key in fresh):
+        torch.nn.init.zeros_(head.weight)
+    model.config.pad_token_id = tokenizer.pad_token_id  # transformers finds a row's last token with it
+    return model, tokenizer
+
+
+def scalar_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The linear layer of width 1.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    head = getattr(model, "score", None)
+    plain = isinstance(head, torch.nn.Linear) and head.out_features == 1
+    got = f"{type(model).__name__} with score {head}"
+    check.require(plain, "scalar_head", "model", "a sequence classification model with one label", got)
+    return head
+
+
+class ScalarModel:
+    """Micro-batches in, one number for each completion token out.
+
+    Args:
+        model: from `load_scalar_model`; its dropout is switched off.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        switch_off_dropout(model)
+        self.model, self.head = model, scalar_head(model)
+
+    def values(self, batch: MicroBatch) -> torch.Tensor:
+        """(N,) float32: v = head(h), h the state before each completion token; gradient to every weight.
+
+        For a critic that is V(s_t), of the prompt and the tokens before token t.
+        """
+        states = last_hidden(
+            self.model.base_model, batch.input_ids, position_ids=batch.position_ids, **attention_inputs(batch)
+        )  # (R, L, H)
+        states = states.reshape(-1, states.shape[-1]).index_select(0, batch.hidden_index)
+        return self.head(states).squeeze(-1).float()
+
+    def scores(self, batch: MicroBatch) -> torch.Tensor:
+        """(S,) float32: the value at each sequence's last target, which `fastrl.data` appends so that the state before
+        it has read the whole completion."""
+        return self.values(batch)[batch.cu_seqlens[1:] - 1]
