@@ -1,12 +1,15 @@
-"""An algorithm is two functions: advantages(groups) and loss(policy, batch, normalizer)."""
+"""An algorithm turns rewards into advantages, and micro-batches into losses; the trainer's loop does the rest."""
 
 from __future__ import annotations
 
 from fastrl import advantages
 from fastrl.algorithms.group_policy_gradient import GroupPolicyGradient
+from fastrl.algorithms.ppo import ActorCritic, KLController
 from fastrl.losses import presets
 
-__all__ = ["ALGORITHMS", "GroupPolicyGradient"]
+__all__ = ["ALGORITHMS", "ActorCritic", "Algorithm", "GroupPolicyGradient", "KLController"]
+
+Algorithm = GroupPolicyGradient | ActorCritic
 
 # name -> (advantage estimator, loss): what a recipe's `algorithm` selects.
 ALGORITHMS = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastrl.advantages import GroupAdvantage
-from fastrl.algorithms.policy_gradient import policy_gradient_loss
+from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
 from fastrl.data.pack import Counts
 from fastrl.model.policy import Policy
 from fastrl.spec import PolicyLoss
@@ -22,6 +22,16 @@ class GroupPolicyGradient:
     estimator: GroupAdvantage
     spec: PolicyLoss
     max_new_tokens: int  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
+
+    @property
+    def needs_ref(self) -> bool:
+        """True when the loss reads the reference's log-probabilities."""
+        return self.spec.needs_ref
+
+    @property
+    def needs_critic(self) -> bool:
+        """Never: the other samples of a prompt are the baseline."""
+        return False
 
     def advantages(self, groups: Sequence[Group]) -> None:
         """Writes `Sample.advantage` of every sample; a sample without a reward gets 0 and counts in no baseline."""
@@ -37,7 +47,7 @@ class GroupPolicyGradient:
 
         A group whose rewards are all equal has advantages of exactly 0; it costs neither a forward nor a backward pass.
         """
-        if self.spec.needs_ref or self.spec.needs_entropy:
+        if self.needs_ref or self.spec.needs_entropy:
             return list(groups)
         return [group for group in groups if any(sample.advantage != 0.0 for sample in group.samples)]
 
@@ -54,8 +64,12 @@ class GroupPolicyGradient:
             }[self.spec.aggregate]
         )
 
-    def loss(
-        self, policy: Policy, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
-    ) -> LossOutput:
+    def estimate(self, parts: Sequence[Part]) -> tuple[list[Part], dict[str, float]]:
+        """The parts as they are: their advantages came with the rewards."""
+        return list(parts), {}
+
+    def losses(
+        self, policy: Policy, critic: None, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
+    ) -> Iterator[LossOutput]:
         """As `policy_gradient_loss`."""
-        return policy_gradient_loss(policy, batch, self.spec, normalizer, temperature=temperature, entropy=entropy)
+        yield policy_gradient_loss(policy, batch, self.spec, normalizer, temperature=temperature, entropy=entropy)

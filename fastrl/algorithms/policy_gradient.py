@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastrl.losses.linear_policy import linear_policy_loss
 from fastrl.model.policy import Policy
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput, MicroBatch
 
+Part = tuple[list[MicroBatch], float]  # the micro-batches of one optimizer step, and what their loss is divided by
+
 
 def policy_gradient_loss(
-    policy: Policy, batch: MicroBatch, spec: PolicyLoss, normalizer: float, *, temperature: float, entropy: bool
+    policy: Policy,
+    batch: MicroBatch,
+    spec: PolicyLoss,
+    normalizer: float,
+    *,
+    temperature: float,
+    entropy: bool,
+    hidden: torch.Tensor | None = None,
 ) -> LossOutput:
     """One micro-batch's share of the step's loss, from hidden states, with its metrics.
 
-    Where the head's weight has a `main_grad`, its gradient is there already when this returns.
+    `hidden` is `policy.hidden(batch)`, for a caller that has it already. Where the head's weight has a `main_grad`, its
+    gradient is there when this returns.
     """
     if spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
         normalizer = normalizer * batch.group_tokens
     return linear_policy_loss(
-        policy.hidden(batch),
+        policy.hidden(batch) if hidden is None else hidden,
         policy.head.weight,
         batch.targets,
         batch.advantages,

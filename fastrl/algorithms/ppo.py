@@ -1,22 +1,25 @@
-"""PPO with a critic: GAE over a reward at every token, a clipped policy loss and a clipped value loss."""
+"""PPO with a critic: a reward at every token, GAE, a clipped policy loss and a clipped value loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from fastrl.advantages import kl_in_reward, whiten
-from fastrl.algorithms.policy_gradient import policy_gradient_loss
+from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
 from fastrl.check import require
+from fastrl.data.pack import Counts, trained
 from fastrl.losses.value import value_loss
 from fastrl.model.policy import Policy
+from fastrl.model.scalar import Critic, SharedCritic
 from fastrl.ops.gae import gae
 from fastrl.spec import PolicyLoss
-from fastrl.types import LossOutput, MicroBatch
+from fastrl.types import Group, LossOutput, MicroBatch
 
 
+@dataclass
 class KLController:
     """The weight of the KL in the reward: fixed, or adapted so that the KL of a sequence approaches a target.
 
@@ -24,11 +27,14 @@ class KLController:
     of its reference code.
     """
 
-    def __init__(self, coef: float, *, target: float | None = None, horizon: int = 10_000) -> None:
-        require(coef >= 0.0, "KLController", "coef", "at least 0", coef)
-        require(target is None or target > 0.0, "KLController", "target", "above 0, or None", target)
-        require(horizon >= 1, "KLController", "horizon", "at least 1", horizon)
-        self.coef, self.target, self.horizon = coef, target, horizon
+    coef: float
+    target: float | None = None  # nats a sequence; None keeps the coefficient
+    horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        require(self.coef >= 0.0, "KLController", "coef", "at least 0", self.coef)
+        require(self.target is None or self.target > 0.0, "KLController", "target", "above 0, or None", self.target)
+        require(self.horizon >= 1, "KLController", "horizon", "at least 1", self.horizon)
 
     def update(self, kl: float, sequences: int) -> None:
         """After a rollout of `sequences` with a mean KL of `kl` nats a sequence."""
@@ -39,48 +45,113 @@ class KLController:
 
 @dataclass(frozen=True)
 class ActorCritic:
-    """PPO, arXiv:1707.06347, as RLHF uses it, arXiv:2203.02155: section 1.3 of both papers' formulas in one place.
+    """PPO, arXiv:1707.06347, in the form that RLHF gave it, arXiv:2203.02155.
 
     r_t = -kl_coef (old_logps_t - ref_logps_t) + [t is the last token] score
-    A, R = gae(r, V), A whitened over the valid tokens of the rollout
-    loss = policy loss(A) + value_coef 0.5 max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2)
+    A, R = gae(r, V_old), and A whitened over the valid tokens of the rollout
+    loss = policy loss(A) + value_coef 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2)
+
+    `spec` averages over tokens, as the value loss does.
     """
 
     spec: PolicyLoss
+    kl: KLController
     gamma: float = 1.0
     lam: float = 0.95
     value_coef: float = 0.1
     value_clip: float | None = 0.2
     whiten: bool = True
 
-    def estimate(self, batches: Sequence[MicroBatch], kl_coef: float) -> list[MicroBatch]:
-        """The micro-batches of a whole rollout with token `advantages` and `returns`, from scores, logps and values.
+    def __post_init__(self) -> None:
+        ok = self.spec.aggregate == "token_mean"
+        require(ok, "ActorCritic", "spec.aggregate", "'token_mean', as the value loss", repr(self.spec.aggregate))
+        require(self.spec.kl is None, "ActorCritic", "spec.kl", "None: PPO's KL is in the reward", self.spec.kl)
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, "ActorCritic", name, "a number from 0 to 1", value)
+        require(self.value_coef > 0.0, "ActorCritic", "value_coef", "above 0", self.value_coef)
+        require(self.value_clip is None or self.value_clip > 0, "ActorCritic", "value_clip", "above 0", self.value_clip)
 
-        Whitening takes mean and deviation over all of them, so that it does not depend on how they were packed.
+    @property
+    def needs_ref(self) -> bool:
+        """True when the reward reads the reference's log-probabilities."""
+        return self.kl.coef > 0.0
+
+    @property
+    def needs_critic(self) -> bool:
+        """Always."""
+        return True
+
+    def advantages(self, groups: Sequence[Group]) -> None:
+        """Nothing yet: advantages are of tokens, and wait for the critic (`estimate`)."""
+
+    def contributing(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with a sample that was scored: a critic has an opinion on equal rewards too."""
+        return [group for group in groups if trained(group)]
+
+    def normalizer(self, counts: Counts) -> float:
+        """What both losses divide by: the tokens of the optimizer step."""
+        return float(counts.tokens)
+
+    @torch.no_grad()
+    def estimate(self, parts: Sequence[Part]) -> tuple[list[Part], dict[str, float]]:
+        """A rollout with token `advantages` and `returns` filled in, from `scores`, `old_logps`, `ref_logps`, `values`.
+
+        Mean and deviation of the whitening are those of all tokens, however they were packed. Returns (parts, numbers
+        to log), and adapts the KL coefficient to what it saw.
         """
-        estimated = []
-        for batch in batches:
-            ref = batch.old_logps if batch.ref_logps is None else batch.ref_logps
-            rewards = kl_in_reward(batch.scores, batch.old_logps, ref, batch.mask, kl_coef, batch.cu_seqlens)
-            advantages, returns = gae(
-                rewards, batch.values, batch.mask, gamma=self.gamma, lam=self.lam, cu_seqlens=batch.cu_seqlens
-            )
-            estimated.append(replace(batch, advantages=advantages, returns=returns))
-        if not self.whiten or not estimated:
-            return estimated
-        flat = whiten(torch.cat([b.advantages for b in estimated]), torch.cat([b.mask for b in estimated]))
-        parts = flat.split([len(batch.mask) for batch in estimated])
-        return [replace(batch, advantages=part) for batch, part in zip(estimated, parts, strict=True)]
+        batches = [self._estimate(batch) for part, _ in parts for batch in part]
+        sequences = sum(len(batch.scores) for batch in batches)
+        numbers = {"objective/kl": 0.0, "objective/kl_coef": self.kl.coef}
+        if not batches:
+            return list(parts), numbers
+        if self.needs_ref:
+            total = sum((batch.old_logps - batch.ref_logps).double().sum() for batch in batches)
+            numbers["objective/kl"] = float(total) / sequences
+            self.kl.update(numbers["objective/kl"], sequences)
+        if self.whiten:
+            flat = whiten(torch.cat([batch.advantages for batch in batches]), torch.cat([b.mask for b in batches]))
+            pieces = flat.split([len(batch.mask) for batch in batches])
+            batches = [replace(batch, advantages=piece) for batch, piece in zip(batches, pieces, strict=True)]
+        rest = iter(batches)
+        return [([next(rest) for _ in part], normalizer) for part, normalizer in parts], numbers
 
-    def loss(
-        self, policy: Policy, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
-    ) -> LossOutput:
-        """As `policy_gradient_loss`."""
-        return policy_gradient_loss(policy, batch, self.spec, normalizer, temperature=temperature, entropy=entropy)
+    def _estimate(self, batch: MicroBatch) -> MicroBatch:
+        ref = batch.old_logps if batch.ref_logps is None else batch.ref_logps
+        rewards = kl_in_reward(batch.scores, batch.old_logps, ref, batch.mask, self.kl.coef, batch.cu_seqlens)
+        advantages, returns = gae(
+            rewards, batch.values, batch.mask, gamma=self.gamma, lam=self.lam, cu_seqlens=batch.cu_seqlens
+        )
+        return replace(batch, advantages=advantages, returns=returns)
 
-    def value_loss(self, values: torch.Tensor, batch: MicroBatch, normalizer: float) -> LossOutput:
-        """One micro-batch's share of the value loss, `value_coef` in it; the metrics are those of `value_loss`."""
+    def losses(
+        self,
+        policy: Policy,
+        critic: Critic,
+        batch: MicroBatch,
+        normalizer: float,
+        *,
+        temperature: float,
+        entropy: bool,
+    ) -> Iterator[LossOutput]:
+        """One micro-batch's shares of the step's loss; each is to be backpropagated before the next is asked for.
+
+        A critic with a trunk of its own comes after the policy, when the policy's activations are free again; one that
+        shares the policy's trunk comes with it, from the same hidden states.
+        """
+        options = {"temperature": temperature, "entropy": entropy}
+        if isinstance(critic, SharedCritic):
+            hidden = policy.hidden(batch)
+            out = policy_gradient_loss(policy, batch, self.spec, normalizer, hidden=hidden, **options)
+            value = self._value_loss(critic.of(hidden), batch, normalizer)
+            yield LossOutput(out.loss + value.loss, out.metrics | value.metrics)
+        else:
+            yield policy_gradient_loss(policy, batch, self.spec, normalizer, **options)
+            yield self._value_loss(critic.values(batch), batch, normalizer)
+
+    def _value_loss(self, values: torch.Tensor, batch: MicroBatch, normalizer: float) -> LossOutput:
         out = value_loss(
             values, batch.values, batch.returns, mask=batch.mask, clip=self.value_clip, normalizer=normalizer
         )
-        return LossOutput(self.value_coef * out.loss, out.metrics)
+        total = out.loss.detach() * normalizer, batch.mask.sum().to(out.loss.dtype)
+        return LossOutput(self.value_coef * out.loss, out.metrics | {"value/loss": total})

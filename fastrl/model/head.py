@@ -36,9 +36,7 @@ def last_hidden(
     mask: Any = attention_mask
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.numel() > 0:
         mask = dense_masks(decoder, input_ids, attention_mask, position_ids, next(decoder.parameters()))
-    outputs = decoder(
-        input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **attention
-    )
+    outputs = decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **attention)
     return outputs.last_hidden_state
 
 

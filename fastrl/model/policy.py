@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from transformers import PreTrainedModel
 
@@ -48,20 +46,6 @@ class Policy:
             logit_scale=self.head.logit_scale,
             backend=self.backend,
         ).logps
-
-
-def score_old_and_ref(
-    policy: Policy, reference: Policy | None, batches: list[MicroBatch], *, temperature: float, old: bool
-) -> list[MicroBatch]:
-    """The micro-batches with `old_logps` (when asked for) and `ref_logps` (when there is a reference) filled in."""
-    return [
-        replace(
-            batch,
-            old_logps=policy.score(batch, temperature=temperature) if old else batch.old_logps,
-            ref_logps=reference.score(batch, temperature=temperature) if reference else None,
-        )
-        for batch in batches
-    ]
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:

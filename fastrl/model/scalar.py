@@ -11,7 +11,7 @@ from fastrl import check
 from fastrl.model.attention import attention_inputs
 from fastrl.model.head import last_hidden
 from fastrl.model.load import load_pretrained
-from fastrl.model.policy import switch_off_dropout
+from fastrl.model.policy import Policy, switch_off_dropout
 from fastrl.types import MicroBatch
 
 if TYPE_CHECKING:
@@ -75,3 +75,24 @@ class ScalarModel:
         """(S,) float32: the value at each sequence's last target, which `fastrl.data` appends so that the state before
         it has read the whole completion."""
         return self.values(batch)[batch.cu_seqlens[1:] - 1]
+
+
+class SharedCritic:
+    """A critic that reads the policy's own hidden states through a linear layer, which begins as zeros."""
+
+    def __init__(self, policy: Policy) -> None:
+        weight = policy.head.weight
+        self.policy = policy
+        self.head = torch.nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype, device=weight.device)
+        torch.nn.init.zeros_(self.head.weight)
+
+    def values(self, batch: MicroBatch) -> torch.Tensor:
+        """As `ScalarModel.values`."""
+        return self.of(self.policy.hidden(batch))
+
+    def of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N,) float32 of `policy.hidden(batch)`; gradient to the trunk too."""
+        return self.head(hidden).squeeze(-1).float()
+
+
+Critic = ScalarModel | SharedCritic

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from fastrl.algorithms.policy_gradient import Part
 from fastrl.losses.metrics import Metrics
 from fastrl.types import Group, MicroBatch, Prompt, Sample
 
-Part = tuple[list[MicroBatch], float]  # the micro-batches of one optimizer step, and what their loss is divided by
 Update = tuple[Metrics, dict[str, float]]  # what an optimizer step reports
 
 
@@ -22,6 +22,7 @@ class RolloutBatch:
     groups: list[Group]
     contributing: list[Group]  # those of `groups` whose gradient is not zero
     parts: list[Part]  # not trained on yet
+    numbers: dict[str, float] = field(default_factory=dict)  # what the algorithm's estimates report
     updates: list[Update] = field(default_factory=list)  # of the optimizer steps that are done
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -60,6 +61,7 @@ class RolloutBatch:
                 }
                 for batches, normalizer in self.parts
             ],
+            "numbers": self.numbers,
             "updates": [{"numbers": numbers, "metrics": list(metrics)} for metrics, numbers in self.updates],
         }
 
@@ -92,7 +94,7 @@ class RolloutBatch:
             for u, update in enumerate(values["updates"])
         ]
         contributing = [group for group, saved in zip(groups, values["groups"], strict=True) if saved["contributes"]]
-        return cls(groups, contributing, parts, updates)
+        return cls(groups, contributing, parts, values["numbers"], updates)
 
 
 def _micro_batch(rest: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str) -> MicroBatch:

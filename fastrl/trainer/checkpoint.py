@@ -5,7 +5,7 @@
       step_000020/                step_000020_update_2 when stopped inside a rollout batch
         manifest.json             step, versions, model, recipe; size and SHA-256 of every other file
         model/                    what transformers loads; an adapter's own folder belongs beside it
-        optimizer.safetensors     see `MasterOptimizer.tensors`
+        optimizer.safetensors     see `MasterOptimizer.tensors`; a critic's, with its weights, in critic.safetensors
         rollout.safetensors       the rest of the rollout batch, when stopped inside one
         state.json                everything else that the next step depends on
 

@@ -11,8 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from fastrl.advantages import GroupAdvantage
-from fastrl.algorithms import ALGORITHMS, GroupPolicyGradient
+from fastrl.algorithms import ALGORITHMS, ActorCritic, Algorithm, GroupPolicyGradient, KLController
 from fastrl.check import choice, require
+from fastrl.losses import presets
 from fastrl.spec import KL, Clip, Correction, PolicyLoss
 
 # What a resumed run may do otherwise than it began: how long, how often and on what it runs, not what it computes.
@@ -120,7 +121,38 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     steps_per_rollout: int = 1
-    """Optimizer steps on each batch of completions; more than 1 makes the later ones off-policy."""
+    """Optimizer steps on each batch of completions, each on its own part of them; more than 1 makes the later ones
+    off-policy."""
+    epochs_per_rollout: int = 1
+    """Passes over each batch of completions."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """What PPO has besides a policy loss."""
+
+    critic: Literal["separate", "shared"] = "separate"
+    """A model of its own, or a linear layer on the policy's hidden states."""
+    critic_model: str = ""
+    """What a separate critic starts from: the policy's own model, if empty, or a trained reward model."""
+    critic_lr: float = 1e-5
+    """Learning rate of a separate critic."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """Of GAE: 1 is the return less the value, 0 the one-step error."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    value_clip: float | None = 0.2
+    """How far a value may move from the rollout's, in units of the return; null switches it off."""
+    whiten: bool = True
+    """Shift and scale the advantages of a rollout to mean 0 and deviation 1."""
+    kl_coef: float = 0.05
+    """Of the KL to the reference in the reward of each token; 0 needs no reference model in memory."""
+    kl_target: float | None = None
+    """Nats a sequence that the coefficient adapts to; null keeps it."""
+    kl_horizon: int = 10000
+    """Sequences over which it adapts."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +171,7 @@ class TrainConfig:
 
     model: str = "smollm2-135m-instruct"
     """A folder, a hub id, or the name of a model that ships in a Python package."""
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "scale_rl", "sapo", "rloo"] = "grpo"
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "scale_rl", "sapo", "rloo", "ppo"] = "grpo"
     """Selects an advantage estimator and a policy loss; `loss` overrides their factors."""
     steps: int = 100
     """Rollout batches."""
@@ -175,11 +207,12 @@ class TrainConfig:
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
+    ppo: PPOConfig = PPOConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
-        choice("TrainConfig", "algorithm", self.algorithm, ALGORITHMS)
+        choice("TrainConfig", "algorithm", self.algorithm, [*ALGORITHMS, "ppo"])
         positive = {
             "steps": self.steps,
             "tokens_per_batch": self.tokens_per_batch,
@@ -187,6 +220,7 @@ class TrainConfig:
             "rollout.samples": self.rollout.samples,
             "rollout.max_new_tokens": self.rollout.max_new_tokens,
             "optimizer.steps_per_rollout": self.optimizer.steps_per_rollout,
+            "optimizer.epochs_per_rollout": self.optimizer.epochs_per_rollout,
             "eval.samples": self.eval.samples,
             "keep_last": self.keep_last,
         }
@@ -205,15 +239,14 @@ class TrainConfig:
         return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed))
 
 
-def build_algorithm(config: TrainConfig) -> GroupPolicyGradient:
-    """The algorithm's preset with the overrides of `config.loss`.
+def build_algorithm(config: TrainConfig) -> Algorithm:
+    """The algorithm's preset with the overrides of `config.loss`, and of `config.ppo` for PPO.
 
     A preset's KL term is left out unless `loss.kl_coef` or `loss.kl` asks for it: the reference model doubles the
     memory of the weights, and most recipes of today train without it (TRL's default is beta = 0).
     """
-    estimator, spec = ALGORITHMS[config.algorithm]
+    estimator, spec = ALGORITHMS.get(config.algorithm, (None, presets.PPO))
     loss = config.loss
-    estimator = GroupAdvantage(loss.baseline or estimator.baseline, loss.scale or estimator.scale, estimator.eps)
     changes: dict[str, Any] = {
         name: value
         for name in ("ratio", "aggregate", "entropy_coef", "correction")
@@ -231,7 +264,30 @@ def build_algorithm(config: TrainConfig) -> GroupPolicyGradient:
         )
         changes["surrogate"] = replace(spec.surrogate, **clip)
     changes["kl"] = _kl(loss, spec)
-    return GroupPolicyGradient(estimator, replace(spec, **changes), config.rollout.max_new_tokens)
+    spec = replace(spec, **changes)
+    if estimator is None:
+        return _actor_critic(config, spec)
+    own = PPOConfig()
+    require(config.ppo == own, "TrainConfig", "ppo", f"its defaults, as {config.algorithm} has no critic", config.ppo)
+    estimator = GroupAdvantage(loss.baseline or estimator.baseline, loss.scale or estimator.scale, estimator.eps)
+    return GroupPolicyGradient(estimator, spec, config.rollout.max_new_tokens)
+
+
+def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
+    loss, ppo = config.loss, config.ppo
+    for name in ("baseline", "scale"):
+        require(getattr(loss, name) is None, "TrainConfig", f"loss.{name}", "none: PPO's baseline is its critic", "one")
+    whole = not loss.filter_zero_variance
+    require(whole, "TrainConfig", "loss.filter_zero_variance", "False: a critic learns from equal rewards too", True)
+    require(spec.kl is None, "TrainConfig", "loss.kl", "none: PPO's KL is in the reward, ppo.kl_coef", loss.kl)
+    require(ppo.critic_lr >= 0, "TrainConfig", "ppo.critic_lr", "0 or more", ppo.critic_lr)
+    own = ppo.critic == "separate" or not ppo.critic_model
+    require(
+        own, "TrainConfig", "ppo.critic_model", "none for a critic that shares the policy's trunk", ppo.critic_model
+    )
+    controller = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+    factors = {name: getattr(ppo, name) for name in ("gamma", "lam", "value_coef", "value_clip", "whiten")}
+    return ActorCritic(spec, controller, **factors)
 
 
 def _kl(loss: LossConfig, spec: PolicyLoss) -> KL | None:

@@ -1,6 +1,7 @@
 """The training loop, which is the picture of the data flow:
 
-prompts -> rollout -> rewards -> advantages -> drop what cannot contribute -> pack -> score (old, ref) -> loss -> step
+prompts -> rollout -> rewards -> advantages -> drop what cannot contribute -> pack
+        -> score (old, ref, critic's values) -> estimate (GAE, with a critic) -> loss -> step
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 
 from fastrl import env
 from fastrl.data.pack import minibatches
-from fastrl.model.policy import score_old_and_ref
 from fastrl.rewards import RewardFailure
 from fastrl.rollout.collect import collect
 from fastrl.trainer.batch import RolloutBatch
@@ -29,9 +29,11 @@ from fastrl.trainer.log import RunLog
 from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.report import write_report
 from fastrl.trainer.resume import how_to, position, reached, restore, resume_log, save
-from fastrl.trainer.setup import Run, prepare
+from fastrl.trainer.setup import Run, make_optimizers, prepare
 from fastrl.trainer.step import NonFiniteLoss, optimise
 from fastrl.trainer.summary import step_metrics
+
+Optimizers = dict[str, MasterOptimizer]  # by the name of their file in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,18 @@ def train(config: TrainConfig) -> Outcome:
     """
     run = prepare(config)
     directory = run.directory
-    optimizer = MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)
-    done, batch = restore(run, optimizer) if run.resumed else (0, None)
+    optimizers = make_optimizers(run)
+    done, batch = restore(run, optimizers) if run.resumed else (0, None)
     log = RunLog(directory, total_steps=config.steps, show_every=config.show_every)
     log.start(asdict(replace(config, resume="")), environment())
     if run.resumed:
         resume_log(run, log, done, batch)
     with _interruptible() as interrupt:
-        status, steps = _steps(run, log, optimizer, interrupt, done, batch)
+        status, steps = _steps(run, log, optimizers, interrupt, done, batch)
     with log.stage("save"):
         env.return_freed_memory()
-        save_model(run.policy.model, run.tokenizer, directory / "model")
+        for name, model in run.models().items():
+            save_model(model, run.tokenizer, directory / name)
     before, after = log.evaluated(0), log.evaluated(steps) if status == "finished" else {}
     report = write_report(directory)
     again = {"resume": how_to(directory)} if status != "finished" and has_checkpoint(directory) else {}
@@ -74,7 +77,7 @@ def train(config: TrainConfig) -> Outcome:
 
 
 def _steps(
-    run: Run, log: RunLog, optimizer: MasterOptimizer, interrupt: list[int], done: int, batch: RolloutBatch | None
+    run: Run, log: RunLog, optimizers: Optimizers, interrupt: list[int], done: int, batch: RolloutBatch | None
 ) -> tuple[str, int]:
     """Every step after the first `done`, of which `batch` is the next one's when it has begun.
 
@@ -86,13 +89,13 @@ def _steps(
             evaluate(run, log, step=done)
         if interrupt:
             log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after {reached(done, batch)}; saving.")
-            _save(run, log, optimizer, done, batch=batch)
+            _save(run, log, optimizers, done, batch=batch)
             return "interrupted", done
         if done == config.steps:
             return "finished", done
         before = position(run)
         try:
-            batch = _step(run, log, optimizer, done + 1, interrupt, batch)
+            batch = _step(run, log, optimizers, done + 1, interrupt, batch)
         except NonFiniteLoss as error:
             path = error.save(run.directory)
             log.warn(f"Step {done + 1}: {error}. Nothing was updated; the batch is in {path}.")
@@ -102,30 +105,30 @@ def _steps(
             return "diverged", done
         except RewardFailure as error:  # the weights are those of the step before, and a judge may be repaired
             log.warn(f"Step {done + 1}: {error}")
-            _save(run, log, optimizer, done, at=before)
+            _save(run, log, optimizers, done, at=before)
             return "rewards failed", done
         if batch is None:
             done += 1
             if config.save_every and (done % config.save_every == 0 or done == config.steps):
-                _save(run, log, optimizer, done)
+                _save(run, log, optimizers, done)
 
 
 def _evaluates(config: TrainConfig, step: int) -> bool:
     return step in (0, config.steps) or bool(config.eval.every and step % config.eval.every == 0)
 
 
-def _save(run: Run, log: RunLog, optimizer: MasterOptimizer, step: int, **where: Any) -> None:
+def _save(run: Run, log: RunLog, optimizers: Optimizers, step: int, **where: Any) -> None:
     """A checkpoint after `step` steps; one that cannot be written costs neither the run nor the one before it."""
     try:
         with log.stage("save"):
             env.return_freed_memory()
-            save(run, optimizer, log, step, **where)
+            save(run, optimizers, log, step, **where)
     except OSError as error:
         log.warn(f"The checkpoint after step {step} could not be written: {error}. Earlier ones are as they were.")
 
 
 def _step(
-    run: Run, log: RunLog, optimizer: MasterOptimizer, step: int, interrupt: list[int], batch: RolloutBatch | None
+    run: Run, log: RunLog, optimizers: Optimizers, step: int, interrupt: list[int], batch: RolloutBatch | None
 ) -> RolloutBatch | None:
     """One rollout batch, from prompts to updated weights, or the rest of one that an interrupt had cut short.
 
@@ -135,12 +138,14 @@ def _step(
     with log.stage("train"):
         while batch.parts and not (interrupt and batch.updates):
             batches, normalizer = batch.parts.pop(0)
-            update = optimise(run.policy, optimizer, run.algorithm, batches, normalizer, temperature=temperature)
+            update = optimise(
+                run.policy, run.critic, optimizers, run.algorithm, batches, normalizer, temperature=temperature
+            )
             batch.updates.append(update)
     if batch.parts:
         return batch
     # The sampler runs the very weights that were just updated, so there is nothing to publish.
-    log.step(step, step_metrics(batch.groups, batch.contributing, batch.updates))
+    log.step(step, step_metrics(batch.groups, batch.contributing, batch.updates) | batch.numbers)
     log.completions(step, batch.groups)
     return None
 
@@ -167,17 +172,16 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
             (run.pack(algorithm.contributing(part)), algorithm.normalizer(run.count(part)))
             for part in minibatches(counted, config.optimizer.steps_per_rollout, order)
         ]
+    epochs = config.optimizer.epochs_per_rollout
     with log.stage("score"):
-        off_policy = len(parts) > 1
+        old = len(parts) * epochs > 1 or algorithm.needs_critic  # else the policy is that of the rollout
         parts = [
-            (
-                score_old_and_ref(run.policy, run.reference, batches, temperature=temperature, old=off_policy),
-                normalizer,
-            )
+            ([run.score(batch, old=old, temperature=temperature) for batch in batches], normalizer)
             for batches, normalizer in parts
             if batches
         ]
-    return RolloutBatch(groups, contributing, parts)
+        parts, numbers = algorithm.estimate(parts)
+    return RolloutBatch(groups, contributing, parts * epochs, numbers)
 
 
 @contextmanager

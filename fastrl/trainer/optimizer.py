@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from fastrl.check import require
 from fastrl.trainer.config import OptimizerConfig
 
+POLICY, CRITIC = "optimizer", "critic"  # names of a run's optimizers, and of their files in a checkpoint
 PIECE = 1 << 19  # 16-bit gradients widened at a time
 SLICE = 1 << 22  # weights updated at a time: what the float32 copy of a slice costs is all the copy there is
 
@@ -63,12 +64,17 @@ class MasterOptimizer:
         return self.config.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
     @torch.no_grad()
-    def step(self) -> float:
-        """Clips, updates masters and model, clears gradients; returns the norm before clipping.
+    def norm(self) -> float:
+        """The Euclidean norm of the gradient as it stands; waits for the device."""
+        return torch.linalg.vector_norm(self.grad).item()
+
+    @torch.no_grad()
+    def step(self, norm: float | None = None) -> float:
+        """Clips, updates masters and model, clears gradients; returns the norm before clipping, which may be given.
 
         A norm that is not finite updates nothing: the caller decides what to do with it.
         """
-        norm = torch.linalg.vector_norm(self.grad).item()
+        norm = self.norm() if norm is None else norm
         if math.isfinite(norm):
             if 0 < self.config.max_grad_norm < norm:
                 self.grad.mul_(self.config.max_grad_norm / norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,15 @@ def position(run: Run) -> dict[str, Any]:
     What a step samples and in which order it trains is seeded by the step's number; the global generators are for
     what others draw from them, rewards above all.
     """
-    return {"prompts": run.prompts.state_dict(), "random": _random_state()}
+    state = {"prompts": run.prompts.state_dict(), "random": _random_state()}
+    if run.algorithm.needs_critic:
+        state["kl_coef"] = run.algorithm.kl.coef
+    return state
 
 
 def save(
     run: Run,
-    optimizer: MasterOptimizer,
+    optimizers: Mapping[str, MasterOptimizer],
     log: RunLog,
     step: int,
     *,
@@ -55,7 +58,7 @@ def save(
     """
     state = {
         "step": step,
-        "optimizer_steps": optimizer.steps,
+        "optimizer_steps": {name: optimizer.steps for name, optimizer in optimizers.items()},
         **(at or position(run)),
         "log": log.state(),
         "batch": batch.values() if batch else None,
@@ -63,7 +66,8 @@ def save(
 
     def contents(folder: Path) -> None:
         checkpoint.write_model(run.policy.model, run.tokenizer, folder / "model")
-        checkpoint.write_tensors(optimizer.tensors(), folder / "optimizer.safetensors")
+        for name, optimizer in optimizers.items():
+            checkpoint.write_tensors(optimizer.tensors(), folder / f"{name}.safetensors")
         if batch:
             checkpoint.write_tensors(batch.tensors(), folder / "rollout.safetensors")
         checkpoint.write_json(state, folder / "state.json")
@@ -80,7 +84,7 @@ def save(
     return folder
 
 
-def restore(run: Run, optimizer: MasterOptimizer) -> tuple[int, RolloutBatch | None]:
+def restore(run: Run, optimizers: Mapping[str, MasterOptimizer]) -> tuple[int, RolloutBatch | None]:
     """Puts weights, optimizer, prompts and random numbers back to where `run.resumed` was written.
 
     Returns the steps that are done, and the rollout batch of the next one when the run stopped inside it.
@@ -91,7 +95,10 @@ def restore(run: Run, optimizer: MasterOptimizer) -> tuple[int, RolloutBatch | N
     found = run.resumed
     state = found.json("state.json")
     run.prompts.load_state_dict(state["prompts"])
-    optimizer.load_tensors(found.tensors("optimizer.safetensors"), steps=state["optimizer_steps"])
+    for name, optimizer in optimizers.items():
+        optimizer.load_tensors(found.tensors(f"{name}.safetensors"), steps=state["optimizer_steps"][name])
+    if run.algorithm.needs_critic:
+        run.algorithm.kl.coef = state["kl_coef"]
     batch = None
     if state["batch"]:
         tensors = found.tensors("rollout.safetensors")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
-from fastrl.algorithms import GroupPolicyGradient
+from fastrl.algorithms import Algorithm
 from fastrl.check import require
 from fastrl.data.pack import Counts, count, pack
 from fastrl.data.plan import ModelShape
@@ -21,11 +21,13 @@ from fastrl.data.sampler import PromptSampler
 from fastrl.model.attention import prepare_attention
 from fastrl.model.load import fingerprint, load_model, stop_token_ids
 from fastrl.model.policy import Policy
+from fastrl.model.scalar import Critic, ScalarModel, SharedCritic, load_scalar_model
 from fastrl.rewards import RewardSuite, resolve_reward
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.config import TrainConfig, build_algorithm
+from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
 from fastrl.trainer.resume import require_same_model, resumable
 from fastrl.types import Group, MicroBatch, Prompt
 
@@ -41,13 +43,14 @@ class Run:
     device: torch.device
     policy: Policy
     reference: Policy | None  # frozen, with a KL term only
+    critic: Critic | None  # of PPO
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
     stop_token_ids: tuple[int, ...]
     prompts: PromptSampler
     held_out: list[Prompt]
     rewards: RewardSuite
-    algorithm: GroupPolicyGradient
+    algorithm: Algorithm
     layout: str
     shape: ModelShape
     fingerprint: str  # of the model's weights before training
@@ -63,6 +66,23 @@ class Run:
             top_k=rollout.top_k,
             stop_token_ids=self.stop_token_ids,
             seed=seed,
+        )
+
+    def models(self) -> dict[str, PreTrainedModel]:
+        """What was trained, by the name of its folder; the head of a critic that shares the trunk is no model."""
+        return {"model": self.policy.model} | (
+            {"critic": self.critic.model} if isinstance(self.critic, ScalarModel) else {}
+        )
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch, *, old: bool, temperature: float) -> MicroBatch:
+        """With what this run's algorithm reads of the weights before the update: `old_logps` when asked for,
+        `ref_logps` where there is a reference, `values` where there is a critic."""
+        return replace(
+            batch,
+            old_logps=self.policy.score(batch, temperature=temperature) if old else batch.old_logps,
+            ref_logps=self.reference.score(batch, temperature=temperature) if self.reference else None,
+            values=self.critic.values(batch) if self.critic else None,
         )
 
     def pack(self, groups: Sequence[Group]) -> list[MicroBatch]:
@@ -107,14 +127,15 @@ def prepare(config: TrainConfig) -> Run:
     model.to(device)
     layout = prepare_attention(model, config.layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints only in this mode; dropout is off in any case
+        _checkpoint_activations(model)
     reference = None
-    if algorithm.spec.needs_ref:
+    if algorithm.needs_ref:
         frozen, _ = load_model(config.model, DTYPES[config.dtype])
         prepare_attention(frozen.to(device).requires_grad_(False), config.layout, dtype=DTYPES[config.dtype])
         reference = Policy(frozen, backend=config.backend)
+
+    policy = Policy(model, backend=config.backend)
+    critic = load_critic(config, policy, tokenizer, layout) if algorithm.needs_critic else None
 
     prompts, held_out = load_task(config, tokenizer)
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
@@ -132,8 +153,9 @@ def prepare(config: TrainConfig) -> Run:
         config=config,
         directory=resumed.run_dir if resumed else free_directory(config.directory()),
         device=device,
-        policy=Policy(model, backend=config.backend),
+        policy=policy,
         reference=reference,
+        critic=critic,
         tokenizer=tokenizer,
         sampler=TransformersSampler(model),
         stop_token_ids=stop_token_ids(model, tokenizer),
@@ -146,6 +168,45 @@ def prepare(config: TrainConfig) -> Run:
         fingerprint=began,
         resumed=resumed,
     )
+
+
+def make_optimizers(run: Run) -> dict[str, MasterOptimizer]:
+    """The policy's, which also has the head of a critic that shares its trunk; and that of a critic with its own."""
+    config = run.config
+    updates = config.steps * config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout
+    params = [*run.policy.model.parameters()]
+    if isinstance(run.critic, SharedCritic):
+        params += run.critic.head.parameters()
+    optimizers = {POLICY: MasterOptimizer(params, config.optimizer, updates)}
+    if isinstance(run.critic, ScalarModel):
+        rates = replace(config.optimizer, lr=config.ppo.critic_lr)
+        optimizers[CRITIC] = MasterOptimizer(run.critic.model.parameters(), rates, updates)
+    return optimizers
+
+
+def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, layout: str) -> Critic:
+    """The critic that `config.ppo` asks for, on the policy's device, fit for the same micro-batches.
+
+    Raises:
+        ValueError: it has another tokenizer, or cannot attend as the layout needs.
+    """
+    if config.ppo.critic == "shared":
+        return SharedCritic(policy)
+    name = config.ppo.critic_model or config.model
+    model, its_tokenizer = load_scalar_model(name, DTYPES[config.dtype])
+    same = its_tokenizer.get_vocab() == tokenizer.get_vocab()
+    got = f"{name!r}, whose tokenizer is another"
+    require(same, "TrainConfig", "ppo.critic_model", "a model with the policy's tokenizer", got)
+    prepare_attention(model.to(policy.model.device), layout, dtype=DTYPES[config.dtype])
+    if config.gradient_checkpointing:
+        _checkpoint_activations(model)
+    return ScalarModel(model)
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    model.train()  # transformers checkpoints only in this mode; dropout is off in any case
 
 
 def load_task(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:

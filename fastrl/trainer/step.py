@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from fastrl.algorithms import GroupPolicyGradient
+from fastrl.algorithms import Algorithm
 from fastrl.losses.metrics import Metrics, merge
 from fastrl.model.policy import Policy
-from fastrl.trainer.optimizer import MasterOptimizer
+from fastrl.model.scalar import Critic
+from fastrl.trainer.optimizer import POLICY, MasterOptimizer
 from fastrl.types import MicroBatch
 
 
@@ -39,28 +40,35 @@ class NonFiniteLoss(RuntimeError):
 
 def optimise(
     policy: Policy,
-    optimizer: MasterOptimizer,
-    algorithm: GroupPolicyGradient,
+    critic: Critic | None,
+    optimizers: Mapping[str, MasterOptimizer],
+    algorithm: Algorithm,
     batches: Sequence[MicroBatch],
     normalizer: float,
     *,
     temperature: float,
 ) -> tuple[Metrics, dict[str, float]]:
-    """Accumulates the gradient of every micro-batch, then steps; returns token metrics, and loss and gradient norm.
+    """Accumulates the gradient of every micro-batch, then steps; returns token metrics, and loss and gradient norms.
 
-    The normaliser belongs to the whole step, so any split into micro-batches gives the same gradient.
+    The normaliser belongs to the whole step, so any split into micro-batches gives the same gradient. Norm and learning
+    rate of an optimizer but the policy's have its name in front.
     """
     loss, metrics = 0.0, []
     for batch in batches:
-        out = algorithm.loss(policy, batch, normalizer, temperature=temperature, entropy=True)
-        out.loss.backward()
-        loss = loss + out.loss.detach()
-        metrics.append(out.metrics)
+        for out in algorithm.losses(policy, critic, batch, normalizer, temperature=temperature, entropy=True):
+            out.loss.backward()
+            loss = loss + out.loss.detach()
+            metrics.append(out.metrics)
     loss = float(loss)
     if not math.isfinite(loss):
         raise NonFiniteLoss("the loss", loss, batches)
-    learning_rate = optimizer.learning_rate()
-    norm = optimizer.step()
-    if not math.isfinite(norm):
-        raise NonFiniteLoss("the gradient norm", norm, batches)
-    return merge(metrics), {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
+    norms = {name: optimizer.norm() for name, optimizer in optimizers.items()}  # all of them before any steps
+    for norm in norms.values():
+        if not math.isfinite(norm):
+            raise NonFiniteLoss("the gradient norm", norm, batches)
+    numbers = {"loss": loss}
+    for name, optimizer in optimizers.items():
+        prefix = "" if name == POLICY else f"{name}/"
+        numbers |= {f"{prefix}grad_norm": norms[name], f"{prefix}learning_rate": optimizer.learning_rate()}
+        optimizer.step(norms[name])
+    return merge(metrics), numbers

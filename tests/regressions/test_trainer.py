@@ -70,7 +70,8 @@ def test_loss_scale_does_not_depend_on_steps_per_rollout_and_micro_batches(
             run.policy.model.zero_grad()
             for batch in pack(part, layout=layout, max_tokens=budget):
                 normalizer = algorithm.normalizer(count(part))
-                algorithm.loss(run.policy, batch, normalizer, temperature=1.0, entropy=False).loss.backward()
+                (out,) = algorithm.losses(run.policy, None, batch, normalizer, temperature=1.0, entropy=False)
+                out.loss.backward()
             gradients.append(torch.cat([p.grad.flatten() for p in run.policy.model.parameters()]))
         assert gradients[0].abs().max() > 0
         for other in gradients[1:]:
@@ -128,7 +129,7 @@ def test_end_of_sequence_is_trained_when_it_is_also_the_padding(tmp_path, layout
     hidden = run.policy.hidden(batch)
     hidden.retain_grad()
     run.policy.hidden = lambda _: hidden
-    run.algorithm.loss(run.policy, batch, 2.0, temperature=1.0, entropy=False).loss.backward()
+    next(run.algorithm.losses(run.policy, None, batch, 2.0, temperature=1.0, entropy=False)).loss.backward()
     assert (hidden.grad.abs().sum(-1) > 0).all()
 
 
@@ -143,14 +144,14 @@ def test_tied_head_and_embedding_share_one_gradient_and_one_update(tmp_path):
         model.zero_grad()
         head = weight if tied else torch.nn.Parameter(weight.detach().clone())
         run.policy.head.head.weight = head
-        run.algorithm.loss(run.policy, batch, 9.0, temperature=1.0, entropy=False).loss.backward()
+        next(run.algorithm.losses(run.policy, None, batch, 9.0, temperature=1.0, entropy=False)).loss.backward()
         run.policy.head.head.weight = weight
         return weight.grad.clone() if tied else weight.grad + head.grad
 
     torch.testing.assert_close(gradient_of(tied=True), gradient_of(tied=False), rtol=0, atol=1e-6)
     optimizer = MasterOptimizer(model.parameters(), OptimizerConfig(), 1)
     assert sum(p is weight for p in optimizer.params) == 1
-    run.algorithm.loss(run.policy, batch, 9.0, temperature=1.0, entropy=False).loss.backward()
+    next(run.algorithm.losses(run.policy, None, batch, 9.0, temperature=1.0, entropy=False)).loss.backward()
     index = next(i for i, p in enumerate(optimizer.params) if p is weight)
     torch.testing.assert_close(
         optimizer._views(optimizer.grad)[index], gradient_of_reference(run, batch), rtol=0, atol=1e-6

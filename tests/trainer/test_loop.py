@@ -75,7 +75,7 @@ def gradient(run, groups, algorithm=None, **pack_changes):
     run.policy.model.zero_grad()
     loss, metrics = 0.0, []
     for batch in run.pack(algorithm.contributing(groups)):
-        out = algorithm.loss(run.policy, batch, normalizer, temperature=1.0, entropy=True)
+        out = next(algorithm.losses(run.policy, None, batch, normalizer, temperature=1.0, entropy=True))
         out.loss.backward()
         loss += out.loss.item()
         metrics.append(out.metrics)
