@@ -29,9 +29,10 @@ def policy_gradient_loss(
     """
     if spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
         normalizer = normalizer * batch.group_tokens
+    weight = policy.head.weight
     return linear_policy_loss(
         policy.hidden(batch) if hidden is None else hidden,
-        policy.head.weight,
+        weight,
         batch.targets,
         batch.advantages,
         spec,
@@ -46,7 +47,7 @@ def policy_gradient_loss(
         temperature=temperature,
         softcap=policy.head.softcap,
         logit_scale=policy.head.logit_scale,
-        main_grad=getattr(policy.head.weight, "main_grad", None) if spec.separable else None,
+        main_grad=getattr(weight, "main_grad", None) if spec.separable else None,
         entropy=entropy,
         backend=policy.backend,
     )

@@ -40,6 +40,22 @@ def last_hidden(
     return outputs.last_hidden_state
 
 
+def is_adapted(layer: nn.Module | None) -> bool:
+    """Whether a linear layer carries an adapter."""
+    return type(getattr(layer, "base_layer", None)) is nn.Linear and hasattr(layer, "get_delta_weight")
+
+
+def adapted_weight(layer: Any) -> torch.Tensor:
+    """(out, in): W + (alpha / rank) B A of the active adapters, with gradient to A and B; W where switched off."""
+    weight = layer.base_layer.weight
+    if layer.disable_adapters or layer.merged:
+        return weight
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight
+
+
 @dataclass(frozen=True)
 class CutModel:
     """The halves of a model: logits = cap(logit_scale (hidden weight^T + bias)), cap(z) = softcap tanh(z / softcap).
@@ -49,14 +65,14 @@ class CutModel:
 
     model: PreTrainedModel
     decoder: nn.Module
-    head: nn.Linear
+    head: nn.Linear  # or a low-rank adapter around one
     softcap: float | None
     logit_scale: float
 
     @property
     def weight(self) -> torch.Tensor:
-        """(V, H); the input embeddings themselves where the model ties the two."""
-        return self.head.weight
+        """(V, H); the input embeddings themselves where the model ties the two; `adapted_weight` under an adapter."""
+        return adapted_weight(self.head) if is_adapted(self.head) else self.head.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -114,12 +130,12 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
         "Cut the model before sharding it.",
     )
     check.require(
-        type(head) is nn.Linear,
+        type(head) is nn.Linear or is_adapted(head),
         "cut",
         "head",
         "a torch.nn.Linear",
         type(head).__name__,
-        "Leave the head out of adapters and quantisation.",
+        "Leave the head out of quantisation.",
     )
 
 

@@ -21,6 +21,7 @@ from fastrl.spec import KL, Clip, Correction, PolicyLoss
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "tokens_per_batch", "layout", "gradient_checkpointing", "threads", "max_failure_fraction",
+    "adapter.save",
 }  # fmt: skip
 
 
@@ -128,6 +129,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA) instead of training every weight."""
+
+    rank: int = 0
+    """Of the adapters; 0 trains every weight."""
+    alpha: float = 32.0
+    """Adapters count alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of modules, such as q_proj or lm_head; all-linear is every linear layer but the head."""
+    save: Literal["adapter", "merged"] = "adapter"
+    """What the run leaves: the adapter alone, or a whole model with the adapter in its weights."""
+
+
+@dataclass(frozen=True)
 class PPOConfig:
     """What PPO has besides a policy loss."""
 
@@ -207,6 +222,7 @@ class TrainConfig:
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
+    adapter: AdapterConfig = AdapterConfig()
     ppo: PPOConfig = PPOConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
@@ -231,6 +247,8 @@ class TrainConfig:
         )
         require(self.optimizer.lr >= 0, "TrainConfig", "optimizer.lr", "0 or more", self.optimizer.lr)
         require(len(self.rewards) > 0, "TrainConfig", "rewards", "at least one reward", "none")
+        require(self.adapter.rank >= 0, "TrainConfig", "adapter.rank", "0 or more", self.adapter.rank)
+        require(len(self.adapter.targets) > 0, "TrainConfig", "adapter.targets", "at least one name", "none")
         require(0 <= self.max_failure_fraction <= 1, "TrainConfig", "max_failure_fraction", "a share of 1", "another")
         build_algorithm(self)
 

@@ -18,6 +18,7 @@ import torch
 
 from fastrl import env
 from fastrl.data.pack import minibatches
+from fastrl.model.adapter import merged
 from fastrl.rewards import RewardFailure
 from fastrl.rollout.collect import collect
 from fastrl.trainer.batch import RolloutBatch
@@ -68,7 +69,8 @@ def train(config: TrainConfig) -> Outcome:
     with log.stage("save"):
         env.return_freed_memory()
         for name, model in run.models().items():
-            save_model(model, run.tokenizer, directory / name)
+            whole = name == "model" and run.adapted and config.adapter.save == "merged"
+            save_model(merged(run.adapted) if whole else model, run.tokenizer, directory / name)
     before, after = log.evaluated(0), log.evaluated(steps) if status == "finished" else {}
     report = write_report(directory)
     again = {"resume": how_to(directory)} if status != "finished" and has_checkpoint(directory) else {}

@@ -65,7 +65,7 @@ def save(
     }
 
     def contents(folder: Path) -> None:
-        checkpoint.write_model(run.policy.model, run.tokenizer, folder / "model")
+        checkpoint.write_model(run.models()["model"], run.tokenizer, folder / "model")
         for name, optimizer in optimizers.items():
             checkpoint.write_tensors(optimizer.tensors(), folder / f"{name}.safetensors")
         if batch:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from fastrl.data.pack import Counts, count, pack
 from fastrl.data.plan import ModelShape
 from fastrl.data.prompts import load_prompts, split
 from fastrl.data.sampler import PromptSampler
+from fastrl.model.adapter import WithoutAdapter, add_adapter
 from fastrl.model.attention import prepare_attention
 from fastrl.model.load import fingerprint, load_model, stop_token_ids
 from fastrl.model.policy import Policy
@@ -31,6 +33,9 @@ from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
 from fastrl.trainer.resume import require_same_model, resumable
 from fastrl.types import Group, MicroBatch, Prompt
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -42,7 +47,8 @@ class Run:
     directory: Path
     device: torch.device
     policy: Policy
-    reference: Policy | None  # frozen, with a KL term only
+    reference: Policy | WithoutAdapter | None  # frozen, with a KL term only
+    adapted: PeftModel | None  # the policy's model as peft sees it
     critic: Critic | None  # of PPO
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
@@ -69,10 +75,9 @@ class Run:
         )
 
     def models(self) -> dict[str, PreTrainedModel]:
-        """What was trained, by the name of its folder; the head of a critic that shares the trunk is no model."""
-        return {"model": self.policy.model} | (
-            {"critic": self.critic.model} if isinstance(self.critic, ScalarModel) else {}
-        )
+        """What is trained, by the name of its folder; the head of a critic that shares the trunk is no model."""
+        critic = {"critic": self.critic.model} if isinstance(self.critic, ScalarModel) else {}
+        return {"model": self.adapted or self.policy.model} | critic
 
     @torch.no_grad()
     def score(self, batch: MicroBatch, *, old: bool, temperature: float) -> MicroBatch:
@@ -128,13 +133,19 @@ def prepare(config: TrainConfig) -> Run:
     layout = prepare_attention(model, config.layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
+    adapter = config.adapter
+    adapted = (
+        add_adapter(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets) if adapter.rank else None
+    )
+    policy = Policy(model, backend=config.backend)
     reference = None
-    if algorithm.needs_ref:
+    if algorithm.needs_ref and adapted:
+        reference = WithoutAdapter(policy, adapted)
+    elif algorithm.needs_ref:
         frozen, _ = load_model(config.model, DTYPES[config.dtype])
         prepare_attention(frozen.to(device).requires_grad_(False), config.layout, dtype=DTYPES[config.dtype])
         reference = Policy(frozen, backend=config.backend)
 
-    policy = Policy(model, backend=config.backend)
     critic = load_critic(config, policy, tokenizer, layout) if algorithm.needs_critic else None
 
     prompts, held_out = load_task(config, tokenizer)
@@ -155,6 +166,7 @@ def prepare(config: TrainConfig) -> Run:
         device=device,
         policy=policy,
         reference=reference,
+        adapted=adapted,
         critic=critic,
         tokenizer=tokenizer,
         sampler=TransformersSampler(model),

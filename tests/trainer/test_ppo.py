@@ -21,6 +21,13 @@ from fastrl.trainer.loop import train
 from fastrl.trainer.setup import prepare
 from fastrl.types import MicroBatch
 
+
+@pytest.fixture(autouse=True)
+def _report_without_pictures(monkeypatch):
+    """They would take half of the time."""
+    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+
+
 CRITICS = pytest.mark.parametrize("critic", ["separate", "shared"])
 
 
@@ -140,7 +147,8 @@ def test_training_raises_the_reward_and_the_critic_learns_to_foresee_it(tmp_path
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert metrics[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)  # the reference is where the policy begins
     assert metrics[-1]["objective/kl"] > 0.1
-    assert metrics[-1]["value/loss"] < 0.5 * metrics[0]["value/loss"]
+    assert metrics[-1]["return/mean"] > 0.3
+    assert metrics[-1]["value/mean"] == pytest.approx(metrics[-1]["return/mean"], rel=0.3)
     assert metrics[0]["value/mean"] == pytest.approx(0.0, abs=0.1)  # began as zero; the mean is over four updates
     if critic == "separate":
         assert metrics[0]["critic/learning_rate"] == 1e-2

@@ -1,0 +1,77 @@
+"""Low-rank adapters, arXiv:2106.09685: y = W x + (alpha / rank) B A x with W frozen. peft makes them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastrl.check import require
+from fastrl.model.head import is_adapted
+from fastrl.model.policy import Policy
+from fastrl.types import MicroBatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+
+
+def add_adapter(
+    model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str] = (ALL_LINEAR,)
+) -> PeftModel:
+    """Freezes `model` and puts adapters into its layers, in place; only they train, in the model's dtype.
+
+    Args:
+        rank: of A (rank, in) and B (out, rank). B begins as zeros, so that nothing changes until it trains.
+        targets: names of modules, such as q_proj or lm_head; or all-linear, which is every linear layer but the head.
+
+    Returns:
+        peft's view of the model, which saves the adapter alone and can switch it off.
+
+    Raises:
+        ValueError: no module has such a name.
+        ModuleNotFoundError: peft is not installed.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    unknown = [target for target in targets if target != ALL_LINEAR and target not in known]
+    require(not unknown, "add_adapter", "targets", f"names of {type(model).__name__}'s modules", ", ".join(unknown))
+    whole = ALL_LINEAR if ALL_LINEAR in targets else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=whole, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # `merged` unties what needs it
+        # peft would keep 16-bit adapters in float32; the optimizer's masters are float32 in any case.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def merged(adapted: PeftModel) -> PreTrainedModel:
+    """A copy with the adapter added to the weights: a model as any other.
+
+    Where the head shared its weight with the embeddings and has an adapter of its own, it shares it no longer.
+    """
+    adapted = copy.deepcopy(adapted)
+    model = adapted.get_base_model()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if is_adapted(head) and head.base_layer.weight is embeddings.weight:
+        head.base_layer.weight = torch.nn.Parameter(embeddings.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+    return adapted.merge_and_unload()
+
+
+class WithoutAdapter:
+    """The reference policy that needs no memory: the policy's own model with its adapter switched off."""
+
+    def __init__(self, policy: Policy, adapted: PeftModel) -> None:
+        self.policy, self.adapted = policy, adapted
+
+    def score(self, batch: MicroBatch, *, temperature: float) -> torch.Tensor:
+        """As `Policy.score`."""
+        with self.adapted.disable_adapter():
+            return self.policy.score(batch, temperature=temperature)

@@ -1,0 +1,146 @@
+"""Low-rank adapters: what trains, what the head becomes, and what is saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from trainer.tiny import tiny_config, write_model
+from transformers import AutoModelForCausalLM
+
+from fastrl.data.pack import count
+from fastrl.model.adapter import add_adapter, merged
+from fastrl.model.head import cut
+from fastrl.model.load import load_model
+from fastrl.rollout.collect import collect
+from fastrl.trainer.config import AdapterConfig, LossConfig, OptimizerConfig
+from fastrl.trainer.loop import train
+from fastrl.trainer.setup import prepare
+
+TARGETS = pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "lm_head"), ("lm_head",)])
+IDS = torch.tensor([[3, 4, 5, 6]])
+
+
+@pytest.fixture(autouse=True)
+def _report_without_pictures(monkeypatch):
+    """They would take half of the time."""
+    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+
+
+def adapted_model(tmp_path, targets):
+    model, _ = load_model(write_model(tmp_path / "model"))
+    adapted = add_adapter(model, rank=4, alpha=8.0, targets=targets)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_" in name:  # neither half zero, as after some training
+                param.normal_(std=0.2, generator=generator)
+    return model, adapted
+
+
+@TARGETS
+def test_logits_of_a_cut_model_are_those_of_the_adapted_one(tmp_path, targets):
+    model, adapted = adapted_model(tmp_path, targets)
+    halves = cut(model)
+    hidden = halves.trunk(IDS)
+    logits = model(IDS).logits
+    torch.testing.assert_close(hidden @ halves.weight.T, logits, rtol=1e-5, atol=1e-5)
+    with adapted.disable_adapter():
+        plain = model(IDS).logits
+        torch.testing.assert_close(halves.trunk(IDS) @ halves.weight.T, plain, rtol=1e-5, atol=1e-5)
+    assert (plain - logits).abs().max() > 1e-2
+    torch.testing.assert_close(merged(adapted)(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@TARGETS
+def test_gradient_from_hidden_states_is_that_of_the_adapted_models_own_logits(tmp_path, targets):
+    config = tiny_config(tmp_path, adapter=AdapterConfig(rank=4, targets=targets))
+    run = prepare(config)
+    model = run.policy.model
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    assert all("lora_" in name for name in trained)
+    for param in trained.values():
+        torch.nn.init.normal_(param, std=0.2)
+    groups = collect(run.prompts.next(3), run.sampler, run.tokenizer, 2, run.sampling(seed=3))
+    for index, group in enumerate(groups):
+        for sample, reward in zip(group.samples, (0.0, 1.0 + index), strict=True):
+            sample.reward = reward
+    run.algorithm.advantages(groups)
+    normalizer = run.algorithm.normalizer(count(groups))
+
+    def gradient():
+        found = torch.cat([param.grad.flatten() for param in trained.values()])
+        model.zero_grad()
+        return found
+
+    batches = replace(run, layout="padded").pack(groups)
+    for batch in batches:
+        (out,) = run.algorithm.losses(run.policy, None, batch, normalizer, temperature=1.0, entropy=False)
+        out.loss.backward()
+    got = gradient()
+    for batch in batches:
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits.flatten(0, 1)
+        logps = logits[batch.hidden_index].log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+        lengths = batch.cu_seqlens.diff()
+        weights = (batch.advantages / lengths).repeat_interleave(lengths) / normalizer
+        (-(weights * logps).sum()).backward()
+    torch.testing.assert_close(got, gradient(), rtol=1e-4, atol=1e-6)
+    assert got.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_an_adapter_raises_the_reward_and_leaves_all_other_weights_alone(tmp_path, dtype):
+    adapter = AdapterConfig(rank=8, alpha=16.0, targets=("all-linear",), save="adapter")
+    config = tiny_config(
+        tmp_path, steps=20, dtype=dtype, adapter=adapter, loss=LossConfig(kl="k3", kl_coef=0.001),
+        optimizer=OptimizerConfig(lr=3e-2),
+    )  # fmt: skip
+    outcome = train(config)
+    assert outcome.after["greedy"] > outcome.before["greedy"] + 0.3  # with a frozen head little can be made sharper
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the reference is the model without its adapter
+    assert lines[-1]["kl"] > 0.01
+    saved = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    assert "adapter_model.safetensors" in saved
+    assert "model.safetensors" not in saved
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (config.model, tmp_path / "run/model"))
+    weights = dict(after.named_parameters())
+    for name, weight in before.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        there = name if name in weights else f"{module}.base_layer.{leaf}"
+        assert weights[there].to(weight.dtype).equal(weight.to(weights[there].dtype).to(weight.dtype))
+    again, _ = load_model(tmp_path / "run" / "model")
+    assert (again(IDS).logits - before(IDS).logits).abs().max() > 0.1
+
+
+def test_merged_model_is_a_plain_one_with_the_adapters_logits(tmp_path):
+    finals = {}
+    for save in ("adapter", "merged"):
+        adapter = AdapterConfig(rank=4, save=save)
+        train(tiny_config(tmp_path, adapter=adapter, run_dir=str(tmp_path / save)))
+        finals[save] = AutoModelForCausalLM.from_pretrained(tmp_path / save / "model")
+    assert not any("lora_" in name for name, _ in finals["merged"].named_parameters())
+    torch.testing.assert_close(finals["merged"](IDS).logits, finals["adapter"](IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resumed_adapter_is_bit_for_bit_the_one_that_never_stopped(tmp_path):
+    weights = {}
+    for name in ("whole", "stopped"):
+        config = tiny_config(
+            tmp_path, steps=4, dtype="bfloat16", adapter=AdapterConfig(rank=4), save_every=2,
+            loss=LossConfig(kl="k3"), run_dir=str(tmp_path / name),
+        )  # fmt: skip
+        if name == "whole":
+            train(config)
+        else:
+            train(replace(config, steps=2))
+            train(replace(config, resume=config.run_dir))
+        weights[name] = (tmp_path / name / "model" / "adapter_model.safetensors").read_bytes()
+    assert weights["whole"] == weights["stopped"]
+
+
+def test_a_target_that_no_module_has_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"targets: expected names of LlamaForCausalLM's modules, got q_porj"):
+        prepare(tiny_config(tmp_path, adapter=AdapterConfig(rank=4, targets=("q_porj",))))
