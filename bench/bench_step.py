@@ -1,6 +1,7 @@
 """Whole training steps on the demo task: fastrl, TRL and a plain loop, each in a process of its own, in turns.
 
 python -m bench.run step --against trl,naive
+python -m bench.run step --algorithm ppo --against naive-ppo
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from bench.step_child import STAGES, StepRecord, read
 from bench.timing import environment, quantiles
-from bench.workload import REWARDS, Workload, model_folder, write_questions
+from bench.workload import ALGORITHMS, REWARDS, Workload, model_folder, write_questions
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Provider:
     arguments: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     note: str = ""
+    algorithm: str = "grpo"
 
 
 PROVIDERS = {
@@ -41,7 +43,9 @@ PROVIDERS = {
     "trl": Provider("bench.step_trl", needs=("trl", "datasets")),
     "trl-bf16": Provider("bench.step_trl", ("bfloat16",), ("trl", "datasets"), "bf16 weights: does not learn"),
     "naive": Provider("bench.step_naive"),
+    "naive-ppo": Provider("bench.step_naive_ppo", algorithm="ppo"),
 }
+DEFAULT = {"grpo": "trl,naive", "ppo": "naive-ppo"}
 LENGTHS_APART = 0.25  # completions whose mean length differs by more are not the same work
 
 
@@ -74,10 +78,14 @@ def main(arguments: list[str]) -> None:
     from bench.run import append, out_file, show_environment
 
     args = _parser().parse_args(arguments)
-    names = ["fastrl", *(name for name in args.against.split(",") if name)]
+    against = DEFAULT[args.algorithm] if args.against is None else args.against
+    names = ["fastrl", *(name for name in against.split(",") if name)]
     unknown = [name for name in names if name not in PROVIDERS]
     if unknown:
         raise ValueError(f"--against: expected some of {', '.join(PROVIDERS)}, got {', '.join(unknown)}.")
+    other = [name for name in names[1:] if PROVIDERS[name].algorithm != args.algorithm]
+    if other:
+        raise ValueError(f"--against: expected providers of {args.algorithm}, got {', '.join(other)}.")
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     device, console = torch.device(args.device), Console(width=None if sys.stdout.isatty() else 120)
@@ -94,14 +102,14 @@ def main(arguments: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.run step", description=__doc__.splitlines()[0])
-    parser.add_argument("--against", default="trl,naive", help=f"comma-separated: {', '.join(list(PROVIDERS)[1:])}")
+    parser.add_argument("--against", help=f"comma-separated: {', '.join(list(PROVIDERS)[1:])}")
     parser.add_argument("--rounds", type=int, default=1, help="processes per provider")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 is one per core")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds per process")
     parser.add_argument("--out", default="", help="JSON lines; default results/<machine>/<date>.jsonl")
     for name, default in asdict(Workload()).items():
         if name != "folder":
-            choices = tuple(REWARDS) if name == "reward" else None
+            choices = {"reward": tuple(REWARDS), "algorithm": ALGORITHMS}.get(name)
             parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, choices=choices)
     return parser
 
@@ -166,7 +174,7 @@ def _measure(workload: Workload, provider: Provider, result: Measured, threads: 
 def table(workload: Workload, results: list[Measured]) -> Table:
     """Markdown: one column per provider, fastrl first; in brackets the ratio to fastrl."""
     title = (
-        f"{workload.model}, {workload.prompts} prompts x {workload.samples} completions, up to "
+        f"{workload.algorithm}, {workload.model}, {workload.prompts} prompts x {workload.samples} completions, up to "
         f"{workload.max_new_tokens} tokens; median of {workload.steps} steps a process"
     )
     shown = Table(title=title, box=MARKDOWN, title_justify="left")

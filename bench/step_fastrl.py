@@ -11,12 +11,12 @@ from bench.workload import REWARDS, Workload
 from fastrl.trainer.config import RewardConfig, TaskConfig, load_recipe
 from fastrl.trainer.loop import train
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "grpo.yaml"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def run(workload: Workload) -> list[StepRecord]:
     """Every step, warm-up included."""
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPES / f"{workload.algorithm}.yaml")
     config = replace(
         recipe,
         model=workload.model,

@@ -50,7 +50,7 @@ class Loop:
         if len(contributing):
             for part in contributing.split(self.workload.micro_batch):
                 self.accumulate(ids[part], attention[part], mask[part], advantages[part], len(rewards))
-            self.update()
+            update(self.model, self.masters, self.optimizer)
         ended = time.perf_counter()
         times = {"rollout": generated - began, "reward": rewarded - generated, "train": ended - rewarded}
         return StepRecord(
@@ -94,33 +94,42 @@ class Loop:
         sequences: int,
     ) -> None:
         """One micro-batch's gradient, added to the masters' in float32. On-policy: the ratio is 1."""
-        length = mask.shape[1]
-        logits = self.model(
+        logps = self.logps(self.model, ids, attention, mask.shape[1])
+        ratio, advantages = torch.exp(logps - logps.detach()), advantages.unsqueeze(1)
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        (((loss * mask).sum(1) / mask.sum(1)).sum() / sequences).backward()
+        collect(self.model, self.masters)
+
+    def logps(self, model: Any, ids: torch.Tensor, attention: torch.Tensor, length: int) -> torch.Tensor:
+        """(B, T) log-probabilities of the completion tokens."""
+        logits = model(
             ids,
             attention_mask=attention,
             position_ids=(attention.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
             logits_to_keep=length + 1,
         ).logits[:, :-1]
-        logps = logits.float().log_softmax(-1).gather(-1, ids[:, -length:].unsqueeze(-1)).squeeze(-1)
-        ratio, advantages = torch.exp(logps - logps.detach()), advantages.unsqueeze(1)
-        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-        (((loss * mask).sum(1) / mask.sum(1)).sum() / sequences).backward()
-        for parameter, master in zip(self.model.parameters(), self.masters, strict=True):
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            parameter.grad = None
+        return logits.float().log_softmax(-1).gather(-1, ids[:, -length:].unsqueeze(-1)).squeeze(-1)
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Clips, steps, and rounds the masters into the model."""
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for parameter, master in zip(self.model.parameters(), self.masters, strict=True):
-            parameter.copy_(master)
-        if self.workload.device.startswith("cuda"):
-            torch.cuda.synchronize()
+
+def collect(model: torch.nn.Module, masters: list[torch.Tensor]) -> None:
+    """Adds a model's gradients to its masters' in float32, and frees them."""
+    for parameter, master in zip(model.parameters(), masters, strict=True):
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+
+@torch.no_grad()
+def update(model: torch.nn.Module, masters: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Clips, steps, and rounds the masters into the model."""
+    torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    for parameter, master in zip(model.parameters(), masters, strict=True):
+        parameter.copy_(master)
+    if masters[0].is_cuda:
+        torch.cuda.synchronize()
 
 
 def run(workload: Workload) -> list[StepRecord]:

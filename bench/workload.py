@@ -15,9 +15,10 @@ from fastrl.rewards.extract import completion_text, last_number
 
 @dataclass(frozen=True)
 class Workload:
-    """The demo task: sums and differences of two one-digit numbers, GRPO without a KL term. Every provider gets it."""
+    """The demo task: sums and differences of two one-digit numbers; GRPO without a KL term. Every provider gets it."""
 
     model: str = "smollm2-135m-instruct"
+    algorithm: str = "grpo"  # or ppo: a critic and a reference of their own, two mini-batches
     prompts: int = 8
     samples: int = 8
     max_new_tokens: int = 32
@@ -91,4 +92,5 @@ def alternating_reward(completions: Sequence[Any], **_: Any) -> list[float]:
     return [float(place % 2) for place in range(len(completions))]
 
 
+ALGORITHMS = ("grpo", "ppo")
 REWARDS = {"last_number": last_number_reward, "alternating": alternating_reward}

@@ -79,9 +79,9 @@ class CutModel:
         """(V,) or None."""
         return self.head.bias
 
-    def trunk(self, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def trunk(self, *inputs: Any, **named: Any) -> torch.Tensor:
         """`last_hidden` of the model's own decoder."""
-        return last_hidden(self.decoder, input_ids, **inputs)
+        return last_hidden(self.decoder, *inputs, **named)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits (..., V), in full; the fused ops compute what they need without them."""
