@@ -66,16 +66,16 @@ def one_process(**fields):
     )
 
 
-class Model:
+class Model(torch.nn.Module):
     """Returns what TRL's fused head would, given the completions' log-probabilities."""
 
-    training = True
     is_gradient_checkpointing = False
 
     def __init__(self, logps, squares=None):
+        super().__init__()
         self.logps, self.squares = logps, squares
 
-    def __call__(self, **_):
+    def forward(self, **_):
         like = torch.zeros_like(self.logps)
         return SimpleNamespace(
             log_probs=self.logps, log_sum_sq_probs=self.squares, entropy=like, mean_logits=like, is_top1=like.bool()
