@@ -24,6 +24,7 @@ _EXPORTS = {
     "unpaired_preference_loss": "fastrl.losses.unpaired",
     "reward_model_loss": "fastrl.losses.reward_model",
     "value_loss": "fastrl.losses.value",
+    "group_policy_loss": "fastrl.losses.group_policy",
     "PolicyLoss": "fastrl.spec",
     "Clip": "fastrl.spec",
     "Cispo": "fastrl.spec",
@@ -48,6 +49,7 @@ __all__ = [*_EXPORTS, *_MODULES]
 if TYPE_CHECKING:
     from fastrl import advantages as advantages
     from fastrl.losses import presets as presets
+    from fastrl.losses.group_policy import group_policy_loss as group_policy_loss
     from fastrl.losses.linear_policy import linear_policy_loss as linear_policy_loss
     from fastrl.losses.policy import policy_loss as policy_loss
     from fastrl.losses.preference import preference_loss as preference_loss

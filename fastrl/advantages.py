@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from fastrl import check
 from fastrl.kernels.precision import answer, widest
 from fastrl.ops.gae import gae
-from fastrl.ops.group_advantages import check_estimator, group_advantages
-
-
-@dataclass(frozen=True)
-class GroupAdvantage:
-    """An outcome-reward estimator: which baseline is subtracted, what it is divided by. See `group_advantages`."""
-
-    baseline: str = "mean"
-    scale: str = "group"
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check_estimator("GroupAdvantage", self.baseline, self.scale, self.eps)
-
-    def __call__(
-        self, rewards: torch.Tensor, *, group_ids: torch.Tensor | None = None, group_size: int | None = None
-    ) -> torch.Tensor:
-        """The advantages of (B,) rewards."""
-        return group_advantages(
-            rewards,
-            group_ids=group_ids,
-            group_size=group_size,
-            baseline=self.baseline,
-            scale=self.scale,
-            eps=self.eps,
-        )
-
+from fastrl.ops.group_advantages import GroupAdvantage
 
 GRPO = GroupAdvantage("mean", "group")  # arXiv:2402.03300, section 4.1.2
 DR_GRPO = GroupAdvantage("mean", "none")  # arXiv:2503.20783, section 3.2

@@ -20,10 +20,11 @@ OP = "policy_loss"
 class TokenInputs:
     """Everything a policy loss reads besides `logps`, flat and contiguous: (N,) constants without gradient history.
 
-    `seq_ids` is None, and `num_seqs` 0, where no token's loss depends on its sequence (`PolicyLoss.separable`).
+    `seq_ids` is None, and `num_seqs` 0, where no token's loss depends on its sequence (`PolicyLoss.separable`) and the
+    advantages are given.
     """
 
-    advantages: torch.Tensor
+    advantages: torch.Tensor | None
     weights: torch.Tensor
     mask: torch.Tensor
     old_logps: torch.Tensor | None
@@ -96,14 +97,14 @@ def policy_loss(
         dtype=dtype,
     )
     loss, _, _, table = policy_loss_op(
-        _flat(logps, dtype),
+        flat(logps, dtype),
         tokens.advantages,
         tokens.weights,
         tokens.mask,
         tokens.old_logps,
         tokens.ref_logps,
         tokens.sampling_logps,
-        None if entropy is None else _flat(entropy, dtype),
+        None if entropy is None else flat(entropy, dtype),
         tokens.seq_ids,
         tokens.num_seqs,
         spec.code,
@@ -117,7 +118,7 @@ def flatten_tokens(
     op: str,
     shape: torch.Size,
     device: torch.device,
-    advantages: torch.Tensor,
+    advantages: torch.Tensor | None,
     spec: PolicyLoss,
     *,
     mask: torch.Tensor,
@@ -131,7 +132,8 @@ def flatten_tokens(
 ) -> TokenInputs:
     """Check the arguments of a policy loss whose log-probabilities have `shape` and `device`, and flatten them.
 
-    Args and Raises: as `policy_loss`; `op` is the name that error messages carry.
+    Args and Raises: as `policy_loss`; `op` is the name that error messages carry. `advantages` None: they will come
+    per sequence, so every token keeps the number of its own.
     """
     constants = {"old_logps": old_logps, "ref_logps": ref_logps, "sampling_logps": sampling_logps}
     check.shape(op, "mask", mask, shape, "as logps")
@@ -153,16 +155,19 @@ def flatten_tokens(
     weights = token_weights(
         live, spec.aggregate, normalizer=normalizer, group_ids=group_ids, cu_seqlens=cu_seqlens, dtype=dtype
     )
-    old, ref, sampling = (None if x is None else _flat(x, dtype).detach() for x in constants.values())
+    old, ref, sampling = (None if x is None else flat(x, dtype).detach() for x in constants.values())
+    if advantages is not None:
+        advantages = _token_advantages(op, advantages, shape, device, seq_ids, num_seqs).to(dtype).detach()
+    without_ids = spec.separable and advantages is not None
     return TokenInputs(
-        advantages=_token_advantages(op, advantages, shape, device, seq_ids, num_seqs).to(dtype).detach(),
+        advantages=advantages,
         weights=weights.reshape(-1),
         mask=live.reshape(-1).contiguous(),
         old_logps=old,
         ref_logps=ref,
         sampling_logps=sampling,
-        seq_ids=None if spec.separable else seq_ids,
-        num_seqs=0 if spec.separable else max(num_seqs, 1),
+        seq_ids=None if without_ids else seq_ids,
+        num_seqs=0 if without_ids else max(num_seqs, 1),
     )
 
 
@@ -184,7 +189,8 @@ def check_token_tensor(
         check.device(op, name, tensor, device, "logps")
 
 
-def _flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(N,), contiguous."""
     return tensor.reshape(-1).to(dtype).contiguous()  # (N,)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -42,12 +43,14 @@ def check_estimator(op: str, baseline: str, scale: str, eps: float) -> None:
     )
 
 
-def _group_ids(rewards: torch.Tensor, group_ids: torch.Tensor | None, group_size: int | None) -> torch.Tensor:
-    """The group of each reward, whichever way it was given."""
+def group_numbers(
+    op: str, rewards: torch.Tensor, group_ids: torch.Tensor | None, group_size: int | None
+) -> torch.Tensor:
+    """(B,) int64, the group of each reward, whichever way it was given; `op` is the name the messages start with."""
     given = [name for name, value in (("group_ids", group_ids), ("group_size", group_size)) if value is not None]
     check.require(
         len(given) == 1,
-        OP,
+        op,
         "group_ids",
         "exactly one of group_ids and group_size",
         " and ".join(given) or "neither",
@@ -55,14 +58,14 @@ def _group_ids(rewards: torch.Tensor, group_ids: torch.Tensor | None, group_size
     )
     if group_ids is not None:
         integer = group_ids.dtype in (torch.int64, torch.int32)
-        check.require(integer, OP, "group_ids", "int64 or int32", group_ids.dtype, error=TypeError)
-        check.shape(OP, "group_ids", group_ids, rewards.shape, "as rewards")
-        check.device(OP, "group_ids", group_ids, rewards.device, "rewards")
+        check.require(integer, op, "group_ids", "int64 or int32", group_ids.dtype, error=TypeError)
+        check.shape(op, "group_ids", group_ids, rewards.shape, "as rewards")
+        check.device(op, "group_ids", group_ids, rewards.device, "rewards")
         return group_ids.long()
-    check.require(group_size >= 1, OP, "group_size", "a positive number", group_size)
+    check.require(group_size >= 1, op, "group_size", "a positive number", group_size)
     check.require(
         rewards.shape[0] % group_size == 0,
-        OP,
+        op,
         "group_size",
         f"a divisor of the {rewards.shape[0]} rewards",
         group_size,
@@ -120,5 +123,30 @@ def group_advantages(
         rewards.dim() == 1, OP, "rewards", "shape (B,)", tuple(rewards.shape), "Pass one reward per completion."
     )
     check_estimator(OP, baseline, scale, eps)
-    groups = _group_ids(rewards, group_ids, group_size)
+    groups = group_numbers(OP, rewards, group_ids, group_size)
     return _group_advantages(rewards.detach(), groups, baseline, scale, float(eps), backend)
+
+
+@dataclass(frozen=True)
+class GroupAdvantage:
+    """An outcome-reward estimator: which baseline is subtracted, what it is divided by. See `group_advantages`."""
+
+    baseline: str = "mean"
+    scale: str = "group"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_estimator("GroupAdvantage", self.baseline, self.scale, self.eps)
+
+    def __call__(
+        self, rewards: torch.Tensor, *, group_ids: torch.Tensor | None = None, group_size: int | None = None
+    ) -> torch.Tensor:
+        """The advantages of (B,) rewards."""
+        return group_advantages(
+            rewards,
+            group_ids=group_ids,
+            group_size=group_size,
+            baseline=self.baseline,
+            scale=self.scale,
+            eps=self.eps,
+        )

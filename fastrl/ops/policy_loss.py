@@ -50,25 +50,29 @@ def policy_loss(
 
 
 @policy_loss.register_fake
-def _fake(logps: torch.Tensor, *inputs: Any) -> Outputs:
+def fake(logps: torch.Tensor, *inputs: Any) -> Outputs:
+    """Outputs of the right shapes and dtypes."""
     return logps.new_empty(()), torch.empty_like(logps), torch.empty_like(logps), logps.new_empty(len(METRICS), 2)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    _, dlogps, dentropy, metrics = output
-    ctx.mark_non_differentiable(dlogps, dentropy, metrics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dlogps, dentropy)
+def register_gradient(op: Any, *, logps: int, entropy: int, inputs: int) -> None:
+    """The inputs at two positions get the derivatives that an operator with these outputs found in its forward."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        _, dlogps, dentropy, metrics = output
+        ctx.mark_non_differentiable(dlogps, dentropy, metrics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dlogps, dentropy)
+
+    @once_differentiable  # the derivatives are constants here: a second derivative would be silently wrong
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        grads: list[torch.Tensor | None] = [None] * inputs
+        if grad is not None:
+            for index, derivative in zip((logps, entropy), ctx.saved_tensors, strict=True):
+                grads[index] = grad * derivative if ctx.needs_input_grad[index] else None
+        return tuple(grads)
+
+    op.register_autograd(backward, setup_context=setup_context)
 
 
-@once_differentiable  # the derivatives are constants here: a second derivative would be silently wrong
-def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    logps, entropy = 0, 7
-    grads: list[torch.Tensor | None] = [None] * 12
-    if grad is not None:
-        for index, derivative in zip((logps, entropy), ctx.saved_tensors, strict=True):
-            grads[index] = grad * derivative if ctx.needs_input_grad[index] else None
-    return tuple(grads)
-
-
-policy_loss.register_autograd(_backward, setup_context=_setup_context)
+register_gradient(policy_loss, logps=0, entropy=7, inputs=12)
