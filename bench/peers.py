@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ def build(op: str, names: Sequence[str], *tensors: Any) -> tuple[dict[str, Provi
             continue
         try:
             providers[name] = PEERS[op][name](*tensors)
-        except (ImportError, AttributeError) as error:
-            absent[name] = str(error)
+        except Exception as error:  # importing a package runs its code, which may raise anything: that is shown
+            absent[name] = str(error) or type(error).__name__
     return providers, absent
 
 
@@ -70,23 +71,34 @@ def _liger() -> Logps:
 
 
 def _cce() -> Logps:
-    """Apple's cut cross-entropy, without its filter of small gradients."""
+    """Apple's cut cross-entropy, without its filter of small gradients: the interface of cut-cross-entropy 25.1.1.
+
+    Its backward takes hidden states of 16 bits only, and sums gradients in their dtype. Releases after it can sum in
+    float32 (`impl="cce_exact"`), which this one refuses; they take these arguments too.
+    """
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda hidden, weight, targets: (
-        -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="cce_exact")
-    )
+    options = {"reduction": "none", "filter_eps": None, "impl": "cce"}
+    return lambda hidden, weight, targets: -linear_cross_entropy(hidden, weight, targets, **options)
 
 
 def _quack() -> Logps:
-    """QuACK's matmul and cross-entropy kernels."""
+    """torch's matmul and QuACK's cross-entropy kernels, the gradient in place of the logits: quack-kernels 0.6.5.
+
+    Its chunked and fused paths reduce to a mean or a sum over tokens: no loss with advantages can be made of them.
+    """
     from quack.linear_cross_entropy import linear_cross_entropy_func
 
-    return lambda hidden, weight, targets: -linear_cross_entropy_func(hidden, weight, None, targets, reduction="none")
+    options = {"reduction": "none", "inplace_backward": True}
+    return lambda hidden, weight, targets: -linear_cross_entropy_func(hidden, weight, None, targets, **options)
 
 
 def _verl() -> Logps:
-    """veRL's Triton kernels, which give the entropy too."""
+    """veRL's Triton kernels, which give the entropy too: verl 0.9.1.
+
+    They take contiguous CUDA tensors and hidden sizes that 128 divides, and always form both gradients. Importing them
+    imports all of veRL, with Ray and tensordict.
+    """
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, 1.0, "none")[0]
@@ -190,6 +202,13 @@ def _trl_from_logits() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return selective_log_softmax
 
 
+def _quack_from_logits() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """QuACK's cross-entropy kernels, the gradient in memory of its own as everyone's here: quack-kernels 0.6.5."""
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits, targets: -cross_entropy(logits, targets, reduction="none")
+
+
 def _policy_loss(loss: Callable[..., torch.Tensor]) -> Callable[[TokenTensors], Provider]:
     def peer(tokens: TokenTensors) -> Provider:
         def run() -> Outputs:
@@ -251,6 +270,24 @@ def _gae_steps(
     return torch.stack(steps[::-1], 1)
 
 
+def grpo_loss_of_rewards(tokens: TokenTensors, rewards: torch.Tensor) -> torch.Tensor:
+    """GRPO's advantages, then its loss."""
+    advantages = group_normalised(rewards, 1e-6)
+    return grpo_loss(tokens.logps, replace(tokens, advantages=advantages), kl=True)
+
+
+def _group_policy_loss(loss: Callable[..., torch.Tensor]) -> Callable[[TokenTensors, torch.Tensor], Provider]:
+    def peer(tokens: TokenTensors, rewards: torch.Tensor) -> Provider:
+        def run() -> Outputs:
+            out = loss(tokens, rewards)
+            (gradient,) = torch.autograd.grad(out, tokens.logps)
+            return {"loss": out.detach(), "grad_logps": gradient}
+
+        return run
+
+    return peer
+
+
 COMPILED_STEPS = 64  # that torch.compile unrolls at a time: compiling all at once would take hours
 
 
@@ -304,11 +341,16 @@ PEERS: dict[str, dict[str, Callable[..., Provider]]] = {
         "torch": _logprob(lambda: _from_logits),
         "compile": _logprob(lambda: torch.compile(_from_logits, dynamic=False)),
         "trl": _logprob(_trl_from_logits),
+        "quack": _logprob(_quack_from_logits),
     },
     "policy_loss": {
         "torch": _policy_loss(grpo_loss),
         "compile": _policy_loss(torch.compile(grpo_loss, dynamic=False)),
         "liger": _liger_policy_loss,
+    },
+    "group_policy_loss": {
+        "torch": _group_policy_loss(grpo_loss_of_rewards),
+        "compile": _group_policy_loss(torch.compile(grpo_loss_of_rewards, dynamic=False)),
     },
     "gae": {"torch": _torch_gae, "compile": _compile_gae},
     "group_advantages": {"torch": _torch_group_advantages},
