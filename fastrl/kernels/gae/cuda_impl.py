@@ -1,4 +1,8 @@
-"""A scan over tiles of each sequence, in two launches; csrc/cuda/gae.cu."""
+"""A scan over tiles of each sequence, in two launches; csrc/cuda/gae.cu.
+
+A block to a tile of 2,048 tokens, so a single sequence is worked on side by side: N / 2,048 + S + 1 blocks a launch,
+1,041 for 16 sequences of 131,072.
+"""
 
 from __future__ import annotations
 
