@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import fastrl
@@ -23,6 +25,7 @@ def truth(rewards: torch.Tensor, eps: float) -> Outputs:
     return {"advantages": group_normalised(rewards.double(), eps)}
 
 
-def fastrl_provider(backend: str, rewards: torch.Tensor, eps: float) -> Provider:
+def fastrl_provider(backend: str, rewards: torch.Tensor, eps: float, **options: Any) -> Provider:
     """The op on a backend."""
-    return lambda: {"advantages": fastrl.group_advantages(rewards, group_size=GROUP, eps=eps, backend=backend)}
+    options |= {"group_size": GROUP, "eps": eps, "backend": backend}
+    return lambda: {"advantages": fastrl.group_advantages(rewards, **options)}

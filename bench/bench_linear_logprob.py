@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import fastrl
@@ -28,8 +30,10 @@ def truth(head: HeadTensors) -> Outputs:
     return {"logps": true_logps(head)} | (true_gradients(head, head.grad_logps) if head.wants else {})
 
 
-def fastrl_provider(backend: str, head: HeadTensors) -> Provider:
+def fastrl_provider(backend: str, head: HeadTensors, **options: Any) -> Provider:
     """The op on a backend."""
-    return with_gradients(
-        head, lambda: fastrl.linear_logprob(head.hidden, head.weight, head.targets, backend=backend).logps
-    )
+    inputs = (head.hidden, head.weight, head.targets)
+    return with_gradients(head, lambda: fastrl.linear_logprob(*inputs, **options, backend=backend).logps)
+
+
+VARIANTS = {"stream": lambda head: fastrl_provider("auto", head, memory="stream")}  # the least memory

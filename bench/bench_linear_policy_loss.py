@@ -26,13 +26,16 @@ SILENT = {"all groups train": 0.0, "half of the groups silent": 0.5}
 
 
 def tensors(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[HeadTensors, TokenTensors]]:
-    """Mode -> what the providers read; about three eighths of the tokens are padding."""
+    """Mode -> what the providers read."""
     head = head_tensors(shape, dtype, device, ("hidden", "weight"))
     batch = (shape.tokens // shape.length, shape.length)
     with torch.no_grad():
         parts = zip(head.hidden.split(64), head.targets.split(64), strict=True)
         around = torch.cat([plain_logps(hidden, head.weight, targets) for hidden, targets in parts]).view(batch)
-    return {mode: (head, token_tensors(batch, device, around=around, silent=silent)) for mode, silent in SILENT.items()}
+    return {
+        mode: (head, token_tensors(batch, device, around=around, silent=s, padded=shape.padded))
+        for mode, s in SILENT.items()
+    }
 
 
 def matmul_flops(head: HeadTensors, tokens: TokenTensors) -> float:

@@ -1,8 +1,12 @@
 """One command for every benchmark.
 
-python -m bench.run linear_logprob --against torch,trl,liger
-python -m bench.run step --against trl,naive
-python -m bench.run rollout
+fastrl bench                                              every op
+fastrl bench linear_logprob --against torch,trl,liger
+fastrl bench step --against trl,naive
+fastrl bench rollout
+fastrl bench --tune                                       tiles of the Triton kernels, on a GPU
+
+`python -m bench.run` is the same.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from rich.table import Table
 
 from bench.peers import PEERS, build
 from bench.shapes import find
-from bench.timing import Case, Result, environment, machine, matmul_rate, measure
+from bench.timing import Case, Provider, Result, environment, machine, matmul_rate, measure
 
 HEAD_OPS = ("linear_logprob", "linear_policy_loss", "logprob")  # the others work in float32 whatever --dtype
 RESULTS = Path(__file__).parent / "results"
@@ -39,16 +43,23 @@ def main(arguments: list[str] | None = None) -> None:
         return step(arguments[1:])
     if arguments[:1] == ["rollout"]:
         return _rollout(arguments[1:])
+    if "--tune" in arguments:
+        from bench.tune import main as tune
+
+        return tune([argument for argument in arguments if argument != "--tune"])
     return _micro(arguments)
 
 
 def _micro(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
-    parser.add_argument("op", choices=(*PEERS, "step", "rollout"))
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        prog="fastrl bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("op", nargs="?", choices=(*PEERS, "step", "rollout"), help="all ops by default")
     parser.add_argument("--against", default="", help="comma-separated peers, or none; all by default")
-    parser.add_argument("--backends", default="auto", help="comma-separated fastrl backends")
+    parser.add_argument("--backends", default="auto", help="comma-separated fastrl backends, or an op's VARIANTS")
     parser.add_argument("--shapes", default="", help="comma-separated names from bench/shapes.py")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=here, help="a GPU where torch sees one, by default")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
@@ -56,31 +67,44 @@ def _micro(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    module, device = import_module(f"bench.bench_{args.op}"), torch.device(args.device)
+    device = torch.device(args.device)
     console = Console(width=None if sys.stdout.isatty() else 120)
     about = environment(device)
     show_environment(console, about)
-    for case in _cases(module, args, device):
-        results = measure(case, args.rounds, device)
-        rate = matmul_rate(case.dtype, device) if case.flops else 0.0
-        console.print(table(case, results, rate))
-        rows = [record(args.op, case, result, about) | {"matmul_rate": rate} for result in results]
-        append(out_file(args.out, device), rows)
+    for op in [args.op] if args.op else PEERS:
+        for case in _cases(op, args, device):
+            results = measure(case, args.rounds, device)
+            rate = matmul_rate(case.dtype, device) if case.flops else 0.0
+            console.print(table(case, results, rate))
+            rows = [record(op, case, result, about) | {"matmul_rate": rate, "flops": case.flops} for result in results]
+            append(out_file(args.out, device), rows)
 
 
-def _cases(module: Any, args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    dtype = getattr(torch, args.dtype) if args.op in HEAD_OPS else torch.float32
+def _cases(op: str, args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    module = import_module(f"bench.bench_{op}")
+    dtype = getattr(torch, args.dtype) if op in HEAD_OPS else torch.float32
     for name, shape in find(module.SHAPES, names(args.shapes) or module.DEFAULT).items():
         for mode, tensors in module.tensors(shape, dtype, device).items():
             ours = {
-                "fastrl" if backend == "auto" else f"fastrl/{backend}": module.fastrl_provider(backend, *tensors)
+                "fastrl" if backend == "auto" else f"fastrl/{backend}": ours_on(module, backend, *tensors)
                 for backend in names(args.backends)
             }
-            peers, absent = build(args.op, names(args.against), *tensors)
-            size = " x ".join(map(str, shape if isinstance(shape, tuple) else asdict(shape).values()))
-            label = ", ".join(filter(None, (args.op, f"{name} ({size})", mode, str(dtype).removeprefix("torch."))))
+            peers, absent = build(op, names(args.against), *tensors)
+            label = label_of(op, name, shape, mode, dtype)
             flops = module.matmul_flops(*tensors) if hasattr(module, "matmul_flops") else 0.0
             yield Case(label, dtype, lambda t=tensors: module.truth(*t), ours | peers, absent, flops)
+
+
+def label_of(op: str, name: str, shape: Any, mode: str, dtype: torch.dtype) -> str:
+    """The title of a case, and how `bench.goals` finds it."""
+    size = " x ".join(map(str, shape)) if isinstance(shape, tuple) else str(shape)
+    return ", ".join(filter(None, (op, f"{name} ({size})", mode, str(dtype).removeprefix("torch."))))
+
+
+def ours_on(module: Any, backend: str, *tensors: Any) -> Provider:
+    """The op on a backend, or one of the op's other ways to be called."""
+    variants = getattr(module, "VARIANTS", {})
+    return variants[backend](*tensors) if backend in variants else module.fastrl_provider(backend, *tensors)
 
 
 def _rollout(arguments: list[str]) -> None:

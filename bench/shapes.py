@@ -17,12 +17,18 @@ KL_COEF = 0.04
 
 @dataclass(frozen=True)
 class HeadShape:
-    """`tokens` completion tokens, in sequences of `length`, at a head of `vocabulary` x `hidden`."""
+    """`tokens` completion tokens, in sequences of `length`, at a head of `vocabulary` x `hidden`; of a padded batch
+    about three eighths of them are padding."""
 
     tokens: int
     hidden: int
     vocabulary: int
     length: int = 32
+    padded: bool = True
+
+    def __str__(self) -> str:
+        size = f"{self.tokens} x {self.hidden} x {self.vocabulary}"
+        return f"{size}, sequences of {self.length}" + ("" if self.padded else " without padding")
 
 
 # A micro-batch of the demo recipe has about 512 completion tokens; a GPU takes 4,096 and more.
@@ -37,6 +43,9 @@ HEADS = {
     "qwen3-0.6b-8k": HeadShape(8_192, 1_024, 151_936, 512),
     "qwen3-8b-8k": HeadShape(8_192, 4_096, 151_936, 512),
     "qwen3-8b-16k": HeadShape(16_384, 4_096, 151_936, 512),
+    # Without padding, what `bench/goals.py` compares with.
+    "16k x 4096": HeadShape(16_384, 4_096, 151_936, 512, padded=False),
+    "16k x 1024": HeadShape(16_384, 1_024, 151_936, 512, padded=False),
 }
 
 # Sequences x tokens of each, for the ops without a vocabulary; `demo` is one step of the demo recipe.
@@ -106,9 +115,15 @@ class TokenTensors:
 
 
 def token_tensors(
-    batch: tuple[int, int], device: torch.device, *, around: torch.Tensor | None = None, silent: float = 0.0
+    batch: tuple[int, int],
+    device: torch.device,
+    *,
+    around: torch.Tensor | None = None,
+    silent: float = 0.0,
+    padded: bool = True,
 ) -> TokenTensors:
-    """Sequences of a quarter of T to T tokens; the first `silent` share of the groups has advantages of 0.
+    """Sequences of a quarter of T to T tokens, or all of T where not `padded`; the first `silent` share of the groups
+    has advantages of 0.
 
     `around`: (B, T) log-probabilities that the old and reference ones differ from by little.
     """
@@ -128,7 +143,7 @@ def token_tensors(
         old.to(device),
         ref.to(device),
         advantages.to(device),
-        (torch.arange(length) < lengths).to(device),
+        ((torch.arange(length) < lengths) | (not padded)).to(device),
     )
 
 

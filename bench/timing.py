@@ -51,6 +51,7 @@ class Result:
     low: float | None = None  # 20 % quantile
     high: float | None = None  # 80 % quantile
     peak_bytes: int | None = None  # above what was in use before the call
+    worst: dict[str, float] = field(default_factory=dict)  # output -> largest absolute error against float64
     device_seconds: float | None = None  # of all kernels and copies of a call, on a GPU
     samples: int = 0
 
@@ -106,9 +107,10 @@ def _gate(name: str, run: Provider, truth: Outputs, limit: float) -> Result:
         first = str(error).strip().partition("\n")[0]
         return Result(name, "OOM" if out_of_memory(error) else "failed", first)
     errors = {output: relative_error(got[output], expected) for output, expected in truth.items()}
+    worst = {output: (got[output].detach().to(x.dtype) - x).abs().max().item() for output, x in truth.items()}
     bad = [output for output, error in errors.items() if not error <= limit]
     detail = f"{', '.join(bad)} beyond {limit:g}" if bad else ""
-    return Result(name, "wrong" if bad else "ok", detail, errors)
+    return Result(name, "wrong" if bad else "ok", detail, errors, worst=worst)
 
 
 def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:

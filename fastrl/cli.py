@@ -1,15 +1,18 @@
-"""The command line: `fastrl train`, `fastrl eval`, `fastrl doctor`."""
+"""The command line: `fastrl train`, `fastrl eval`, `fastrl bench`, `fastrl doctor`."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 USAGE = """fastrl: reinforcement learning of language models.
 
   fastrl train RECIPE.yaml [--field value ...]   train as the recipe says; --help lists the fields
   fastrl eval MODEL RECIPE.yaml [--field ...]    held-out reward of a model or checkpoint on a recipe's task
+  fastrl bench [OP] [--against PEERS ...]        every op, or one, timed against torch and other projects; --help
+  fastrl bench --tune                            times the Triton kernels' tiles on this GPU and keeps the fastest
   fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
 """
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_DIVERGED = range(5)
@@ -26,7 +29,7 @@ class _Doctor:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 ok, 1 rewards failed, 2 usage, 3 environment, 4 diverged."""
     args = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "eval": _eval, "doctor": _doctor}
+    commands = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor}
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return EXIT_OK if args else EXIT_USAGE
@@ -62,6 +65,22 @@ def _eval(args: list[str]) -> int:
     from fastrl.trainer.evaluate import evaluate_model
 
     evaluate_model(replace(_configure("fastrl eval MODEL", args[1:]), model=args[0]))
+    return EXIT_OK
+
+
+def _bench(args: list[str]) -> int:
+    """The benchmarks are beside the package, not in it: they measure a tree, and name its commit."""
+    tree = Path(__file__).resolve().parents[1]
+    if not (tree / "bench" / "run.py").is_file():
+        print(
+            f"fastrl bench: expected a source tree with the folder bench, got the package alone, in {tree}. Clone the "
+            "repository and install it from there: pip install --editable '.[train,models,bench]'.",
+            file=sys.stderr,
+        )
+        return EXIT_ENVIRONMENT
+    if str(tree) not in sys.path:
+        sys.path.insert(0, str(tree))
+    import_module("bench.run").main(args)
     return EXIT_OK
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 from trainer.tiny import tiny_config, write_model, write_task
@@ -67,6 +69,35 @@ def test_rewards_that_always_fail_end_with_status_1_and_the_reason(recipe, capsy
     recipe.write_text(recipe.read_text().replace("wanted_words", "always_raises"))
     assert main(["train", str(recipe)]) == 1
     assert "no judge at home" in capsys.readouterr().err
+
+
+def test_bench_measures_from_a_source_tree(tmp_path, capsys):
+    out = tmp_path / "results.jsonl"
+    arguments = ["group_advantages", "--shapes", "tiny", "--rounds", "1", "--against", "torch", "--out", str(out)]
+    assert main(["bench", *arguments, "--device", "cpu"]) == 0
+    assert "| fastrl " in capsys.readouterr().out
+    assert [json.loads(line)["status"] for line in out.read_text().splitlines()] == ["ok", "ok"]
+
+
+def test_bench_without_the_folder_says_where_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastrl.cli.__file__", str(tmp_path / "site-packages" / "fastrl" / "cli.py"))
+    assert main(["bench", "gae"]) == 3
+    assert "got the package alone, in" in (message := capsys.readouterr().err)
+    assert "Clone the repository" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["gea"], "invalid choice: 'gea'"), (["gae", "--shapes", "huge"], "shapes: expected some of")],
+)
+def test_bench_refuses_an_op_or_a_shape_that_is_none(arguments, message, capsys):
+    try:
+        status = main(["bench", *arguments])
+    except SystemExit as stopped:  # argparse's own
+        status = stopped.code
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
 def test_no_command_prints_the_usage(capsys):

@@ -17,14 +17,14 @@ from fastrl import env
 from fastrl.kernels.softmax_row import NO_SOFTCAP
 from fastrl.kernels.triton_jit import Build, device_function
 from fastrl.kernels.triton_math import expm1
+from fastrl.kernels.tuning import tuned
 
 INTERPRETED = tl.constexpr(env.triton_interpreted())
 LOWEST_32 = tl.constexpr(-3.4028234663852886e38)
 LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
 
 # Without contraction: fused with the product that made it, a row's maximum minus itself would not be 0.
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-LARGEST_BLOCK = 4096  # 16 columns per thread: loads in flight for the memory's latency, and no spilled register
+OPTIONS = {"enable_fp_fusion": False}
 
 
 # Device functions.
@@ -337,15 +337,17 @@ def probabilities_kernel(
 # From the host.
 
 
-def block(vocabulary: int, itemsize: int = 4) -> int:
-    """Columns at a time: a power of two, and a function of the vocabulary and of the arithmetic's dtype alone."""
-    return min(LARGEST_BLOCK * 4 // itemsize, max(128, triton.next_power_of_2(vocabulary)))
+def entry(dtype: torch.dtype) -> str:
+    """Of `fastrl.kernels.tuning`, by the dtype of the arithmetic."""
+    return "softmax_row float64" if dtype == torch.float64 else "softmax_row"
 
 
 def flags(temperature: torch.Tensor, softcap: float, vocabulary: int) -> dict[str, Any]:
     """The constexpr arguments that every kernel here has, and the options of its launch."""
     presence = {"HAS_SOFTCAP": softcap != NO_SOFTCAP, "PER_ROW_TEMPERATURE": temperature.numel() > 1}
-    return {**presence, "BLOCK": block(vocabulary, temperature.element_size()), **OPTIONS}
+    sizes = dict(tuned(entry(temperature.dtype), temperature.device))
+    sizes["BLOCK"] = min(sizes["BLOCK"], max(128, triton.next_power_of_2(vocabulary)))  # columns at a time
+    return {**presence, **sizes, **OPTIONS}
 
 
 NUMBERS = dict.fromkeys(("stride", "hidden_stride", "weight_stride", "lse_stride", "ignore_index"), "i64")
@@ -353,13 +355,12 @@ NUMBERS |= dict.fromkeys(("V", "H", "n", "part_columns", "parts"), "i32")
 NUMBERS |= dict.fromkeys(("softcap", "logit_scale"), "fp64")
 
 
-def build(
-    name: str, kernel: Any, pointers: dict[str, str], *, options: dict[str, Any] = OPTIONS, **constants: Any
-) -> Build:
+def build(name: str, kernel: Any, pointers: dict[str, str], *, entry: str = "softmax_row", **constants: Any) -> Build:
     """How a kernel is compiled that takes these `pointers`, named without `_ptr`, and None for its others."""
+    if entry == "softmax_row" and pointers.get("temperature") == "fp64":
+        entry = "softmax_row float64"
     given = {f"{key}_ptr": f"*{kind}" for key, kind in pointers.items()}
     types = {key: given.get(key) or NUMBERS.get(key) for key in kernel.arg_names}
     defaults = {"HAS_SOFTCAP": False, "PER_ROW_TEMPERATURE": False, "KEPT": False}
-    defaults["BLOCK"] = LARGEST_BLOCK // 2 if given.get("temperature_ptr") == "*fp64" else LARGEST_BLOCK
     rest = {key: (defaults | constants).get(key) for key, kind in types.items() if kind is None}
-    return Build(name, kernel, {key: kind for key, kind in types.items() if kind}, rest, options)
+    return Build(name, kernel, {key: kind for key, kind in types.items() if kind}, rest, OPTIONS, entry)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastrl import env
+from fastrl.kernels import tuning
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Build:
     ahead of time and to count registers, spills, shared memory and instructions of.
 
     `signature` gives a Triton type per run-time argument ("*bf16", "i32", "fp32"), `constants` the constexpr arguments
-    and those that are None.
+    and those that are None. What an architecture's table may change comes from `entry` of `fastrl.kernels.tuning`.
     """
 
     name: str
@@ -28,6 +29,17 @@ class Build:
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion: as at the launch
+    entry: str = ""
+
+    def on(self, architecture: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The constants and the options with which an architecture launches it."""
+        constants, options = dict(self.constants), dict(self.options)
+        for name, number in tuning.parameters(self.entry, architecture).items() if self.entry else ():
+            if name in self.kernel.arg_names:
+                constants[name] = number
+            elif name in tuning.MOST:
+                options[name] = number
+        return constants, options
 
 
 @cache

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import bench_step, peers, run, timing
+from bench import bench_step, goals, peers, run, timing
 from bench.shapes import GROUP
 from bench.step_child import StepRecord
 from bench.step_naive import Loop
@@ -123,6 +123,62 @@ def test_the_command_writes_one_line_per_provider_with_where_it_ran(tmp_path, ca
     assert lines["fastrl"]["median"] > 0
     assert torch.__version__.startswith(lines["fastrl"]["environment"]["torch"])
     assert "| fastrl " in capsys.readouterr().out
+
+
+def line(op: str, shape: str, mode: str, provider: str, **measured: object) -> dict:
+    module = importlib.import_module(f"bench.bench_{op}")
+    label = run.label_of(op, shape, module.SHAPES[shape], mode, torch.bfloat16)
+    fields = {"status": "ok", "detail": "", "matmul_rate": 7e14, "flops": 6.1e13, "worst": {"logps": 3e-6}}
+    return {"op": op, "case": label, "provider": provider} | fields | measured
+
+
+def test_goals_stand_beside_what_was_measured_last_and_say_what_was_not():
+    large = ("linear_policy_loss", goals.LARGE)
+    records = [
+        line(*large, goals.TRAINS, "fastrl", median=0.3, peak_bytes=0),
+        line(*large, goals.TRAINS, "fastrl", median=0.08, peak_bytes=(2 << 30) + 2 * 4096 * (16384 + 151936)),
+        line(*large, goals.TRAINS, "trl", median=0.1),
+        line(*large, goals.SILENT, "fastrl", median=0.084),
+        line("linear_policy_loss", goals.SMALL, goals.TRAINS, "fastrl", median=0.1),
+        line("linear_logprob", goals.LARGE, "frozen head", "fastrl", status="OOM", detail="no memory"),
+        line("linear_logprob", goals.LARGE, "no gradient", "fastrl", median=0.0285),
+        line("group_policy_loss", "64k", "", "fastrl/operator", device_seconds=12e-6),
+        line("group_policy_loss", "64k", "", "fastrl", device_seconds=90e-6),
+    ]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in goals.table(records).splitlines()[2:]]
+    assert len(rows) == len(goals.GOALS)
+    assert [row[2:] for row in rows] == [
+        ["80", "yes"],
+        ["0.8", "no, 1.07 times it"],
+        ["84", "no, 1.50 times it"],
+        ["fastrl: OOM no memory", ""],
+        ["28.5", "yes"],
+        ["2", "yes"],
+        ["fastrl/stream: not measured", ""],
+        ["1.15", "yes"],
+        ["3e-06", "yes"],
+        ["12", "yes"],
+        ["fastrl: not measured", ""],
+    ]
+
+
+def test_every_goal_is_of_a_shape_and_a_mode_that_there_are():
+    for goal in goals.GOALS:
+        module = importlib.import_module(f"bench.bench_{goal.op}")
+        assert goal.shape in module.SHAPES
+        assert goal.mode in ("", *getattr(module, "MODES", {}), *getattr(module, "SILENT", {}))
+        assert goal.over in ("", *peers.PEERS[goal.op])
+
+
+def test_the_other_ways_to_call_an_op_agree_with_the_float64_truth():
+    for op in ("group_policy_loss", "linear_logprob"):
+        module = importlib.import_module(f"bench.bench_{op}")
+        tensors = list(module.tensors(module.SHAPES["tiny"], torch.float32, CPU).values())[-1]
+        providers = {name: run.ours_on(module, name, *tensors) for name in module.VARIANTS}
+        measured = timing.Case(op, torch.float32, lambda t=tensors, m=module: m.truth(*t), providers)
+        for result in timing.measure(measured, 1, CPU):
+            assert (result.status, result.detail) == ("ok", "")
+            assert all(0 <= error < 1e-4 for error in result.worst.values())
 
 
 def test_the_questions_are_distinct_and_enough_for_every_step(tmp_path):

@@ -8,6 +8,7 @@ from backends import FASTER
 from ops.threads import with_threads
 from torch.testing import assert_close
 
+from fastrl.kernels import tuning
 from fastrl.ops.gae import gae
 
 NAN, INF = float("nan"), float("inf")
@@ -71,16 +72,15 @@ def test_backend_equals_reference_in_float64(backend, gamma, lam, keep):
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.0), (0.0, 0.0)])
-def test_triton_scan_over_many_blocks_equals_reference_and_stops_a_nan_at_the_sequence(gamma, lam, monkeypatch):
-    from fastrl.kernels.gae import triton_impl
-
-    monkeypatch.setattr(triton_impl, "BLOCK", 8)  # sequences cross blocks, and 77 blocks take ten turns
+def test_triton_scan_over_many_blocks_equals_reference_and_stops_a_nan_at_the_sequence(gamma, lam):
     rewards, values, mask, cu_seqlens = packed()
     rewards[(mask & (torch.arange(len(mask)) < 400)).nonzero()[-1]] = NAN
-    got, want = (
-        gae(rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, backend=name)
-        for name in ("triton", "reference")
-    )
+    with tuning.trying("gae", BLOCK=8), tuning.trying("gae carries", BLOCK=8):
+        # Sequences cross blocks, and 77 blocks take ten turns.
+        got, want = (
+            gae(rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, backend=name)
+            for name in ("triton", "reference")
+        )
     assert 0 < want[0].isnan().sum() < mask.sum()
     assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from fastrl.kernels import tuning
 from fastrl.ops.group_advantages import group_advantages
 
 NAN = float("nan")
@@ -53,16 +54,13 @@ def test_backend_equals_reference_in_float64(backend, baseline, scale):
 
 
 @each_estimator
-def test_triton_in_many_blocks_equals_reference(baseline, scale, monkeypatch):
-    from fastrl.kernels.group_advantages import triton_impl
-
-    monkeypatch.setattr(triton_impl, "BLOCK", 2)
-    monkeypatch.setattr(triton_impl, "BATCH_BLOCK", 4)
+def test_triton_in_many_blocks_equals_reference(baseline, scale):
     rewards, ids = unequal_groups()
-    got, want = (
-        group_advantages(rewards, group_ids=ids, baseline=baseline, scale=scale, backend=name)
-        for name in ("triton", "reference")
-    )
+    with tuning.trying("group_advantages", BLOCK=2), tuning.trying("group_advantages batch", BLOCK=4):
+        got, want = (
+            group_advantages(rewards, group_ids=ids, baseline=baseline, scale=scale, backend=name)
+            for name in ("triton", "reference")
+        )
     assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 

@@ -10,6 +10,7 @@ from backends import BACKENDS, using
 from ops.threads import with_threads
 from tolerance import assert_no_worse
 
+from fastrl.kernels import tuning
 from fastrl.kernels.policy_loss import METRICS, chunked, merge_metrics, reference
 from fastrl.losses.metrics import finish
 from fastrl.losses.policy import policy_loss
@@ -564,11 +565,9 @@ def test_native_float32_is_no_worse_than_the_reference_in_float32(native_isa, sp
 
 
 @each_long_spec
-def test_triton_float32_in_many_blocks_is_no_worse_than_the_reference_in_float32(spec, monkeypatch):
-    from fastrl.kernels.policy_loss import triton_impl
-
-    monkeypatch.setattr(triton_impl, "PARTS", 4)  # the sums of ten blocks in three turns
-    assert_float32_no_worse(spec, "triton")
+def test_triton_float32_in_many_blocks_is_no_worse_than_the_reference_in_float32(spec):
+    with tuning.trying("policy_loss total", PARTS=4):  # the sums of ten blocks in three turns
+        assert_float32_no_worse(spec, "triton")
 
 
 def assert_float32_no_worse(spec, backend):

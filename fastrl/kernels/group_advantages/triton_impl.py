@@ -13,11 +13,9 @@ import triton.language as tl
 
 from fastrl.kernels.precision import answer
 from fastrl.kernels.triton_jit import Build, device_function, launch, scalars
+from fastrl.kernels.tuning import tuned
 
-BLOCK = 128  # members at a time: most groups are one block
-BATCH_BLOCK = 1024
-OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
-BATCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}
 
 
 @device_function
@@ -116,11 +114,11 @@ def forward(rewards: torch.Tensor, group_ids: torch.Tensor, baseline: str, scale
     ends = torch.searchsorted(ids, ids, right=True)
     by_group = rewards.new_empty(n, dtype=torch.float64) if scale == "batch" else advantages
     segments = {"ids": ids, "ends": ends, "order": order, "eps": scalars(rewards.device, eps)}
-    kinds = {"BASELINE": baseline, "SCALE": scale, "BLOCK": BLOCK}
+    kinds = {"BASELINE": baseline, "SCALE": scale, **tuned("group_advantages", rewards.device)}
     launch(_group, n, rewards, rewards=rewards, advantages=by_group, **segments, **kinds, **OPTIONS)
     if scale == "batch":
-        outputs = {"advantages": advantages, "eps": segments["eps"], "n": n, "BLOCK": BATCH_BLOCK}
-        launch(_batch, 1, rewards, x=by_group, **outputs, **BATCH_OPTIONS)
+        outputs = {"advantages": advantages, "eps": segments["eps"], "n": n}
+        launch(_batch, 1, rewards, x=by_group, **outputs, **tuned("group_advantages batch", rewards.device), **OPTIONS)
     return advantages
 
 
@@ -131,8 +129,9 @@ BUILDS = (
             f"group {baseline} {scale}",
             _group,
             {"rewards": "*fp32", "advantages": "*fp64" if scale == "batch" else "*fp32"} | _INDEX,
-            {"BASELINE": baseline, "SCALE": scale, "BLOCK": BLOCK},
+            {"BASELINE": baseline, "SCALE": scale},
             OPTIONS,
+            "group_advantages",
         )
         for baseline, scale in (("mean", "group"), ("leave_one_out", "none"), ("mean", "batch"))
     ),
@@ -140,7 +139,8 @@ BUILDS = (
         "batch",
         _batch,
         {"x": "*fp64", "eps": "*fp64", "advantages": "*fp32", "n": "i32"},
-        {"BLOCK": BATCH_BLOCK},
-        BATCH_OPTIONS,
+        {},
+        OPTIONS,
+        "group_advantages batch",
     ),
 )

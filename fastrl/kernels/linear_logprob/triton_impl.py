@@ -28,14 +28,10 @@ from fastrl.kernels.softmax_row_triton import (
     statistics_kernel,
 )
 from fastrl.kernels.triton_jit import Build, launch
+from fastrl.kernels.tuning import tuned
 
 NOT_A_TARGET = -1  # the rows of a chunk are chosen beforehand: none of them is ignored
 FUSED_HIDDEN = 2048  # up to this size the logits' way to memory and back weighs more than the library's faster matmul
-PARTS = 32  # of the vocabulary: work for a whole GPU also where there are few rows, whose number it must not depend on
-TILE = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 64}
-CAPPED_TILE = TILE | {"BLOCK_V": 64}  # tanh takes the registers of the other columns
-MERGED_ROWS = 256
-MATMUL_OPTIONS = OPTIONS | {"num_stages": 3}
 
 
 class Chunk(chunked.Chunk):
@@ -290,9 +286,9 @@ def _fused(
     entropies = temperature.new_zeros(count if entropy else 0)
     safe, poisoned = check_targets(targets, vocabulary, ignore_index)
     rows = (targets != ignore_index).nonzero().squeeze(-1)
-    tile = TILE if softcap == NO_SOFTCAP else CAPPED_TILE
+    tile = dict(tuned("linear_logprob fused" + (" softcap" if softcap != NO_SOFTCAP else ""), hidden.device))
     tiles = -(-vocabulary // tile["BLOCK_V"])
-    part_tiles = -(-tiles // PARTS)
+    part_tiles = -(-tiles // tile.pop("PARTS"))
     parts = temperature.new_empty(4, -(-tiles // part_tiles), len(rows))
     launch(
         part_kernel,
@@ -316,11 +312,12 @@ def _fused(
         HAS_SOFTCAP=softcap != NO_SOFTCAP,
         PER_ROW_TEMPERATURE=temperature.numel() > 1,
         **tile,
-        **MATMUL_OPTIONS,
+        **OPTIONS,
     )
+    merge = tuned("linear_logprob merge", hidden.device)
     launch(
         merge_kernel,
-        -(-len(rows) // MERGED_ROWS),
+        -(-len(rows) // merge["BLOCK"]),
         hidden,
         parts_ptr=parts,
         rows_ptr=rows,
@@ -330,7 +327,7 @@ def _fused(
         n=len(rows),
         lse_stride=count,
         parts=parts.shape[1],
-        BLOCK=MERGED_ROWS,
+        **merge,
         **OPTIONS,
     )
     return logps if poisoned is None else logps.masked_fill_(poisoned, float("nan")), entropies, lse
@@ -365,12 +362,12 @@ def _builds(head: str) -> list[Build]:
 
 def _fused_builds(head: str) -> list[Build]:
     inputs = {"hidden": head, "weight": head, "rows": "i64", "targets": "i64", "temperature": "fp32", "parts": "fp32"}
-    options = {"options": MATMUL_OPTIONS, "PER_ROW_TEMPERATURE": True}
-    capped = inputs | {"bias": head}
+    plain, capped = {"entry": "linear_logprob fused"}, {"entry": "linear_logprob fused softcap", "HAS_SOFTCAP": True}
+    biased = inputs | {"bias": head}
     return [
-        build(f"linear_logprob fused {head}", part_kernel, inputs, **TILE, options=MATMUL_OPTIONS),
-        build(f"linear_logprob fused {head}, bias", part_kernel, capped, **TILE, **options),
-        build(f"linear_logprob fused {head}, softcap", part_kernel, capped, HAS_SOFTCAP=True, **CAPPED_TILE, **options),
+        build(f"linear_logprob fused {head}", part_kernel, inputs, **plain),
+        build(f"linear_logprob fused {head}, bias", part_kernel, biased, **plain, PER_ROW_TEMPERATURE=True),
+        build(f"linear_logprob fused {head}, softcap", part_kernel, biased, **capped, PER_ROW_TEMPERATURE=True),
     ]
 
 
@@ -392,6 +389,6 @@ BUILDS += [
         "linear_logprob merge",
         merge_kernel,
         {"parts": "fp32", "rows": "i64", "logps": "fp32", "lse": "fp32", "entropy": "fp32"},
-        BLOCK=MERGED_ROWS,
+        entry="linear_logprob merge",
     )
 ]

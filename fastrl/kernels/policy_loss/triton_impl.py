@@ -18,6 +18,7 @@ from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics
 from fastrl.kernels.policy_loss.triton_token import kinds, parameters, policy_token
 from fastrl.kernels.triton_jit import Build, device_function, launch
 from fastrl.kernels.triton_math import max_or_nan
+from fastrl.kernels.tuning import tuned
 from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Reinforce, Sapo
 
 __all__ = ["BUILDS", "METRICS", "forward", "merge_metrics"]
@@ -44,9 +45,7 @@ LOSS = tl.constexpr(len(METRICS))
 COUNT = tl.constexpr(len(METRICS) + 1)
 COLUMNS = tl.constexpr(16)
 
-BLOCK = 512  # tokens of a program
-PARTS = 64  # blocks' sums that are added at a time
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}
 
 
 @device_function
@@ -310,12 +309,13 @@ def forward(
     old_logps, ref_logps, sampling_logps, entropy = map(dense, (old_logps, ref_logps, sampling_logps, entropy))
     loss, table = logps.new_empty(()), logps.new_empty(len(METRICS), 2)
     dlogps, dentropy = torch.empty_like(logps), torch.empty_like(logps)
-    seen = {"mask": mask, "BLOCK": BLOCK} | OPTIONS
+    sizes = tuned("policy_loss", logps.device)
+    seen = {"mask": mask, **sizes, **OPTIONS}
     outputs = {"loss": loss, "table": table, "reported": _reported(spec, ref_logps, sampling_logps, entropy)}
     derivatives = {"dlogps": dlogps, "dentropy": dentropy, "through_ratio": None}
     tokens = {"logps": logps, "old_logps": old_logps, "sampling_logps": sampling_logps}
     shared = {"seq_ids": None, "means": None, "sequences": num_seqs}
-    partial, blocks = None, triton.cdiv(n, BLOCK)
+    partial, blocks = None, triton.cdiv(n, sizes["BLOCK"])
     parts = blocks + (num_seqs if by_sequence else 0)
     if parts > 1 or by_sequence:
         partial = logps.new_empty(parts, COLUMNS.value, dtype=torch.float64)
@@ -338,7 +338,8 @@ def forward(
     if by_sequence:
         launch(_share, num_seqs, logps, **segments, **derivatives, **seen, partial=partial, blocks=blocks)
     if partial is not None:
-        launch(_total, 1, logps, **outputs, partial=partial, parts=parts, PARTS=PARTS, **OPTIONS)
+        sums = tuned("policy_loss total", logps.device)
+        launch(_total, 1, logps, **outputs, partial=partial, parts=parts, **sums, **OPTIONS)
     return loss, dlogps, dentropy, table
 
 
@@ -361,20 +362,21 @@ def _builds() -> Iterator[Build]:
             absent |= set() if spec.ratio == "sequence" else {"through_ratio"}
             absent |= {"seq_ids", "means"} if spec.separable else set()
             absent |= {"partial"} if name == "reinforce" else set()
-            constants = dict.fromkeys(absent) | kinds(spec) | {"BLOCK": BLOCK}
-            yield Build(f"tokens {name} {real}", _tokens, types, constants, OPTIONS)
+            constants = dict.fromkeys(absent) | kinds(spec)
+            yield Build(f"tokens {name} {real}", _tokens, types, constants, OPTIONS, "policy_loss")
     yield Build(
         "total",
         _total,
         {"partial": "*fp64", "loss": "*fp32", "table": "*fp32", "parts": "i32", "reported": "i32"},
-        {"PARTS": PARTS},
+        {},
         OPTIONS,
+        "policy_loss total",
     )
     segments = {"order": "*i64", "bounds": "*i64", "mask": "*i1"}
     tokens = dict.fromkeys(("logps", "old_logps", "sampling_logps", "means"), "*fp32")
-    yield Build("means", _means, segments | tokens | {"sequences": "i32"}, {"BLOCK": BLOCK}, OPTIONS)
+    yield Build("means", _means, segments | tokens | {"sequences": "i32"}, {}, OPTIONS, "policy_loss")
     tokens = dict.fromkeys(("through_ratio", "dlogps", "dentropy"), "*fp32")
-    yield Build("share", _share, segments | tokens | {"partial": "*fp64", "blocks": "i32"}, {"BLOCK": BLOCK}, OPTIONS)
+    yield Build("share", _share, segments | tokens | {"partial": "*fp64", "blocks": "i32"}, {}, OPTIONS, "policy_loss")
 
 
 BUILDS = tuple(_builds())
