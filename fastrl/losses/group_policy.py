@@ -7,7 +7,7 @@ import torch
 from fastrl import check
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import check_entropy, flat, flatten_tokens
-from fastrl.ops.group_advantages import GroupAdvantage, group_numbers
+from fastrl.ops.group_advantages import GroupAdvantage, check_groups
 from fastrl.ops.group_policy_loss import group_policy_loss as group_policy_loss_op
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput
@@ -57,11 +57,10 @@ def group_policy_loss(
     packed = logps.dim() == 1
     do = "A reward is that of a sequence."
     check.require(not packed or cu_seqlens is not None, OP, "cu_seqlens", "bounds with packed logps", None, do)
-    check.floating(OP, "rewards", rewards)
     sequences = cu_seqlens.numel() - 1 if packed else logps.shape[0]
     check.shape(OP, "rewards", rewards, (sequences,), "one per sequence")
     check.device(OP, "rewards", rewards, logps.device, "logps")
-    groups = group_numbers(OP, rewards, group_ids, group_size)
+    groups = check_groups(OP, rewards, group_ids, group_size)
     check_entropy(OP, entropy, logps, spec)
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
     tokens = flatten_tokens(

@@ -43,10 +43,14 @@ def check_estimator(op: str, baseline: str, scale: str, eps: float) -> None:
     )
 
 
-def group_numbers(
+def check_groups(
     op: str, rewards: torch.Tensor, group_ids: torch.Tensor | None, group_size: int | None
 ) -> torch.Tensor:
-    """(B,) int64, the group of each reward, whichever way it was given; `op` is the name the messages start with."""
+    """The group of each of (B,) rewards, (B,) int64, whichever way it was given; `op` is the name in messages."""
+    check.floating(op, "rewards", rewards)
+    check.require(
+        rewards.dim() == 1, op, "rewards", "shape (B,)", tuple(rewards.shape), "Pass one reward per completion."
+    )
     given = [name for name, value in (("group_ids", group_ids), ("group_size", group_size)) if value is not None]
     check.require(
         len(given) == 1,
@@ -118,12 +122,8 @@ def group_advantages(
         ValueError: groups given twice, not at all or with another shape; a size that does not divide B; an unknown
             baseline or scale; `baseline="none"` with `scale="group"`.
     """
-    check.floating(OP, "rewards", rewards)
-    check.require(
-        rewards.dim() == 1, OP, "rewards", "shape (B,)", tuple(rewards.shape), "Pass one reward per completion."
-    )
     check_estimator(OP, baseline, scale, eps)
-    groups = group_numbers(OP, rewards, group_ids, group_size)
+    groups = check_groups(OP, rewards, group_ids, group_size)
     return _group_advantages(rewards.detach(), groups, baseline, scale, float(eps), backend)
 
 
