@@ -30,6 +30,9 @@ _EXPORTS = {
     "Cispo": "fastrl.spec",
     "Sapo": "fastrl.spec",
     "Reinforce": "fastrl.spec",
+    "Dppo": "fastrl.spec",
+    "Gmpo": "fastrl.spec",
+    "Vespo": "fastrl.spec",
     "KL": "fastrl.spec",
     "Correction": "fastrl.spec",
     "PreferenceLoss": "fastrl.preference_spec",
@@ -42,13 +45,18 @@ _EXPORTS = {
     "LogprobOutput": "fastrl.types",
     "LossOutput": "fastrl.types",
 }
-_MODULES = {"presets": "fastrl.losses.presets", "advantages": "fastrl.advantages"}
+_MODULES = {
+    "presets": "fastrl.losses.presets",
+    "token_masks": "fastrl.losses.token_masks",
+    "advantages": "fastrl.advantages",
+}
 
 __all__ = [*_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
     from fastrl import advantages as advantages
     from fastrl.losses import presets as presets
+    from fastrl.losses import token_masks as token_masks
     from fastrl.losses.group_policy import group_policy_loss as group_policy_loss
     from fastrl.losses.linear_policy import linear_policy_loss as linear_policy_loss
     from fastrl.losses.policy import policy_loss as policy_loss
@@ -73,9 +81,12 @@ if TYPE_CHECKING:
     from fastrl.spec import Cispo as Cispo
     from fastrl.spec import Clip as Clip
     from fastrl.spec import Correction as Correction
+    from fastrl.spec import Dppo as Dppo
+    from fastrl.spec import Gmpo as Gmpo
     from fastrl.spec import PolicyLoss as PolicyLoss
     from fastrl.spec import Reinforce as Reinforce
     from fastrl.spec import Sapo as Sapo
+    from fastrl.spec import Vespo as Vespo
     from fastrl.types import LogprobOutput as LogprobOutput
     from fastrl.types import LossOutput as LossOutput
 

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-Ratio = Literal["token", "sequence"]
+Ratio = Literal["token", "sequence", "sequence_token"]
+Level = Literal["token", "sequence"]
 Aggregate = Literal["token_mean", "prompt_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum"]
 AGGREGATES = get_args(Aggregate)
-KLKind = Literal["k1", "k2", "k3", "k3_ratio"]
+KLKind = Literal["k1", "k2", "k3", "k3_ratio", "k1+", "k3+"]
 
 
 def _require(condition: bool, what: str, expected: str, got: object) -> None:
@@ -36,7 +37,12 @@ def _require_finite(what: str, value: float, low: float, *, above: bool = False)
 @dataclass(frozen=True)
 class Clip:
     """-min(rho A, clip(rho, 1-low, 1+high) A): PPO, arXiv:1707.06347 eq. 7. `dual` = c > 1 bounds the loss of a
-    negative advantage at -c A: dual-clip PPO, arXiv:1912.09729 eq. 5."""
+    negative advantage at -c A: dual-clip PPO, arXiv:1912.09729 eq. 5.
+
+    The two-sided clipping of INTELLECT-2, arXiv:2505.07291, -min(min(rho, delta) A, clip(rho, 1-low, 1+high) A), is the
+    same bound: `dual` = delta, for a delta of at least 1+high, as the paper has it. A smaller one, which the option
+    `delta` of TRL and Liger also takes, is Clip(low, delta - 1, dual=1 + high).
+    """
 
     low: float
     high: float
@@ -79,8 +85,65 @@ class Reinforce:
     """-A log pi: the score-function estimator, no ratio."""
 
 
-Surrogate = Clip | Cispo | Sapo | Reinforce
-SURROGATES = {cls.__name__: cls for cls in (Clip, Cispo, Sapo, Reinforce)}
+@dataclass(frozen=True)
+class Dppo:
+    """-M rho A, the mask M being 0 where the token's own probability has moved by more than a total variation of `high`
+    (A > 0, upwards) or `low` (A < 0, downwards), else 1: DPPO-Binary-TV, arXiv:2602.04879. For `ratio="token"`.
+
+    The bounds are differences of probabilities, pi - pi_old: a rare token may change its ratio a lot. This is the form
+    of the paper and of prime-rl; verl takes -M sg(min(rho, 20)) A log pi, which has the same gradient up to a ratio of
+    20. pi_old is the policy of `old_logps`: the paper compares with the sampler, so pass its log-probabilities there.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+
+    def __post_init__(self) -> None:
+        _require_finite("Dppo.low", self.low, 0.0)
+        _require_finite("Dppo.high", self.high, 0.0)
+
+
+@dataclass(frozen=True)
+class Gmpo:
+    """-exp(mean_t l_t) A, with the token's log-ratio log rho_t clipped against its advantage's pull: l_t =
+    min(log rho_t, high) where A > 0, max(log rho_t, -low) elsewhere: GMPO, arXiv:2507.20673. For `ratio="sequence"`.
+
+    The geometric mean of clipped token ratios. The bounds are in log space: exp(-0.4) to exp(0.4) by default, as the
+    paper, TRL and verl have it. A clipped token gets no gradient. When TRL masks by entropy, it leaves low-entropy
+    tokens out of the mean too; here the mean is over the tokens of `mask`.
+    """
+
+    low: float = 0.4
+    high: float = 0.4
+
+    def __post_init__(self) -> None:
+        _require_finite("Gmpo.low", self.low, 0.0)
+        _require_finite("Gmpo.high", self.high, 0.0)
+
+
+@dataclass(frozen=True)
+class Vespo:
+    """-sg(phi(W)) A log pi, phi(W) = W^k exp(lam (1 - W)), with the whole sequence's ratio W = exp(sum_t log rho_t),
+    and k and lam those of the advantage's sign (0 counts as positive): VESPO, arXiv:2602.10693. For `ratio="sequence"`.
+
+    phi(1) = 1, and it vanishes for sequences that have become rare and for those that have become frequent. There is no
+    normalisation by length. Defaults are those of TRL and Liger, which also multiply W by the product of their
+    correction weights; here that is `old_logps` = the sampler's log-probabilities. log W is held within [-20, 20].
+    """
+
+    k_pos: float = 2.0
+    lam_pos: float = 3.0
+    k_neg: float = 3.0
+    lam_neg: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _require_finite(f"Vespo.{name}", value, 0.0, above=True)
+
+
+Surrogate = Clip | Cispo | Sapo | Reinforce | Dppo | Gmpo | Vespo
+SURROGATES = {cls.__name__: cls for cls in (Clip, Cispo, Sapo, Reinforce, Dppo, Gmpo, Vespo)}
+ONLY_RATIO: dict[type, Ratio] = {Dppo: "token", Gmpo: "sequence", Vespo: "sequence"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +156,10 @@ class KL:
     | `k2`       | d^2 / 2             | reverse KL                                     |
     | `k3`       | e^d - d - 1         | forward KL                                     |
     | `k3_ratio` | rho (e^d - d - 1)   | reverse KL, also off-policy (DeepSeek-V3.2)    |
+    | `k1+`      | -d                  | reverse KL                                     |
+    | `k3+`      | e^d - d - 1         | reverse KL                                     |
+
+    A plus is the straight-through form of verl: the value of the estimate, the derivative of k2.
     """
 
     kind: KLKind
@@ -119,7 +186,7 @@ class Correction:
 
     def __post_init__(self) -> None:
         _require_choice("Correction.kind", Literal["truncate", "mask"], self.kind)
-        _require_choice("Correction.level", Ratio, self.level)
+        _require_choice("Correction.level", Level, self.level)
         _require_finite("Correction.low", self.low, 0.0)
         _require_finite("Correction.high", self.high, self.low)
 
@@ -129,7 +196,10 @@ class PolicyLoss:
     """What a policy loss is: sum_t w_t (c_t surrogate_t + kl.coef KL_t - entropy_coef H_t).
 
     The weights w_t fold mask, aggregation and normaliser (`fastrl.losses.aggregate`); c_t is `correction`'s weight.
-    `ratio="sequence"` uses rho_i = exp(mean_t(logps - old_logps)) for every token of sequence i: arXiv:2507.18071.
+    `ratio="sequence"` uses rho_i = exp(mean_t(logps - old_logps)) for every token of sequence i: GSPO,
+    arXiv:2507.18071. `ratio="sequence_token"` is GSPO-token, its section 4.3: sg(rho_i) pi_t / sg(pi_t), the same
+    value, with a derivative by the token's own log-probability instead of the mean; where a sequence has one advantage
+    and equal weights, the gradients are the same too. It lets advantages differ within a sequence.
     """
 
     ratio: Ratio = "token"
@@ -150,6 +220,8 @@ class PolicyLoss:
             f"one of {', '.join(SURROGATES)}",
             self.surrogate,
         )
+        only = ONLY_RATIO.get(type(self.surrogate), self.ratio)
+        _require(self.ratio == only, "PolicyLoss.ratio", f"{only!r} with {type(self.surrogate).__name__}", self.ratio)
         _require(self.kl is None or isinstance(self.kl, KL), "PolicyLoss.kl", "a KL or None", self.kl)
         _require_choice("PolicyLoss.aggregate", Aggregate, self.aggregate)
         _require_finite("PolicyLoss.entropy_coef", self.entropy_coef, -math.inf, above=True)

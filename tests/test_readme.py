@@ -34,7 +34,7 @@ def test_every_preset_that_the_readme_names_exists():
     from fastrl.losses import presets
 
     (sentence,) = re.findall(r"`fastrl\.presets` has (.*?), each with", README, flags=re.DOTALL)
-    named = set(re.findall(r"[A-Z][A-Z_]+", sentence))
+    named = set(re.findall(r"[A-Z][A-Z_0-9]+", sentence))
     assert named == set(presets.PRESETS)
 
 

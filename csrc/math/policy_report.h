@@ -21,7 +21,7 @@ template <typename Call>
 FASTRL_HD bool reported(const Call& a, int k) {
   switch (k) {
     case metric_clip_low:
-    case metric_clip_high: return a.spec.surrogate == Surrogate::clip || a.spec.surrogate == Surrogate::cispo;
+    case metric_clip_high: return a.spec.surrogate != Surrogate::sapo && a.spec.surrogate != Surrogate::reinforce;
     case metric_kl: return a.ref_logps;
     case metric_entropy: return a.entropy;
     case metric_difference_mean:

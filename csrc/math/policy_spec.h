@@ -1,13 +1,13 @@
 // A `fastrl.spec.PolicyLoss` as plain numbers, and the rows of `fastrl.kernels.policy_loss.metrics.METRICS`, in order.
 #pragma once
 
-enum class Surrogate : int { clip, cispo, sapo, reinforce };
-enum class KLKind : int { none, k1, k2, k3, k3_ratio };
+enum class Surrogate : int { clip, cispo, sapo, reinforce, dppo };
+enum class KLKind : int { none, k1, k2, k3, k3_ratio, k1_plus, k3_plus };
 enum class CorrectionKind : int { none, truncate, mask };
 
 struct PolicySpec {
   Surrogate surrogate;
-  double low, high;         // bounds of the ratio itself: clip and cispo
+  double low, high;         // bounds of the ratio itself: clip and cispo; distances of probabilities: dppo
   double dual;              // clip; 0: none
   double tau_pos, tau_neg;  // sapo
   bool sequence_ratio;

@@ -25,7 +25,7 @@ FASTRL_HD PolicyTerm<T> policy_token(const PolicySpec& spec, const PolicyToken<T
   const T zero{};
   const T own_raw = x.logp - x.old_logp, mismatch = x.old_logp - x.sampling_logp, d = x.ref_logp - x.logp;
   const Bounded<T> own = bound<T>(own_raw), log_ratio = spec.sequence_ratio ? bound<T>(x.mean_log_ratio) : own;
-  const SurrogateTerm<T> surrogate = surrogate_term<T>(spec, log_ratio.value, x.logp, x.advantage);
+  const SurrogateTerm<T> surrogate = surrogate_term<T>(spec, log_ratio.value, x.logp, x.old_logp, x.advantage);
   PolicyTerm<T> out;
   out.loss = surrogate.loss;
   out.dlogp = surrogate.dlogp;

@@ -51,13 +51,24 @@ FASTRL_HD SurrogateTerm<T> reinforce(T logp, T advantage) {
   return {-advantage * logp, T{}, -advantage, Truth<T>{}, Truth<T>{}};
 }
 
+// -rho A, and nothing where the token's probability fell by more than `low` and A < 0, or rose by more than `high` and
+// A > 0: arXiv:2602.04879.
 template <typename T>
-FASTRL_HD SurrogateTerm<T> surrogate_term(const PolicySpec& spec, T log_ratio, T logp, T advantage) {
+FASTRL_HD SurrogateTerm<T> dppo(T log_ratio, T logp, T old_logp, T advantage, T low, T high) {
+  const T moved = exp_of(logp) - exp_of(old_logp), zero{};
+  const Truth<T> down = (advantage < zero) & (moved < -low), up = (advantage > zero) & (moved > high);
+  const T loss = down | up ? zero : -exp_of(log_ratio) * advantage;
+  return {loss, loss, zero, down, up};
+}
+
+template <typename T>
+FASTRL_HD SurrogateTerm<T> surrogate_term(const PolicySpec& spec, T log_ratio, T logp, T old_logp, T advantage) {
   const T low = constant<T>(spec.low), high = constant<T>(spec.high);
   switch (spec.surrogate) {
     case Surrogate::clip: return clip<T>(log_ratio, advantage, low, high, constant<T>(spec.dual));
     case Surrogate::cispo: return cispo<T>(log_ratio, logp, advantage, low, high);
     case Surrogate::sapo: return sapo<T>(log_ratio, advantage, constant<T>(spec.tau_pos), constant<T>(spec.tau_neg));
+    case Surrogate::dppo: return dppo<T>(log_ratio, logp, old_logp, advantage, low, high);
     default: return reinforce<T>(logp, advantage);
   }
 }

@@ -12,6 +12,7 @@ import torch
 
 from fastrl.check import choice
 from fastrl.kernels import cuda, native, triton_jit
+from fastrl.spec import Gmpo, PolicyLoss, Vespo
 
 
 def any_device(device: torch.device) -> str | None:
@@ -19,14 +20,29 @@ def any_device(device: torch.device) -> str | None:
     return None
 
 
+def any_spec(spec: PolicyLoss) -> str | None:
+    """Torch backends have every factor of a policy loss."""
+    return None
+
+
+def only_in_torch(spec: PolicyLoss) -> str | None:
+    """Why a compiled backend refuses a policy loss: it has a factor that only the torch backends have."""
+    if isinstance(spec.surrogate, (Gmpo, Vespo)):
+        return f"has no {type(spec.surrogate).__name__}, which the torch backends have"
+    if spec.ratio == "sequence_token":
+        return "has no ratio='sequence_token', which the torch backends have"
+    return None
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one op: a module under `fastrl.kernels.<op>`, why it would refuse a device, and on which
-    type of device "auto" considers it (None: every)."""
+    """One implementation of one op: a module under `fastrl.kernels.<op>`, why it would refuse a device, on which type
+    of device "auto" considers it (None: every), and why it would refuse a policy loss."""
 
     module: str
     refuses: Callable[[torch.device], str | None] = any_device
     auto_on: str | None = None
+    lacks: Callable[[PolicyLoss], str | None] = any_spec
 
 
 CUDA_OPS = ("logprob", "policy_loss", "group_advantages", "gae")  # the others are made of matmuls
@@ -34,12 +50,12 @@ CUDA_OPS = ("logprob", "policy_loss", "group_advantages", "gae")  # the others a
 
 def _backends(op: str) -> dict[str, Kernel]:
     folder = f"fastrl.kernels.{op}"
-    backends = {"native": Kernel(f"{folder}.native", native.refuses)}
+    backends = {"native": Kernel(f"{folder}.native", native.refuses, lacks=only_in_torch)}
     if op in CUDA_OPS:  # emulated CUDA is for tests: nobody gets it without asking
-        backends["cuda"] = Kernel(f"{folder}.cuda_impl", cuda.refuses, auto_on="cuda")
-    backends["triton"] = Kernel(
-        f"{folder}.triton_impl", triton_jit.refuses, auto_on="cuda"
-    )  # and so is interpreted Triton
+        backends["cuda"] = Kernel(f"{folder}.cuda_impl", cuda.refuses, "cuda", only_in_torch)
+    backends["triton"] = Kernel(  # and so is interpreted Triton
+        f"{folder}.triton_impl", triton_jit.refuses, "cuda", only_in_torch
+    )
     return backends | {name: Kernel(f"{folder}.{name}") for name in ("chunked", "reference")}
 
 
@@ -67,9 +83,9 @@ def as_written(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def resolve(op: str, backend: str, device: torch.device) -> ModuleType:
-    """The module that implements `op`. "auto" takes the first backend that supports `device`; a backend asked for by
-    name is used or refused, never replaced.
+def resolve(op: str, backend: str, device: torch.device, spec: PolicyLoss | None = None) -> ModuleType:
+    """The module that implements `op`. "auto" takes the first backend that supports `device` and, for an op with a
+    policy loss, `spec`; a backend asked for by name is used or refused, never replaced.
 
     Raises:
         ValueError: the backend does not exist, or every candidate refuses; the message carries each reason.
@@ -82,8 +98,9 @@ def resolve(op: str, backend: str, device: torch.device) -> ModuleType:
     else:
         candidates = [backend]
     for name in candidates:
-        reason = table[name].refuses(device)
+        reason = table[name].refuses(device) or (table[name].lacks(spec) if spec else None)
         if reason is None:
             return import_module(table[name].module)
         refusals.append(f"{name}: {reason}")
-    raise ValueError(f"{op}: backend: no backend takes device {device}.\n  " + "\n  ".join(refusals))
+    what = f"device {device}" + (f" with {spec}" if spec else "")
+    raise ValueError(f"{op}: backend: no backend takes {what}.\n  " + "\n  ".join(refusals))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from fastrl.kernels.policy_loss.metrics import METRICS, is_max
-from fastrl.spec import Cispo, Clip, PolicyLoss
+from fastrl.spec import Cispo, Clip, Dppo, Gmpo, PolicyLoss
 
 Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -18,7 +18,7 @@ Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 def available(spec: PolicyLoss, *, ref: bool, sampling: bool, entropy: bool) -> tuple[str, ...]:
     """The names that a loss can report, given which of the optional inputs it had; known without reading a tensor."""
     present = {
-        "clip_ratio": isinstance(spec.surrogate, (Clip, Cispo)),
+        "clip_ratio": isinstance(spec.surrogate, (Clip, Cispo, Dppo, Gmpo)),
         "kl": ref,
         "entropy": entropy,
         "sampling": sampling,

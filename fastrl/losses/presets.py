@@ -7,7 +7,7 @@ advantages are those of `fastrl.group_advantages` or `fastrl.gae`.
 from __future__ import annotations
 
 from fastrl.preference_spec import LogOdds, Power, PreferenceLoss, PreferenceMix, Sft, UnpairedPreferenceLoss
-from fastrl.spec import KL, Cispo, Clip, PolicyLoss, Reinforce, Sapo
+from fastrl.spec import KL, Cispo, Clip, Dppo, Gmpo, PolicyLoss, Reinforce, Sapo, Vespo
 
 # Proximal Policy Optimization, arXiv:1707.06347 eq. 7. Left to the caller: GAE advantages, whitened; the value loss;
 # the KL penalty against the reference, which RLHF puts into the reward (arXiv:2203.02155).
@@ -52,6 +52,32 @@ RLOO = PolicyLoss(surrogate=Reinforce(), aggregate="seq_mean_token_sum")
 # batch, with the per-token k1 penalty in the reward.
 REINFORCE_PP = PolicyLoss(surrogate=Clip(low=0.2, high=0.2), aggregate="token_mean")
 
+# GSPO-token, arXiv:2507.18071 section 4.3: GSPO's ratio, with a gradient by each token's own log-probability. Left to
+# the caller: advantages, which may differ within a sequence. verl's "gspo" is this form.
+GSPO_TOKEN = PolicyLoss(ratio="sequence_token", surrogate=Clip(low=3e-4, high=4e-4), aggregate="seq_mean_token_mean")
+
+# Geometric-Mean Policy Optimization, arXiv:2507.20673: the geometric mean of token ratios clipped in log space, at the
+# paper's 0.4. Left to the caller: GRPO's advantages.
+GMPO = PolicyLoss(ratio="sequence", surrogate=Gmpo(low=0.4, high=0.4), aggregate="seq_mean_token_mean")
+
+# Length-Unbiased Sequence Policy Optimization, arXiv:2602.05261: GSPO's term times the length of its sequence, which is
+# a sum over tokens instead of a mean. Bounds as TRL quotes them. Liger's luspo equals it for terms that are constant in
+# a sequence; with others, or a token ratio, it counts padding.
+LUSPO = PolicyLoss(ratio="sequence", surrogate=Clip(low=2e-3, high=2.5e-3), aggregate="seq_mean_token_sum")
+
+# Variational sEquence-level Soft Policy Optimization, arXiv:2602.10693, constants and aggregation as in TRL and Liger.
+# Left to the caller: GRPO's advantages; the sampler's log-probabilities as old_logps, which corrects for it too.
+VESPO = PolicyLoss(ratio="sequence", surrogate=Vespo(), aggregate="token_mean")
+
+# Divergence Proximal Policy Optimization, the Binary-TV variant, arXiv:2602.04879, with prime-rl's bounds. Left to the
+# caller: the sampler's log-probabilities as old_logps; prime-rl also adds 1e-3 (log rho)^2, which is KL("k2", 2e-3)
+# with the same tensor as ref_logps.
+DPPO = PolicyLoss(surrogate=Dppo(low=0.2, high=0.2), aggregate="token_mean")
+
+# INTELLECT-2, arXiv:2505.07291: GRPO with two-sided clipping at delta = 4 and a loss per token. Left to the caller:
+# GRPO's advantages, and the KL and entropy terms.
+INTELLECT2 = PolicyLoss(surrogate=Clip(low=0.2, high=0.2, dual=4.0), aggregate="token_mean")
+
 PRESETS: dict[str, PolicyLoss] = {
     "PPO": PPO,
     "GRPO": GRPO,
@@ -63,6 +89,12 @@ PRESETS: dict[str, PolicyLoss] = {
     "SAPO": SAPO,
     "RLOO": RLOO,
     "REINFORCE_PP": REINFORCE_PP,
+    "GSPO_TOKEN": GSPO_TOKEN,
+    "GMPO": GMPO,
+    "LUSPO": LUSPO,
+    "VESPO": VESPO,
+    "DPPO": DPPO,
+    "INTELLECT2": INTELLECT2,
 }
 
 # Preference losses. Supervised fine-tuning needs none of its own: it is -logps, token_mean, in

@@ -44,8 +44,9 @@ def policy_loss(
     Returns:
         loss (), dlogps (N,) and dentropy (N,) its derivatives, metrics (K, 2) as in `fastrl.kernels.policy_loss`.
     """
-    kernel = registry.resolve("policy_loss", backend, logps.device)
-    constants = (old_logps, ref_logps, sampling_logps, entropy, seq_ids, num_seqs, decode(spec))
+    decoded = decode(spec)
+    kernel = registry.resolve("policy_loss", backend, logps.device, decoded)
+    constants = (old_logps, ref_logps, sampling_logps, entropy, seq_ids, num_seqs, decoded)
     return kernel.forward(logps, advantages, weights, mask, *constants)
 
 

@@ -6,6 +6,8 @@
 | `k2`       | reverse KL         | biased             |
 | `k3`       | forward KL         | biased             |
 | `k3_ratio` | reverse KL         | reverse KL         |
+| `k1+`      | reverse KL         | biased             |
+| `k3+`      | reverse KL         | biased             |
 """
 
 from __future__ import annotations
@@ -45,7 +47,15 @@ def true_gradient(direction, theta, ref):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    ("kind", "direction"), [("k1", None), ("k2", "reverse"), ("k3", "forward"), ("k3_ratio", "reverse")]
+    ("kind", "direction"),
+    [
+        ("k1", None),
+        ("k2", "reverse"),
+        ("k3", "forward"),
+        ("k3_ratio", "reverse"),
+        ("k1+", "reverse"),
+        ("k3+", "reverse"),
+    ],
 )
 def test_expected_gradient_on_policy(kind, direction, seed):
     theta, ref = logits(seed), logits(seed + 100)
@@ -56,7 +66,7 @@ def test_expected_gradient_on_policy(kind, direction, seed):
         assert not torch.allclose(ours, true_gradient(other, theta, ref)[1], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["k1", "k3", "k3_ratio"])
+@pytest.mark.parametrize("kind", ["k1", "k3", "k3_ratio", "k1+", "k3+"])
 def test_expected_value_on_policy_is_the_reverse_kl(kind):
     theta, ref = logits(0), logits(100)
     torch.testing.assert_close(expected_gradient(kind, theta, ref)[0], true_gradient("reverse", theta, ref)[0])
@@ -69,7 +79,7 @@ def test_only_k3_ratio_stays_unbiased_off_policy(seed):
     kl, gradient = true_gradient("reverse", theta, ref)
     torch.testing.assert_close(value, kl, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours, gradient, rtol=1e-12, atol=1e-12)
-    for kind in ("k1", "k2", "k3"):
+    for kind in ("k1", "k2", "k3", "k1+", "k3+"):
         biased = expected_gradient(kind, theta, ref, old)[1]
         for direction in ("reverse", "forward"):
             assert not torch.allclose(biased, true_gradient(direction, theta, ref)[1], rtol=1e-2, atol=1e-2)

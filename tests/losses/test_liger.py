@@ -1,8 +1,8 @@
 """Value and gradient against liger-kernel's GRPO loss, for every option that both have.
 
-Left out, because the definitions differ: `delta` (fastrl has the dual clip instead), `vespo`, the ratio-weighted KL at
-sequence level (Liger multiplies by the sequence's ratio, fastrl by the token's), and `luspo` on a ragged mask wherever
-it has per-token terms (Liger then sums them over the padding too).
+Left out, because the definitions differ: the ratio-weighted KL at sequence level (Liger multiplies by the sequence's
+ratio, fastrl by the token's), `vespo` with a correction (which Liger multiplies into the sequence's ratio), and `luspo`
+on a ragged mask wherever it has per-token terms (Liger then sums them over the padding too).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
 from fastrl.losses.policy import policy_loss
-from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Sapo
+from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Sapo, Vespo
 
 B, T, MAX_LENGTH = 4, 6, 9
 LOW, HIGH = 0.2, 0.3
@@ -114,3 +114,45 @@ def test_sequence_level_losses_agree(loss_type):
     for beta, correction, on_policy in itertools.product((0.0, 0.04), CORRECTIONS, (False, True)):
         per_token = beta > 0 or (correction is not None and correction.level == "token")
         compare(loss_type, "sequence", beta, False, correction, on_policy, not (loss_type == "luspo" and per_token))
+
+
+def agree(spec, loss_type, level="token", **options):
+    """One loss on a ragged batch of ratios from 0.2 to 5, value and gradient."""
+    logps, old, ref, _, advantages, mask = batch(ragged=True)
+    old = logps.detach() + 2 * (old - logps.detach())
+    theirs, _ = LigerFusedLinearGRPOFunction.ppo_loss_fn(
+        logps,
+        mask.double(),
+        advantages,
+        mask.double(),
+        ref_per_token_logps=ref,
+        old_per_token_logps=old,
+        epsilon_low=LOW,
+        epsilon_high=HIGH,
+        beta=0.04,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        **options,
+    )
+    ours = policy_loss(logps, advantages, spec, mask=mask, old_logps=old, ref_logps=ref).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    a, b = (torch.autograd.grad(loss, logps)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    return a
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("delta", "clip"), [(1.5, Clip(LOW, HIGH, dual=1.5)), (1.1, Clip(LOW, 0.1, dual=1 + HIGH))])
+def test_two_sided_delta_is_the_dual_clip(delta, clip, level):
+    spec = PolicyLoss(level, clip, KL("k3", 0.04), "token_mean")
+    capped = agree(spec, "dapo", level, delta=delta)
+    uncapped = agree(PolicyLoss(level, Clip(LOW, HIGH), KL("k3", 0.04), "token_mean"), "dapo", level)
+    assert not torch.equal(capped, uncapped) or level == "sequence"
+
+
+@pytest.mark.parametrize(("k", "lam"), [((2.0, 3.0), (3.0, 2.0)), ((0.5, 1.0), (0.25, 0.125))])
+def test_vespo_agrees(k, lam):
+    (k_pos, k_neg), (lam_pos, lam_neg) = k, lam
+    names = {"vespo_k_pos": k_pos, "vespo_k_neg": k_neg, "vespo_lambda_pos": lam_pos, "vespo_lambda_neg": lam_neg}
+    surrogate = Vespo(k_pos=k_pos, k_neg=k_neg, lam_pos=lam_pos, lam_neg=lam_neg)
+    agree(PolicyLoss("sequence", surrogate, KL("k3", 0.04), "token_mean"), "vespo", **names)

@@ -58,6 +58,52 @@ def sapo():
     return total / 4
 
 
+def gspo_token():
+    losses = []
+    for lp, old, _, a in rows():
+        ratio = (lp - old).mean().exp().detach() * (lp - lp.detach()).exp()
+        losses.append(clipped(ratio, a, 3e-4, 4e-4).mean())
+    return sum(losses) / 4
+
+
+def gmpo():
+    total = 0.0
+    for lp, old, _, a in rows():
+        log_ratio = (lp - old).clamp(max=0.4) if a > 0 else (lp - old).clamp(min=-0.4)
+        total = total - log_ratio.mean().exp() * a
+    return total / 4
+
+
+def luspo():
+    return sum(len(lp) * clipped((lp - old).mean().exp(), a, 2e-3, 2.5e-3) for lp, old, _, a in rows()) / 4
+
+
+def vespo():
+    total = 0.0
+    for lp, old, _, a in rows():
+        w = (lp - old).sum().exp()
+        phi = w**2 * (3 - 3 * w).exp() if a >= 0 else w**3 * (2 - 2 * w).exp()
+        total = total - (phi * a * lp).sum()
+    return total / 10
+
+
+def dppo():
+    total = 0.0
+    for lp, old, _, a in rows():
+        moved = lp.exp() - old.exp()
+        keep = (moved <= 0.2) if a > 0 else (moved >= -0.2)
+        total = total - (keep * (lp - old).exp() * a).sum()
+    return total / 10
+
+
+def intellect2():
+    total = 0.0
+    for lp, old, _, a in rows():
+        ratio = (lp - old).exp()
+        total = total - torch.minimum(ratio.clamp(max=4.0) * a, ratio.clamp(0.8, 1.2) * a).sum()
+    return total / 10
+
+
 FORMULAS = {
     "PPO": lambda: torch.cat(clip_rows(0.2, 0.2)).mean(),
     "GRPO": grpo,
@@ -69,6 +115,12 @@ FORMULAS = {
     "SAPO": sapo,
     "RLOO": lambda: sum(-a * lp.sum() for lp, _, _, a in rows()) / 4,
     "REINFORCE_PP": lambda: torch.cat(clip_rows(0.2, 0.2)).mean(),
+    "GSPO_TOKEN": gspo_token,
+    "GMPO": gmpo,
+    "LUSPO": luspo,
+    "VESPO": vespo,
+    "DPPO": dppo,
+    "INTELLECT2": intellect2,
 }
 
 

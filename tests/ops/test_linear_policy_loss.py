@@ -14,7 +14,7 @@ from fastrl.kernels.policy_loss import METRICS
 from fastrl.ops import attach
 from fastrl.ops import linear_policy_loss as module
 from fastrl.ops.attach import attach_gradients
-from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Reinforce, Sapo
+from fastrl.spec import KL, Cispo, Clip, Correction, Dppo, PolicyLoss, Reinforce, Sapo
 
 EVERYTHING = ("hidden", "weight", "bias")
 SPECS = {
@@ -23,6 +23,7 @@ SPECS = {
     "dual clip": PolicyLoss(surrogate=Clip(0.2, 0.2, dual=1.3), aggregate="token_mean"),
     "cispo": PolicyLoss(surrogate=Cispo(1.2, 0.8), aggregate="token_mean"),
     "sapo": PolicyLoss(surrogate=Sapo(1.0, 1.05)),
+    "dppo, k3+": PolicyLoss(surrogate=Dppo(0.005, 0.01), kl=KL("k3+", 0.3)),
     "k1": PolicyLoss(kl=KL("k1", 0.3)),
     "k2": PolicyLoss(kl=KL("k2", 0.3)),
     "k3": PolicyLoss(kl=KL("k3", 0.3)),
@@ -70,6 +71,10 @@ def token_loss(spec, logps, entropy, advantages, old, ref, sampling):
         case Sapo(pos, neg):
             tau = torch.where(advantages > 0, logps.new_tensor(pos), logps.new_tensor(neg))
             loss = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+        case Dppo(low, high):
+            moved = (logps.exp() - old.exp()).detach()
+            gone = ((advantages < 0) & (moved < -low)) | ((advantages > 0) & (moved > high))
+            loss = -ratio * advantages * ~gone
         case Reinforce():
             loss = -advantages * logps
     if spec.correction is not None:
@@ -84,7 +89,9 @@ def token_loss(spec, logps, entropy, advantages, old, ref, sampling):
     if spec.kl is not None:
         d = ref - logps
         k3 = d.exp() - d - 1
-        loss = loss + spec.kl.coef * {"k1": -d, "k2": d.square() / 2, "k3": k3, "k3_ratio": ratio * k3}[spec.kl.kind]
+        k2 = d.square() / 2
+        kls = {"k1": -d, "k2": k2, "k3": k3, "k3_ratio": ratio * k3, "k3+": k3.detach() + k2 - k2.detach()}
+        loss = loss + spec.kl.coef * kls[spec.kl.kind]
     return loss - spec.entropy_coef * entropy
 
 

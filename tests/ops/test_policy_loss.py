@@ -10,12 +10,12 @@ from backends import BACKENDS, using
 from ops.threads import with_threads
 from tolerance import assert_no_worse
 
-from fastrl.kernels import tuning
+from fastrl.kernels import registry, tuning
 from fastrl.kernels.policy_loss import METRICS, chunked, merge_metrics, reference
 from fastrl.losses.metrics import finish
 from fastrl.losses.policy import policy_loss
 from fastrl.ops.policy_loss import policy_loss as op
-from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Reinforce, Sapo
+from fastrl.spec import KL, ONLY_RATIO, Cispo, Clip, Correction, Dppo, Gmpo, PolicyLoss, Reinforce, Sapo, Vespo
 
 SURROGATES = {
     "clip": Clip(low=0.2, high=0.28),
@@ -23,6 +23,16 @@ SURROGATES = {
     "cispo": Cispo(ratio_max=1.3, ratio_min=0.6),
     "sapo": Sapo(tau_pos=1.0, tau_neg=1.05),
     "reinforce": Reinforce(),
+    "dppo": Dppo(low=0.1, high=0.15),
+}
+PAIRS = [(name, r) for name, s in SURROGATES.items() for r in ("token", "sequence") if ONLY_RATIO.get(type(s), r) == r]
+each_pair = pytest.mark.parametrize(("surrogate", "ratio"), PAIRS)
+TORCH = ("reference", "chunked")
+IN_TORCH = {  # what only the torch backends have
+    "gmpo": PolicyLoss("sequence", Gmpo(low=0.2, high=0.3)),
+    "vespo": PolicyLoss("sequence", Vespo()),
+    "gspo_token": PolicyLoss("sequence_token", Clip(low=0.02, high=0.03, dual=1.5)),
+    "sapo_token": PolicyLoss("sequence_token", Sapo()),
 }
 KLS = [None, *(KL(kind, coef=0.3) for kind in ("k1", "k2", "k3", "k3_ratio"))]
 CORRECTIONS = [
@@ -64,8 +74,21 @@ def batch(dtype=torch.float64):
     return data | {"mask": mask}
 
 
-def surrogate_value(spec, ratio, logps, advantages):
+def surrogate_value(spec, ratio, logps, advantages, old):
     s = spec.surrogate
+    if isinstance(s, Dppo):
+        moved = (logps.exp() - old.exp()).detach()
+        keep = ~(((advantages > 0) & (moved > s.high)) | ((advantages < 0) & (moved < -s.low)))
+        return -ratio * advantages * keep
+    if isinstance(s, Gmpo):
+        clipped = (logps - old).clamp(-s.low, s.high)
+        pulled = torch.where(advantages > 0, (logps - old).minimum(clipped), (logps - old).maximum(clipped))
+        return -pulled.mean().exp() * advantages
+    if isinstance(s, Vespo):
+        w = (logps - old).sum().clamp(-20, 20).exp().detach()
+        pairs = logps.new_tensor([[s.k_pos, s.k_neg], [s.lam_pos, s.lam_neg]])
+        k, lam = (torch.where(advantages >= 0, *pair) for pair in pairs)
+        return -(w**k) * (lam * (1 - w)).exp() * advantages * logps
     if isinstance(s, Clip):
         objective = torch.minimum(ratio * advantages, ratio.clamp(1 - s.low, 1 + s.high) * advantages)
         if s.dual is not None:
@@ -82,7 +105,16 @@ def surrogate_value(spec, ratio, logps, advantages):
 def kl_value(kind, logps, ref_logps, ratio):
     d = ref_logps - logps
     k3 = d.clamp(-20, 20).exp() - d.clamp(-20, 20) - 1
-    return {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_ratio": ratio * k3}[kind]
+    k2 = d * d / 2
+    through = k2 - k2.detach()  # nothing, with the derivative of k2
+    return {
+        "k1": -d,
+        "k2": k2,
+        "k3": k3,
+        "k3_ratio": ratio * k3,
+        "k1+": through - d.detach(),
+        "k3+": through + k3.detach(),
+    }[kind]
 
 
 def sequence_losses(spec, data):
@@ -94,7 +126,9 @@ def sequence_losses(spec, data):
         ratio = token_ratio
         if spec.ratio == "sequence":
             ratio = (logps - old).mean().clamp(-20, 20).exp().expand(len(logps))
-        loss = surrogate_value(spec, ratio, logps, advantages)
+        elif spec.ratio == "sequence_token":
+            ratio = (logps - old).mean().exp().detach() * (logps - logps.detach()).exp()
+        loss = surrogate_value(spec, ratio, logps, advantages, old)
         if spec.correction is not None:
             c = spec.correction
             log_weight = old - sampling if c.level == "token" else (old - sampling).mean().expand(len(logps))
@@ -136,26 +170,88 @@ def run(spec, data, backend="reference"):
     )
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_value_and_gradients_equal_autograd_of_the_definition(surrogate, ratio, aggregate, monkeypatch):
+def assert_equals_definition(spec, backends, monkeypatch):
     monkeypatch.setattr(chunked, "SLICE", 6)  # sequences of 7 cross the slices
     data = batch()
+    inputs = (data["logps"], data["entropy"])
+    expected = aggregated(spec, data)
+    grads = torch.autograd.grad(expected, inputs, allow_unused=True, materialize_grads=True)
+    for name in backends:
+        with using(name) as backend:
+            loss = run(spec, data, backend).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12, msg=str(spec))
+        ours = torch.autograd.grad(loss, inputs)
+        for a, b in zip(ours, grads, strict=True):
+            torch.testing.assert_close(a, b.where(data["mask"], 0), rtol=1e-12, atol=1e-12, msg=str(spec))
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize(("surrogate", "ratio"), [pair for pair in PAIRS if pair[0] != "dppo"])
+def test_value_and_gradients_equal_autograd_of_the_definition(surrogate, ratio, aggregate, monkeypatch):
     for kl in KLS:
         for correction in CORRECTIONS:
             coef = 0.0 if kl is None else 0.05
             spec = PolicyLoss(ratio, SURROGATES[surrogate], kl, aggregate, entropy_coef=coef, correction=correction)
-            inputs = (data["logps"], data["entropy"])
-            expected = aggregated(spec, data)
-            grads = torch.autograd.grad(expected, inputs, allow_unused=True, materialize_grads=True)
-            for name in BACKENDS:
-                with using(name) as backend:
-                    loss = run(spec, data, backend).loss
-                torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12, msg=str(spec))
-                ours = torch.autograd.grad(loss, inputs)
-                for a, b in zip(ours, grads, strict=True):
-                    torch.testing.assert_close(a, b.where(data["mask"], 0), rtol=1e-12, atol=1e-12, msg=str(spec))
+            assert_equals_definition(spec, BACKENDS, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["k1+", "k3+"])
+def test_a_straight_through_kl_has_the_value_of_its_estimate_and_the_derivative_of_k2(kind, monkeypatch):
+    for ratio in ("token", "sequence"):
+        spec = PolicyLoss(ratio, SURROGATES["clip"], KL(kind, 0.3), correction=CORRECTIONS[4])
+        assert_equals_definition(spec, BACKENDS, monkeypatch)
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("name", ["dppo", *IN_TORCH])
+def test_newer_surrogates_equal_autograd_of_the_definition(name, aggregate, monkeypatch):
+    """Each KL with one correction."""
+    start, backends = (PolicyLoss(surrogate=SURROGATES[name]), BACKENDS) if name == "dppo" else (IN_TORCH[name], TORCH)
+    for kl, correction in zip((*KLS, KL("k3+", 0.3)), (*CORRECTIONS, None), strict=True):
+        spec = replace(start, kl=kl, aggregate=aggregate, correction=correction, entropy_coef=0.05)
+        assert_equals_definition(spec, backends, monkeypatch)
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+def test_a_compiled_backend_refuses_what_only_torch_has_and_auto_takes_one_that_has_it(name):
+    data = batch()
+    for backend in ("native", "cuda", "triton"):
+        with pytest.raises(ValueError, match=f"{backend}: "):
+            run(IN_TORCH[name], data, backend)
+    assert registry.only_in_torch(IN_TORCH[name]).endswith("which the torch backends have")
+    assert torch.equal(run(IN_TORCH[name], data, "auto").loss, run(IN_TORCH[name], data, "chunked").loss)
+
+
+def test_equal_advantages_and_weights_in_a_sequence_make_gspo_token_gspo():
+    data = batch()
+    data["advantages"] = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.5], dtype=torch.float64)
+    specs = [PolicyLoss(ratio, Clip(low=0.02, high=0.03)) for ratio in ("sequence", "sequence_token")]
+    losses = [run(spec, data).loss for spec in specs]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(loss, data["logps"])[0] for loss in losses]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+    assert grads[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("p", "advantage", "gone"), [(0.71, 1, 1), (0.69, 1, 0), (0.29, -1, 1), (0.31, -1, 0), (0.01, 1, 0)]
+)
+def test_dppo_drops_a_token_that_moved_beyond_its_bounds_the_way_of_its_advantage(backend, p, advantage, gone):
+    logps = torch.tensor([p], dtype=torch.float64).log().requires_grad_()
+    arguments = {"mask": torch.ones(1, dtype=torch.bool), "old_logps": torch.tensor([0.5], dtype=torch.float64).log()}
+    spec = PolicyLoss(surrogate=Dppo(low=0.2, high=0.2), aggregate="token_mean")
+    out = policy_loss(logps, torch.tensor([advantage], dtype=torch.float64), spec, backend=backend, **arguments)
+    out.loss.backward()
+    expected = 0.0 if gone else -advantage * p / 0.5
+    assert (out.loss.item(), logps.grad.item()) == pytest.approx((expected, expected), rel=1e-12)
+    counted = {"clip_ratio/low_mean": gone * (advantage < 0), "clip_ratio/high_mean": gone * (advantage > 0)}
+    assert counted.items() <= finish(out.metrics).items()
+
+
+@pytest.mark.parametrize("only", [Dppo(), Gmpo(), Vespo()])
+def test_a_surrogate_of_one_ratio_refuses_the_others(only):
+    with pytest.raises(ValueError, match=f"PolicyLoss.ratio: expected .* with {type(only).__name__}, got"):
+        PolicyLoss("sequence" if isinstance(only, Dppo) else "token", only)
 
 
 CLIP_CASES = [
@@ -217,8 +313,7 @@ def test_every_term_matches_finite_differences():
         torch.testing.assert_close(here.dlog_ratio + here.dlogp, numeric, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@each_pair
 def test_masked_tokens_of_any_content_change_nothing(backend, surrogate, ratio):
     spec = PolicyLoss(ratio, SURROGATES[surrogate], KL("k3_ratio", 0.1), entropy_coef=0.1, correction=CORRECTIONS[3])
     poisoned, clean = batch(torch.float32), batch(torch.float32)

@@ -11,6 +11,7 @@ from fastrl.kernels.policy_loss.reference import (
     segment_sum,
     sequence_mean,
     sequence_sums,
+    token_log_ratio,
     token_terms,
     with_gradient_fraction,
 )
@@ -52,7 +53,7 @@ def forward(
     if not spec.separable:
         sums = logps.new_zeros(3, num_seqs)
         for start in starts:
-            sums += sequence_sums(tokens(start), _part(seq_ids, start), num_seqs)
+            sums += sequence_sums(tokens(start), spec, _part(seq_ids, start), num_seqs)
 
     by_sequence = spec.ratio == "sequence"
     loss = logps.new_zeros(())
@@ -73,6 +74,6 @@ def forward(
         part = _part(dlogps, start)
         if by_sequence:
             mean = sequence_mean(through_ratio, sums[0], _part(seq_ids, start))
-            part += torch.where(_part(mask, start), mean, 0)
+            part += torch.where(token_log_ratio(spec.surrogate, tokens(start))[1], mean, 0)
         metrics = with_gradient_fraction(metrics, _part(mask, start), part, _part(dentropy, start))
     return loss, dlogps, dentropy, metrics

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 METRICS: tuple[str, ...] = (
-    "clip_ratio/low_mean",  # Clip: A < 0 and no gradient; Cispo: ratio below its bound, whatever the sign of A
-    "clip_ratio/high_mean",  # Clip: A > 0 and no gradient; Cispo: ratio above its bound, whatever the sign of A
+    # Clip, Dppo, Gmpo: A < 0 (Gmpo: or 0) and no gradient; Cispo: ratio below its bound, whatever the sign of A
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",  # Clip, Dppo, Gmpo: A > 0 and no gradient; Cispo: ratio above its bound, likewise
     "ratio/mean",
     "ratio/max",
     "kl",  # k3 to the reference

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics, metric_table
-from fastrl.spec import KL, Cispo, Clip, Correction, KLKind, PolicyLoss, Sapo, Surrogate
+from fastrl.spec import KL, Cispo, Clip, Correction, Dppo, Gmpo, KLKind, PolicyLoss, Sapo, Surrogate, Vespo
 
 __all__ = ["METRICS", "forward", "merge_metrics"]
 
@@ -91,6 +91,37 @@ def reinforce(logps: torch.Tensor, advantages: torch.Tensor) -> TokenTerm:
     return TokenTerm(-advantages * logps, torch.zeros_like(logps), -advantages)
 
 
+def moved_too_far(
+    logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, low: float, high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the token's probability fell by more than `low` and A < 0; where it rose by more than `high` and A > 0."""
+    moved = logps.exp() - old_logps.exp()
+    return (advantages < 0) & (moved < -low), (advantages > 0) & (moved > high)
+
+
+def dppo(log_ratio: torch.Tensor, tokens: Tokens, low: float, high: float) -> TokenTerm:
+    """-M rho A, with M = 0 where the token has moved too far."""
+    down, up = moved_too_far(tokens.logps, tokens.old_logps, tokens.advantages, low, high)
+    loss = torch.where(down | up, 0, -log_ratio.exp() * tokens.advantages)
+    return TokenTerm(loss, loss, torch.zeros_like(loss), down, up)
+
+
+def gmpo(log_ratio: torch.Tensor, tokens: Tokens, clipped: torch.Tensor) -> TokenTerm:
+    """-rho A; `log_ratio` is the mean of log-ratios that were clipped before."""
+    loss = -log_ratio.exp() * tokens.advantages
+    up = tokens.advantages > 0
+    return TokenTerm(loss, loss, torch.zeros_like(loss), clipped & ~up, clipped & up)
+
+
+def vespo(log_ratio: torch.Tensor, logps: torch.Tensor, advantages: torch.Tensor, surrogate: Vespo) -> TokenTerm:
+    """-sg(phi(W)) A log pi, phi(W) = W^k exp(lam (1 - W)); `log_ratio` is log W."""
+    positive = advantages >= 0
+    k = torch.full_like(log_ratio, surrogate.k_neg).masked_fill(positive, surrogate.k_pos)
+    lam = torch.full_like(log_ratio, surrogate.lam_neg).masked_fill(positive, surrogate.lam_pos)
+    dlogp = -(k * log_ratio - lam * torch.expm1(log_ratio)).exp() * advantages
+    return TokenTerm(dlogp * logps, torch.zeros_like(dlogp), dlogp)
+
+
 def surrogate_term(surrogate: Surrogate, log_ratio: torch.Tensor, tokens: Tokens) -> TokenTerm:
     """The surrogate named by the spec."""
     if isinstance(surrogate, Clip):
@@ -99,6 +130,12 @@ def surrogate_term(surrogate: Surrogate, log_ratio: torch.Tensor, tokens: Tokens
         return cispo(log_ratio, tokens.logps, tokens.advantages, surrogate.ratio_min, surrogate.ratio_max)
     if isinstance(surrogate, Sapo):
         return sapo(log_ratio, tokens.advantages, surrogate.tau_pos, surrogate.tau_neg)
+    if isinstance(surrogate, Dppo):
+        return dppo(log_ratio, tokens, surrogate.low, surrogate.high)
+    if isinstance(surrogate, Gmpo):
+        return gmpo(log_ratio, tokens, ~token_log_ratio(surrogate, tokens)[1])
+    if isinstance(surrogate, Vespo):
+        return vespo(log_ratio, tokens.logps, tokens.advantages, surrogate)
     return reinforce(tokens.logps, tokens.advantages)
 
 
@@ -108,13 +145,15 @@ def bound(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def kl_term(kind: KLKind, logps: torch.Tensor, ref_logps: torch.Tensor, log_ratio: torch.Tensor) -> TokenTerm:
-    """An estimate of KL(pi || pi_ref) with d = ref_logps - logps: k1, k2, k3 or k3_ratio (`fastrl.spec.KL`).
+    """An estimate of KL(pi || pi_ref) with d = ref_logps - logps, of a kind that `fastrl.spec.KL` lists.
 
     expm1 keeps the digits that e^d - 1 loses where policy and reference nearly agree. `log_ratio` is the token's, also
     when the surrogate's ratio is the sequence's.
     """
     raw = ref_logps - logps
     zeros = torch.zeros_like(raw)
+    if kind.endswith("+"):  # straight through: the derivative of k2
+        return kl_term(kind[:-1], logps, ref_logps, log_ratio)._replace(dlogp=-raw)
     if kind == "k1":
         return TokenTerm(-raw, zeros, torch.ones_like(raw))
     if kind == "k2":
@@ -148,9 +187,19 @@ def segment_sum(values: torch.Tensor, seq_ids: torch.Tensor, num_seqs: int) -> t
     return out.index_add_(0, seq_ids, values)
 
 
-def sequence_sums(tokens: Tokens, seq_ids: torch.Tensor, num_seqs: int) -> torch.Tensor:
-    """(3, S): masked-in tokens, sum of logps - old_logps, sum of old_logps - sampling_logps."""
-    rows = [tokens.mask.to(tokens.logps.dtype), tokens.logps - tokens.old_logps]
+def token_log_ratio(surrogate: Surrogate, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """logps - old_logps as a sequence adds them up, and where the token takes part in the derivative of that sum."""
+    log_ratio = tokens.logps - tokens.old_logps
+    if not isinstance(surrogate, Gmpo):
+        return log_ratio, tokens.mask
+    positive = tokens.advantages > 0
+    held = torch.where(positive, log_ratio.clamp(max=surrogate.high), log_ratio.clamp(min=-surrogate.low))
+    return held, tokens.mask & (held == log_ratio)
+
+
+def sequence_sums(tokens: Tokens, spec: PolicyLoss, seq_ids: torch.Tensor, num_seqs: int) -> torch.Tensor:
+    """(3, S): masked-in tokens, sum of their log-ratios, sum of old_logps - sampling_logps."""
+    rows = [tokens.mask.to(tokens.logps.dtype), token_log_ratio(spec.surrogate, tokens)[0]]
     rows.append(torch.zeros_like(rows[1]) if tokens.sampling_logps is None else mismatch(tokens))
     return torch.stack([segment_sum(row, seq_ids, num_seqs) for row in rows])
 
@@ -189,9 +238,7 @@ def clean(
 
 def token_terms(tokens: Tokens, spec: PolicyLoss, sums: torch.Tensor | None, seq_ids: torch.Tensor | None) -> Terms:
     """Loss, derivatives and metrics of some tokens; `sums` (3, S) covers the whole of every sequence among them."""
-    by_sequence = spec.ratio == "sequence"
-    raw = sequence_mean(sums[1], sums[0], seq_ids) if by_sequence else tokens.logps - tokens.old_logps
-    log_ratio, beyond = bound(raw)
+    log_ratio, beyond = bound(_log_ratio(tokens, spec, sums, seq_ids))
     surrogate = surrogate_term(spec.surrogate, log_ratio, tokens)
     loss, dlogp, dlog_ratio = surrogate.loss, surrogate.dlogp, torch.where(beyond, 0, surrogate.dlog_ratio)
 
@@ -218,12 +265,21 @@ def token_terms(tokens: Tokens, spec: PolicyLoss, sums: torch.Tensor | None, seq
     return Terms(loss.sum(), dlog_ratio, dlogp, dentropy, table)
 
 
+def _log_ratio(
+    tokens: Tokens, spec: PolicyLoss, sums: torch.Tensor | None, seq_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The logarithm of the ratio that the surrogate looks at, before it is bounded."""
+    if spec.ratio == "token":
+        return tokens.logps - tokens.old_logps
+    return sums[1][seq_ids] if isinstance(spec.surrogate, Vespo) else sequence_mean(sums[1], sums[0], seq_ids)
+
+
 def _bounded_kl(kl: KL, tokens: Tokens) -> tuple[TokenTerm, torch.Tensor]:
     """coef times the estimate, its whole derivative as `dlogp`, and the tokens where a log-ratio in it was held."""
     log_ratio, ratio_beyond = bound(tokens.logps - tokens.old_logps)
     term = kl_term(kl.kind, tokens.logps, tokens.ref_logps, log_ratio)
     dlogp = term.dlogp + torch.where(ratio_beyond, 0, term.dlog_ratio)
-    exponential = kl.kind in ("k3", "k3_ratio")
+    exponential = kl.kind in ("k3", "k3_ratio", "k3+")
     beyond = bound(tokens.ref_logps - tokens.logps)[1] & exponential
     return TokenTerm(kl.coef * term.loss, torch.zeros_like(dlogp), kl.coef * dlogp), beyond
 
@@ -270,11 +326,12 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, dlogps (N,), dentropy (N,), metrics (K, 2): the contract is in `fastrl.kernels.policy_loss`."""
     tokens = clean(logps, advantages, weights, mask, old_logps, ref_logps, sampling_logps, entropy)
-    sums = None if spec.separable else sequence_sums(tokens, seq_ids, num_seqs)
+    sums = None if spec.separable else sequence_sums(tokens, spec, seq_ids, num_seqs)
     terms = token_terms(tokens, spec, sums, seq_ids)
     if spec.ratio == "sequence":
         through_ratio = segment_sum(terms.dlog_ratio, seq_ids, num_seqs)
-        dlogps = terms.dlogp + torch.where(mask, sequence_mean(through_ratio, sums[0], seq_ids), 0)
+        takes_part = token_log_ratio(spec.surrogate, tokens)[1]
+        dlogps = terms.dlogp + torch.where(takes_part, sequence_mean(through_ratio, sums[0], seq_ids), 0)
     else:
         dlogps = terms.dlogp + terms.dlog_ratio
     metrics = with_gradient_fraction(terms.metrics, mask, dlogps, terms.dentropy)

@@ -19,7 +19,7 @@ from fastrl.kernels.policy_loss.triton_token import kinds, parameters, policy_to
 from fastrl.kernels.triton_jit import Build, device_function, launch
 from fastrl.kernels.triton_math import max_or_nan
 from fastrl.kernels.tuning import tuned
-from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Reinforce, Sapo
+from fastrl.spec import KL, Cispo, Clip, Correction, Dppo, PolicyLoss, Reinforce, Sapo
 
 __all__ = ["BUILDS", "METRICS", "forward", "merge_metrics"]
 
@@ -275,7 +275,7 @@ def _reported(
 ) -> int:
     """A bit per row of METRICS: whether it has values. A row without is (0, 0)."""
     absent = set()
-    if not isinstance(spec.surrogate, (Clip, Cispo)):
+    if not isinstance(spec.surrogate, (Clip, Cispo, Dppo)):
         absent |= {"clip_ratio/low_mean", "clip_ratio/high_mean"}
     if ref_logps is None:
         absent |= {"kl"}
@@ -351,6 +351,7 @@ def _builds() -> Iterator[Build]:
         "gspo": PolicyLoss(
             "sequence", Clip(3e-4, 4e-4), KL("k3", 0.1), correction=Correction("truncate", "token", 2.0)
         ),
+        "dppo": PolicyLoss("token", Dppo(), KL("k3+", 0.1), correction=Correction("truncate", "token", 2.0)),
         "reinforce": PolicyLoss("token", Reinforce(), aggregate="token_sum"),
     }
     floats = {"params": "*fp64", "partial": "*fp64"}

@@ -15,7 +15,7 @@ import triton.language as tl
 from fastrl.kernels.policy_loss.reference import LOG_RATIO_BOUND
 from fastrl.kernels.triton_jit import device_function, scalars
 from fastrl.kernels.triton_math import exp, expm1, is_finite
-from fastrl.spec import Cispo, Clip, PolicyLoss, Sapo
+from fastrl.spec import Cispo, Clip, Dppo, PolicyLoss, Sapo
 
 BOUND = tl.constexpr(LOG_RATIO_BOUND)
 # Where `parameters` has which number: three of the surrogate, then one of the KL, two of the correction, one of H.
@@ -35,13 +35,16 @@ def kinds(spec: PolicyLoss) -> dict[str, Any]:
 
 
 def parameters(spec: PolicyLoss, device: torch.device) -> torch.Tensor:
-    """(7,) float64: the numbers of a spec. The bounds are those of the ratio itself; a dual of 0 is none."""
+    """(7,) float64: the numbers of a spec. Bounds are those of the ratio itself, or, of a Dppo, distances of
+    probabilities; a dual of 0 is none."""
     s, correction = spec.surrogate, spec.correction
     surrogate = (0.0, 0.0, 0.0)
     if isinstance(s, Clip):
         surrogate = (1 - s.low, 1 + s.high, s.dual or 0.0)
     elif isinstance(s, Cispo):
         surrogate = (s.ratio_min, s.ratio_max, 0.0)
+    elif isinstance(s, Dppo):
+        surrogate = (s.low, s.high, 0.0)
     elif isinstance(s, Sapo):
         surrogate = (s.tau_pos, s.tau_neg, 0.0)
     corrected = (correction.low, correction.high) if correction else (0.0, 0.0)
@@ -62,12 +65,19 @@ def bound(raw: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @device_function
 def surrogate_term(
-    params: tl.tensor, ratio: tl.tensor, logp: tl.tensor, advantage: tl.tensor, SURROGATE: tl.constexpr
+    params: tl.tensor,
+    ratio: tl.tensor,
+    logp: tl.tensor,
+    old_logp: tl.tensor,
+    advantage: tl.tensor,
+    SURROGATE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """loss, its derivatives through the log-ratio and directly by logp, clipped from below, clipped from above.
 
     Clip: -min(rho A, clip(rho, low, high) A), with `dual` > 0 at most -dual A where A < 0; a tie is not clipped.
     Cispo: -sg(clamp(rho, low, high)) A log pi. Sapo: -(4 / tau) sigmoid(tau (rho - 1)) A. Reinforce: -A log pi.
+    Dppo: -rho A, and nothing where the probability fell by more than `low` and A < 0, or rose by more than `high` and
+    A > 0.
     """
     zero = tl.full(logp.shape, 0.0, logp.dtype)
     first = tl.load(params + FIRST).to(logp.dtype)
@@ -94,6 +104,11 @@ def surrogate_term(
         gate = 1.0 / (1.0 + exp(tau * (1.0 - ratio)))
         loss = -4.0 / tau * gate * advantage
         dlog_ratio = -4.0 * gate * (1.0 - gate) * ratio * advantage
+    elif SURROGATE == "Dppo":
+        moved = exp(logp) - exp(old_logp)
+        low, high = (advantage < 0.0) & (moved < -first), (advantage > 0.0) & (moved > second)
+        loss = tl.where(low | high, 0.0, -ratio * advantage)
+        dlog_ratio = loss
     else:
         tl.static_assert(SURROGATE == "Reinforce")
         dlogp = -advantage
@@ -114,9 +129,12 @@ def kl_term(
     d: tl.tensor, own: tl.tensor, own_beyond: tl.tensor, KL: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1 or k3_ratio = rho k3, with d = ref_logp - logp; its whole derivative by
-    logp; and where it exponentiates a d beyond the bound. `own` is the token's own bounded log-ratio."""
+    logp, which k1+ and k3+ take from k2; and where it exponentiates a d beyond the bound. `own` is the token's own
+    bounded log-ratio."""
     if KL == "k1":
         loss, dlogp, beyond = -d, tl.full(d.shape, 1.0, d.dtype), d < d
+    elif KL == "k1+":
+        loss, dlogp, beyond = -d, -d, d < d
     elif KL == "k2":
         loss, dlogp, beyond = d * d / 2.0, -d, d < d
     else:
@@ -125,6 +143,8 @@ def kl_term(
             ratio = exp(own)
             loss = ratio * loss
             dlogp = ratio * dlogp + tl.where(own_beyond, 0.0, loss)
+        elif KL == "k3+":
+            dlogp = -d
         else:
             tl.static_assert(KL == "k3")
     return loss, dlogp, beyond
@@ -180,7 +200,7 @@ def policy_token(
     if SEQUENCE_RATIO:
         log_ratio, beyond = bound(mean_log_ratio)
     ratio = exp(log_ratio)
-    loss, dlog_ratio, dlogp, low, high = surrogate_term(params, ratio, logp, advantage, SURROGATE)
+    loss, dlog_ratio, dlogp, low, high = surrogate_term(params, ratio, logp, old_logp, advantage, SURROGATE)
     dlog_ratio = tl.where(beyond, 0.0, dlog_ratio)
 
     if CORRECTION != "":
