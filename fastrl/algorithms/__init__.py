@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fastrl import advantages
-from fastrl.algorithms.group_policy_gradient import GroupPolicyGradient
+from fastrl.algorithms.group_policy_gradient import Estimator, GroupPolicyGradient
 from fastrl.algorithms.ppo import ActorCritic, KLController
 from fastrl.losses import presets
 
-__all__ = ["ALGORITHMS", "ActorCritic", "Algorithm", "GroupPolicyGradient", "KLController"]
+__all__ = ["ALGORITHMS", "ActorCritic", "Algorithm", "Estimator", "GroupPolicyGradient", "KLController"]
 
 Algorithm = GroupPolicyGradient | ActorCritic
 
@@ -21,4 +21,17 @@ ALGORITHMS = {
     "scale_rl": (advantages.SCALE_RL, presets.SCALE_RL),
     "sapo": (advantages.GRPO, presets.SAPO),
     "rloo": (advantages.RLOO, presets.RLOO),
+    "gspo_token": (advantages.GRPO, presets.GSPO_TOKEN),
+    "gmpo": (advantages.GRPO, presets.GMPO),
+    "luspo": (advantages.GRPO, presets.LUSPO),
+    # In the trainer old_logps are its own, of the weights that sampled: these two papers take the sampler's.
+    "vespo": (advantages.GRPO, presets.VESPO),
+    "dppo": (advantages.GRPO, presets.DPPO),
+    "intellect2": (advantages.GRPO, presets.INTELLECT2),
+    "gdpo": (Estimator(advantages.gdpo, each_reward=True), presets.GRPO),
+    "reinforce_pp_baseline": (Estimator(advantages.reinforce_pp_baseline, lengths=True), presets.REINFORCE_PP),
+    # Both papers derive their advantages for the plain gradient of the whole completion's log-probability.
+    "opo": (Estimator(advantages.opo, lengths=True), presets.RLOO),
+    "max_rl": (Estimator(advantages.max_rl), presets.RLOO),
+    "pass_at_k": (Estimator(advantages.pass_at_k), presets.PPO),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +12,26 @@ from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
 from fastrl.data.pack import Counts
 from fastrl.model.policy import Policy
 from fastrl.spec import PolicyLoss
-from fastrl.types import Group, LossOutput, MicroBatch
+from fastrl.types import Group, LossOutput, MicroBatch, Sample
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A function of `fastrl.advantages` that is called with (B,) rewards and group ids, and what else it reads."""
+
+    function: Callable[..., torch.Tensor]
+    lengths: bool = False  # the tokens of each completion
+    each_reward: bool = False  # (B, K) rewards and the (K,) weights that the recipe gives them, instead of their sum
 
 
 @dataclass(frozen=True)
 class GroupPolicyGradient:
     """An advantage estimator and a loss; every named algorithm of `ALGORITHMS` is one pair."""
 
-    estimator: GroupAdvantage
+    estimator: GroupAdvantage | Estimator
     spec: PolicyLoss
     max_new_tokens: int  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
+    reward_weights: tuple[float, ...] = ()  # in the order of `Sample.rewards`, for estimators that read each reward
 
     @property
     def needs_ref(self) -> bool:
@@ -36,11 +46,24 @@ class GroupPolicyGradient:
     def advantages(self, groups: Sequence[Group]) -> None:
         """Writes `Sample.advantage` of every sample; a sample without a reward gets 0 and counts in no baseline."""
         samples = [sample for group in groups for sample in group.samples]
-        rewards = [float("nan") if sample.reward is None else sample.reward for sample in samples]
-        group_ids = [index for index, group in enumerate(groups) for _ in group.samples]
-        result = self.estimator(torch.tensor(rewards, dtype=torch.float64), group_ids=torch.tensor(group_ids))
+        rewards = torch.tensor([_number(sample.reward) for sample in samples], dtype=torch.float64)
+        group_ids = torch.tensor([index for index, group in enumerate(groups) for _ in group.samples])
+        result = self._estimate(samples, rewards, group_ids)
         for sample, advantage in zip(samples, result.tolist(), strict=True):
             sample.advantage = advantage
+
+    def _estimate(self, samples: Sequence[Sample], rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.estimator, GroupAdvantage):
+            return self.estimator(rewards, group_ids=group_ids)
+        inputs: dict[str, torch.Tensor] = {"group_ids": group_ids}
+        if self.estimator.lengths:
+            inputs["lengths"] = torch.tensor([len(sample.token_ids) for sample in samples])
+        if self.estimator.each_reward:
+            inputs["weights"] = torch.tensor(self.reward_weights, dtype=torch.float64)
+            each = [[_number(reward) for reward in sample.rewards.values()] for sample in samples]
+            unscored = rewards.isnan()[:, None]  # one reward failed: the others do not stand for the whole
+            rewards = torch.tensor(each, dtype=torch.float64).masked_fill(unscored, torch.nan)
+        return self.estimator.function(rewards, **inputs)
 
     def contributing(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that can have a gradient: all of them with a KL or entropy term, else those that are not silent.
@@ -73,3 +96,7 @@ class GroupPolicyGradient:
     ) -> Iterator[LossOutput]:
         """As `policy_gradient_loss`."""
         yield policy_gradient_loss(policy, batch, self.spec, normalizer, temperature=temperature, entropy=entropy)
+
+
+def _number(reward: float | None) -> float:
+    return float("nan") if reward is None else reward

@@ -14,7 +14,7 @@ from fastrl.advantages import GroupAdvantage
 from fastrl.algorithms import ALGORITHMS, ActorCritic, Algorithm, GroupPolicyGradient, KLController
 from fastrl.check import choice, require
 from fastrl.losses import presets
-from fastrl.spec import KL, Clip, Correction, PolicyLoss
+from fastrl.spec import KL, Clip, Correction, PolicyLoss, Ratio
 
 # What a resumed run may do otherwise than it began: how long, how often and on what it runs, not what it computes.
 # `model` may have another name, if its weights are the same.
@@ -79,18 +79,20 @@ class RolloutConfig:
     """Nucleus mass; 1 is off."""
     top_k: int = 0
     """Most probable tokens kept; 0 is off."""
+    dynamic_sampling: int = 0
+    """DAPO: up to this many times a step, new prompts take the place of those whose rewards are all equal; 0 is off."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Overrides of the algorithm's preset; None keeps the preset's value."""
 
-    ratio: Literal["token", "sequence"] | None = None
+    ratio: Ratio | None = None
     clip_low: float | None = None
     """Lower distance of a Clip surrogate from 1."""
     clip_high: float | None = None
     """Upper distance of a Clip surrogate from 1."""
-    kl: Literal["none", "k1", "k2", "k3", "k3_ratio"] | None = None
+    kl: Literal["none", "k1", "k2", "k3", "k3_ratio", "k1+", "k3+"] | None = None
     """KL estimate in the loss; needs a reference model in memory."""
     kl_coef: float | None = None
     aggregate: Literal["token_mean", "prompt_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum"] | None = (
@@ -186,7 +188,7 @@ class TrainConfig:
 
     model: str = "smollm2-135m-instruct"
     """A folder, a hub id, or the name of a model that ships in a Python package."""
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "scale_rl", "sapo", "rloo", "ppo"] = "grpo"
+    algorithm: Literal[(*ALGORITHMS, "ppo")] = "grpo"
     """Selects an advantage estimator and a policy loss; `loss` overrides their factors."""
     steps: int = 100
     """Rollout batches."""
@@ -242,6 +244,8 @@ class TrainConfig:
         }
         for name, value in positive.items():
             require(value >= 1, "TrainConfig", name, "at least 1", value)
+        rounds = self.rollout.dynamic_sampling
+        require(rounds >= 0, "TrainConfig", "rollout.dynamic_sampling", "0 (off) or more", rounds)
         require(
             self.rollout.temperature > 0, "TrainConfig", "rollout.temperature", "more than 0", self.rollout.temperature
         )
@@ -265,6 +269,13 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
     """
     estimator, spec = ALGORITHMS.get(config.algorithm, (None, presets.PPO))
     loss = config.loss
+    if not isinstance(estimator, GroupAdvantage):
+        fixed, name = loss.baseline is None and loss.scale is None, "loss.baseline, loss.scale"
+        require(fixed, "TrainConfig", name, f"None with {config.algorithm}, which has its own", "a value")
+    else:
+        estimator = replace(
+            estimator, baseline=loss.baseline or estimator.baseline, scale=loss.scale or estimator.scale
+        )
     changes: dict[str, Any] = {
         name: value
         for name in ("ratio", "aggregate", "entropy_coef", "correction")
@@ -287,14 +298,12 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
         return _actor_critic(config, spec)
     own = PPOConfig()
     require(config.ppo == own, "TrainConfig", "ppo", f"its defaults, as {config.algorithm} has no critic", config.ppo)
-    estimator = GroupAdvantage(loss.baseline or estimator.baseline, loss.scale or estimator.scale, estimator.eps)
-    return GroupPolicyGradient(estimator, spec, config.rollout.max_new_tokens)
+    weights = tuple(reward.weight for reward in config.rewards)
+    return GroupPolicyGradient(estimator, spec, config.rollout.max_new_tokens, weights)
 
 
 def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     loss, ppo = config.loss, config.ppo
-    for name in ("baseline", "scale"):
-        require(getattr(loss, name) is None, "TrainConfig", f"loss.{name}", "none: PPO's baseline is its critic", "one")
     whole = not loss.filter_zero_variance
     require(whole, "TrainConfig", "loss.filter_zero_variance", "False: a critic learns from equal rewards too", True)
     require(spec.kl is None, "TrainConfig", "loss.kl", "none: PPO's KL is in the reward, ppo.kl_coef", loss.kl)

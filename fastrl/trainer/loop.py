@@ -25,6 +25,7 @@ from fastrl.trainer.batch import RolloutBatch
 from fastrl.trainer.checkpoint import has_checkpoint, save_model
 from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.doctor import environment
+from fastrl.trainer.dynamic_sampling import refill
 from fastrl.trainer.evaluate import evaluate
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.optimizer import MasterOptimizer
@@ -165,6 +166,7 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
     with log.stage("reward"):
         for failure in run.rewards.score(groups):
             log.warn(f"Step {step}: {failure}")
+    groups, sampled = refill(run, log, step, groups)
     algorithm.advantages(groups)
     contributing = algorithm.contributing(groups)  # the others have a gradient of exactly zero
     counted = contributing if config.loss.filter_zero_variance else groups
@@ -183,7 +185,7 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
             if batches
         ]
         parts, numbers = algorithm.estimate(parts)
-    return RolloutBatch(groups, contributing, parts * epochs, numbers)
+    return RolloutBatch(groups, contributing, parts * epochs, sampled | numbers)
 
 
 @contextmanager

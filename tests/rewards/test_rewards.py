@@ -243,6 +243,19 @@ def test_rewards_are_resolved_by_name_with_their_options(tmp_path, monkeypatch):
     assert rewards(groups) == [7.0, 6.0]
 
 
+@pytest.mark.parametrize(("limit", "cache"), [(16, 4), (16, 16), (5, 0)])
+def test_soft_overlong_is_trls_at_every_length(limit, cache):
+    from trl.rewards import get_soft_overlong_punishment
+
+    ids = [[0] * length for length in range(20)]
+    ours = resolve_reward("soft_overlong", max_tokens=limit, cache=cache)
+    assert ours(completion_ids=ids) == get_soft_overlong_punishment(limit, cache)(ids)
+    assert (ours([ids[limit]]), ours([ids[limit + 1]])) == ([-1.0 if cache else 0.0], [-1.0])
+    groups = [group("a", "b")]
+    assert RewardSuite([ours]).score(groups) == []
+    assert rewards(groups) == ours([[0, 9]] * 2)  # the tokens of each sample
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -253,6 +266,8 @@ def test_rewards_are_resolved_by_name_with_their_options(tmp_path, monkeypatch):
         ("reasoning_gym", {"extracts": "full"}, "expected some of extract, strict, allow_eval for reasoning_gym"),
         ("reasoning_gym", {"extract": "last"}, r"extract: expected one of last_number, .* got 'last'\."),
         ("format", {"pattern": "("}, r"format: pattern: expected a regular expression, got '\('"),
+        ("soft_overlong", {}, "expected some of max_tokens, cache for soft_overlong, got missing a required argument"),
+        ("soft_overlong", {"max_tokens": 8, "cache": 9}, "soft_overlong: cache: expected 0 to max_tokens = 8, got 9"),
     ],
 )
 def test_unknown_rewards_and_options_are_refused(name, options, message):

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
 import pytest
 
 from fastrl.advantages import GroupAdvantage
+from fastrl.algorithms import ALGORITHMS
 from fastrl.spec import KL, Cispo, Clip, Correction
 from fastrl.trainer.config import (
     ConfigError,
@@ -58,6 +62,9 @@ def test_empty_recipe_is_the_defaults(tmp_path):
         ("a: [1", "not valid YAML"),
         ("loss: {correction: {kind: truncate, level: token, high: -1}}", "Correction.high"),
         ("algorithm: cispo\nloss: {clip_low: 0.1}", "an algorithm with a Clip surrogate"),
+        ("algorithm: opo\nloss: {scale: none}", "loss.baseline, loss.scale: expected None with opo, which has its own"),
+        ("algorithm: vespo\nloss: {ratio: token}", "PolicyLoss.ratio: expected 'sequence' with Vespo, got 'token'"),
+        ("rollout: {dynamic_sampling: -1}", r"rollout.dynamic_sampling: expected 0 \(off\) or more, got -1"),
     ],
 )
 def test_bad_recipe_is_one_sentence_that_names_file_and_key(tmp_path, text, message):
@@ -104,3 +111,9 @@ def test_scale_rl_is_cispo_per_prompt_with_batch_scaled_advantages():
     assert isinstance(algorithm.spec.surrogate, Cispo)
     assert algorithm.spec.aggregate == "prompt_mean"
     assert algorithm.estimator.scale == "batch"
+
+
+def test_every_algorithm_can_be_selected_and_is_in_the_help():
+    for name in ALGORITHMS:
+        assert build_algorithm(TrainConfig(algorithm=name)).spec == replace(ALGORITHMS[name][1], kl=None)
+    assert get_args(get_type_hints(TrainConfig)["algorithm"]) == tuple(ALGORITHMS)

@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 from trainer.tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastrl import advantages
+from fastrl.algorithms import ALGORITHMS
 from fastrl.data.pack import count
 from fastrl.losses.metrics import finish
 from fastrl.rollout.collect import collect
 from fastrl.trainer import loop
 from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, build_algorithm
+from fastrl.trainer.dynamic_sampling import refill, rewards_differ
+from fastrl.trainer.log import RunLog
 from fastrl.trainer.loop import train
 from fastrl.trainer.setup import prepare
 
@@ -82,7 +86,7 @@ def gradient(run, groups, algorithm=None, **pack_changes):
     return loss, metrics, torch.cat([p.grad.flatten().double() for p in run.policy.model.parameters()])
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "scale_rl", "sapo", "rloo"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_gradient_is_the_same_for_every_layout_and_micro_batch_size(tmp_path, rollout, algorithm):
     run, groups = rollout
     built = build_algorithm(tiny_config(tmp_path, algorithm=algorithm))
@@ -236,3 +240,104 @@ def test_top_p_and_temperature_reach_the_sampler_and_the_scorer(tmp_path):
     train(config)
     (line,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert line["sampling/sampling_logp_difference/max"] < 1e-4  # scored at the temperature it was sampled at
+
+
+def test_algorithms_hand_lengths_and_each_reward_to_their_estimators(tmp_path, rollout):
+    _, groups = rollout
+    groups[0].samples[1].reward = None
+    for index, sample in enumerate(sample for group in groups for sample in group.samples):
+        sample.rewards = {"first": sample.reward, "second": None if index % 5 == 0 else float(index % 3)}
+    samples = [sample for group in groups for sample in group.samples]
+    ids = torch.arange(len(groups)).repeat_interleave(4)
+
+    def numbers(rewards):
+        return torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
+
+    total, lengths = numbers(s.reward for s in samples), torch.tensor([len(s.token_ids) for s in samples])
+    each = torch.stack([numbers(s.rewards[name] for s in samples) for name in ("first", "second")], 1)
+    each[1] = torch.nan  # a sample that could not be scored by one reward is not scored by the others
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    expected = {
+        "opo": advantages.opo(total, lengths, group_ids=ids),
+        "reinforce_pp_baseline": advantages.reinforce_pp_baseline(total, lengths, group_ids=ids),
+        "max_rl": advantages.max_rl(total, group_ids=ids),
+        "pass_at_k": advantages.pass_at_k(total, group_ids=ids),
+        "gdpo": advantages.gdpo(each, weights=weights, group_ids=ids),
+    }
+    rewards = (RewardConfig("trainer.tiny:wanted_words"), RewardConfig("format", 0.5))
+    for name, want in expected.items():
+        build_algorithm(tiny_config(tmp_path, algorithm=name, rewards=rewards)).advantages(groups)
+        assert [s.advantage for s in samples] == want.tolist(), name
+        assert samples[1].advantage == 0.0
+
+
+def test_dynamic_sampling_replaces_groups_that_teach_nothing_within_its_rounds(tmp_path, monkeypatch):
+    """Every prompt of an even index gets equal rewards, the others do not."""
+
+    def score(groups, **_):
+        for group in groups:
+            for place, sample in enumerate(group.samples):
+                sample.reward = float(place) * (group.prompt.index % 2)
+        return []
+
+    run = prepare(tiny_config(tmp_path, rollout=RolloutConfig(4, 2, max_new_tokens=2, dynamic_sampling=2)))
+    monkeypatch.setattr(run.rewards, "score", score)
+    log = RunLog(tmp_path / "log", total_steps=1)
+    even, odd = ([p for p in run.prompts.prompts if p.index % 2 == odd] for odd in (0, 1))
+    asked = []
+
+    def next_prompts(number):
+        asked.append(number)
+        return [queue.pop(0) for _ in range(number)]
+
+    monkeypatch.setattr(run.prompts, "next", next_prompts)
+    params = run.sampling(seed=1)
+
+    def refilled(first, later):
+        queue[:] = later
+        asked.clear()
+        groups = collect(first, run.sampler, run.tokenizer, 2, params)
+        score(groups)
+        kept, metrics = refill(run, log, 1, groups)
+        return [group.prompt for group in kept], metrics
+
+    queue = []
+    # Two of four teach something; the first round finds one more, the second the last one.
+    first, later = [even[0], odd[0], odd[1], even[1]], [even[2], odd[2], odd[3]]
+    kept, metrics = refilled(first, later)
+    assert (kept, asked) == ([odd[0], odd[1], odd[2], odd[3]], [2, 1])
+    report = {"dynamic_sampling/rounds": 2.0, "dynamic_sampling/groups": 7.0, "dynamic_sampling/reward": 4 / 14}
+    assert metrics == pytest.approx(report)
+    # Nothing is found in two rounds: the batch keeps its size, with the first that teach nothing.
+    kept, metrics = refilled(first, even[2:6])
+    assert (kept, asked) == ([odd[0], odd[1], even[0], even[1]], [2, 2])
+    # Nothing is missing: no round.
+    kept, metrics = refilled(odd[:4], [])
+    assert (kept, asked, metrics["dynamic_sampling/rounds"]) == (odd[:4], [], 0.0)
+
+
+def test_dynamic_sampling_draws_other_completions_and_is_reported(tmp_path):
+    metrics = []
+    for rounds in (0, 3):
+        rollout = RolloutConfig(4, 2, max_new_tokens=2, dynamic_sampling=rounds)
+        train(tiny_config(tmp_path, steps=2, rollout=rollout, run_dir=str(tmp_path / f"run{rounds}")))
+        metrics.append(lines(tmp_path / f"run{rounds}" / "metrics.jsonl"))
+    assert not any(name.startswith("dynamic_sampling") for line in metrics[0] for name in line)
+    assert metrics[1][0]["dynamic_sampling/reward"] >= 0
+    for line in metrics[1]:
+        assert line["dynamic_sampling/groups"] >= 4
+        assert line["dynamic_sampling/rounds"] <= 3
+        assert line["frac_reward_zero_std"] < metrics[0][0]["frac_reward_zero_std"]
+
+
+def test_rewards_differ_by_equality_and_not_for_want_of_a_score(rollout):
+    group = rollout[1][0]
+    for rewards, differ in (
+        ((0.1, 0.1, 0.1, 0.1), False),
+        ((0.1, None, 0.1, None), False),
+        ((None,) * 4, False),
+        ((0.1, 0.1, 0.1, 0.1000001), True),
+    ):
+        for sample, reward in zip(group.samples, rewards, strict=True):
+            sample.reward = reward
+        assert rewards_differ(group) == differ

@@ -207,7 +207,7 @@ def test_value_of_a_token_does_not_see_the_token_or_what_follows(tmp_path):
     [
         ({"loss": LossConfig(kl="k3")}, "loss.kl: expected none"),
         ({"loss": LossConfig(aggregate="prompt_mean")}, "spec.aggregate: expected 'token_mean'"),
-        ({"loss": LossConfig(baseline="mean")}, "loss.baseline: expected none"),
+        ({"loss": LossConfig(baseline="mean")}, r"loss\.baseline, loss\.scale: expected None with ppo"),
         ({"loss": LossConfig(filter_zero_variance=True)}, "loss.filter_zero_variance: expected False"),
         ({"ppo": PPOConfig(lam=1.5)}, "lam: expected a number from 0 to 1"),
         ({"ppo": PPOConfig(critic="shared", critic_model="x")}, "ppo.critic_model: expected none"),
