@@ -21,7 +21,7 @@ from fastrl.spec import KL, Clip, Correction, PolicyLoss, Ratio
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "tokens_per_batch", "layout", "gradient_checkpointing", "threads", "max_failure_fraction",
-    "adapter.save",
+    "adapter.save", "log_to",
 }  # fmt: skip
 
 
@@ -218,6 +218,8 @@ class TrainConfig:
     """A run directory or one of its checkpoints to go on from; latest takes the run in run_dir that saved last."""
     show_every: int = 10
     """Steps between tables of completions on the screen."""
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Trackers that get the metrics too; metrics.jsonl is always written."""
     max_failure_fraction: float = 0.5
     """Stop when more than this share of a batch's rewards raise."""
     task: TaskConfig = TaskConfig()

@@ -18,6 +18,7 @@ from fastrl.trainer.alarms import Alarms
 from fastrl.trainer.files import replace_text, sync
 from fastrl.trainer.records import lines
 from fastrl.trainer.screen import COLUMNS, Column, Screen
+from fastrl.trainer.trackers import TRACKERS, Tracker, numbers
 from fastrl.trainer.untrusted import question
 from fastrl.types import Group
 
@@ -72,14 +73,22 @@ class RunLog:
         self._alarms = Alarms()
         self._evaluated: dict[int, dict[str, float]] = {}
         self._screen = Screen(total_steps, columns, console, clock)
+        self._trackers: dict[str, Tracker] = {}
 
-    def start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Writes config.yaml and env.json, and says on screen what is about to run."""
+    def start(
+        self, config: dict[str, Any], environment: dict[str, Any], *, trackers: Sequence[str] = (), done: int = 0
+    ) -> None:
+        """Writes config.yaml and env.json, opens `trackers`, and says on screen what is about to run.
+
+        `done` steps of the run are done already.
+        """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         replace_text(self.run_dir / "config.yaml", text)
         replace_text(self.run_dir / "env.json", json.dumps(_plain(environment), indent=2) + "\n")
         self._screen.header(config, environment, self.run_dir)
+        for name in trackers:
+            self._trackers[name] = TRACKERS[name](self.run_dir, _plain(config), done)
 
     def state(self) -> dict[str, Any]:
         """Where the log is, as JSON can hold it; what was logged until now is on the disk when this returns."""
@@ -143,7 +152,9 @@ class RunLog:
         if "num_tokens" in metrics and step_time > 0:
             record["tokens_per_second"] = metrics["num_tokens"] / step_time
         stages, self._seconds, self._mark = self._seconds, {}, now
-        self._append("metrics", record | {f"time/{name}": seconds for name, seconds in stages.items()})
+        record |= {f"time/{name}": seconds for name, seconds in stages.items()}
+        self._append("metrics", record)
+        self._track(record, step)
         self._screen.step(record, {name: s for name, s in stages.items() if name not in BETWEEN_STEPS})
         for message in self._alarms.check(step, metrics):
             self.warn(message)
@@ -162,6 +173,7 @@ class RunLog:
         self._evaluated.setdefault(step, {})[name] = result.get("reward", math.nan)
         self._append("evaluations", {"step": step, "time": now, "name": name, **result, "seconds": seconds})
         self._append("evaluation_completions", *_samples({"step": step, "name": name}, samples))
+        self._track({f"eval/{name}/{key}": value for key, value in result.items()}, step)
         self._screen.evaluation(step, name, result, seconds)
 
     def warn(self, message: str) -> None:
@@ -171,7 +183,22 @@ class RunLog:
 
     def close(self, status: str, summary: dict[str, Any]) -> None:
         """The last panel: how the run ended, `summary`'s `before` and `after` evaluations, and where everything is."""
+        for name in list(self._trackers):
+            self._try(name, lambda tracker: tracker.close())
         self._screen.close(status, summary, self._clock() - self._began, self.run_dir)
+
+    def _track(self, record: dict[str, Any], step: int) -> None:
+        values = numbers({name: value for name, value in record.items() if name != "step"})
+        for name in list(self._trackers):
+            self._try(name, lambda tracker: tracker.log(values, step))
+
+    def _try(self, name: str, action: Callable[[Tracker], None]) -> None:
+        """A tracker that fails, for want of a network perhaps, is told of once and left out: it must not cost a run."""
+        try:
+            action(self._trackers[name])
+        except Exception as error:
+            del self._trackers[name]
+            self.warn(f"{name} failed and is left out from here on: {type(error).__name__}: {error}")
 
     def _append(self, name: str, *records: dict[str, Any]) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> Outcome:
     optimizers = make_optimizers(run)
     done, batch = restore(run, optimizers) if run.resumed else (0, None)
     log = RunLog(directory, total_steps=config.steps, show_every=config.show_every)
-    log.start(asdict(replace(config, resume="")), environment())
+    log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=done)
     if run.resumed:
         resume_log(run, log, done, batch)
     with _interruptible() as interrupt:

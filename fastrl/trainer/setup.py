@@ -31,6 +31,7 @@ from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.config import TrainConfig, build_algorithm
 from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
 from fastrl.trainer.resume import require_same_model, resumable
+from fastrl.trainer.trackers import require_installed
 from fastrl.types import Group, MicroBatch, Prompt
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
     """
+    require_installed(config.log_to)
     resumed = resumable(config) if config.resume else None
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -116,4 +116,4 @@ def test_scale_rl_is_cispo_per_prompt_with_batch_scaled_advantages():
 def test_every_algorithm_can_be_selected_and_is_in_the_help():
     for name in ALGORITHMS:
         assert build_algorithm(TrainConfig(algorithm=name)).spec == replace(ALGORITHMS[name][1], kl=None)
-    assert get_args(get_type_hints(TrainConfig)["algorithm"]) == tuple(ALGORITHMS)
+    assert get_args(get_type_hints(TrainConfig)["algorithm"]) == (*ALGORITHMS, "ppo")
