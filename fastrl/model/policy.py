@@ -34,10 +34,13 @@ class Policy:
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.hidden_index)
 
     @torch.no_grad()
-    def score(self, batch: MicroBatch, *, temperature: float) -> torch.Tensor:
-        """(N,) float32: log-probabilities of the completion tokens under the current weights."""
+    def score(self, batch: MicroBatch, *, temperature: float, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """(N,) float32: log-probabilities of the completion tokens under the current weights.
+
+        `hidden` is `self.hidden(batch)`, for a caller that has it already.
+        """
         return linear_logprob(
-            self.hidden(batch),
+            self.hidden(batch) if hidden is None else hidden,
             self.head.weight,
             batch.targets,
             bias=self.head.bias,

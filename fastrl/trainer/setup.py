@@ -84,11 +84,14 @@ class Run:
     def score(self, batch: MicroBatch, *, old: bool, temperature: float) -> MicroBatch:
         """With what this run's algorithm reads of the weights before the update: `old_logps` when asked for,
         `ref_logps` where there is a reference, `values` where there is a critic."""
+        shared = isinstance(self.critic, SharedCritic)
+        hidden = self.policy.hidden(batch) if shared else None
+        values = self.critic.of(hidden) if shared else self.critic.values(batch) if self.critic else None
         return replace(
             batch,
-            old_logps=self.policy.score(batch, temperature=temperature) if old else batch.old_logps,
+            old_logps=self.policy.score(batch, temperature=temperature, hidden=hidden) if old else batch.old_logps,
             ref_logps=self.reference.score(batch, temperature=temperature) if self.reference else None,
-            values=self.critic.values(batch) if self.critic else None,
+            values=values,
         )
 
     def pack(self, groups: Sequence[Group]) -> list[MicroBatch]:
