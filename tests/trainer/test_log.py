@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import math
 import random
 from dataclasses import replace
@@ -293,7 +294,7 @@ def test_last_panel_says_status_change_time_and_places(tmp_path):
     assert f"{greedy[0]:.3f} -> {greedy[1]:.3f}" in panel
     assert "20 of 20" in panel
     assert duration(20 * (sum(STAGES.values()) + 0.08) + 4 * 6.0) in panel
-    assert "report.html" in panel
+    assert "report.html" in re.sub(r"[│\s]", "", panel)  # a long path goes on in the next line
 
 
 def test_warning_for_equal_rewards_comes_once_after_three_steps_in_a_row():
