@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
