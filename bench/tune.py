@@ -61,7 +61,7 @@ WORK = {
         "logprob", "smollm2", {"BLOCK": (1024, 2048, 4096), "num_warps": WARPS}, dtype=torch.float64
     ),
     "linear_logprob fused": _fused(),
-    "linear_logprob fused softcap": _fused(softcap=30.0),
+    "linear_logprob fused narrow": _fused(softcap=30.0),
     "linear_logprob merge": _fused(choices={"BLOCK": (64, 128, 256, 512), "num_warps": (2, *WARPS)}),
 }
 

@@ -23,8 +23,9 @@ INTERPRETED = tl.constexpr(env.triton_interpreted())
 LOWEST_32 = tl.constexpr(-3.4028234663852886e38)
 LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
 
-# Without contraction: fused with the product that made it, a row's maximum minus itself would not be 0.
-OPTIONS = {"enable_fp_fusion": False}
+# Without contraction: fused with the product that made it, a row's maximum minus itself would not be 0. With a limit of
+# registers, the highest, the assembler makes no limit of its own, for which it spills some to have one more block run.
+OPTIONS = {"maxnreg": 255, "enable_fp_fusion": False}
 
 
 # Device functions.
@@ -350,12 +351,20 @@ def flags(temperature: torch.Tensor, softcap: float, vocabulary: int) -> dict[st
     return {**presence, **sizes, **OPTIONS}
 
 
-NUMBERS = dict.fromkeys(("stride", "hidden_stride", "weight_stride", "lse_stride", "ignore_index"), "i64")
-NUMBERS |= dict.fromkeys(("V", "H", "n", "part_columns", "parts"), "i32")
+NUMBERS = dict.fromkeys(("stride", "hidden_stride", "weight_stride", "ignore_index"), "i64")
+NUMBERS |= dict.fromkeys(("V", "H", "N", "part_columns", "parts"), "i32")
 NUMBERS |= dict.fromkeys(("softcap", "logit_scale"), "fp64")
 
 
-def build(name: str, kernel: Any, pointers: dict[str, str], *, entry: str = "softmax_row", **constants: Any) -> Build:
+def build(
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    *,
+    entry: str = "softmax_row",
+    multiples: tuple[str, ...] = (),
+    **constants: Any,
+) -> Build:
     """How a kernel is compiled that takes these `pointers`, named without `_ptr`, and None for its others."""
     if entry == "softmax_row" and pointers.get("temperature") == "fp64":
         entry = "softmax_row float64"
@@ -363,4 +372,4 @@ def build(name: str, kernel: Any, pointers: dict[str, str], *, entry: str = "sof
     types = {key: given.get(key) or NUMBERS.get(key) for key in kernel.arg_names}
     defaults = {"HAS_SOFTCAP": False, "PER_ROW_TEMPERATURE": False, "KEPT": False}
     rest = {key: (defaults | constants).get(key) for key, kind in types.items() if kind is None}
-    return Build(name, kernel, {key: kind for key, kind in types.items() if kind}, rest, OPTIONS, entry)
+    return Build(name, kernel, {key: kind for key, kind in types.items() if kind}, rest, OPTIONS, entry, multiples)

@@ -15,13 +15,21 @@ from fastrl import env
 from fastrl.kernels import tuning
 
 
+def fitting(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a launch, `maxnreg` lowered to what each thread can have: a block has 65536 registers."""
+    if "maxnreg" not in options:
+        return options
+    return options | {"maxnreg": min(options["maxnreg"], 65536 // (32 * options["num_warps"]))}
+
+
 @dataclass(frozen=True)
 class Build:
     """One way in which a kernel is compiled; a Triton module lists its own as `BUILDS`, for `bench.aot` to compile
     ahead of time and to count registers, spills, shared memory and instructions of.
 
     `signature` gives a Triton type per run-time argument ("*bf16", "i32", "fp32"), `constants` the constexpr arguments
-    and those that are None. What an architecture's table may change comes from `entry` of `fastrl.kernels.tuning`.
+    and those that are None, `multiples` the integers that are multiples of 16: of these Triton compiles a kernel of its
+    own, with wider loads. What an architecture's table may change comes from `entry` of `fastrl.kernels.tuning`.
     """
 
     name: str
@@ -30,6 +38,7 @@ class Build:
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion: as at the launch
     entry: str = ""
+    multiples: tuple[str, ...] = ()
 
     def on(self, architecture: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """The constants and the options with which an architecture launches it."""
@@ -39,7 +48,7 @@ class Build:
                 constants[name] = number
             elif name in tuning.MOST:
                 options[name] = number
-        return constants, options
+        return constants, fitting(options)
 
 
 @cache
@@ -69,7 +78,7 @@ def launch(kernel: Any, programs: int | tuple[int, ...], like: torch.Tensor, **a
     grid = (programs,) if isinstance(programs, int) else programs
     if 0 not in grid:
         with torch.cuda.device_of(like):
-            kernel[grid](**arguments)
+            kernel[grid](**fitting(arguments))
 
 
 @lru_cache

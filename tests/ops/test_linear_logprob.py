@@ -676,6 +676,16 @@ def test_native_bits_depend_neither_on_threads_nor_on_the_other_rows(native_isa)
 # Triton without a gradient: one kernel multiplies and keeps statistics of parts of the vocabulary.
 
 
+@pytest.fixture
+def inside_the_matmul(monkeypatch):
+    """Triton never stores a logit here, and splits a vocabulary into no more than two parts."""
+    from fastrl.kernels.linear_logprob import triton_impl  # imported by those who run it: it imports Triton
+
+    monkeypatch.delattr(triton_impl, "forward_in_chunks")
+    with tuning.trying("linear_logprob fused", PARTS=2), tuning.trying("linear_logprob fused narrow", PARTS=2):
+        yield  # of two tiles or more each
+
+
 def without_gradient(inputs: Inputs, backend: str, **options):
     with torch.no_grad():
         return fused(inputs, entropy=True, backend=backend, **options)
@@ -683,19 +693,16 @@ def without_gradient(inputs: Inputs, backend: str, **options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_statistics_inside_the_matmul_equal_those_of_stored_logits(option, dtype):
+def test_statistics_inside_the_matmul_equal_those_of_stored_logits(inside_the_matmul, option, dtype):
     options = OPTIONS[option](140)
-    inputs = gaussian(140, 70, 300, ignored="ignore_index" not in options).leaves(dtype=dtype)
+    inputs = gaussian(140, 80, 300, ignored="ignore_index" not in options).leaves(dtype=dtype)
     inputs.targets[2] = 0
     inputs.hidden[inputs.targets == options.get("ignore_index", IGNORE)] = math.nan
-    # In parts of two tiles or more each.
-    with tuning.trying("linear_logprob fused", PARTS=2), tuning.trying("linear_logprob fused softcap", PARTS=2):
-        results = [without_gradient(inputs, name, **options) for name in ("triton", "chunked")]
-    for got, want in zip(*results, strict=True):
+    for got, want in zip(*(without_gradient(inputs, name, **options) for name in ("triton", "chunked")), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_inside_the_matmul_pass_over_masked_and_report_broken_vocabulary():
+def test_statistics_inside_the_matmul_pass_over_masked_and_report_broken_vocabulary(inside_the_matmul):
     inputs = gaussian(5, 16, 300, ignored=False).leaves(dtype=torch.bfloat16)
     inputs.bias[:256] = -math.inf  # whole tiles and whole parts
     inputs.targets[:] = torch.tensor([256, 299, 280, 3, 270])
@@ -708,9 +715,36 @@ def test_statistics_inside_the_matmul_pass_over_masked_and_report_broken_vocabul
     assert results[0].entropy[:4].isfinite().all()
 
 
-def test_statistics_inside_the_matmul_depend_on_no_other_row():
-    inputs = gaussian(140, 40, 300).leaves(dtype=torch.bfloat16)
+def test_statistics_inside_the_matmul_depend_on_no_other_row(inside_the_matmul):
+    inputs = gaussian(140, 48, 300).leaves(dtype=torch.bfloat16)
     whole = without_gradient(inputs, "triton")
     part = Inputs(inputs.hidden[97:105], inputs.weight, inputs.targets[97:105], inputs.bias)
     for among_others, alone in zip(whole, without_gradient(part, "triton"), strict=True):
         assert torch.equal(among_others[97:105], alone)
+
+
+@pytest.mark.parametrize("live", [(), (300,), range(299), range(300)], ids=len)
+def test_statistics_inside_the_matmul_of_any_number_of_rows(inside_the_matmul, live):
+    """The number of programs is that of all 301 rows: those without a live row write nothing."""
+    inputs = gaussian(301, 16, 40, ignored=False).leaves(dtype=torch.bfloat16)
+    inputs.targets[[i for i in range(301) if i not in live]] = IGNORE
+    results = [without_gradient(inputs, name) for name in ("triton", "chunked")]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert (got[inputs.targets == IGNORE] == 0).all()
+
+
+@pytest.mark.parametrize(("size", "stride", "inside"), [(48, 48, True), (48, 50, True), (40, 48, False)])
+def test_a_hidden_size_that_is_no_multiple_of_16_goes_through_stored_logits(monkeypatch, size, stride, inside):
+    """What the kernel that multiplies copies has to be aligned; a slice of wider rows is made so."""
+    from fastrl.kernels.linear_logprob import triton_impl
+
+    chunked_runs = []
+    monkeypatch.setattr(
+        triton_impl, "forward_in_chunks", lambda *a, **k: chunked_runs.append(a) or chunked.forward_in_chunks(*a, **k)
+    )
+    inputs = gaussian(9, stride, 300).leaves(dtype=torch.bfloat16)
+    inputs.hidden, inputs.weight = inputs.hidden[:, :size], inputs.weight[:, :size]
+    for got, want in zip(*(without_gradient(inputs, name) for name in ("triton", "chunked")), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert len(chunked_runs) == (0 if inside else 1)

@@ -6,7 +6,7 @@ The matmuls are torch's. What lies between them is a `Chunk`: here in plain torc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,54 @@ CHUNK_BYTES = 64 << 20  # of logits in the accumulation dtype; the workspace is 
 GPU_CHUNKS = 24  # such chunks at a time on a GPU, where each passes over the weight's whole gradient in slow memory
 VOCABULARY_TILE = 8192  # rows of a 16-bit weight that are widened at a time where no mixed-precision matmul exists
 
-_MIXED_MATMUL = hasattr(torch.ops.aten.mm, "dtype")  # mm(16-bit, 16-bit) -> float32, CUDA, torch 2.8 and newer
+
+def compact(*groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, counts): the rows of disjoint masks (N,), ascending, group after group and then the rest; and how many
+    each group has. Nothing here waits for the device."""
+    key = torch.full_like(groups[0], len(groups), dtype=torch.uint8)
+    for i, group in enumerate(groups):
+        key.masked_fill_(group, i)
+    return key.sort(stable=True).indices, torch.stack([group.sum() for group in groups])
+
+
+class Selection:
+    """The rows of disjoint masks, for matmuls: these take their sizes from the host, so it has to learn the counts.
+
+    A matmul that reads a count on the device, or computes all rows, costs more than the one wait per selection that
+    stays: on a GPU the counts are copied behind the compaction, `rows` waits for them alone, and what was launched in
+    between keeps the device at work meanwhile.
+    """
+
+    def __init__(self, *groups: torch.Tensor) -> None:
+        self.order, counts = compact(*groups)
+        self.counts = counts.to("cpu", non_blocking=counts.is_cuda)  # into pinned memory
+        self.copied = torch.cuda.current_stream(counts.device).record_event() if counts.is_cuda else None
+
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """Ascending row indices, one tensor per mask."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        counts = self.counts.tolist()
+        return self.order[: sum(counts)].split(counts)
+
+
+def multiplies_mixed(weight: torch.Tensor) -> bool:
+    """Whether mm makes a float32 product of 16-bit matrices: CUDA, torch 2.8 and newer."""
+    return hasattr(torch.ops.aten.mm, "dtype") and weight.is_cuda and weight.element_size() == 2
+
+
+@cache
+def adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether addmm adds a product of 16-bit matrices to a float32 matrix in place. Schemas do not tell: until torch
+    2.10 the sum had to be in 16 bits too (pytorch#167931). So the device is asked, once."""
+    if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    total, one = torch.ones(1, 1, device=device), torch.ones(1, 1, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return total.item() == 2
 
 
 def row_chunks(rows: torch.Tensor, vocabulary: int, itemsize: int) -> Iterator[torch.Tensor]:
@@ -47,7 +94,7 @@ class Head:
     def __init__(self, weight: torch.Tensor, main_grad: torch.Tensor | None = None) -> None:
         self.weight = weight
         self.dtype = accumulate_dtype(weight.dtype)
-        self.mixed = _MIXED_MATMUL and weight.is_cuda and weight.dtype != self.dtype
+        self.mixed = multiplies_mixed(weight)
         self.dz_dtype = weight.dtype if self.mixed else self.dtype  # in which the last two products read dz
         self.grad_weight = main_grad
         self.grad_bias: torch.Tensor | None = None
@@ -79,8 +126,13 @@ class Head:
     def accumulate_weight(self, dz: torch.Tensor, hidden: torch.Tensor) -> None:
         """grad_weight += dz^T hidden; the first chunk writes, so the buffer is never filled with zeros first."""
         if self.mixed:
-            product = torch.mm(dz.to(hidden.dtype).T, hidden, out_dtype=self.dtype)
-            self.grad_weight = product if self.grad_weight is None else self.grad_weight.add_(product)
+            dz = dz.to(hidden.dtype)
+            if self.grad_weight is None:
+                self.grad_weight = torch.mm(dz.T, hidden, out_dtype=self.dtype)
+            elif adds_into_float32(hidden.device, hidden.dtype):
+                torch.addmm(self.grad_weight, dz.T, hidden, out_dtype=self.dtype, out=self.grad_weight)
+            else:
+                self.grad_weight.add_(torch.mm(dz.T, hidden, out_dtype=self.dtype))
         elif self.grad_weight is None:
             self.grad_weight = dz.T @ hidden.to(self.dtype)
         else:
@@ -199,20 +251,24 @@ def forward_in_chunks(
     entropy: bool,
     save: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.forward`, in chunks of rows."""
+    """As `reference.forward`, in chunks of rows; on a GPU the host waits once, for the number of rows."""
     head = Head(weight)
+    ignored = targets == ignore_index
+    chosen = Selection(~ignored, ignored)
     count, vocabulary = len(targets), weight.shape[0]
     logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(2, count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
     if save == "keep":
         saved = hidden.new_empty(count, vocabulary)
-        saved[targets == ignore_index] = 0
     elif save == "frozen":
         saved = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         saved_entropy = torch.zeros_like(saved) if entropy else saved_entropy
     safe, poisoned = check_targets(targets, vocabulary, ignore_index)
-    for rows in row_chunks((targets != ignore_index).nonzero().squeeze(-1), vocabulary, logps.element_size()):
+    live, ignored = chosen.rows()
+    if save == "keep":
+        saved.index_fill_(0, ignored, 0)
+    for rows in row_chunks(live, vocabulary, logps.element_size()):
         chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
         known = chunk.read(head.logits(hidden[rows]), entropy)
         if poisoned is not None:
@@ -255,16 +311,18 @@ def backward_in_chunks(
     needs_bias: bool,
     rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing."""
+    """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing. On a GPU the host waits once,
+    for the number of the others."""
     head = Head(weight)
     if save == "frozen":
         return scale_rows(saved, grad_logps, saved_entropy, grad_entropy), *head.gradients(False, False)
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
-    active &= targets != ignore_index
+    chosen = Selection(active & (targets != ignore_index))
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
     safe, _ = check_targets(targets, weight.shape[0], ignore_index)
     known = Statistics(logps, lse, None if grad_entropy is None else entropy)
-    for rows in row_chunks(active.nonzero().squeeze(-1), weight.shape[0], logps.element_size()):
+    (live,) = chosen.rows()
+    for rows in row_chunks(live, weight.shape[0], logps.element_size()):
         chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
         h = hidden[rows]
         if save == "keep":

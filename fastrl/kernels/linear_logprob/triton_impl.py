@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fastrl.kernels.linear_logprob import chunked
-from fastrl.kernels.linear_logprob.chunked import Statistics, at_rows, backward_in_chunks, forward_in_chunks
+from fastrl.kernels.linear_logprob.chunked import Statistics, at_rows, backward_in_chunks, compact, forward_in_chunks
 from fastrl.kernels.softmax_row import NO_SOFTCAP, check_targets
 from fastrl.kernels.softmax_row_triton import (
     INTERPRETED,
@@ -30,6 +30,7 @@ from fastrl.kernels.softmax_row_triton import (
 from fastrl.kernels.triton_jit import Build, launch
 from fastrl.kernels.tuning import tuned
 
+ALIGNED = 16  # elements: what Triton must know a stride to be a multiple of, to copy 16 bytes at a time
 NOT_A_TARGET = -1  # the rows of a chunk are chosen beforehand: none of them is ignored
 FUSED_HIDDEN = 2048  # up to this size the logits' way to memory and back weighs more than the library's faster matmul
 
@@ -43,8 +44,7 @@ class Chunk(chunked.Chunk):
     def read(self, logits: torch.Tensor, entropy: bool) -> Statistics:
         """Statistics of hidden W^T (n, V)."""
         self.reread(logits)
-        lse = logits.new_empty(2, len(logits))
-        logps, h = (logits.new_empty(len(logits)) for _ in range(2))
+        known = self.unknown(logits, entropy)
         launch(
             statistics_kernel,
             len(logits),
@@ -52,13 +52,20 @@ class Chunk(chunked.Chunk):
             logits_ptr=logits,
             stride=logits.stride(0),
             targets_ptr=self.targets,
-            logps_ptr=logps,
-            lse_ptr=lse,
-            entropy_ptr=h if entropy else None,
+            logps_ptr=known.logps,
+            lse_ptr=known.lse,
+            entropy_ptr=known.entropy,
             ignore_index=NOT_A_TARGET,
             **self._finish(self.temperature),
         )
-        return Statistics(logps, lse, h if entropy else None)
+        return known
+
+    def unknown(self, logits: torch.Tensor, entropy: bool) -> Statistics:
+        """Where a kernel writes the statistics."""
+        rows = len(logits)
+        return Statistics(
+            logits.new_empty(rows), logits.new_empty(2, rows), logits.new_empty(rows) if entropy else None
+        )
 
     def reread(self, logits: torch.Tensor) -> None:
         """hidden W^T once more, where the statistics are already known."""
@@ -133,18 +140,19 @@ class Chunk(chunked.Chunk):
 # The first matmul and the statistics in one kernel.
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["N"])
 def part_kernel(
     hidden_ptr: tl.tensor,  # (N, H)
     hidden_stride: tl.int64,
     weight_ptr: tl.tensor,  # (V, H)
     weight_stride: tl.int64,
-    rows_ptr: tl.tensor,  # (n,) of hidden, targets and temperature
+    rows_ptr: tl.tensor,  # (N,) of hidden, targets and temperature; the first n of them are computed
+    n_ptr: tl.tensor,
     bias_ptr: tl.tensor,  # (V,) or None
     targets_ptr: tl.tensor,
     temperature_ptr: tl.tensor,
-    parts_ptr: tl.tensor,  # (4, parts, n): largest logit, the two sums relative to it, the target's logit or 0
-    n: tl.int32,
+    parts_ptr: tl.tensor,  # (4, parts, N): largest logit, the two sums relative to it, the target's logit or 0
+    N: tl.int32,
     V: tl.int32,
     H: tl.int32,
     part_columns: tl.int32,
@@ -156,7 +164,11 @@ def part_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ) -> None:
-    """Statistics of hidden W^T over one part of the vocabulary. Neighbouring programs share the part of the weight."""
+    """Statistics of hidden W^T over one part of the vocabulary. Neighbouring programs share the part of the weight, and
+    those beyond the last row end at once."""
+    n = tl.load(n_ptr)
+    if tl.program_id(0) * BLOCK_N >= n:
+        return
     ACC: tl.constexpr = temperature_ptr.dtype.element_ty
     softcap_, scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
     at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -194,37 +206,40 @@ def part_kernel(
         e = tl.exp(shifted)
         total += tl.sum(e, 1)
         moment += tl.sum(tl.where(e == 0, 0, e * shifted), 1)
-    to_ptr = parts_ptr + part.to(tl.int64) * n + at
-    step = tl.num_programs(1).to(tl.int64) * n
+    to_ptr = parts_ptr + part.to(tl.int64) * N + at
+    step = tl.num_programs(1).to(tl.int64) * N
     tl.store(to_ptr, top, mask=at < n)
     tl.store(to_ptr + step, total, mask=at < n)
     tl.store(to_ptr + 2 * step, moment, mask=at < n)
     tl.store(to_ptr + 3 * step, at_target, mask=at < n)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["N"])
 def merge_kernel(
-    parts_ptr: tl.tensor,  # (4, parts, n)
-    rows_ptr: tl.tensor,  # (n,)
+    parts_ptr: tl.tensor,  # (4, parts, N)
+    rows_ptr: tl.tensor,  # (N,), and n as in `part_kernel`
+    n_ptr: tl.tensor,
     logps_ptr: tl.tensor,  # (N,)
     lse_ptr: tl.tensor,  # (2, N)
     entropy_ptr: tl.tensor,  # (N,) or None
-    n: tl.int32,
-    lse_stride: tl.int64,
+    N: tl.int32,
     parts: tl.int32,
     BLOCK: tl.constexpr,
 ) -> None:
     """Merges the parts in their order."""
+    n = tl.load(n_ptr)
+    if tl.program_id(0) * BLOCK >= n:
+        return
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     ACC: tl.constexpr = parts_ptr.dtype.element_ty
-    step = parts.to(tl.int64) * n
+    step = parts.to(tl.int64) * N
     top = tl.full((BLOCK,), 0, ACC) + lowest(ACC)
     total = tl.full((BLOCK,), 0, ACC)
     moment = tl.full((BLOCK,), 0, ACC)
     at_target = tl.full((BLOCK,), 0, ACC)
     for part in range(0, parts):
-        from_ptr = parts_ptr + tl.cast(part, tl.int64) * n + at
+        from_ptr = parts_ptr + tl.cast(part, tl.int64) * N + at
         other_top = tl.load(from_ptr, mask=inside, other=0)
         other_total = tl.load(from_ptr + step, mask=inside, other=1)
         other_moment = tl.load(from_ptr + 2 * step, mask=inside, other=0)
@@ -239,7 +254,7 @@ def merge_kernel(
     row = tl.load(rows_ptr + at, mask=inside, other=0)
     tl.store(logps_ptr + row, (at_target - top) - log_total, mask=inside)
     tl.store(lse_ptr + row, top, mask=inside)
-    tl.store(lse_ptr + lse_stride + row, log_total, mask=inside)
+    tl.store(lse_ptr + N + row, log_total, mask=inside)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_total - divide(moment, total), mask=inside)
 
@@ -259,8 +274,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.forward`."""
     options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index, "entropy": entropy}
-    # Wider values would go to units that multiply no faster than the library uses them.
-    if save != "none" or hidden.element_size() > 2 or hidden.shape[1] > FUSED_HIDDEN:
+    # Wider values would go to units that multiply no faster than the library uses them; odd rows cannot be copied to
+    # shared memory while the kernel multiplies.
+    size = hidden.shape[1]
+    if save != "none" or hidden.element_size() > 2 or size > FUSED_HIDDEN or size % ALIGNED != 0:
         return forward_in_chunks(Chunk, hidden, weight, targets, bias, temperature, **options, save=save)
     nothing = (hidden.new_empty(0) for _ in range(2))
     return *_fused(hidden, weight, targets, bias, temperature, **options), *nothing
@@ -278,54 +295,57 @@ def _fused(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logps, entropy, lse) without logits."""
-    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
+    """(logps, entropy, lse) without logits, and without a wait for the device."""
+    hidden, weight = (
+        x if x.stride(-1) == 1 and x.stride(0) % ALIGNED == 0 else x.contiguous() for x in (hidden, weight)
+    )
     temperature = temperature.contiguous()
     count, vocabulary = len(targets), weight.shape[0]
     logps, lse = temperature.new_zeros(count), temperature.new_zeros(2, count)
     entropies = temperature.new_zeros(count if entropy else 0)
     safe, poisoned = check_targets(targets, vocabulary, ignore_index)
-    rows = (targets != ignore_index).nonzero().squeeze(-1)
-    tile = dict(tuned("linear_logprob fused" + (" softcap" if softcap != NO_SOFTCAP else ""), hidden.device))
+    rows, n = compact(targets != ignore_index)
+    presence = {"HAS_SOFTCAP": softcap != NO_SOFTCAP, "PER_ROW_TEMPERATURE": temperature.numel() > 1}
+    tile = dict(tuned("linear_logprob fused" + (" narrow" if any(presence.values()) else ""), hidden.device))
     tiles = -(-vocabulary // tile["BLOCK_V"])
     part_tiles = -(-tiles // tile.pop("PARTS"))
-    parts = temperature.new_empty(4, -(-tiles // part_tiles), len(rows))
+    parts = temperature.new_empty(4, -(-tiles // part_tiles), count)
     launch(
         part_kernel,
-        (-(-len(rows) // tile["BLOCK_N"]), parts.shape[1]),
+        (-(-count // tile["BLOCK_N"]), parts.shape[1]),
         hidden,
         hidden_ptr=hidden,
         hidden_stride=hidden.stride(0),
         weight_ptr=weight,
         weight_stride=weight.stride(0),
         rows_ptr=rows,
+        n_ptr=n,
         bias_ptr=None if bias is None else bias.contiguous(),
         targets_ptr=safe.contiguous(),
         temperature_ptr=temperature,
         parts_ptr=parts,
-        n=len(rows),
+        N=count,
         V=vocabulary,
         H=hidden.shape[1],
         part_columns=part_tiles * tile["BLOCK_V"],
         softcap=softcap,
         logit_scale=logit_scale,
-        HAS_SOFTCAP=softcap != NO_SOFTCAP,
-        PER_ROW_TEMPERATURE=temperature.numel() > 1,
+        **presence,
         **tile,
         **OPTIONS,
     )
     merge = tuned("linear_logprob merge", hidden.device)
     launch(
         merge_kernel,
-        -(-len(rows) // merge["BLOCK"]),
+        -(-count // merge["BLOCK"]),
         hidden,
         parts_ptr=parts,
         rows_ptr=rows,
+        n_ptr=n,
         logps_ptr=logps,
         lse_ptr=lse,
         entropy_ptr=entropies if entropy else None,
-        n=len(rows),
-        lse_stride=count,
+        N=count,
         parts=parts.shape[1],
         **merge,
         **OPTIONS,
@@ -361,13 +381,16 @@ def _builds(head: str) -> list[Build]:
 
 
 def _fused_builds(head: str) -> list[Build]:
-    inputs = {"hidden": head, "weight": head, "rows": "i64", "targets": "i64", "temperature": "fp32", "parts": "fp32"}
-    plain, capped = {"entry": "linear_logprob fused"}, {"entry": "linear_logprob fused softcap", "HAS_SOFTCAP": True}
-    biased = inputs | {"bias": head}
+    inputs = {"hidden": head, "weight": head, "rows": "i64", "n": "i64", "targets": "i64", "temperature": "fp32"}
+    inputs |= {"parts": "fp32"}
+    biased, multiples = inputs | {"bias": head}, ("H", "hidden_stride", "weight_stride")
+    wide = {"entry": "linear_logprob fused", "multiples": multiples}
+    narrow = {"entry": "linear_logprob fused narrow", "multiples": multiples, "PER_ROW_TEMPERATURE": True}
     return [
-        build(f"linear_logprob fused {head}", part_kernel, inputs, **plain),
-        build(f"linear_logprob fused {head}, bias", part_kernel, biased, **plain, PER_ROW_TEMPERATURE=True),
-        build(f"linear_logprob fused {head}, softcap", part_kernel, biased, **capped, PER_ROW_TEMPERATURE=True),
+        build(f"linear_logprob fused {head}", part_kernel, inputs, **wide),
+        build(f"linear_logprob fused {head}, bias", part_kernel, biased, **wide),
+        build(f"linear_logprob fused {head}, temperatures", part_kernel, inputs, **narrow),
+        build(f"linear_logprob fused {head}, all options", part_kernel, biased, HAS_SOFTCAP=True, **narrow),
     ]
 
 
@@ -377,6 +400,7 @@ BUILDS += [
         f"linear_logprob {name} bf16, no options",
         kernel,
         {"logits": "fp32", "targets": "i64", "temperature": "fp32", "logps": "fp32", "lse": "fp32"} | more,
+        multiples=("V", "stride"),
     )
     for name, kernel, more in (
         ("statistics", statistics_kernel, {}),
@@ -388,7 +412,7 @@ BUILDS += [
     build(
         "linear_logprob merge",
         merge_kernel,
-        {"parts": "fp32", "rows": "i64", "logps": "fp32", "lse": "fp32", "entropy": "fp32"},
+        {"parts": "fp32", "rows": "i64", "n": "i64", "logps": "fp32", "lse": "fp32", "entropy": "fp32"},
         entry="linear_logprob merge",
     )
 ]

@@ -8,15 +8,51 @@ from __future__ import annotations
 
 from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-from fastrl.kernels.linear_logprob.chunked import Chunk, Head, at_rows, row_chunks
+from fastrl.kernels.linear_logprob import chunked as linear_logprob
+from fastrl.kernels.linear_logprob.chunked import Head, Selection, Statistics, at_rows, row_chunks
 from fastrl.kernels.linear_policy_loss.reference import silent_rows
-from fastrl.kernels.policy_loss import METRICS, merge_metrics
 from fastrl.kernels.policy_loss import reference as policy_loss
 from fastrl.kernels.softmax_row import check_targets
 from fastrl.spec import PolicyLoss
+
+
+class Tokens(NamedTuple):
+    """What a policy loss takes of each token besides its log-probability, (N,) or None."""
+
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    mask: torch.Tensor
+    old_logps: torch.Tensor | None
+    ref_logps: torch.Tensor | None
+    sampling_logps: torch.Tensor | None
+
+
+class Chunk(linear_logprob.Chunk):
+    """As `linear_logprob.chunked.Chunk`, and the derivative of the loss by what was read."""
+
+    def read_with_loss(
+        self,
+        logits: torch.Tensor,
+        entropy: bool,
+        spec: PolicyLoss,
+        tokens: Tokens,
+        rows: torch.Tensor,
+        poisoned: torch.Tensor | None,
+    ) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
+        """Statistics of hidden W^T (n, V), and d loss / d logps and d entropy (n,).
+
+        The chunk has these `rows` of `tokens` and of `poisoned`, whose log-probability is NaN.
+        """
+        known = self.read(logits, entropy)
+        if poisoned is not None:
+            known.logps.masked_fill_(poisoned[rows], float("nan"))
+        own = (None if x is None else x[rows] for x in tokens)
+        _, dlogps, dentropy, _ = policy_loss.forward(known.logps, *own, known.entropy, None, 0, spec)
+        return known, dlogps, dentropy
 
 
 def forward_in_chunks(
@@ -45,50 +81,72 @@ def forward_in_chunks(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """As `reference.forward`; `token_loss` is a backend of `policy_loss`."""
+    """As `reference.forward`; `token_loss` is a backend of `policy_loss`.
+
+    On a GPU the host waits for the number of rows that count, and for that of each chunk's rows with a gradient. With
+    16-bit heads only the first of each finds the device without work: the others have the products of the chunk before.
+    """
     head = Head(weight, main_grad)
     count, vocabulary = len(targets), weight.shape[0]
+    live, silent = mask & (targets != ignore_index), silent_rows(advantages, weights, spec)
+    if skip_silent:
+        live &= ~silent
+    chosen = Selection(live & silent, live & ~silent)
     logps = hidden.new_zeros(count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
-    loss = hidden.new_zeros((), dtype=head.dtype)
-    metrics = hidden.new_zeros((len(METRICS), 2), dtype=head.dtype)
-
-    live = mask & (targets != ignore_index)
-    if skip_silent:
-        live &= ~silent_rows(advantages, weights, spec)
+    tokens = Tokens(advantages, weights, live, old_logps, ref_logps, sampling_logps)
     safe, poisoned = check_targets(targets.masked_fill(~live, ignore_index), vocabulary, ignore_index)
-    for rows in row_chunks(live.nonzero().squeeze(-1), vocabulary, logps.element_size()):
-        chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
-        known = chunk.read(head.logits(hidden[rows]), entropy)
-        if poisoned is not None:
-            known.logps.masked_fill_(poisoned[rows], float("nan"))
-        logps[rows] = known.logps
-        if entropy:
-            entropies[rows] = known.entropy
-        context = (None if x is None else x[rows] for x in (old_logps, ref_logps, sampling_logps))
-        chunk_loss, dlogps, dentropy, chunk_metrics = token_loss.forward(
-            known.logps, advantages[rows], weights[rows], live[rows], *context, known.entropy, None, 0, spec
-        )
-        loss += chunk_loss
-        metrics = merge_metrics(metrics, chunk_metrics)
-        if not (needs_hidden or needs_weight or needs_bias):
-            continue
+    needs_grad = needs_hidden or needs_weight or needs_bias
 
-        active = (dlogps != 0) | (dentropy != 0) if spec.needs_entropy else dlogps != 0
-        within = active.nonzero().squeeze(-1)
-        if len(within) == 0:
-            continue
-        some = within if len(within) < len(rows) else None
-        if some is not None:
-            rows, known, dlogps, dentropy = rows[some], known.at(some), dlogps[some], dentropy[some]
-        dz = chunk.gradient(known, dlogps, dentropy if spec.needs_entropy else None, head.dz_dtype, rows=some)
+    def multiply(dz: torch.Tensor, rows: torch.Tensor) -> None:
         if needs_hidden:
             grad_hidden[rows] = head.grad_hidden(dz)
         if needs_weight:
             head.accumulate_weight(dz, hidden[rows])
         if needs_bias:
             head.accumulate_bias(dz)
+
+    # Rows known to have no gradient come in chunks of their own: those of the others are full, and pass over d weight
+    # less often.
+    without, with_gradient = (row_chunks(rows, vocabulary, logps.element_size()) for rows in chosen.rows())
+    waiting = None  # the last chunk's dz and rows: their products are launched before this chunk's count is waited for
+    for rows, derive in [*((rows, False) for rows in without), *((rows, needs_grad) for rows in with_gradient)]:
+        chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
+        logits = head.logits(hidden[rows])
+        if derive:
+            known, dlogps, dentropy = chunk.read_with_loss(logits, entropy, spec, tokens, rows, poisoned)
+        else:
+            known = chunk.read(logits, entropy)
+        del logits  # the chunk has it
+        logps[rows] = known.logps
+        if entropy:
+            entropies[rows] = known.entropy
+        if not derive:
+            continue
+        active = Selection((dlogps != 0) | (dentropy != 0) if spec.needs_entropy else dlogps != 0)
+        if waiting is not None:
+            multiply(*waiting)
+            waiting = None
+        (within,) = active.rows()
+        if len(within) == 0:
+            continue
+        some = within if len(within) < len(rows) else None
+        if some is not None:
+            rows, known, dlogps, dentropy = rows[some], known.at(some), dlogps[some], dentropy[some]
+        # No name for dz: it would live on beside the next one.
+        waiting = (
+            chunk.gradient(known, dlogps, dentropy if spec.needs_entropy else None, head.dz_dtype, rows=some),
+            rows,
+        )
+        if not head.mixed:  # nothing to wait for, or dz is in the logits' memory, which the next chunk needs
+            multiply(*waiting)
+            waiting = None
+    if waiting is not None:
+        multiply(*waiting)
+    if poisoned is not None:
+        logps.masked_fill_(poisoned, float("nan"))
+    loss, _, _, metrics = token_loss.forward(logps, *tokens, entropies if entropy else None, None, 0, spec)
     gradients = head.gradients(needs_weight and main_grad is None, needs_bias)
     return loss, logps, entropies, grad_hidden, *gradients, metrics
 
