@@ -235,8 +235,8 @@ def gradient_kernel(
     bias_ptr: tl.tensor,  # (V,) or None
     targets_ptr: tl.tensor,
     temperature_ptr: tl.tensor,
-    logps_ptr: tl.tensor,  # (n,)
-    lse_ptr: tl.tensor,  # (2, n); None: the statistics are taken here, in one more read, and the two around it unused
+    logps_ptr: tl.tensor,  # (n,); None: taken from the target's logit
+    lse_ptr: tl.tensor,  # (2, n)
     entropy_ptr: tl.tensor,  # (n,) or None
     grad_logps_ptr: tl.tensor,
     grad_entropy_ptr: tl.tensor,  # (n,) or None
@@ -267,17 +267,13 @@ def gradient_kernel(
             cols = start + tl.arange(0, BLOCK)
             tl.store(to_ptr + cols, tl.full((BLOCK,), 0, OUT), mask=cols < V)
     else:
-        if lse_ptr is None:
-            ENTROPY: tl.constexpr = grad_entropy_ptr is not None
-            top, log_total, entropy = statistics(
-                row_ptr, bias_ptr, V, temperature, softcap_, scale, HAS_SOFTCAP, ENTROPY, BLOCK
-            )
+        top = tl.load(lse_ptr + row)
+        log_total = tl.load(lse_ptr + tl.num_programs(0) + row)
+        entropy = tl.full((), 0, ACC) if entropy_ptr is None else tl.load(entropy_ptr + row)
+        if logps_ptr is None:
             logp = logp_at(row_ptr, bias_ptr, target, V, top, log_total, temperature, softcap_, scale, HAS_SOFTCAP)
         else:
             logp = tl.load(logps_ptr + row)
-            top = tl.load(lse_ptr + row)
-            log_total = tl.load(lse_ptr + tl.num_programs(0) + row)
-            entropy = tl.full((), 0, ACC) if entropy_ptr is None else tl.load(entropy_ptr + row)
         # From the target's logp, not from its p: with p near 1, or rounded to 16 bits, 1 - p would be lost.
         p_target = tl.exp(logp)
         at_target = -grad_logp * expm1(logp)

@@ -54,7 +54,7 @@ def logprob(
     flat_temperature = check_temperature("logprob", temperature, targets, accumulate_dtype(logits.dtype))
     rows, vocabulary = targets.numel(), logits.shape[-1]
     flat_logits, flat_targets = logits.reshape(rows, vocabulary), targets.reshape(rows).long()
-    logps, h = _op(flat_logits, flat_targets, flat_temperature, int(ignore_index), entropy, backend)
+    logps, h, _ = _op(flat_logits, flat_targets, flat_temperature, int(ignore_index), entropy, backend)
     return LogprobOutput(logps.view(targets.shape), h.view(targets.shape) if entropy else None)
 
 
@@ -66,16 +66,20 @@ def _op(
     ignore_index: int,
     entropy: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kernel = resolve("logprob", backend, logits.device)
     return kernel.forward(logits, targets, temperature, ignore_index=ignore_index, entropy=entropy)
 
 
 @_op.register_fake
-def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     entropy = rest[-2]
     rows, dtype = logits.shape[0], accumulate_dtype(logits.dtype)
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty(rows if entropy else 0, dtype=dtype)
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows if entropy else 0, dtype=dtype),
+        logits.new_empty(2, rows, dtype=dtype),
+    )
 
 
 @torch.library.custom_op("fastrl::logprob_backward", mutates_args=())
@@ -85,11 +89,14 @@ def _backward_op(
     logits: torch.Tensor,
     targets: torch.Tensor,
     temperature: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
     ignore_index: int,
     backend: str,
 ) -> torch.Tensor:
     kernel = resolve("logprob", backend, logits.device)
-    return kernel.backward(grad_logps, grad_entropy, logits, targets, temperature, ignore_index=ignore_index)
+    known = (entropy, lse)
+    return kernel.backward(grad_logps, grad_entropy, logits, targets, temperature, *known, ignore_index=ignore_index)
 
 
 @_backward_op.register_fake
@@ -99,12 +106,12 @@ def _(grad_logps: torch.Tensor, grad_entropy: torch.Tensor | None, logits: torch
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, targets, temperature, ctx.ignore_index, ctx.entropy, ctx.backend = inputs
-    ctx.save_for_backward(logits, targets, temperature)
+    ctx.save_for_backward(logits, targets, temperature, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Tensor | None) -> tuple:
-    logits, targets, temperature = ctx.saved_tensors
+def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Tensor | None, _: Any) -> tuple:
+    logits, targets, temperature, entropy, lse = ctx.saved_tensors
     if grad_logps is None and grad_entropy is None:
         return (None,) * 6
     dtype = accumulate_dtype(logits.dtype)
@@ -114,6 +121,8 @@ def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Ten
         logits,
         targets,
         temperature,
+        entropy,
+        lse,
         ctx.ignore_index,
         ctx.backend,
     )

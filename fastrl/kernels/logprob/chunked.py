@@ -19,7 +19,7 @@ def _split(tensor: torch.Tensor | None, pieces: int) -> tuple[torch.Tensor | Non
 
 def forward(
     logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor, *, ignore_index: int, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.forward`."""
     pieces = _pieces(logits)
     chunks = [
@@ -28,8 +28,8 @@ def forward(
             logits.tensor_split(pieces), targets.tensor_split(pieces), _split(temperature, pieces), strict=True
         )
     ]
-    logps, entropies = zip(*chunks, strict=True)
-    return torch.cat(logps), torch.cat(entropies)
+    logps, entropies, lse = zip(*chunks, strict=True)
+    return torch.cat(logps), torch.cat(entropies), torch.cat(lse, 1)
 
 
 def backward(
@@ -38,6 +38,8 @@ def backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     temperature: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
     *,
     ignore_index: int,
 ) -> torch.Tensor:
@@ -51,6 +53,8 @@ def backward(
         logits.tensor_split(pieces),
         targets.tensor_split(pieces),
         _split(temperature, pieces),
+        _split(entropy, pieces),
+        lse.tensor_split(pieces, 1),
         strict=True,
     )
     for out, *chunk in chunks:

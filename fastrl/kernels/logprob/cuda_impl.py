@@ -34,7 +34,7 @@ def _readable(
 
 def forward(
     logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor, *, ignore_index: int, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.forward`."""
     inputs = _readable(logits, targets, temperature)
     rows = len(targets)
@@ -44,7 +44,7 @@ def forward(
     )
     call = _call(*inputs, ignore_index)
     launch("logprob_forward", logits.device, call, address(logps), address(h if entropy else None))
-    return logps, h
+    return logps, h, logps.new_zeros(2, rows)
 
 
 def backward(
@@ -53,6 +53,8 @@ def backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     temperature: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
     *,
     ignore_index: int,
 ) -> torch.Tensor:

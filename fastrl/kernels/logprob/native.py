@@ -14,7 +14,7 @@ def _unit_stride(logits: torch.Tensor) -> torch.Tensor:
 
 def forward(
     logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor, *, ignore_index: int, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.forward`."""
     check_targets(targets, logits.shape[-1], ignore_index)
     dtype, rows = accumulate_dtype(logits.dtype), len(targets)
@@ -23,7 +23,7 @@ def forward(
     extension().logprob_forward(
         _call(logits, targets, temperature, ignore_index), address(logps), address(h if entropy else None)
     )
-    return logps, h
+    return logps, h, torch.zeros(2, rows, dtype=dtype)
 
 
 def backward(
@@ -32,6 +32,8 @@ def backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     temperature: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
     *,
     ignore_index: int,
 ) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A program per row: forward in one read, backward in two reads, the second mostly from the cache, and one write."""
+"""A program per row, which is read once per pass; forward leaves backward the statistics."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import torch
 
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype, check_targets
 from fastrl.kernels.softmax_row_triton import build, flags, gradient_kernel, statistics_kernel
-from fastrl.kernels.triton_jit import launch
+from fastrl.kernels.triton_jit import Build, launch
 
 
 def forward(
     logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor, *, ignore_index: int, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.forward`."""
     dtype, rows = accumulate_dtype(logits.dtype), len(targets)
-    logps, h = (torch.empty(n, dtype=dtype, device=logits.device) for n in (rows, rows if entropy else 0))
+    logps, h, lse = (
+        torch.empty(shape, dtype=dtype, device=logits.device) for shape in (rows, rows if entropy else 0, (2, rows))
+    )
     call = _call(logits, targets, temperature, ignore_index)
-    launch(statistics_kernel, rows, logits, **call, logps_ptr=logps, lse_ptr=None, entropy_ptr=h if entropy else None)
-    return logps, h
+    launch(statistics_kernel, rows, logits, **call, logps_ptr=logps, lse_ptr=lse, entropy_ptr=h if entropy else None)
+    return logps, h, lse
 
 
 def backward(
@@ -26,6 +28,8 @@ def backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     temperature: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
     *,
     ignore_index: int,
 ) -> torch.Tensor:
@@ -38,8 +42,8 @@ def backward(
         **_call(logits, targets, temperature, ignore_index),
         rows_ptr=None,
         logps_ptr=None,
-        lse_ptr=None,
-        entropy_ptr=None,
+        lse_ptr=lse.contiguous(),
+        entropy_ptr=None if grad_entropy is None else entropy.contiguous(),
         grad_logps_ptr=grad_logps.contiguous(),
         grad_entropy_ptr=None if grad_entropy is None else grad_entropy.contiguous(),
         out_ptr=grad,
@@ -75,14 +79,20 @@ def _pointers(dtype: str, *more: str) -> dict[str, str]:
     return {"logits": dtype, "targets": "i64", "temperature": real} | dict.fromkeys(more, real)
 
 
-BUILDS = [
-    build(f"logprob forward {dtype}", statistics_kernel, _pointers(dtype, "logps", "entropy"))
-    for dtype in ("bf16", "fp16", "fp32", "fp64")
-] + [
-    build(f"logprob backward {dtype}", gradient_kernel, _pointers(dtype, "grad_logps", "grad_entropy") | {"out": dtype})
-    for dtype in ("bf16", "fp16", "fp32", "fp64")
-]
+def _builds(dtype: str) -> list[Build]:
+    forward = _pointers(dtype, "logps", "lse", "entropy")
+    backward = _pointers(dtype, "lse", "entropy", "grad_logps", "grad_entropy") | {"out": dtype}
+    return [
+        build(f"logprob forward {dtype}", statistics_kernel, forward),
+        build(f"logprob backward {dtype}", gradient_kernel, backward),
+    ]
+
+
+BUILDS = [build for dtype in ("bf16", "fp16", "fp32", "fp64") for build in _builds(dtype)]
 BUILDS += [
-    build("logprob forward bf16, no entropy", statistics_kernel, _pointers("bf16", "logps"), PER_ROW_TEMPERATURE=True),
-    build("logprob backward bf16, no entropy", gradient_kernel, _pointers("bf16", "grad_logps") | {"out": "bf16"}),
+    build(f"logprob {name} bf16, no entropy", kernel, _pointers("bf16", *pointers) | more, multiples=("V", "stride"))
+    for name, kernel, pointers, more in (
+        ("forward", statistics_kernel, ("logps", "lse"), {}),
+        ("backward", gradient_kernel, ("lse", "grad_logps"), {"out": "bf16"}),
+    )
 ]
