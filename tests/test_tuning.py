@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bench import aot, tune
 from bench.shapes import HeadShape
 from fastrl.cli import main
 from fastrl.kernels import tuning
+from fastrl.kernels.softmax_row import NO_SOFTCAP
 from fastrl.kernels.triton_jit import launch
 from fastrl.ops.gae import gae
 from fastrl.ops.logprob import logprob
@@ -116,6 +118,18 @@ def test_launches_take_the_table_whatever_the_number_of_rows_and_results_stay(fo
     for a, b in zip(after, before, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert torch.equal(after[-1][:1], after[-2])
+
+
+@pytest.mark.parametrize(("warps", "registers"), [(4, 255), (8, 255), (16, 128), (32, 64)])
+def test_more_warps_have_a_lower_limit_of_registers_at_a_launch_and_in_a_build(warps, registers):
+    from fastrl.kernels.softmax_row_triton import flags  # imported by those who run it: it imports Triton
+
+    launched, kernel = [], MagicMock()
+    kernel.__getitem__.return_value = lambda **arguments: launched.append(arguments["maxnreg"])
+    with tuning.trying("softmax_row", num_warps=warps):
+        launch(kernel, 1, torch.empty(0), **flags(torch.ones(1), NO_SOFTCAP, 500))
+        _, options = aot.builds()["logprob.triton_impl: logprob forward bf16"].on("sm_90")
+    assert launched == [options["maxnreg"]] == [registers]
 
 
 def test_every_entry_is_of_a_build_and_has_a_measurement_whose_choices_are_legal():

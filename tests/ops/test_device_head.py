@@ -168,9 +168,10 @@ def test_an_id_outside_the_vocabulary_makes_its_own_row_nan(as_on_a_device, back
 # 16-bit heads where torch multiplies 16-bit matrices into float32 ones.
 
 
-@pytest.fixture(params=[True, False], ids=["added in place", "formed, then added"])
+@pytest.fixture
 def mixed_matmuls(request, monkeypatch):
-    """torch.mm and torch.addmm with `out_dtype`, which the CPU lacks; returns the list of their calls."""
+    """torch.mm and torch.addmm with `out_dtype`, which the CPU lacks; returns the list of their calls. The parameter
+    says how d weight is summed, "in place" or "added": torch's matmuls do, so one backend is enough for the latter."""
     calls, mm = [], torch.mm
 
     def mixed_mm(a, b, *, out_dtype=None, **options):
@@ -187,11 +188,19 @@ def mixed_matmuls(request, monkeypatch):
         return out.add_(mm(a.to(out_dtype), b.to(out_dtype)))
 
     monkeypatch.setattr(chunked, "multiplies_mixed", lambda weight: weight.element_size() == 2)
-    monkeypatch.setattr(chunked, "adds_into_float32", lambda device, dtype: request.param)
+    monkeypatch.setattr(chunked, "adds_into_float32", lambda device, dtype: request.param == "in place")
     monkeypatch.setattr(torch, "mm", mixed_mm)
     monkeypatch.setattr(torch, "addmm", mixed_addmm)
-    calls.append("in place" if request.param else "added")
+    calls.append(request.param)
     return calls
+
+
+IN_PLACE = [("chunked", "in place"), ("triton", "in place")]
+
+
+def with_mixed_matmuls(cases):
+    """(backend, how d weight is summed)."""
+    return pytest.mark.parametrize(("backend", "mixed_matmuls"), cases, indirect=["mixed_matmuls"])
 
 
 def assert_equal_but_for_rounded_dz(got, want):
@@ -200,7 +209,7 @@ def assert_equal_but_for_rounded_dz(got, want):
         torch.testing.assert_close(a, b, rtol=0, atol=2**-7 * b.abs().max().item() if b.numel() else 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@with_mixed_matmuls([*IN_PLACE, ("chunked", "added")])
 def test_mixed_matmuls_give_the_gradients_of_widened_ones(backend, small_chunks, mixed_matmuls, monkeypatch):
     kernel, grads = resolve("linear_logprob", backend, torch.device("cpu")), torch.randn(2, 23)
     head = head_of(gaussian(23, 8, 37).leaves(dtype=torch.bfloat16))
@@ -218,7 +227,7 @@ def test_mixed_matmuls_give_the_gradients_of_widened_ones(backend, small_chunks,
     assert_equal_but_for_rounded_dz(mixed, run())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@with_mixed_matmuls([*IN_PLACE, ("chunked", "added")])
 @pytest.mark.parametrize("spec", [PolicyLoss(), PolicyLoss(kl=KL("k3", 0.1), entropy_coef=0.1)], ids=["clip", "all"])
 def test_policy_loss_with_mixed_matmuls_adds_to_the_gradient_buffer_given(
     backend, spec, small_chunks, mixed_matmuls, monkeypatch
@@ -236,7 +245,7 @@ def test_policy_loss_with_mixed_matmuls_adds_to_the_gradient_buffer_given(
     assert (calls.count("addmm") > 1) == (how == "in place")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@with_mixed_matmuls(IN_PLACE)
 def test_the_products_of_a_chunk_are_launched_before_the_next_count_is_waited_for(
     as_on_a_device, backend, small_chunks, mixed_matmuls, monkeypatch
 ):

@@ -276,6 +276,16 @@ def test_double_backward_raises(backend):
         grad.sum().backward()
 
 
+def test_backward_refuses_an_entropy_that_was_overwritten(backend):
+    """It reads its own forward's: a changed one would make a wrong gradient."""
+    logits, targets = random_case(4, 37)
+    out = logprob(logits.requires_grad_(), targets, entropy=True, backend=backend)
+    with torch.no_grad():
+        out.entropy.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out.logps + out.entropy).sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_logits_are_never_overwritten(backend, dtype):
     logits, targets = random_case(11, 37, dtype=dtype)

@@ -17,7 +17,7 @@ from fastrl.kernels.policy_loss import triton_impl as policy_loss
 from fastrl.kernels.policy_loss.triton_token import kinds, parameters, policy_token
 from fastrl.kernels.softmax_row_triton import build, logp_at, statistics
 from fastrl.kernels.triton_jit import Build, launch
-from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss
+from fastrl.spec import KL, Cispo, Clip, Correction, Dppo, PolicyLoss
 
 
 @triton.jit
@@ -169,6 +169,12 @@ BUILDS = [
     _build(
         "linear_policy_loss statistics cispo, corrected",
         PolicyLoss("token", Cispo(5.0), KL("k2", 0.1), correction=Correction("truncate", "token", 2.0)),
+        None,
+        multiples=("V",),
+    ),
+    _build(
+        "linear_policy_loss statistics dppo, corrected",
+        PolicyLoss("token", Dppo(), KL("k3+", 0.1), correction=Correction("truncate", "token", 2.0)),
         None,
         multiples=("V",),
     ),
