@@ -9,8 +9,8 @@ from pathlib import Path
 
 USAGE = """fastrl: reinforcement learning of language models.
 
-  fastrl train RECIPE.yaml [--field value ...]   train as the recipe says; --help lists the fields
-  fastrl eval MODEL RECIPE.yaml [--field ...]    held-out reward of a model or checkpoint on a recipe's task
+  fastrl train RECIPE.yaml [--field value ...]   train as the recipe says; with --help, list its fields
+  fastrl eval MODEL RECIPE.yaml [--field ...]    a model or checkpoint on what a recipe holds out
   fastrl bench [OP] [--against PEERS ...]        every op, or one, timed against torch and other projects; --help
   fastrl bench --tune                            times the Triton kernels' tiles on this GPU and keeps the fastest
   fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
@@ -49,10 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(args: list[str]) -> int:
     from fastrl.rewards import RewardFailure
-    from fastrl.trainer.loop import train
+    from fastrl.trainer import loop, offline
+    from fastrl.trainer.offline_config import OfflineConfig
 
+    config = _configure("fastrl train", args)
+    train = offline.train if isinstance(config, OfflineConfig) else loop.train
     try:
-        outcome = train(_configure("fastrl train", args))
+        outcome = train(config)
     except RewardFailure as error:  # before the first step: nothing was trained that could be lost
         print(error, file=sys.stderr)
         return EXIT_FAILED
@@ -62,9 +65,14 @@ def _train(args: list[str]) -> int:
 def _eval(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         raise ValueError("fastrl eval: MODEL: expected a folder, hub id or model name first. See fastrl --help.")
-    from fastrl.trainer.evaluate import evaluate_model
+    from fastrl.trainer import evaluate, offline
+    from fastrl.trainer.offline_config import OfflineConfig
 
-    evaluate_model(replace(_configure("fastrl eval MODEL", args[1:]), model=args[0]))
+    config = _configure("fastrl eval MODEL", args[1:])
+    if isinstance(config, OfflineConfig):
+        offline.evaluate_model(config, args[0])
+    else:
+        evaluate.evaluate_model(replace(config, model=args[0]))
     return EXIT_OK
 
 
@@ -104,7 +112,7 @@ def _configure(prog: str, args: list[str]) -> object:
     if recipe is None and not {"-h", "--help"} & set(flags):
         raise ValueError(f"{prog}: RECIPE: expected a YAML file first, as in {prog} {_some_recipe()}.")
     base = load_recipe(recipe) if recipe else TrainConfig()
-    return tyro.cli(TrainConfig, default=base, args=flags, prog=f"{prog} {recipe or 'RECIPE.yaml'}")
+    return tyro.cli(type(base), default=base, args=flags, prog=f"{prog} {recipe or 'RECIPE.yaml'}")
 
 
 def _some_recipe() -> str:

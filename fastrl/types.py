@@ -50,6 +50,7 @@ class Sample:
     rewards: dict[str, float | None] = field(default_factory=dict)  # by reward name; None = not applicable
     reward: float | None = None  # weighted sum; None = this sample could not be scored and is excluded
     advantage: float = 0.0
+    ref_logps: list[float] | None = None  # of each token, where a frozen reference was asked once, before training
 
 
 @dataclass

@@ -79,7 +79,8 @@ def pack(
 
     `layout="auto"` takes the cheaper of `padded` and `shared` under `ModelShape.row_cost`. `varlen` needs a model whose
     attention takes sequence bounds: `fastrl.model.attention.prepare_attention`. A sample's group id is the index of its
-    group in `groups`; `advantages` and `sampling_logps` come from the samples. Equal arguments give equal order.
+    group in `groups`; `advantages` and `sampling_logps` come from the samples, and `ref_logps` where every sample of
+    the micro-batch has them. Equal arguments give equal order.
 
     Args:
         max_tokens: bound on R * L of a micro-batch, padding included.
@@ -162,6 +163,7 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
     lengths = [row.length for row in rows]
     longest, varlen = max(lengths), layout == "varlen"
     starts = [0, *accumulate(lengths)] if varlen else range(0, len(rows) * longest, longest)
+    known = all(sample.ref_logps is not None for sample in samples)
     R, L = (1, sum(lengths)) if varlen else (len(rows), longest)
     # A padded row's positions run on into its padding, so that transformers sees no second sequence there and needs no
     # mask; a shared row is longer than any sequence, so its positions must not.
@@ -196,6 +198,7 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
         advantages=tensor([sample.advantage for sample in samples], torch.float32),
         mask=torch.ones(len(hidden_index), dtype=torch.bool, device=device),
         sampling_logps=tensor(list(chain.from_iterable(s.sampling_logps for s in samples)), torch.float32),
+        ref_logps=tensor(list(chain.from_iterable(s.ref_logps for s in samples)), torch.float32) if known else None,
         attention_cu_seqlens=tensor(starts, torch.int32) if varlen else None,
         attention_max_seqlen=longest if varlen else 0,
     )

@@ -12,15 +12,18 @@ An answer has no sampler: its `sampling_logps` are NaN, so that a loss which rea
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from fastrl import check
-from fastrl.data.prompts import complete, is_messages
-from fastrl.data.sources import Row, read_rows
+from fastrl.data.prompts import complete, is_messages, question
+from fastrl.data.sources import GYM, Row, gym_answers, read_rows
 from fastrl.types import Group, Messages, Prompt, Sample
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ def load_preferences(
     tokenizer: PreTrainedTokenizerBase,
     *,
     kind: Kind = "pairs",
+    size: int = 1000,
+    seed: int = 0,
     options: Mapping[str, Any] | None = None,
     chat: bool = True,
     system: str = "",
@@ -68,8 +73,10 @@ def load_preferences(
 
     Args:
         source: a `.jsonl` file, a folder written by `save_to_disk`, a hub id, a `datasets` dataset, or an iterable of
-            mappings; `options` has `split` and `name` for a dataset with several.
+            mappings; `options` has `split` and `name` for a dataset with several. Or `reasoning_gym:TASK`, whose
+            answers `fastrl.data.sources.gym_answers` makes; `options` are the task's settings.
         kind: what a row is: the table in `fastrl.data.preferences`.
+        size, seed: how many questions reasoning-gym generates, from which seed.
         system: a system message for chat prompts that have none.
         max_prompt_tokens, max_tokens: of the prompt, and of the prompt with its answer.
         template_options: further arguments of the chat template, such as `enable_thinking`.
@@ -82,7 +89,10 @@ def load_preferences(
         ValueError: no rows, a column that no row has, or no good row.
     """
     check.choice(OP, "kind", kind, get_args(Kind))
-    rows = read_rows(source, size=0, seed=0, options=dict(options or {}))
+    if isinstance(source, str) and source.startswith(GYM):
+        rows = gym_answers(source.removeprefix(GYM), kind, size=size, seed=seed, options=dict(options or {}))
+    else:
+        rows = read_rows(source, size=size, seed=seed, options=dict(options or {}))
     _require_columns(rows, kind)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     template_options = template_options or {}
@@ -99,6 +109,61 @@ def load_preferences(
             bad.setdefault(str(reason), []).append(row.where)
     _report(len(rows), bad)
     return groups
+
+
+def answered(prompt: str | Messages, answer: str, tokenizer: PreTrainedTokenizerBase) -> Group:
+    """One answer to one prompt, tokenised as `load_preferences` does; an empty one is the token that ends it.
+
+    Raises:
+        ValueError: the prompt is chat messages and the tokenizer has no chat template, or renders them otherwise.
+    """
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    render = partial(tokenizer.apply_chat_template, tokenize=False) if has_template else None
+    content = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+    try:
+        return _group(0, {}, "completions", prompt, [content], tokenizer, render, Limits(None, None))
+    except BadRow as reason:
+        raise ValueError(f"answered: got a prompt {reason}.") from reason
+
+
+def split_groups(groups: Sequence[Group], held_out: int, seed: int) -> tuple[list[Group], list[Group]]:
+    """Two random parts of the groups, (train, held out): all groups of a question are in one of them.
+
+    Questions are held out until at least `held_out` groups are.
+
+    Raises:
+        ValueError: `held_out` leaves nothing to train on.
+    """
+    by_question: dict[str, list[Group]] = {}
+    for group in groups:
+        by_question.setdefault(question(group.prompt), []).append(group)
+    questions = list(by_question.values())
+    random.Random(seed).shuffle(questions)
+    before = [0, *accumulate(map(len, questions))]  # groups in the first 0, 1, 2, ... questions
+    taken = next((n for n, groups_in in enumerate(before) if groups_in >= held_out), len(questions))
+    check.require(
+        held_out >= 0 and taken < len(questions),
+        "split_groups",
+        "held_out",
+        f"at least 0, and fewer than the {len(groups)} rows of {len(questions)} questions",
+        held_out,
+        "Use more rows, or hold out fewer.",
+    )
+    parts = (questions[taken:], questions[:taken])
+    return tuple([group for same in part for group in same] for part in parts)
+
+
+def with_end(groups: Sequence[Group], token_id: int) -> list[Group]:
+    """The groups with one more target behind each answer, so that the state before it has read the whole answer.
+
+    A sequence's last token is no input of a micro-batch; `ScalarModel.scores` reads the state before the last target.
+    """
+
+    def longer(sample: Sample) -> Sample:
+        token_ids, nothing = [*sample.token_ids, token_id], [*sample.sampling_logps, math.nan]
+        return replace(sample, token_ids=token_ids, sampling_logps=nothing)
+
+    return [Group(group.prompt, list(map(longer, group.samples))) for group in groups]
 
 
 def unpair(pairs: Sequence[Group]) -> list[Group]:
@@ -125,7 +190,7 @@ def mismatched(groups: Sequence[Group]) -> list[Group]:
     )
     others = []
     for place, group in enumerate(groups):
-        before = [*groups[:place][::-1], *groups[place:][::-1]]
+        before = (groups[(place - back) % len(groups)] for back in range(1, len(groups)))
         other = next(other for other in before if other.prompt.token_ids != group.prompt.token_ids)
         others.append(Group(group.prompt, other.samples))
     return others

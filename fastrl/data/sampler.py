@@ -1,25 +1,27 @@
-"""The order in which prompts are drawn."""
+"""The order in which prompts, or groups of answers, are drawn."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fastrl import check
-from fastrl.types import Prompt
+from fastrl.types import Group, Prompt
+
+Drawn = TypeVar("Drawn", Prompt, Group)
 
 
-class PromptSampler:
+class PromptSampler(Generic[Drawn]):
     """Epochs of all prompts, each shuffled by (seed, epoch) alone: a resumed run draws what it would have drawn.
 
     Args:
-        prompts: what to draw from; kept, not copied.
+        prompts: what to draw from, or groups of answers written before training; kept, not copied.
         seed: of every epoch's order.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+    def __init__(self, prompts: Sequence[Drawn], seed: int) -> None:
         check.require(len(prompts) > 0, "PromptSampler", "prompts", "at least one prompt", "none")
         self.prompts = prompts
         self.seed = seed
@@ -28,7 +30,7 @@ class PromptSampler:
         self._order = self._shuffled()
         self._fingerprint = ""  # made when first asked for
 
-    def next(self, n: int) -> list[Prompt]:
+    def next(self, n: int) -> list[Drawn]:
         """The next `n` prompts; an epoch's last and the following epoch's first may share a batch."""
         batch = []
         while len(batch) < n:
@@ -67,10 +69,18 @@ class PromptSampler:
         return order
 
     def fingerprint(self) -> str:
-        """SHA-256 of the prompts and their order."""
+        """`fingerprint` of the prompts."""
         if not self._fingerprint:
-            digest = hashlib.sha256()
-            for prompt in self.prompts:
-                digest.update(repr((prompt.index, prompt.token_ids)).encode())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = fingerprint(self.prompts)
         return self._fingerprint
+
+
+def fingerprint(drawn: Sequence[Prompt | Group]) -> str:
+    """SHA-256 of prompts, or of groups with their answers and labels, and of their order."""
+    digest = hashlib.sha256()
+    for item in drawn:
+        prompt, samples = (item.prompt, item.samples) if isinstance(item, Group) else (item, ())
+        digest.update(repr((prompt.index, prompt.token_ids)).encode())
+        for sample in samples:
+            digest.update(repr((sample.token_ids, sample.advantage)).encode())
+    return digest.hexdigest()

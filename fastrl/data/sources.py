@@ -1,8 +1,9 @@
-"""Where prompts come from: rows of a JSONL file, of a `datasets` dataset, or of a reasoning-gym task."""
+"""Where prompts and answers come from: rows of a JSONL file, of a `datasets` dataset, or of a reasoning-gym task."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from fastrl import check
 
 GYM = "reasoning_gym:"
+MOST_DRAWS = 100  # other rows' answers that are tried as the wrong one of a question
 
 
 class Row(NamedTuple):
@@ -45,19 +47,42 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
     return rows
 
 
-def _gym_rows(task: str, size: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+def gym_answers(task: str, kind: str, *, size: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
+    """Questions of a reasoning-gym task with answers, in the columns of a kind of `fastrl.data.preferences`.
 
-    near = get_close_matches(task, DATASETS, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else "reasoning_gym.factory.DATASETS lists them."
-    check.require(task in DATASETS, "load_prompts", "source", "a reasoning-gym task", repr(task), hint)
-    known = [field.name for field in fields(DATASETS[task][1]) if field.name not in ("seed", "size")]
-    _no_options(f"{GYM}{task}", options, known)
-    try:
-        dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"load_prompts: reasoning-gym task {task} refuses its options: {error}.") from error
+    `completions`: the task's own answer. `pairs`: that one is chosen, and rejected is another question's answer, which
+    the task's scorer gives less to. `labelled`: one of the two, at random. Equal arguments give equal rows. A question
+    for which no other answer scores less has None instead of a wrong one.
+    """
+    dataset = _gym_dataset(task, size, seed, options)
+    entries = list(dataset)
+    rows = []
+    for index, entry in enumerate(entries):
+        rng = random.Random(f"{seed}/{index}")
+        prompt, right = entry["question"], str(entry["answer"])
+        wrong = _gym_wrong_answer(dataset, entries, entry, rng) if kind != "completions" else None
+        values: dict[str, Any] = {"prompt": prompt, "completion": right}
+        if kind == "pairs":
+            values = {"prompt": prompt, "chosen": right, "rejected": wrong}
+        elif kind == "labelled":
+            label = rng.random() < 0.5
+            values = {"prompt": prompt, "completion": right if label else wrong, "label": label}
+        rows.append(Row(f"{GYM}{task} row {index}", values))
+    return rows
+
+
+def _gym_wrong_answer(dataset: Any, entries: list[Any], entry: Any, rng: random.Random) -> str | None:
+    """Another entry's answer that scores less than the entry's own; None where none of those tried does."""
+    full = dataset.score_answer(entry["answer"], entry)
+    for _ in range(MOST_DRAWS):
+        answer = str(rng.choice(entries)["answer"])
+        if answer != str(entry["answer"]) and dataset.score_answer(answer, entry) < full:
+            return answer
+    return None
+
+
+def _gym_rows(task: str, size: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
+    dataset = _gym_dataset(task, size, seed, options)
     return [
         Row(
             f"{GYM}{task} row {index}",
@@ -71,6 +96,21 @@ def _gym_rows(task: str, size: int, seed: int, options: Mapping[str, Any]) -> li
         )
         for index, entry in enumerate(dataset)
     ]
+
+
+def _gym_dataset(task: str, size: int, seed: int, options: Mapping[str, Any]) -> Any:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    near = get_close_matches(task, DATASETS, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "reasoning_gym.factory.DATASETS lists them."
+    check.require(task in DATASETS, "load_prompts", "source", "a reasoning-gym task", repr(task), hint)
+    known = [field.name for field in fields(DATASETS[task][1]) if field.name not in ("seed", "size")]
+    _no_options(f"{GYM}{task}", options, known)
+    try:
+        return reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"load_prompts: reasoning-gym task {task} refuses its options: {error}.") from error
 
 
 def _jsonl_rows(path: Path) -> list[Row]:

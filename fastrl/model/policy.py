@@ -34,13 +34,15 @@ class Policy:
         return states.reshape(-1, states.shape[-1]).index_select(0, batch.hidden_index)
 
     @torch.no_grad()
-    def score(self, batch: MicroBatch, *, temperature: float, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """(N,) float32: log-probabilities of the completion tokens under the current weights.
+    def score(self, batch: MicroBatch, *, temperature: float) -> torch.Tensor:
+        """(N,) float32: log-probabilities of the completion tokens under the current weights."""
+        return self.read(self.hidden(batch), batch, temperature=temperature)
 
-        `hidden` is `self.hidden(batch)`, for a caller that has it already.
-        """
+    @torch.no_grad()
+    def read(self, hidden: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0) -> torch.Tensor:
+        """`score` from the hidden states of the batch, where they are at hand."""
         return linear_logprob(
-            self.hidden(batch) if hidden is None else hidden,
+            hidden,
             self.head.weight,
             batch.targets,
             bias=self.head.bias,

@@ -11,12 +11,14 @@ from typing import Any
 from fastrl import check
 from fastrl.rewards.format import FormatReward
 from fastrl.rewards.math_answer import MathAnswerReward
+from fastrl.rewards.model import ModelReward
 from fastrl.rewards.overlong import SoftOverlongReward
 from fastrl.rewards.reasoning_gym import ReasoningGymReward
 
 BUILTINS: dict[str, Callable[..., Any]] = {
     "format": FormatReward,
     "math_answer": MathAnswerReward,
+    "model": ModelReward,
     "reasoning_gym": ReasoningGymReward,
     "soft_overlong": SoftOverlongReward,
 }

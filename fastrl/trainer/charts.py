@@ -51,7 +51,7 @@ def charts(run: RunRecord) -> list[Chart]:
     """Every chart for which the run has numbers."""
     if not run.metrics and not run.evaluations:
         return []
-    made = [_held_out(run), _reward(run)]
+    made = [_held_out(run), *_measures(run), _reward(run)]
     made += [_curves(run, title, unit, names) for title, unit, names in _CURVES]
     made.append(_stages(run))
     return [chart for chart in made if chart is not None]
@@ -59,6 +59,17 @@ def charts(run: RunRecord) -> list[Chart]:
 
 _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "per optimizer step", {"loss": "loss"}),
+    (
+        "Pairs in the right order",
+        "fraction of the batch",
+        {"rewards/accuracies": "by reward", "accuracy": "by score"},
+    ),
+    (
+        "Rewards of the answers",
+        "mean over the batch",
+        {"rewards/chosen": "chosen, or desirable", "rewards/rejected": "rejected, or undesirable"},
+    ),
+    ("Reward margin", "mean over the batch", {"rewards/margins": "of rewards", "margin": "of scores"}),
     ("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
     ("Entropy", "nats per token", {"entropy": "entropy"}),
     (
@@ -90,7 +101,7 @@ _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 
 def _held_out(run: RunRecord) -> Chart | None:
-    names = list(dict.fromkeys(e.name for e in run.evaluations))
+    names = list(dict.fromkeys(e.name for e in run.evaluations if not e.numbers))
     chart = Chart("Held-out reward", "mean over held-out prompts, by step")
 
     def draw(axes: Axes) -> None:
@@ -102,6 +113,22 @@ def _held_out(run: RunRecord) -> Chart | None:
         _unit_interval(axes, [e.reward for e in run.evaluations])
 
     return _picture(chart, draw) if names else None
+
+
+def _measures(run: RunRecord) -> list[Chart]:
+    """One chart for each number that held-out rows were judged by."""
+    return [_measure(run, name) for name in dict.fromkeys(name for e in run.evaluations for name in e.numbers)]
+
+
+def _measure(run: RunRecord, name: str) -> Chart:
+    points = [(e.step, e.numbers[name]) for e in run.evaluations if name in e.numbers]
+
+    def draw(axes: Axes) -> None:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=PALETTE["blue"], marker="o", markersize=4.5, linewidth=1.8, clip_on=False)
+        _unit_interval(axes, y)
+
+    return _picture(Chart(f"Held-out {name.replace('_', ' ')}", "over held-out rows, by step"), draw)
 
 
 def _reward(run: RunRecord) -> Chart | None:

@@ -6,7 +6,7 @@ import types
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -15,6 +15,9 @@ from fastrl.algorithms import ALGORITHMS, ActorCritic, Algorithm, GroupPolicyGra
 from fastrl.check import choice, require
 from fastrl.losses import presets
 from fastrl.spec import KL, Clip, Correction, PolicyLoss, Ratio
+
+if TYPE_CHECKING:
+    from fastrl.trainer.offline_config import OfflineConfig
 
 # What a resumed run may do otherwise than it began: how long, how often and on what it runs, not what it computes.
 # `model` may have another name, if its weights are the same.
@@ -253,14 +256,19 @@ class TrainConfig:
         )
         require(self.optimizer.lr >= 0, "TrainConfig", "optimizer.lr", "0 or more", self.optimizer.lr)
         require(len(self.rewards) > 0, "TrainConfig", "rewards", "at least one reward", "none")
-        require(self.adapter.rank >= 0, "TrainConfig", "adapter.rank", "0 or more", self.adapter.rank)
-        require(len(self.adapter.targets) > 0, "TrainConfig", "adapter.targets", "at least one name", "none")
+        require_adapter("TrainConfig", self.adapter)
         require(0 <= self.max_failure_fraction <= 1, "TrainConfig", "max_failure_fraction", "a share of 1", "another")
         build_algorithm(self)
 
     def directory(self) -> Path:
         """`run_dir` with its placeholders filled in."""
         return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed))
+
+
+def require_adapter(op: str, adapter: AdapterConfig) -> None:
+    """Refuses an adapter that cannot be."""
+    require(adapter.rank >= 0, op, "adapter.rank", "0 or more", adapter.rank)
+    require(len(adapter.targets) > 0, op, "adapter.targets", "at least one name", "none")
 
 
 def build_algorithm(config: TrainConfig) -> Algorithm:
@@ -327,8 +335,10 @@ def _kl(loss: LossConfig, spec: PolicyLoss) -> KL | None:
     return KL(loss.kl or default.kind, coef) if coef else None
 
 
-def load_recipe(path: str | Path) -> TrainConfig:
+def load_recipe(path: str | Path) -> TrainConfig | OfflineConfig:
     """Reads a YAML recipe. Unknown keys and wrong types are errors that name the key, the nearest one, and the file.
+
+    `algorithm` says what the other keys are: a `TrainConfig`'s or, for answers written before, an `OfflineConfig`'s.
 
     Raises:
         ConfigError: the file is missing, not YAML, or not a recipe.
@@ -340,7 +350,21 @@ def load_recipe(path: str | Path) -> TrainConfig:
         raise ConfigError(f"{path}: no such recipe. `recipes/` has some to start from.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return from_dict(TrainConfig, {} if data is None else data, str(path))
+    data = {} if data is None else data
+    return from_dict(config_class(data, str(path)), data, str(path))
+
+
+def config_class(data: Any, where: str) -> type[TrainConfig] | type[OfflineConfig]:
+    """The class of which the values of a recipe are the fields."""
+    from fastrl.trainer.offline_config import OFFLINE, OfflineConfig  # which is written with this module's classes
+
+    name = data.get("algorithm") if isinstance(data, dict) else None
+    if isinstance(name, str):
+        try:
+            choice(where, "algorithm", name, (*ALGORITHMS, "ppo", *OFFLINE))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return OfflineConfig if name in OFFLINE else TrainConfig
 
 
 def from_dict(cls: type, data: Any, where: str) -> Any:

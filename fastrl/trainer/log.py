@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fastrl.trainer.alarms import Alarms
 from fastrl.trainer.files import replace_text, sync
-from fastrl.trainer.records import lines
+from fastrl.trainer.records import lines, measured
 from fastrl.trainer.screen import COLUMNS, Column, Screen
 from fastrl.trainer.trackers import TRACKERS, Tracker, numbers
 from fastrl.trainer.untrusted import question
@@ -119,7 +119,7 @@ class RunLog:
         self._began, self._mark = now - state["seconds"], now - state["seconds_of_step"]
         self._seconds = dict(state["stages"])
         for record in lines(self._path("evaluations")):
-            self._evaluated.setdefault(record["step"], {})[record["name"]] = float(record.get("reward", "nan"))
+            self._evaluated.setdefault(record["step"], {}).update(measured(record))
         for record in lines(self._path("metrics")):
             record = {name: float(value) for name, value in record.items()} | {"step": record["step"]}
             list(self._alarms.check(record["step"], record))  # these warnings were given
@@ -129,7 +129,7 @@ class RunLog:
             self.warn(f"{name} is shorter than it was when the checkpoint was written: lines are missing.")
 
     def evaluated(self, step: int) -> dict[str, float]:
-        """Evaluation name -> mean reward of the evaluations logged at `step`."""
+        """Evaluation name -> mean reward of the evaluations logged at `step`; or, without rewards, each number."""
         return self._evaluated.get(step, {})
 
     @contextmanager
@@ -170,7 +170,7 @@ class RunLog:
         seconds = self._seconds.pop("eval", 0.0)
         self._mark += seconds  # the next step does not pay for it
         now = self._clock() - self._began
-        self._evaluated.setdefault(step, {})[name] = result.get("reward", math.nan)
+        self._evaluated.setdefault(step, {}).update(measured({"name": name, **result}))
         self._append("evaluations", {"step": step, "time": now, "name": name, **result, "seconds": seconds})
         self._append("evaluation_completions", *_samples({"step": step, "name": name}, samples))
         self._track({f"eval/{name}/{key}": value for key, value in result.items()}, step)

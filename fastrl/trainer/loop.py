@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,9 @@ from fastrl.trainer.resume import how_to, position, reached, restore, resume_log
 from fastrl.trainer.setup import Run, make_optimizers, prepare
 from fastrl.trainer.step import NonFiniteLoss, optimise
 from fastrl.trainer.summary import step_metrics
+
+if TYPE_CHECKING:
+    from fastrl.trainer.resume import AnyRun
 
 Optimizers = dict[str, MasterOptimizer]  # by the name of their file in a checkpoint
 
@@ -65,18 +68,23 @@ def train(config: TrainConfig) -> Outcome:
     log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=done)
     if run.resumed:
         resume_log(run, log, done, batch)
-    with _interruptible() as interrupt:
+    with interruptible() as interrupt:
         status, steps = _steps(run, log, optimizers, interrupt, done, batch)
     with log.stage("save"):
         env.return_freed_memory()
-        for name, model in run.models().items():
-            whole = name == "model" and run.adapted and config.adapter.save == "merged"
-            save_model(merged(run.adapted) if whole else model, run.tokenizer, directory / name)
+        save_result(run)
     before, after = log.evaluated(0), log.evaluated(steps) if status == "finished" else {}
     report = write_report(directory)
     again = {"resume": how_to(directory)} if status != "finished" and has_checkpoint(directory) else {}
     log.close(status, {"before": before, "after": after, "steps": steps, "report": str(report)} | again)
     return Outcome(status, steps, before, after, report)
+
+
+def save_result(run: AnyRun) -> None:
+    """Writes what was trained to the run's directory; an adapter alone, or merged into its model."""
+    for name, model in run.models().items():
+        whole = model is run.adapted and run.config.adapter.save == "merged"
+        save_model(merged(run.adapted) if whole else model, run.tokenizer, run.directory / name)
 
 
 def _steps(
@@ -189,7 +197,7 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
+def interruptible() -> Iterator[list[int]]:
     """The first Ctrl-C or SIGTERM asks the loop to stop after the current step; the second stops at once."""
     asked: list[int] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Evaluation:
     name: str
     reward: float
     samples: list[Record]
+    numbers: dict[str, float] = field(default_factory=dict)  # what was measured where there is no reward
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,26 @@ def lines(path: Path) -> Iterator[Record]:
                 yield json.loads(line)
 
 
+def measured(record: Record) -> dict[str, float]:
+    """What an evaluation found: the mean reward under the evaluation's name or, without rewards, each number."""
+    if "reward" in record:
+        return {record["name"]: float(record["reward"])}
+    about = ("step", "time", "name", "seconds", "rows")
+    return {name: float(value) for name, value in record.items() if name not in about}
+
+
 def _evaluations(run_dir: Path, records: list[Record]) -> list[Evaluation]:
     samples: dict[tuple[int, str], list[Record]] = {}
     for sample in lines(run_dir / "evaluation_completions.jsonl"):
         samples.setdefault((sample["step"], sample["name"]), []).append(sample)
     return [
-        Evaluation(r["step"], r["name"], float(r.get("reward", "nan")), samples.get((r["step"], r["name"]), []))
+        Evaluation(
+            r["step"],
+            r["name"],
+            float(r.get("reward", "nan")),
+            samples.get((r["step"], r["name"]), []),
+            {} if "reward" in r else measured(r),
+        )
         for r in records
     ]
 

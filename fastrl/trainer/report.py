@@ -62,6 +62,11 @@ def verdict(run: RunRecord) -> str:
 
 def _achievement(run: RunRecord) -> str:
     changes = []
+    for name in dict.fromkeys(name for e in run.evaluations for name in e.numbers):
+        found = sorted((e.step, e.numbers[name]) for e in run.evaluations if name in e.numbers)
+        changes.append(f"{name.replace('_', ' ')} {' → '.join(number(v) for _, v in (found[0], *found[1:][-1:]))}")
+    if changes:
+        return f"Held-out {', '.join(changes)}"
     for name in _evaluation_names(run):
         rewards = [f"{e.reward:.2f}" for e in _first_and_last(run, name)]
         changes.append(f"{' → '.join(rewards)} ({name})")
@@ -116,7 +121,7 @@ def _where(run: RunRecord) -> str:
 
 
 def _subtitle(run: RunRecord) -> str:
-    task = run.config.get("task") or {}
+    task = run.config.get("task") or run.config.get("data") or {}
     parts = (run.config.get("model"), run.config.get("algorithm"), task.get("source"), run.name)
     return " · ".join(clean(str(part)) for part in parts if part)
 

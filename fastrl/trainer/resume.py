@@ -17,29 +17,31 @@ from fastrl.check import require, sentence
 from fastrl.trainer import checkpoint
 from fastrl.trainer.batch import RolloutBatch
 from fastrl.trainer.checkpoint import Checkpoint
-from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig, from_dict
+from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig, config_class, from_dict
 from fastrl.trainer.files import clear_leftovers
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.optimizer import MasterOptimizer
 
 if TYPE_CHECKING:
+    from fastrl.trainer.offline_config import OfflineConfig
+    from fastrl.trainer.offline_setup import OfflineRun
     from fastrl.trainer.setup import Run
 
+    AnyConfig = TrainConfig | OfflineConfig
+    AnyRun = Run | OfflineRun
 
-def position(run: Run) -> dict[str, Any]:
+
+def position(run: AnyRun) -> dict[str, Any]:
     """Where the run is between two steps, besides weights and optimizer: the prompts drawn and the random numbers.
 
     What a step samples and in which order it trains is seeded by the step's number; the global generators are for
     what others draw from them, rewards above all.
     """
-    state = {"prompts": run.prompts.state_dict(), "random": _random_state()}
-    if run.algorithm.needs_critic:
-        state["kl_coef"] = run.algorithm.kl.coef
-    return state
+    return {"prompts": run.prompts.state_dict(), "random": _random_state(), "run": run.state()}
 
 
 def save(
-    run: Run,
+    run: AnyRun,
     optimizers: Mapping[str, MasterOptimizer],
     log: RunLog,
     step: int,
@@ -84,7 +86,7 @@ def save(
     return folder
 
 
-def restore(run: Run, optimizers: Mapping[str, MasterOptimizer]) -> tuple[int, RolloutBatch | None]:
+def restore(run: AnyRun, optimizers: Mapping[str, MasterOptimizer]) -> tuple[int, RolloutBatch | None]:
     """Puts weights, optimizer, prompts and random numbers back to where `run.resumed` was written.
 
     Returns the steps that are done, and the rollout batch of the next one when the run stopped inside it.
@@ -97,8 +99,7 @@ def restore(run: Run, optimizers: Mapping[str, MasterOptimizer]) -> tuple[int, R
     run.prompts.load_state_dict(state["prompts"])
     for name, optimizer in optimizers.items():
         optimizer.load_tensors(found.tensors(f"{name}.safetensors"), steps=state["optimizer_steps"][name])
-    if run.algorithm.needs_critic:
-        run.algorithm.kl.coef = state["kl_coef"]
+    run.load_state(state["run"])
     batch = None
     if state["batch"]:
         tensors = found.tensors("rollout.safetensors")
@@ -107,7 +108,7 @@ def restore(run: Run, optimizers: Mapping[str, MasterOptimizer]) -> tuple[int, R
     return state["step"], batch
 
 
-def resume_log(run: Run, log: RunLog, step: int, batch: RolloutBatch | None) -> None:
+def resume_log(run: AnyRun, log: RunLog, step: int, batch: RolloutBatch | None) -> None:
     """Cuts from the run's files what it wrote after `run.resumed`, and says where it goes on from."""
     clear_leftovers(run.directory)
     checkpoint.point_to(run.resumed.folder)  # newer ones are of a future that will not be
@@ -121,13 +122,17 @@ def reached(step: int, batch: RolloutBatch | None) -> str:
     return f"step {step}" + (f" and {len(batch.updates)} optimizer steps of the next" if batch else "")
 
 
-def resumable(config: TrainConfig) -> Checkpoint:
+def resumable(config: AnyConfig) -> Checkpoint:
     """The checkpoint that `config.resume` names: a run directory, one of its checkpoints, or `latest`.
 
     Raises:
         ValueError: there is none, or its recipe is another; the message names the field.
     """
     found = checkpoint.find(_newest_run(config.directory()) if config.resume == "latest" else Path(config.resume))
+    name, where = found.manifest["recipe"]["algorithm"], f"resume: {found.folder}"
+    same = config_class(found.manifest["recipe"], where) is type(config)
+    do = f"{found.run_dir / 'config.yaml'} is the run's recipe."
+    require(same, "resume", "algorithm", f"{name!r} as in {found.folder}", repr(config.algorithm), do)
     began = found.manifest["step"] + (found.manifest["update"] is not None)
     require(config.steps >= began, "resume", "steps", f"at least {began}, as far as {found.folder} is", config.steps)
     changed = [change for change in _changes(found, config) if change[0] not in RESUME_MAY_CHANGE]
@@ -162,20 +167,20 @@ def _newest_run(wanted: Path) -> Path:
     return max(runs, key=lambda run: (run / checkpoint.CHECKPOINTS).stat().st_mtime, default=wanted)
 
 
-def _changes(found: Checkpoint, config: TrainConfig) -> list[tuple[str, Any, Any]]:
+def _changes(found: Checkpoint, config: AnyConfig) -> list[tuple[str, Any, Any]]:
     """(field, its value in the checkpoint, its value in `config`) of every field that differs."""
-    saved = from_dict(TrainConfig, found.manifest["recipe"], f"resume: {found.folder}")  # fills in newer fields
+    saved = from_dict(type(config), found.manifest["recipe"], f"resume: {found.folder}")  # fills in newer fields
     was, now = dict(_leaves(_plain(saved))), dict(_leaves(_plain(config)))
     return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
 
 
-def _where_from(run: Run, where: str) -> str:
+def _where_from(run: AnyRun, where: str) -> str:
     changes = [change for change in _changes(run.resumed, run.config) if change[0] not in ("resume", "run_dir")]
     listed = "".join(f"; {name} {was} -> {now}" for name, was, now in changes)
     return f"resumed after {where}, from {run.resumed.folder}{listed}"
 
 
-def _differences(run: Run) -> Iterator[str]:
+def _differences(run: AnyRun) -> Iterator[str]:
     """What the reader should know about a run that goes on under other conditions."""
     was = run.resumed.manifest["versions"]
     now = checkpoint.about()["versions"]
@@ -187,7 +192,7 @@ def _differences(run: Run) -> Iterator[str]:
         yield f"The cosine schedule now ends at step {run.config.steps} instead of {steps}: the learning rate jumps."
 
 
-def _plain(config: TrainConfig) -> dict[str, Any]:
+def _plain(config: AnyConfig) -> dict[str, Any]:
     """The recipe as JSON gives it back."""
     return json.loads(json.dumps(asdict(config), default=str))
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from fastrl.rewards import RewardSuite, resolve_reward
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer.checkpoint import Checkpoint
-from fastrl.trainer.config import TrainConfig, build_algorithm
+from fastrl.trainer.config import AdapterConfig, TrainConfig, build_algorithm
 from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
 from fastrl.trainer.resume import require_same_model, resumable
 from fastrl.trainer.trackers import require_installed
@@ -85,14 +85,23 @@ class Run:
         """With what this run's algorithm reads of the weights before the update: `old_logps` when asked for,
         `ref_logps` where there is a reference, `values` where there is a critic."""
         shared = isinstance(self.critic, SharedCritic)
-        hidden = self.policy.hidden(batch) if shared else None
+        hidden = self.policy.hidden(batch) if old or shared else None
         values = self.critic.of(hidden) if shared else self.critic.values(batch) if self.critic else None
         return replace(
             batch,
-            old_logps=self.policy.score(batch, temperature=temperature, hidden=hidden) if old else batch.old_logps,
+            old_logps=self.policy.read(hidden, batch, temperature=temperature) if old else batch.old_logps,
             ref_logps=self.reference.score(batch, temperature=temperature) if self.reference else None,
             values=values,
         )
+
+    def state(self) -> dict[str, Any]:
+        """What changes as the run goes on and is neither a weight nor a prompt, as JSON can hold it."""
+        return {"kl_coef": self.algorithm.kl.coef} if self.algorithm.needs_critic else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from where `state` was taken."""
+        if self.algorithm.needs_critic:
+            self.algorithm.kl.coef = state["kl_coef"]
 
     def pack(self, groups: Sequence[Group]) -> list[MicroBatch]:
         """Micro-batches of the samples that train, in this run's layout and token budget."""
@@ -137,11 +146,8 @@ def prepare(config: TrainConfig) -> Run:
     model.to(device)
     layout = prepare_attention(model, config.layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
-    adapter = config.adapter
-    adapted = (
-        add_adapter(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets) if adapter.rank else None
-    )
+        checkpoint_activations(model)
+    adapted = with_adapter(model, config.adapter)
     policy = Policy(model, backend=config.backend)
     reference = None
     if algorithm.needs_ref and adapted:
@@ -201,6 +207,13 @@ def make_optimizers(run: Run) -> dict[str, MasterOptimizer]:
     return optimizers
 
 
+def with_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel | None:
+    """Puts the adapters that `config` asks for into the model; None where it asks for none, and every weight trains."""
+    if not config.rank:
+        return None
+    return add_adapter(model, rank=config.rank, alpha=config.alpha, targets=config.targets)
+
+
 def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, layout: str) -> Critic:
     """The critic that `config.ppo` asks for, on the policy's device, fit for the same micro-batches.
 
@@ -216,11 +229,12 @@ def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokeni
     require(same, "TrainConfig", "ppo.critic_model", "a model with the policy's tokenizer", got)
     prepare_attention(model.to(policy.model.device), layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return ScalarModel(model)
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes the model compute its activations again in the backward pass instead of keeping them."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     model.train()  # transformers checkpoints only in this mode; dropout is off in any case

@@ -173,7 +173,7 @@ def test_interrupt_stops_after_the_step_with_everything_saved(tmp_path, monkeypa
 
 
 def test_second_interrupt_stops_at_once():
-    with loop._interruptible() as asked:
+    with loop.interruptible() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):

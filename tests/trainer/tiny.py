@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastrl.trainer.config import EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig, TaskConfig, TrainConfig
+from fastrl.trainer.offline_config import DataConfig, OfflineConfig, build_objective
 
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(30))]
 
@@ -91,3 +92,39 @@ def tiny_config(tmp_path, **changes):
         "eval": EvalConfig(samples=2),
     }
     return TrainConfig(**(fields | changes))
+
+
+def write_answers(path, kind="pairs", rows=24):
+    """Pairs, labelled answers or demonstrations, of which those with many w7 are the better ones; returns the file."""
+    lines = []
+    for i in range(rows):
+        good, bad = " ".join(["w7"] * (1 + i % 2)), " ".join([f"w{(i + 8) % 30}"] + ["w9"] * (i % 4))
+        values = {
+            "pairs": {"chosen": good, "rejected": bad},
+            "labelled": {"completion": bad if i % 2 else good, "label": i % 2 == 0},
+            "completions": {"completion": good},
+        }[kind]
+        lines.append({"prompt": " ".join([f"w{i}"] * (1 + i % 3))} | values)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def offline_config(tmp_path, algorithm="dpo", **changes):
+    """A run on written answers with the tiny model, in float32."""
+    model = tmp_path / "model"
+    if not model.exists():
+        write_model(model)
+    kind = build_objective(OfflineConfig(algorithm=algorithm)).kind
+    fields = {
+        "model": str(model),
+        "algorithm": algorithm,
+        "dtype": "float32",
+        "device": "cpu",
+        "steps": 4,
+        "batch": 5,
+        "run_dir": str(tmp_path / "run"),
+        "tokens_per_batch": 64,
+        "data": DataConfig(source=str(write_answers(tmp_path / f"{kind}.jsonl", kind)), held_out=6, chat=False),
+        "optimizer": OptimizerConfig(lr=1e-2),
+    }
+    return OfflineConfig(**(fields | changes))

@@ -1,0 +1,344 @@
+"""Learning from answers that were written before training: preferences, labels, demonstrations, rankings.
+
+An objective is what a recipe's `algorithm` selects. It adds the gradient of a whole optimizer step to the parameters,
+micro-batch by micro-batch, and measures held-out answers. Everything that belongs to the step and not to a micro-batch
+(counts, KTO's baseline, the sorting of AOT) is computed over the whole step, so that no split changes the gradient.
+
+Logits are never stored. A preference loss is a function of log-probabilities, so it is evaluated on log-probabilities
+that were read without a gradient; its derivatives c_t = d loss / d logps_t then are the weights of a loss
+sum_t c_t logps_t, which `linear_policy_loss` differentiates chunk by chunk, the head's gradient going straight into the
+float32 `main_grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+
+from fastrl.data.preferences import Kind
+from fastrl.losses import presets
+from fastrl.losses.answer_rows import split_pairs
+from fastrl.losses.linear_policy import linear_policy_loss
+from fastrl.losses.metrics import Metrics, finish
+from fastrl.losses.preference import preference_loss
+from fastrl.losses.reward_model import reward_model_loss
+from fastrl.losses.unpaired import mismatched_kl, unpaired_preference_loss
+from fastrl.model.policy import Policy
+from fastrl.model.scalar import ScalarModel
+from fastrl.preference_spec import PreferenceLoss, PreferenceMix, UnpairedPreferenceLoss
+from fastrl.spec import PolicyLoss, Reinforce
+from fastrl.types import LossOutput, MicroBatch
+
+ARGMAX_ELEMENTS = 1 << 24  # logits in memory at a time where token accuracy is measured
+SUM_OF_LOGPS = PolicyLoss(surrogate=Reinforce(), aggregate="token_sum")  # -advantage log p, summed
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The groups of one optimizer step, or all held-out ones, packed; and the counts that losses are divided by."""
+
+    batches: list[MicroBatch]
+    groups: int
+    tokens: int  # of the chosen answers, or of all where a group is one answer
+    mismatched: list[MicroBatch] = field(default_factory=list)  # answers to other prompts, for KTO's baseline
+
+
+class Objective(Protocol):
+    """A loss on groups of answers of one kind, and how its model is judged on held-out ones."""
+
+    kind: ClassVar[Kind]
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether `MicroBatch.ref_logps` is read."""
+        ...
+
+    def accumulate(self, model: Any, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+        """Adds the gradient of the loss to the parameters; returns the loss, a scalar, and metrics to merge."""
+        ...
+
+    def measure(self, model: Any, answers: Answers) -> dict[str, float]:
+        """Numbers that say how good the model is on these answers, without gradient; `loss` is among them."""
+        ...
+
+
+class Scored(NamedTuple):
+    """Packed log-probabilities of some micro-batches, without gradient."""
+
+    logps: torch.Tensor  # (N,) float32
+    cu_seqlens: torch.Tensor  # (S + 1,)
+    advantages: torch.Tensor  # (S,), 1 for an answer to learn and -1 for one to avoid
+    ref_logps: torch.Tensor | None  # (N,)
+    log_sum_sq_probs: torch.Tensor | None  # (N,), where the loss asks for it
+
+
+Loss = Callable[[Scored], LossOutput]
+
+
+@dataclass(frozen=True)
+class PairedPreference:
+    """DPO and its kin: a `PreferenceLoss` or a mix of several, on pairs."""
+
+    spec: PreferenceLoss | PreferenceMix
+    kind: ClassVar[Kind] = "pairs"
+
+    @property
+    def needs_ref(self) -> bool:
+        """As the spec."""
+        return self.spec.needs_ref
+
+    def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+        """As `Objective`. A loss that sorts the batch (AOT) takes a forward pass of its own over all of it first."""
+        loss = partial(self._loss, answers=answers)
+        if not self._sorts:
+            return _accumulate(policy, answers.batches, loss, self._weighs)
+        scored = [_scored(policy, _hidden(policy, batch), batch, self._weighs) for batch in answers.batches]
+        out, gradient = _value_and_gradient(loss, _joined(scored))
+        parts = gradient.split([len(batch.targets) for batch in answers.batches])
+        for batch, part in zip(answers.batches, parts, strict=True):
+            _pull_back(policy, policy.hidden(batch), batch, part)
+        return out.loss, [out.metrics]
+
+    def measure(self, policy: Policy, answers: Answers) -> dict[str, float]:
+        """Share of pairs whose chosen answer has the higher reward, equal rewards counting half; margin; loss."""
+        scored = _joined([_scored(policy, _hidden(policy, b), b, self._weighs) for b in answers.batches])
+        arguments = self._arguments(scored)
+        other = {"chosen": "rejected", "rejected": "chosen"}
+        swapped = {
+            name.replace(side, other[side]): tensor
+            for name, tensor in arguments.items()
+            for side in other
+            if side in name
+        }
+        values = self._loss(scored, answers)
+        right = finish(values.metrics)
+        wrong = finish(preference_loss(**swapped, **self._counts(answers), spec=self.spec).metrics)
+        accuracy = (right["rewards/accuracies"] + 1 - wrong["rewards/accuracies"]) / 2
+        return {"accuracy": accuracy, "margin": right["rewards/margins"], "loss": values.loss.item()}
+
+    def _loss(self, scored: Scored, answers: Answers) -> LossOutput:
+        return preference_loss(**self._arguments(scored), **self._counts(answers), spec=self.spec)
+
+    def _arguments(self, scored: Scored) -> dict[str, torch.Tensor]:
+        ref_logps = scored.ref_logps if self.needs_ref else None
+        return split_pairs(
+            scored.cu_seqlens, logps=scored.logps, ref_logps=ref_logps, log_sum_sq_probs=scored.log_sum_sq_probs
+        )
+
+    def _counts(self, answers: Answers) -> dict[str, int]:
+        return {"normalizer": answers.groups, "token_normalizer": answers.tokens}
+
+    @property
+    def _pair_losses(self) -> list[PreferenceLoss]:
+        terms = self.spec.terms if isinstance(self.spec, PreferenceMix) else ((1.0, self.spec),)
+        return [term for _, term in terms if isinstance(term, PreferenceLoss)]
+
+    @property
+    def _sorts(self) -> bool:
+        return any(term.match != "pairs" for term in self._pair_losses)
+
+    @property
+    def _weighs(self) -> bool:
+        return any(term.weighting == "wpo" for term in self._pair_losses)
+
+
+@dataclass(frozen=True)
+class UnpairedPreference:
+    """KTO and its kin: an `UnpairedPreferenceLoss` on labelled answers."""
+
+    spec: UnpairedPreferenceLoss
+    kind: ClassVar[Kind] = "labelled"
+    needs_ref: ClassVar[bool] = True
+
+    def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+        """As `Objective`. KTO's baseline is that of the whole step, from a forward pass over `answers.mismatched`."""
+        loss = partial(self._loss, answers=answers, kl=self._kl(policy, answers))
+        return _accumulate(policy, answers.batches, loss)
+
+    def measure(self, policy: Policy, answers: Answers) -> dict[str, float]:
+        """Mean reward of the desirable answers less that of the others, and the loss."""
+        scored = _joined([_scored(policy, _hidden(policy, batch), batch) for batch in answers.batches])
+        out = self._loss(scored, answers, self._kl(policy, answers))
+        values = finish(out.metrics)
+        gap = values.get("rewards/chosen", float("nan")) - values.get("rewards/rejected", float("nan"))
+        return {"margin": gap, "loss": out.loss.item()}
+
+    def _loss(self, scored: Scored, answers: Answers, kl: torch.Tensor | None) -> LossOutput:
+        return unpaired_preference_loss(
+            scored.logps,
+            scored.advantages > 0,
+            self.spec,
+            ref_logps=scored.ref_logps,
+            cu_seqlens=scored.cu_seqlens,
+            kl=kl,
+            normalizer=answers.groups,
+        )
+
+    def _kl(self, policy: Policy, answers: Answers) -> torch.Tensor | None:
+        if self.spec.baseline != "kl":
+            return None
+        parts = [
+            mismatched_kl(policy.score(batch, temperature=1.0), batch.ref_logps, cu_seqlens=batch.cu_seqlens)
+            for batch in answers.mismatched
+        ]
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+
+@dataclass(frozen=True)
+class SupervisedTuning:
+    """SFT: the mean of -log p over the answers' tokens, those of the prompts being conditions only."""
+
+    kind: ClassVar[Kind] = "completions"
+    needs_ref: ClassVar[bool] = False
+
+    def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+        """As `Objective`; one pass over the head."""
+        total, metrics = 0.0, []
+        for batch in answers.batches:
+            weights = torch.full_like(batch.sampling_logps, 1.0 / answers.tokens)
+            out = _linear_loss(policy, policy.hidden(batch), batch, weights, entropy=True)
+            out.loss.backward()
+            total = total + out.loss.detach()
+            metrics.append({"entropy": out.metrics["entropy"]})
+        return total, metrics
+
+    @torch.no_grad()
+    def measure(self, policy: Policy, answers: Answers) -> dict[str, float]:
+        """Loss and share of right greedy predictions, both per token."""
+        nats, right = 0.0, 0
+        rows = max(1, ARGMAX_ELEMENTS // policy.head.weight.shape[0])
+        for batch in answers.batches:
+            hidden = policy.hidden(batch)
+            nats -= policy.read(hidden, batch).double().sum().item()
+            for states, targets in zip(hidden.split(rows), batch.targets.split(rows), strict=True):
+                right += (policy.head.logits(states).argmax(-1) == targets).sum().item()
+        return {"loss": nats / answers.tokens, "token_accuracy": right / answers.tokens}
+
+
+@dataclass(frozen=True)
+class RewardModelling:
+    """A scalar head that learns which answer of a pair is the better one: `reward_model_loss`."""
+
+    center_coef: float = 0.0
+    kind: ClassVar[Kind] = "pairs"
+    needs_ref: ClassVar[bool] = False
+
+    def accumulate(self, model: ScalarModel, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+        """As `Objective`; the scores are read at the target that `fastrl.data.preferences.with_end` appends."""
+        total, metrics = 0.0, []
+        for batch in answers.batches:
+            out = self._loss(model.scores(batch), answers)
+            out.loss.backward()
+            total = total + out.loss.detach()
+            metrics.append(out.metrics)
+        return total, metrics
+
+    @torch.no_grad()
+    def measure(self, model: ScalarModel, answers: Answers) -> dict[str, float]:
+        """Share of pairs whose chosen answer has the higher score, equal scores counting half; margin; loss."""
+        scores = torch.cat([model.scores(batch) for batch in answers.batches])
+        out = self._loss(scores, answers)
+        right = finish(out.metrics)
+        wrong = finish(self._loss(scores.view(-1, 2).flip(1).reshape(-1), answers).metrics)
+        accuracy = (right["accuracy"] + 1 - wrong["accuracy"]) / 2
+        return {"accuracy": accuracy, "margin": right["margin"], "loss": out.loss.item()}
+
+    def _loss(self, scores: torch.Tensor, answers: Answers) -> LossOutput:
+        chosen, rejected = scores.view(-1, 2).unbind(1)
+        return reward_model_loss(chosen, rejected, center_coef=self.center_coef, normalizer=answers.groups)
+
+
+# name -> preset, or what has none: what a recipe's `algorithm` selects.
+OFFLINE: dict[str, PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Objective] = {
+    **{name.lower(): spec for name, spec in presets.PREFERENCE_PRESETS.items()},
+    "sft": SupervisedTuning(),
+    "reward_model": RewardModelling(),
+}
+
+
+def objective_of(chosen: PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Objective) -> Objective:
+    """What trains a value of `OFFLINE`."""
+    if isinstance(chosen, PreferenceLoss | PreferenceMix):
+        return PairedPreference(chosen)
+    return UnpairedPreference(chosen) if isinstance(chosen, UnpairedPreferenceLoss) else chosen
+
+
+@torch.no_grad()
+def _hidden(policy: Policy, batch: MicroBatch) -> torch.Tensor:
+    return policy.hidden(batch)
+
+
+def _scored(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, weighs: bool = False) -> Scored:
+    logps = policy.read(hidden, batch)
+    squares = None
+    if weighs:
+        # At temperature 1/2 a token's log-probability is 2 z_t - log sum_v e^{2 z_v}, and log sum_v p_v^2 is
+        # log sum_v e^{2 z_v} - 2 log sum_v e^{z_v}: WPO's weights without a pass over probabilities.
+        squares = 2 * logps - policy.read(hidden, batch, temperature=0.5)
+    return Scored(logps, batch.cu_seqlens, batch.advantages, batch.ref_logps, squares)
+
+
+def _joined(parts: Sequence[Scored]) -> Scored:
+    """All sequences in one, in order."""
+    lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
+    columns = zip(
+        *((part.logps, part.advantages, part.ref_logps, part.log_sum_sq_probs) for part in parts), strict=True
+    )
+    logps, advantages, ref_logps, squares = (torch.cat(column) if column[0] is not None else None for column in columns)
+    return Scored(logps, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), advantages, ref_logps, squares)
+
+
+def _accumulate(
+    policy: Policy, batches: Sequence[MicroBatch], loss: Loss, weighs: bool = False
+) -> tuple[torch.Tensor, list[Metrics]]:
+    """(loss, metrics) of a loss that adds up over micro-batches; their gradients are added to the parameters'."""
+    total, metrics = 0.0, []
+    for batch in batches:
+        hidden = policy.hidden(batch)
+        out, gradient = _value_and_gradient(loss, _scored(policy, hidden.detach(), batch, weighs))
+        _pull_back(policy, hidden, batch, gradient)
+        total = total + out.loss
+        metrics.append(out.metrics)
+    return total, metrics
+
+
+def _value_and_gradient(loss: Loss, scored: Scored) -> tuple[LossOutput, torch.Tensor]:
+    """The loss of these log-probabilities, and its derivatives with respect to them, (N,)."""
+    logps = scored.logps.detach().requires_grad_()
+    with torch.enable_grad():
+        out = loss(scored._replace(logps=logps))
+    (gradient,) = torch.autograd.grad(out.loss, logps)
+    return LossOutput(out.loss.detach(), out.metrics), gradient
+
+
+def _pull_back(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, gradient: torch.Tensor) -> None:
+    """Adds the gradient of the parameters, given that of the log-probabilities; rows where it is 0 cost nothing."""
+    _linear_loss(policy, hidden, batch, -gradient, entropy=False).loss.backward()
+
+
+def _linear_loss(
+    policy: Policy, hidden: torch.Tensor, batch: MicroBatch, weights: torch.Tensor, *, entropy: bool
+) -> LossOutput:
+    """-sum_t weights_t log p_t, `weights` (N,) being constants."""
+    head = policy.head
+    return linear_policy_loss(
+        hidden,
+        head.weight,
+        batch.targets,
+        weights,
+        SUM_OF_LOGPS,
+        mask=batch.mask,
+        normalizer=1.0,
+        cu_seqlens=batch.cu_seqlens,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        main_grad=getattr(head.weight, "main_grad", None),
+        entropy=entropy,
+        metrics=entropy,
+        backend=policy.backend,
+    )

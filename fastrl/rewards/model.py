@@ -1,0 +1,71 @@
+"""The score that a reward model gives to an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastrl import check
+from fastrl.rewards.extract import completion_text
+
+DTYPES = ("bfloat16", "float32")
+
+
+class ModelReward:
+    """What a model of `algorithm: reward_model`, or another sequence classifier with one label, says of an answer.
+
+    Prompt and completion are rendered and tokenised anew as the reward model saw them in training, by its own chat
+    template, so that its vocabulary need not be the policy's. A completion that the length limit cut is scored as if it
+    ended there.
+
+    Args:
+        path: a folder or hub id.
+        name: under which the reward is logged; two models in one recipe need two names.
+        tokens_per_batch: input tokens of a forward pass.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str = "model",
+        dtype: str = "bfloat16",
+        device: str = "auto",
+        tokens_per_batch: int = 4096,
+    ) -> None:
+        # Here and not above: who asks for another reward need not wait for, or have, what models need.
+        import torch
+
+        from fastrl.model.attention import prepare_attention
+        from fastrl.model.scalar import ScalarModel, load_scalar_model
+
+        check.choice("model", "dtype", dtype, DTYPES)
+        self.__name__ = name
+        self.tokens_per_batch = tokens_per_batch
+        model, self.tokenizer = load_scalar_model(path, getattr(torch, dtype))
+        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.model = ScalarModel(model.to(place).requires_grad_(False))
+        do = "Train one with algorithm: reward_model."
+        trained = bool(self.model.head.weight.any())
+        check.require(trained, "model", "path", "a reward model", f"{path}, whose scalar head is all zeros", do)
+        self.layout = prepare_attention(model, "padded", dtype=getattr(torch, dtype))
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        """One score per completion."""
+        import torch
+
+        from fastrl.data.pack import pack
+        from fastrl.data.preferences import answered, with_end
+
+        texts = map(completion_text, completions)
+        groups = [answered(prompt, text, self.tokenizer) for prompt, text in zip(prompts, texts, strict=True)]
+        groups = with_end(groups, self.tokenizer.pad_token_id)
+        longest = max(len(group.prompt.token_ids) + len(group.samples[0].token_ids) for group in groups)
+        scores = [0.0] * len(groups)
+        limit, device = max(self.tokens_per_batch, longest), self.model.head.weight.device
+        for batch in pack(groups, layout=self.layout, max_tokens=limit, device=device):
+            with torch.no_grad():
+                found = self.model.scores(batch).tolist()
+            for place, score in zip(batch.group_ids.tolist(), found, strict=True):
+                scores[place] = score
+        return scores

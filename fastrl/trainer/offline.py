@@ -1,0 +1,169 @@
+"""The loop for answers that were written before training, which is the picture of the data flow:
+
+next groups -> pack (the reference scored all of them once, before training) -> forward -> loss -> backward -> step
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from fastrl import env
+from fastrl.losses.metrics import finish, merge
+from fastrl.trainer.checkpoint import has_checkpoint
+from fastrl.trainer.doctor import environment
+from fastrl.trainer.log import RunLog
+from fastrl.trainer.loop import Optimizers, Outcome, interruptible, save_result
+from fastrl.trainer.offline_config import OfflineConfig, build_objective
+from fastrl.trainer.offline_setup import OfflineRun, prepare
+from fastrl.trainer.optimizer import POLICY, MasterOptimizer
+from fastrl.trainer.reference import fill_in
+from fastrl.trainer.report import write_report
+from fastrl.trainer.resume import how_to, reached, restore, resume_log, save
+from fastrl.trainer.screen import Column
+from fastrl.trainer.step import NonFiniteLoss
+from fastrl.types import Group
+
+COLUMNS = {  # by the kind of rows and, for a reward model, its metrics' names
+    "pairs": (Column("accuracy", "rewards/accuracies", 9), Column("margin", "rewards/margins", 9)),
+    "labelled": (Column("desired", "rewards/chosen", 9), Column("other", "rewards/rejected", 9)),
+    "completions": (Column("entropy", "entropy", 9),),
+    "reward_model": (Column("accuracy", "accuracy", 9), Column("margin", "margin", 9)),
+}
+EVERY_RUN = (
+    Column("loss", "loss", 9),
+    Column("grad", "grad_norm", 8),
+    Column("tok/s", "tokens_per_second", 7),
+    Column("step s", "step_time", 8),
+    Column("left", "eta", 8),
+)
+
+
+def train(config: OfflineConfig) -> Outcome:
+    """Trains as `config` says and returns how it ended. Nothing is written until models and data are ready.
+
+    With `config.resume` it goes on in that run's directory, and what follows is what would have followed.
+
+    Raises:
+        ValueError: something in the configuration cannot work; the message says what.
+    """
+    run = prepare(config)
+    directory = run.directory
+    columns = COLUMNS.get(config.algorithm, COLUMNS[run.objective.kind]) + EVERY_RUN
+    log = RunLog(directory, total_steps=config.steps, columns=columns)
+    log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=_steps_done(run))
+    if run.reference:
+        with log.stage("reference"):
+            fill_in(run, [*run.to_be_drawn(), *run.held_out])
+        run = replace(run, reference=None)  # gives its memory back where it is a model of its own
+    optimizers = {POLICY: MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)}
+    done = 0
+    if run.resumed:
+        done, _ = restore(run, optimizers)
+        resume_log(run, log, done, None)
+    else:
+        for message in run.skipped:
+            log.warn(message)
+    with interruptible() as interrupt:
+        status, steps = _steps(run, log, optimizers, interrupt, done)
+    with log.stage("save"):
+        env.return_freed_memory()
+        save_result(run)
+    before, after = log.evaluated(0), log.evaluated(steps) if status == "finished" else {}
+    report = write_report(directory)
+    again = {"resume": how_to(directory)} if status != "finished" and has_checkpoint(directory) else {}
+    log.close(status, {"before": before, "after": after, "steps": steps, "report": str(report)} | again)
+    return Outcome(status, steps, before, after, report)
+
+
+def evaluate_model(config: OfflineConfig, model: str) -> dict[str, float]:
+    """What `model` measures on the rows that the recipe holds out, printed; writes nothing.
+
+    The held-out rows are those of a training run with the same data, seed and size; a loss that compares with a
+    reference compares with the recipe's, which is the model that the recipe trains where it names no other.
+    """
+    reference = config.reference or config.model
+    run = prepare(
+        replace(config, resume="", model=model, reference=reference if build_objective(config).needs_ref else "")
+    )
+    if run.reference:
+        fill_in(run, run.held_out, keep=False)
+    values = run.objective.measure(run.policy, run.answers(run.held_out))
+    print(f"held out: {', '.join(f'{name} {value:.3f}' for name, value in values.items())}, {len(run.held_out)} rows")
+    return values
+
+
+def _steps(run: OfflineRun, log: RunLog, optimizers: Optimizers, interrupt: list[int], done: int) -> tuple[str, int]:
+    """Every step after the first `done`. Returns (status, completed steps)."""
+    config = run.config
+    while True:
+        if not interrupt and _evaluates(config, done) and not log.evaluated(done):
+            _evaluate(run, log, done)
+        if interrupt:
+            log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after {reached(done, None)}; saving.")
+            _save(run, log, optimizers, done)
+            return "interrupted", done
+        if done == config.steps:
+            return "finished", done
+        try:
+            _step(run, log, optimizers, done + 1)
+        except NonFiniteLoss as error:
+            path = error.save(run.directory)
+            log.warn(f"Step {done + 1}: {error}. Nothing was updated; the batch is in {path}.")
+            return "diverged", done
+        done += 1
+        if config.save_every and (done % config.save_every == 0 or done == config.steps):
+            _save(run, log, optimizers, done)
+
+
+def _save(run: OfflineRun, log: RunLog, optimizers: Optimizers, step: int) -> None:
+    """A checkpoint after `step` steps; one that cannot be written costs neither the run nor the one before it."""
+    try:
+        with log.stage("save"):
+            env.return_freed_memory()
+            save(run, optimizers, log, step)
+    except OSError as error:
+        log.warn(f"The checkpoint after step {step} could not be written: {error}. Earlier ones are as they were.")
+
+
+def _step(run: OfflineRun, log: RunLog, optimizers: Optimizers, step: int) -> None:
+    """One batch of groups, from text to updated weights."""
+    groups = run.prompts.next(run.config.batch)
+    with log.stage("pack"):
+        answers = run.answers(groups)
+    with log.stage("train"):
+        loss, metrics = run.objective.accumulate(run.policy, answers)
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise NonFiniteLoss("the loss", loss, answers.batches)
+        optimizer = optimizers[POLICY]
+        learning_rate = optimizer.learning_rate()
+        norm = optimizer.step()
+        if not math.isfinite(norm):
+            raise NonFiniteLoss("the gradient norm", norm, answers.batches)
+    values = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, **finish(merge(metrics))}
+    log.step(step, values | {"epoch": float(run.prompts.epoch), "num_tokens": float(_tokens(groups))})
+
+
+def _steps_done(run: OfflineRun) -> int:
+    return run.resumed.manifest["step"] if run.resumed else 0
+
+
+def _tokens(groups: Sequence[Group]) -> int:
+    """Of all sequences, each with its prompt."""
+    return sum(len(group.prompt.token_ids) + len(sample.token_ids) for group in groups for sample in group.samples)
+
+
+def _evaluates(config: OfflineConfig, step: int) -> bool:
+    return step in (0, config.steps) or bool(config.eval.every and step % config.eval.every == 0)
+
+
+def _evaluate(run: OfflineRun, log: RunLog, step: int) -> None:
+    """What the objective measures on the held-out rows; nothing where there are none."""
+    if run.held_out:
+        with log.stage("eval"):
+            env.return_freed_memory()
+            values = run.objective.measure(run.policy, run.answers(run.held_out))
+        log.evaluation(step, run.objective.kind, values | {"rows": float(len(run.held_out))}, [])

@@ -1,0 +1,394 @@
+"""Training on answers written before: the same gradient under any split, every algorithm, resume, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from trainer.test_resume import Crash, everything, lines
+from trainer.tiny import offline_config, tiny_config, write_answers, write_model
+from transformers import AutoTokenizer
+
+from fastrl.algorithms.offline import OFFLINE, Answers, objective_of
+from fastrl.cli import main
+from fastrl.data import load_preferences
+from fastrl.data.pack import pack
+from fastrl.data.preferences import mismatched, with_end
+from fastrl.losses.answer_rows import split_pairs
+from fastrl.losses.preference import preference_loss
+from fastrl.losses.presets import DPO, WPO
+from fastrl.model.load import load_model
+from fastrl.model.policy import Policy
+from fastrl.model.scalar import ScalarModel, load_scalar_model
+from fastrl.trainer import loop, offline
+from fastrl.trainer.config import ConfigError, OptimizerConfig, load_recipe
+from fastrl.trainer.offline import train
+from fastrl.trainer.offline_config import (
+    DataConfig,
+    OfflineConfig,
+    OfflineEvalConfig,
+    OfflineLossConfig,
+    build_objective,
+)
+from fastrl.trainer.optimizer import MasterOptimizer
+from fastrl.types import Group
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _report_without_pictures(monkeypatch):
+    """They would take half of the time."""
+    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("offline")
+    write_model(folder / "model")
+    for kind in ("pairs", "labelled", "completions"):
+        write_answers(folder / f"{kind}.jsonl", kind, rows=8)
+    return folder
+
+
+def groups_of(folder, objective):
+    """Eight groups with reference log-probabilities that are not the policy's; (groups, their mismatched ones)."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    groups = load_preferences(folder / f"{objective.kind}.jsonl", tokenizer, kind=objective.kind, chat=False)
+    if not hasattr(objective, "spec") and objective.kind == "pairs":
+        groups = with_end(groups, 0)
+    others = [Group(g.prompt, [replace(s) for s in g.samples]) for g in mismatched(groups)]
+    noise = torch.Generator().manual_seed(1)
+    for sample in (sample for group in (*groups, *others) for sample in group.samples):
+        sample.ref_logps = (-3 - torch.rand(len(sample.token_ids), generator=noise)).tolist()
+    return groups, others
+
+
+def answers(groups, others, sizes=(8,), layout="padded"):
+    """The groups in micro-batches of these sizes."""
+
+    def packed(groups):
+        parts = torch.arange(len(groups)).split(list(sizes))
+        return [b for part in parts for b in pack([groups[i] for i in part], layout=layout, max_tokens=400,
+                                                  whole_groups=True)]  # fmt: skip
+
+    tokens = sum(len(group.samples[0].token_ids) for group in groups)
+    return Answers(packed(groups), len(groups), tokens, packed(others))
+
+
+def trained_model(folder, objective, dtype=torch.float32):
+    """The model that an objective trains; a scalar head of zeros has no gradient to compare."""
+    if hasattr(objective, "spec") or objective.kind == "completions":
+        return Policy(load_model(folder / "model", dtype)[0])
+    model = ScalarModel(load_scalar_model(folder / "model", dtype)[0])
+    torch.nn.init.normal_(model.head.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def gradient(folder, objective, *args):
+    model = trained_model(folder, objective)
+    optimizer = MasterOptimizer(model.model.parameters(), OptimizerConfig(), 1)
+    loss, _ = objective.accumulate(model, answers(*groups_of(folder, objective), *args))
+    return float(loss), optimizer.grad.clone()
+
+
+@pytest.mark.parametrize("name", ["dpo", "aot", "orpo", "wpo", "kto", "sft", "reward_model"])
+def test_any_split_and_layout_gives_the_same_loss_and_gradient(folder, name):
+    objective = objective_of(OFFLINE[name])
+    loss, whole = gradient(folder, objective)
+    assert whole.abs().max() > 1e-3
+    for sizes, layout in [((4, 4), "padded"), ((2, 2, 2, 2), "padded"), ((1, 5, 2), "shared"), ((8,), "shared")]:
+        other_loss, other = gradient(folder, objective, sizes, layout)
+        assert other_loss == pytest.approx(loss, abs=1e-6), (sizes, layout)
+        assert (other - whole).abs().max() <= 1e-6, (sizes, layout)
+
+
+@pytest.mark.parametrize("spec", [DPO, replace(DPO, match="aot"), WPO], ids=["dpo", "aot", "wpo"])
+def test_the_gradient_is_that_of_autograd_through_the_models_own_logits(folder, spec):
+    """In float64, with log-probabilities and log sum p^2 from a softmax over stored logits."""
+    objective = objective_of(spec)
+    policy = trained_model(folder, objective, torch.float64)
+    given = answers(*groups_of(folder, objective), (4, 4))
+    loss, _ = objective.accumulate(policy, given)
+    got = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+    policy.model.zero_grad()
+    (whole,) = answers(*groups_of(folder, objective)).batches
+    full = policy.head.logits(policy.hidden(whole)).log_softmax(-1)
+    arguments = split_pairs(
+        whole.cu_seqlens,
+        logps=full.gather(-1, whole.targets[:, None]).squeeze(-1),
+        ref_logps=whole.ref_logps.double(),
+        log_sum_sq_probs=full.detach().mul(2).logsumexp(-1) if spec == WPO else None,
+    )
+    expected = preference_loss(**arguments, spec=spec).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-12, rtol=0)
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_every_algorithm_takes_two_steps_that_lower_its_loss(folder, name):
+    objective = build_objective(OfflineConfig(algorithm=name))
+    model = trained_model(folder, objective)
+    given = answers(*groups_of(folder, objective), (3, 5))
+    optimizer = MasterOptimizer(model.model.parameters(), OptimizerConfig(lr=3e-4), 2)
+    before = objective.measure(model, given)
+    losses = []
+    for _ in range(2):
+        loss, _ = objective.accumulate(model, given)
+        assert optimizer.step() > 0
+        losses.append(float(loss))
+    after = objective.measure(model, given)
+    assert losses[0] == pytest.approx(before["loss"], rel=1e-4)
+    assert after["loss"] < losses[1] < losses[0]
+    assert (
+        set(after)
+        == {
+            "pairs": {"accuracy", "margin", "loss"},
+            "labelled": {"margin", "loss"},
+            "completions": {"loss", "token_accuracy"},
+        }[objective.kind]
+    )
+
+
+def test_the_recipe_names_every_algorithm_there_is():
+    assert set(get_args(get_type_hints(OfflineConfig)["algorithm"])) == set(OFFLINE)
+
+
+def test_kto_takes_its_baseline_from_answers_to_other_prompts(folder):
+    objective = build_objective(OfflineConfig(algorithm="kto"))
+    policy = trained_model(folder, objective)
+    given = answers(*groups_of(folder, objective))
+    _, metrics = objective.accumulate(policy, given)
+    logps = torch.cat([policy.score(b, temperature=1.0) - b.ref_logps for b in given.mismatched])
+    assert float(metrics[0]["kl"][0]) == pytest.approx(max(0.0, float(logps.sum()) / 8), rel=1e-5)
+    assert float(logps.sum()) > 0  # else the baseline is 0 whatever it was taken from
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "measure", "least"),
+    [
+        ("dpo", "accuracy", 0.9),
+        ("kto", "margin", 0.05),
+        ("sft", "token_accuracy", 0.6),
+        ("reward_model", "accuracy", 0.9),
+    ],
+)
+def test_a_run_improves_what_it_measures_on_held_out_rows(tmp_path, algorithm, measure, least):
+    config = offline_config(tmp_path, algorithm, steps=12, eval=OfflineEvalConfig(every=5))
+    outcome = train(config)
+    assert (outcome.status, outcome.steps) == ("finished", 12)
+    assert outcome.after[measure] >= least > outcome.before[measure]
+    assert outcome.after["loss"] < outcome.before["loss"]
+    run_dir = outcome.report.parent
+    assert [line["step"] for line in lines(run_dir / "evaluations.jsonl")] == [0, 5, 10, 12]
+    assert [line["step"] for line in lines(run_dir / "metrics.jsonl")] == list(range(1, 13))
+    name = measure.replace("_", " ")
+    assert f"Held-out {name}" in outcome.report.read_text() or f", {name} " in outcome.report.read_text()
+
+
+def crash_in_step(number):
+    original = offline._step
+
+    def step(run, log, optimizer, step):
+        if step == number:
+            raise Crash
+        original(run, log, optimizer, step)
+
+    return step
+
+
+def interrupt_in_step(number):
+    original = offline._step
+
+    def step(run, log, optimizer, step):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(run, log, optimizer, step)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "dtype"), [("dpo", "float32"), ("kto", "bfloat16"), ("sft", "float32"), ("reward_model", "bfloat16")]
+)
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, monkeypatch, algorithm, dtype):
+    """Three and a half steps are an epoch, so it also goes on in the middle of one."""
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=3, schedule="cosine", weight_decay=0.01)
+    changes = {"dtype": dtype, "steps": 7, "save_every": 5, "optimizer": optimizer, "eval": OfflineEvalConfig(every=2)}
+    config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
+    train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "_step", crash_in_step(7))
+        with pytest.raises(Crash):
+            train(stopped)
+    assert [line["step"] for line in lines(tmp_path / "stopped" / "metrics.jsonl")] == list(range(1, 7))
+    with monkeypatch.context() as patch:  # what the reference said is on the disk
+        patch.setattr("fastrl.trainer.reference._in_order", lambda *_: pytest.fail("the reference was asked again"))
+        assert train(replace(stopped, resume=stopped.run_dir)).status == "finished"
+    assert everything(tmp_path / "stopped") == everything(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_and_the_command_it_prints_goes_on(tmp_path, monkeypatch, capsys):
+    config = offline_config(tmp_path, run_dir=str(tmp_path / "whole"))
+    train(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "_step", interrupt_in_step(2))
+        outcome = train(replace(config, run_dir=str(tmp_path / "stopped")))
+    assert (outcome.status, outcome.steps) == ("interrupted", 2)
+    stopped = tmp_path / "stopped"
+    assert f"fastrl train {stopped / 'config.yaml'} --resume {stopped}" in capsys.readouterr().out
+    assert main(["train", str(stopped / "config.yaml"), "--resume", str(stopped)]) == 0
+    saved = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert saved[0] == saved[1]
+
+
+def test_what_the_reference_said_of_other_weights_or_answers_is_asked_again(tmp_path, monkeypatch):
+    config = offline_config(tmp_path, steps=2, save_every=1)
+    train(config)
+    kept = tmp_path / "run" / "reference" / "logps.safetensors"
+    whole = load_file(kept)["logps"].clone()  # the file is about to change under it
+    kept.write_bytes(kept.read_bytes()[:-100])
+    asked = []
+    original = offline.fill_in.__globals__["_in_order"]
+    monkeypatch.setattr("fastrl.trainer.reference._in_order", lambda *a: asked.append(1) or original(*a))
+    assert train(replace(config, resume=str(tmp_path / "run"))).status == "finished"
+    assert asked
+    assert torch.equal(load_file(kept)["logps"], whole)
+
+
+def test_a_reference_of_its_own_is_what_answers_are_compared_with(tmp_path):
+    train(offline_config(tmp_path, "sft", steps=3, run_dir=str(tmp_path / "sft")))
+    outcome = train(offline_config(tmp_path, steps=1, reference=str(tmp_path / "sft" / "model")))
+    assert outcome.before["margin"] != 0.0
+
+
+def test_the_command_line_trains_and_judges_from_a_recipe(tmp_path, capsys):
+    config = offline_config(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    data = {"source": config.data.source, "held_out": 6, "chat": False}
+    values = {name: getattr(config, name) for name in ("model", "algorithm", "dtype", "device", "run_dir", "batch")}
+    recipe.write_text(yaml.safe_dump(values | {"data": data, "steps": 50}))
+    assert main(["train", str(recipe), "--steps", "3", "--optimizer.lr", "0.01", "--loss.beta", "0.2"]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["steps"], saved["optimizer"]["lr"], saved["loss"]["beta"]) == (3, 0.01, 0.2)
+    after = lines(tmp_path / "run" / "evaluations.jsonl")[-1]
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run" / "model"), str(recipe), "--loss.beta", "0.2"]) == 0
+    assert f"margin {after['margin']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_is_read(path):
+    assert load_recipe(path).algorithm == path.stem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("algorithm: dpoo", r"algorithm: expected one of .*Did you mean 'dpo'\?"),
+        ("algorithm: dpo\nbatchs: 3", r"batchs: unknown key. Did you mean 'batch'\?"),
+        ("algorithm: dpo\nrollout: {prompts: 3}", "rollout: unknown key"),
+        ("algorithm: dpo\nbatch: 0", "batch: expected at least 1, got 0"),
+        ("algorithm: dpo\nloss: {beta: -1}", "PreferenceLoss: beta"),
+        ("algorithm: bco\nloss: {margin: 1.0}", "margin: expected 0 for bco_pair"),
+        ("algorithm: sft\nloss: {beta: 0.1}", "loss.beta: expected nothing for sft, which has no factors"),
+        ("algorithm: kto\nloss: {margin: 1.0}", "loss.margin: expected nothing for kto, which has beta"),
+        ("algorithm: orpo\nloss: {weights: [1.0]}", "loss.weights: expected 2 weights"),
+        ("algorithm: orpo\nreference: other", "reference: expected nothing for orpo"),
+        ("algorithm: dpo\ndata: {unpair: true}", "data.unpair: expected false for dpo"),
+        ("algorithm: dpo\noptimizer: {steps_per_rollout: 2}", "optimizer.steps_per_rollout: expected 1"),
+    ],
+)
+def test_a_bad_recipe_is_one_sentence_that_names_file_and_key(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
+    config = offline_config(tmp_path)
+    other = write_model(tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    for changes, message in [
+        ({"reference": str(other)}, "reference: expected a model with the vocabulary of"),
+        ({"tokens_per_batch": 6}, r"tokens_per_batch: expected at least \d+, as the longest row has, got 6"),
+        ({"data": replace(config.data, held_out=24)}, "held_out: expected at least 0, and fewer than the 24 rows"),
+        ({"data": replace(config.data, source=str(tmp_path / "nowhere.jsonl"))}, "a file that exists"),
+        ({"algorithm": "kto"}, "columns of kind='labelled': expected 'prompt', 'label', 'completion'"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message) as caught:
+            train(replace(config, **changes))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_were_left_out_are_counted_in_the_log(tmp_path):
+    config = offline_config(tmp_path, steps=1)
+    path = Path(config.data.source)
+    path.write_text(path.read_text() + json.dumps({"prompt": "w1", "chosen": "", "rejected": "w2"}) + "\n")
+    train(config)
+    (warning,) = lines(tmp_path / "run" / "warnings.jsonl")
+    assert "left out 1 of 25 rows: 1 with an empty 'chosen'" in warning["message"]
+
+
+def test_a_run_is_resumed_only_by_its_own_recipe_model_and_rows(tmp_path):
+    config = offline_config(tmp_path, steps=2, save_every=1)
+    train(config)
+    run_dir = str(tmp_path / "run")
+    more = write_answers(tmp_path / "more.jsonl", rows=30)
+    longer = json.loads(more.read_text().splitlines()[0]) | {"chosen": "w7 w7 w7"}
+    for changes, message in [
+        ({"algorithm": "ipo"}, "resume: algorithm: expected 'dpo'"),
+        ({"batch": 4}, "resume: batch: expected 5"),
+        ({"loss": OfflineLossConfig(beta=0.3)}, "resume: loss.beta"),
+        ({"steps": 1}, "resume: steps: expected at least 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(replace(config, resume=run_dir, **changes))
+    with pytest.raises(ValueError, match=r"resume: algorithm: expected 'dpo' as in .*, got 'grpo'"):
+        loop.train(tiny_config(tmp_path, resume=run_dir))
+    path = Path(config.data.source)
+    path.write_text(json.dumps(longer) + "\n" + path.read_text())
+    with pytest.raises(ValueError, match="expected the state of the same prompts"):
+        train(replace(config, resume=run_dir))
+
+
+def test_pairs_train_kto_as_single_answers(tmp_path):
+    path = str(write_answers(tmp_path / "pairs.jsonl"))
+    data = DataConfig(source=path, held_out=4, chat=False, unpair=True)
+    outcome = train(offline_config(tmp_path, "kto", steps=2, data=data))
+    evaluation = lines(outcome.report.parent / "evaluations.jsonl")[0]
+    assert evaluation["rows"] == 4
+    assert outcome.status == "finished"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_updates_nothing(tmp_path, monkeypatch):
+    config = offline_config(tmp_path)
+    original = offline.prepare
+
+    def broken(config):
+        run = original(config)
+        with torch.no_grad():
+            run.policy.model.model.norm.weight[0] = float("nan")
+        return run
+
+    monkeypatch.setattr(offline, "prepare", broken)
+    outcome = train(config)
+    assert (outcome.status, outcome.steps) == ("diverged", 0)
+    assert (tmp_path / "run" / "non_finite_batch.safetensors").is_file()
