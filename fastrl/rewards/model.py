@@ -20,7 +20,7 @@ class ModelReward:
 
     Args:
         path: a folder or hub id.
-        name: under which the reward is logged; two models in one recipe need two names.
+        label: the name under which the reward is logged; two models in one recipe need two.
         tokens_per_batch: input tokens of a forward pass.
     """
 
@@ -28,7 +28,7 @@ class ModelReward:
         self,
         path: str,
         *,
-        name: str = "model",
+        label: str = "model",
         dtype: str = "bfloat16",
         device: str = "auto",
         tokens_per_batch: int = 4096,
@@ -40,7 +40,7 @@ class ModelReward:
         from fastrl.model.scalar import ScalarModel, load_scalar_model
 
         check.choice("model", "dtype", dtype, DTYPES)
-        self.__name__ = name
+        self.__name__ = label
         self.tokens_per_batch = tokens_per_batch
         model, self.tokenizer = load_scalar_model(path, getattr(torch, dtype))
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

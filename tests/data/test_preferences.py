@@ -5,13 +5,15 @@ import math
 
 import datasets
 import pytest
+import reasoning_gym
 import torch
 from test_prompts import tokenizer
 from trl.data_utils import apply_chat_template, extract_prompt
 
-from fastrl.data import load_preferences
+from fastrl.data import PromptSampler, load_preferences, sources
 from fastrl.data.pack import pack
-from fastrl.data.preferences import mismatched, unpair
+from fastrl.data.preferences import answered, mismatched, split_groups, unpair, with_end
+from fastrl.data.sources import gym_answers
 from fastrl.losses.answer_rows import split_pairs
 from fastrl.types import Group, Prompt, Sample
 
@@ -247,3 +249,96 @@ def test_a_demonstration_packs_like_a_rollout():
     assert CHAT.decode(batch.targets) == "blue<bos>"
     assert torch.isnan(batch.sampling_logps).all()
     assert batch.advantages.tolist() == [1.0]
+
+
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def test_reasoning_gym_gives_pairs_whose_rejected_answer_scores_less_and_the_same_ones_every_time():
+    rows = gym_answers("chain_sum", "pairs", size=40, seed=3, options=SUMS)
+    assert rows == gym_answers("chain_sum", "pairs", size=40, seed=3, options=SUMS)
+    entries = list(reasoning_gym.create_dataset("chain_sum", size=40, seed=3, **SUMS))
+    answers = {entry["answer"] for entry in entries}
+    for (_, values), entry in zip(rows, entries, strict=True):
+        assert (values["prompt"], values["chosen"]) == (entry["question"], entry["answer"])
+        assert values["rejected"] in answers - {entry["answer"]}
+
+
+def test_reasoning_gym_gives_right_and_wrong_labelled_answers_and_demonstrations():
+    pairs = gym_answers("chain_sum", "pairs", size=40, seed=3, options=SUMS)
+    labelled = [row.values for row in gym_answers("chain_sum", "labelled", size=40, seed=3, options=SUMS)]
+    right = [values["label"] for values in labelled]
+    assert 10 < sum(right) < 30
+    for pair_row, values in zip(pairs, labelled, strict=True):
+        assert values["completion"] == pair_row.values["chosen" if values["label"] else "rejected"]
+    groups = load_preferences("reasoning_gym:chain_sum", CHAT, kind="completions", size=5, seed=3, options=SUMS)
+    assert [group.samples[0].text for group in groups] == [row.values["chosen"] for row in pairs[:5]]
+
+
+def test_a_question_without_a_wrong_answer_is_left_out_and_counted(monkeypatch):
+    dataset = [{"question": "Sky?", "answer": "blue"}] * 2 + [{"question": "Grass?", "answer": "green"}]
+
+    class Task(list):
+        def score_answer(self, answer, entry):
+            return float(entry["question"] == "Sky?" or answer == entry["answer"])
+
+    monkeypatch.setattr(sources, "_gym_dataset", lambda *_: Task(dataset))
+    with pytest.warns(UserWarning, match="left out 2 of 3 rows: 2 without a 'rejected'"):
+        (group,) = load_preferences("reasoning_gym:colours", CHAT)
+    assert seen(group) == ["<user>Grass?<assistant>", "green<bos>", "blue<bos>"]
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 4, 5])
+def test_no_question_is_both_trained_on_and_held_out(held_out):
+    rows = [{"prompt": f"{place % 5}? ", "completion": str(place)} for place in range(14)]
+    groups = load_preferences(rows, CHAT, kind="completions")
+    train, held = split_groups(groups, held_out, seed=1)
+    assert sorted(group.prompt.index for group in train + held) == list(range(14))
+    assert held_out <= len(held) <= held_out + 2  # whole questions, of three answers at most
+    assert not {group.prompt.token_ids for group in train} & {group.prompt.token_ids for group in held}
+    assert split_groups(groups, held_out, seed=1) == (train, held)
+
+
+@pytest.mark.parametrize("held_out", [-1, 2, 3])
+def test_holding_everything_out_is_refused(held_out):
+    groups = load_preferences([GOOD, GOOD | {"prompt": "Sea?"}], CHAT)
+    with pytest.raises(ValueError, match="held_out: expected at least 0, and fewer than the 2 rows of 2 questions"):
+        split_groups(groups, held_out, seed=0)
+
+
+def test_an_end_behind_each_answer_makes_its_last_token_an_input():
+    groups = load_preferences([GOOD], CHAT)
+    (plain,), (ended,) = (pack(g, layout="padded", max_tokens=99) for g in (groups, with_end(groups, 0)))
+    read = [batch.input_ids.view(-1)[batch.hidden_index[batch.cu_seqlens[1:] - 1]] for batch in (plain, ended)]
+    assert (read[0] != CHAT.eos_token_id).all()
+    assert (read[1] == CHAT.eos_token_id).all()
+    assert ended.targets[ended.cu_seqlens[1:] - 1].tolist() == [0, 0]
+
+
+def test_an_answer_by_itself_is_tokenised_as_a_row_is():
+    (group,) = load_preferences([{"prompt": "Sky?", "completion": "blue"}], CHAT, kind="completions")
+    alone = answered([user("Sky?")], "blue", CHAT)
+    assert (alone.prompt.token_ids, alone.samples[0].token_ids) == (group.prompt.token_ids, group.samples[0].token_ids)
+    assert CHAT.decode(answered([user("Sky?")], "", CHAT).samples[0].token_ids) == "<bos>"
+    assert seen(answered("Sky? ", "blue", PLAIN)) == ["<bos>Sky? ", "blue<bos>"]
+    with pytest.raises(ValueError, match="a prompt of chat messages, for which the tokenizer has no chat template"):
+        answered([user("Sky?")], "blue", PLAIN)
+
+
+def test_a_group_sampler_goes_on_only_with_the_same_answers():
+    groups = load_preferences([GOOD, GOOD | {"prompt": "Sea?"}], CHAT)
+    others = load_preferences([GOOD, GOOD | {"prompt": "Sea?", "rejected": "grey"}], CHAT)
+    state = PromptSampler(groups, seed=0).state_dict()
+    PromptSampler(load_preferences([GOOD, GOOD | {"prompt": "Sea?"}], CHAT), seed=0).load_state_dict(state)
+    with pytest.raises(ValueError, match="expected the state of the same prompts"):
+        PromptSampler(others, seed=0).load_state_dict(state)
+
+
+def test_samples_with_reference_log_probabilities_bring_them_into_the_micro_batch():
+    groups = load_preferences([GOOD], CHAT)
+    for sign, sample in enumerate(groups[0].samples):
+        sample.ref_logps = [-float(place + 10 * sign) for place in range(len(sample.token_ids))]
+    (batch,) = pack(groups, layout="padded", max_tokens=99, whole_groups=True)
+    assert batch.ref_logps.tolist() == [logp for sample in groups[0].samples for logp in sample.ref_logps]
+    groups[0].samples[1].ref_logps = None
+    assert pack(groups, layout="padded", max_tokens=99, whole_groups=True)[0].ref_logps is None

@@ -28,8 +28,9 @@ from fastrl.losses.presets import DPO, WPO
 from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel, load_scalar_model
+from fastrl.rewards import resolve_reward
 from fastrl.trainer import loop, offline
-from fastrl.trainer.config import ConfigError, OptimizerConfig, load_recipe
+from fastrl.trainer.config import ConfigError, OptimizerConfig, RewardConfig, load_recipe
 from fastrl.trainer.offline import train
 from fastrl.trainer.offline_config import (
     DataConfig,
@@ -392,3 +393,37 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_updates_nothing(tmp_pat
     outcome = train(config)
     assert (outcome.status, outcome.steps) == ("diverged", 0)
     assert (tmp_path / "run" / "non_finite_batch.safetensors").is_file()
+
+
+def test_a_trained_reward_model_scores_completions_as_it_did_in_training(tmp_path):
+    config = offline_config(tmp_path, "reward_model", steps=8)
+    path = train(config).report.parent / "model"
+    rows = lines(Path(config.data.source))
+    reward = resolve_reward("model", path=str(path), label="judge", dtype="float32", tokens_per_batch=16)
+    prompts = [row["prompt"] for row in rows for _ in range(2)]
+    scores = reward(prompts=prompts, completions=[row[side] for row in rows for side in ("chosen", "rejected")])
+    model, tokenizer = load_scalar_model(path)
+    groups = with_end(load_preferences(rows, tokenizer, chat=False), 0)
+    batches = [pack([group], layout="padded", max_tokens=64, whole_groups=True)[0] for group in groups]
+    expected = torch.cat([ScalarModel(model).scores(batch) for batch in batches])
+    torch.testing.assert_close(torch.tensor(scores), expected.detach(), atol=1e-5, rtol=0)
+    right = sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True))
+    assert right >= 0.9 * len(rows)
+
+
+def test_two_reward_models_score_together_in_a_rollout_run(tmp_path):
+    path = str(train(offline_config(tmp_path, "reward_model", steps=2)).report.parent / "model")
+    judges = [
+        RewardConfig("model", weight, {"path": path, "dtype": "float32", "label": f"judge{weight}"})
+        for weight in (1.0, 0.5)
+    ]
+    outcome = loop.train(tiny_config(tmp_path, steps=1, rewards=tuple(judges), run_dir=str(tmp_path / "grpo")))
+    (step,) = lines(outcome.report.parent / "metrics.jsonl")
+    means = [step[f"rewards/judge{weight}/mean"] for weight in (1.0, 0.5)]
+    assert means[0] == means[1] != 0.0
+    assert step["reward"] == pytest.approx(1.5 * means[0])
+
+
+def test_a_model_without_a_trained_scalar_head_is_no_reward(folder):
+    with pytest.raises(ValueError, match=r"model: path: expected a reward model, got .*, whose scalar head is all zer"):
+        resolve_reward("model", path=str(folder / "model"))
