@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from rich.box import MARKDOWN
@@ -132,7 +133,7 @@ def run(
             with tempfile.TemporaryDirectory(prefix="fastrl-bench-") as folder:
                 placed = replace(workload, folder=folder)
                 write_questions(placed, chat=chat)
-                _measure(placed, PROVIDERS[name], results[name], threads, timeout)
+                measure_once(placed, PROVIDERS[name], results[name], threads, timeout)
     return list(results.values())
 
 
@@ -142,7 +143,7 @@ def _has_chat_template(model: str) -> bool:
     return AutoTokenizer.from_pretrained(model_folder(model)).chat_template is not None
 
 
-def _measure(workload: Workload, provider: Provider, result: Measured, threads: int, timeout: float) -> None:
+def measure_once(workload: Any, provider: Provider, result: Measured, threads: int, timeout: float) -> None:
     """One process; what it printed is shown only when it fails."""
     output = Path(workload.folder) / "result.json"
     command = [sys.executable, "-m", provider.module, workload.encode(), str(output), *provider.arguments]

@@ -3,6 +3,7 @@
 fastrl bench                                              every op
 fastrl bench linear_logprob --against torch,trl,liger
 fastrl bench step --against trl,naive
+fastrl bench dpo --against trl
 fastrl bench rollout
 fastrl bench --tune                                       tiles of the Triton kernels, on a GPU
 
@@ -41,6 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
         from bench.bench_step import main as step
 
         return step(arguments[1:])
+    if arguments[:1] == ["dpo"]:
+        from bench.bench_dpo import main as dpo
+
+        return dpo(arguments[1:])
     if arguments[:1] == ["rollout"]:
         return _rollout(arguments[1:])
     if "--tune" in arguments:
@@ -55,7 +60,7 @@ def _micro(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="fastrl bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("op", nargs="?", choices=(*PEERS, "step", "rollout"), help="all ops by default")
+    parser.add_argument("op", nargs="?", choices=(*PEERS, "step", "dpo", "rollout"), help="all ops by default")
     parser.add_argument("--against", default="", help="comma-separated peers, or none; all by default")
     parser.add_argument("--backends", default="auto", help="comma-separated fastrl backends, or an op's VARIANTS")
     parser.add_argument("--shapes", default="", help="comma-separated names from bench/shapes.py")

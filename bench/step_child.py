@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from bench.timing import resident_bytes
 from bench.workload import Workload
@@ -26,18 +27,18 @@ class StepRecord:
     equal_rewards: float  # share of the prompts whose completions all got the same reward
 
 
-def child(run: Callable[..., list[StepRecord]]) -> None:
+def child(run: Callable[..., list[StepRecord]], kind: type[Any] = Workload) -> None:
     """Runs the workload named on the command line, and writes its steps and this process's peak memory.
 
     python -m bench.step_<provider> WORKLOAD_JSON RESULT_FILE [further arguments of `run`]
     """
-    workload, result = Workload(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    workload, result = kind(**json.loads(sys.argv[1])), Path(sys.argv[2])
     records = run(workload, *sys.argv[3:])
     peak = {"host": resident_bytes("VmHWM"), "gpu": _gpu_peak(workload)}
     result.write_text(json.dumps({"steps": [asdict(record) for record in records], "peak_bytes": peak}))
 
 
-def _gpu_peak(workload: Workload) -> int:
+def _gpu_peak(workload: Any) -> int:
     import torch
 
     return torch.cuda.max_memory_allocated() if workload.device.startswith("cuda") else 0

@@ -208,7 +208,7 @@ def test_a_step_provider_is_measured_without_its_warm_up(tmp_path, monkeypatch):
     steps = [StepRecord(s, {"rollout": s / 2}, 0.5, 6.0, 100, 0.0).__dict__ for s in (9.0, 2.0, 4.0)]
     body = f"json.dump({{'steps': {steps}, 'peak_bytes': {{'host': 7, 'gpu': 0}}}}, open(sys.argv[2], 'w'))"
     result = bench_step.Measured("fake")
-    bench_step._measure(Workload(folder=str(tmp_path)), fake(tmp_path, monkeypatch, body), result, 1, 60)
+    bench_step.measure_once(Workload(folder=str(tmp_path)), fake(tmp_path, monkeypatch, body), result, 1, 60)
     assert (result.status, result.detail) == ("ok", "")
     assert result.typical(lambda s: s.seconds) == 3.0
     assert result.peak == 7
@@ -220,7 +220,7 @@ def test_a_step_provider_is_measured_without_its_warm_up(tmp_path, monkeypatch):
 )
 def test_a_step_provider_that_dies_has_a_status_and_no_steps(tmp_path, monkeypatch, body, status):
     result = bench_step.Measured("fastrl")
-    bench_step._measure(Workload(folder=str(tmp_path)), fake(tmp_path, monkeypatch, body), result, 1, 60)
+    bench_step.measure_once(Workload(folder=str(tmp_path)), fake(tmp_path, monkeypatch, body), result, 1, 60)
     assert result.status == status
     assert result.steps == []
     assert bench_step.table(Workload(), [result]).row_count > 0
