@@ -33,6 +33,8 @@ def run(workload: Workload) -> list[StepRecord]:
             samples=workload.samples,
             max_new_tokens=workload.max_new_tokens,
         ),
+        # The plain PPO loop has a critic of its own too.
+        ppo=replace(recipe.ppo, critic="separate") if workload.algorithm == "ppo" else recipe.ppo,
     )
     metrics = train(config).report.parent / "metrics.jsonl"
     return [_record(json.loads(line), workload) for line in metrics.read_text().splitlines()]
