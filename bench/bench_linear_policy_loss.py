@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import fastrl
@@ -52,7 +54,7 @@ def truth(head: HeadTensors, tokens: TokenTensors) -> Outputs:
     return {"loss": loss.detach()} | true_gradients(head, gradient.view(-1))
 
 
-def fastrl_provider(backend: str, head: HeadTensors, tokens: TokenTensors) -> Provider:
+def fastrl_provider(backend: str, head: HeadTensors, tokens: TokenTensors, **options: Any) -> Provider:
     """The op on a backend."""
     spec = fastrl.PolicyLoss(surrogate=fastrl.Clip(low=CLIP, high=CLIP), aggregate="seq_mean_token_mean")
     shape = tokens.mask.shape
@@ -68,6 +70,11 @@ def fastrl_provider(backend: str, head: HeadTensors, tokens: TokenTensors) -> Pr
                 mask=tokens.mask,
                 old_logps=tokens.old_logps,
                 backend=backend,
+                **options,
             ).loss
         ),
     )
+
+
+# Without metrics silent rows need no logits either.
+VARIANTS = {"no-metrics": lambda head, tokens: fastrl_provider("auto", head, tokens, metrics=False)}

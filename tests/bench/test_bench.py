@@ -171,7 +171,7 @@ def test_every_goal_is_of_a_shape_and_a_mode_that_there_are():
 
 
 def test_the_other_ways_to_call_an_op_agree_with_the_float64_truth():
-    for op in ("group_policy_loss", "linear_logprob"):
+    for op in ("group_policy_loss", "linear_logprob", "linear_policy_loss"):
         module = importlib.import_module(f"bench.bench_{op}")
         tensors = list(module.tensors(module.SHAPES["tiny"], torch.float32, CPU).values())[-1]
         providers = {name: run.ours_on(module, name, *tensors) for name in module.VARIANTS}
