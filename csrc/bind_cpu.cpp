@@ -144,12 +144,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("head_backward",
         [](const Head& h, Address logps, Address lse, Address entropy, Address grad_logps, Address grad_entropy,
            Address logits, Address kept, int64_t kept_stride, Address grad_hidden, Address grad_weight,
-           Address grad_bias, bool add_weight, bool add_bias, bool round_weight) {
+           Address grad_bias, bool add_weight, bool round_weight) {
           py::gil_scoped_release unlocked;
           chosen->head_backward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(grad_logps),
                                  at<void>(grad_entropy), at<void>(logits), at<void>(kept), kept_stride,
                                  at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), add_weight,
-                                 add_bias, round_weight});
+                                 round_weight});
         });
 
   py::class_<Logprob>(m, "Logprob").def(py::init(&logprob));

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import inspect
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from fastrl.kernels import registry
+from fastrl.kernels import native, registry
 from fastrl.kernels.registry import OPS, TABLE, Kernel, explain, resolve
 
 CPU = torch.device("cpu")
@@ -81,3 +81,32 @@ def test_every_importable_backend_has_the_signatures_of_the_reference(op):
 def test_the_table_has_every_op_and_no_other():
     assert tuple(TABLE) == OPS
     assert all("reference" in backends for backends in TABLE.values())
+
+
+def extension_whose_head_forward(does):
+    """Enough of the native extension for its self-test."""
+    return SimpleNamespace(
+        isas=lambda: ["plain"], use=lambda isa: None, isa=lambda: "plain", Head=lambda *arguments: None,
+        head_forward=does, head_backward=lambda *arguments: None,
+    )  # fmt: skip
+
+
+def takes_other_arguments(*arguments):
+    raise TypeError("head_forward(): incompatible function arguments.\nInvoked with: ...")
+
+
+@pytest.mark.parametrize(
+    ("does", "why"),
+    [
+        (lambda *arguments: None, "the self-test of plain failed on this processor"),
+        (
+            takes_other_arguments,
+            "the extension was built from other sources, build it again: "
+            "head_forward(): incompatible function arguments.",
+        ),
+    ],
+    ids=["wrong values", "another version"],
+)
+def test_an_extension_that_is_wrong_refuses_itself_with_the_reason(monkeypatch, does, why):
+    monkeypatch.setattr(native, "import_module", lambda name: extension_whose_head_forward(does))
+    assert native.load.__wrapped__() == (None, why)

@@ -406,8 +406,7 @@ struct HeadKernel {
               Real lanes[V::lanes], total = 0;
               bias_sum[r].store(lanes);
               for (int l = 0; l < V::lanes; ++l) total += lanes[l];
-              Real* to = static_cast<Real*>(out.grad_bias) + v + r;
-              *to = out.add_bias ? *to + total : total;
+              static_cast<Real*>(out.grad_bias)[v + r] = total;
             }
           if (needs_weight) {
             Real* to = out.round_weight ? whole : static_cast<Real*>(out.grad_weight) + v * width;

@@ -61,8 +61,8 @@ struct HeadBackward {
   void* grad_hidden;         // Real (N, H), the listed rows are written; or null
   void* grad_weight;         // Real (V, H), or with round_weight the dtype of weight; or null
   void* grad_bias;           // Real (V) or null
-  bool add_weight, add_bias;  // add to what is there, or overwrite it
-  bool round_weight;          // round d weight once to the dtype of weight; never with add_weight
+  bool add_weight;           // add to what is there, or overwrite it
+  bool round_weight;         // round d weight once to the dtype of weight; never with add_weight
 };
 
 // Attention of one query token per row over cached keys and values, (rows, key_heads, seen, width) with equal strides.

@@ -37,6 +37,8 @@ def load() -> tuple[ModuleType | None, str]:
         module.use(env.cpu_isa() or module.isas()[0])
     except ValueError as error:
         return None, f"FASTRL_CPU_ISA: {error}"
+    except (AttributeError, TypeError) as error:
+        return None, f"the extension was built from other sources, build it again: {str(error).splitlines()[0]}"
     return module, module.isa()
 
 
@@ -115,7 +117,7 @@ def _self_test(module: ModuleType) -> bool:
         shape = (width, width, width, vocabulary, address(index), rows, rows, address(targets), address(one))
         head = module.Head(DTYPES[dtype], address(h), address(w), 0, *shape, False, 0.0, 1.0, reduced, 1)
         module.head_forward(head, address(logps), address(lse), 0, 0)
-        outputs = (address(grad), 0, 0, False, False, False)
+        outputs = (address(grad), 0, 0, False, False)
         module.head_backward(head, address(logps), address(lse), 0, address(ones), 0, 0, 0, 0, *outputs)
         if not torch.allclose(logps.double(), want_logps, rtol=0, atol=logp_tolerance):
             return False

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from fastrl import check
+from fastrl.kernels.linear_policy_loss.reference import silent_rows
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import flatten_tokens
 from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save
 from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
+from fastrl.ops.linear_policy_loss import in_one_pass
 from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
 from fastrl.ops.policy_loss import policy_loss as policy_loss_op
 from fastrl.spec import PolicyLoss
@@ -46,8 +48,9 @@ def linear_policy_loss(
 
     Equals `policy_loss(linear_logprob(hidden, weight, targets).logps, advantages, spec, mask=mask, ...)`. A loss that
     separates per token (`PolicyLoss.separable`) takes 3 matmuls with a trainable head and 2 with a frozen one, and the
-    ones after the first only over rows whose gradient is not zero. One that does not (a sequence ratio, a sequence
-    correction) runs as the two ops in turn, with `memory` as in `linear_logprob`.
+    ones after the first only over rows whose gradient is not zero. The C++ kernels take 4 with a trainable head, whose
+    logits then never leave the cache. A loss that does not separate (a sequence ratio, a sequence correction) runs as
+    the two ops in turn, with `memory` as in `linear_logprob`.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, backend: as `linear_logprob`,
@@ -95,38 +98,20 @@ def linear_policy_loss(
         check.device(OP, "main_grad", main_grad, weight.device, "weight")
         check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
     entropy = entropy or spec.needs_entropy
-    save = choose_save(OP, head, memory, entropy=spec.needs_entropy)
-    if spec.separable:
-        out = linear_policy_loss_op(
-            head,
-            tokens.advantages,
-            tokens.weights,
-            tokens.mask,
-            tokens.old_logps,
-            tokens.ref_logps,
-            tokens.sampling_logps,
-            spec,
-            main_grad=main_grad,
-            entropy=entropy,
-            skip_silent=not metrics,
-            backend=backend,
-        )
+    live = tokens.mask
+    if spec.separable and not metrics:
+        live = live & ~silent_rows(tokens.advantages, tokens.weights, spec)
+    constants = (tokens.advantages, tokens.weights, live, tokens.old_logps, tokens.ref_logps, tokens.sampling_logps)
+    if spec.separable and in_one_pass(head, main_grad, backend):
+        out = linear_policy_loss_op(head, *constants, spec, main_grad=main_grad, entropy=entropy, backend=backend)
         loss, table = out.loss, out.metrics
     else:
-        logps, entropies = _logps(head, tokens.mask, entropy, save, backend)
+        if memory == "auto" and spec.separable:
+            memory = "stream"
+        save = choose_save(OP, head, memory, entropy=spec.needs_entropy)
+        logps, entropies = _logps(head, live, entropy, save, backend)
         loss, _, _, table = policy_loss_op(
-            logps,
-            tokens.advantages,
-            tokens.weights,
-            tokens.mask,
-            tokens.old_logps,
-            tokens.ref_logps,
-            tokens.sampling_logps,
-            entropies,
-            tokens.seq_ids,
-            tokens.num_seqs,
-            spec.code,
-            backend,
+            logps, *constants, entropies, tokens.seq_ids, tokens.num_seqs, spec.code, backend
         )
     given = {"ref": ref_logps is not None, "sampling": sampling_logps is not None, "entropy": entropy}
     return LossOutput(loss, named(table, available(spec, **given)))

@@ -35,15 +35,13 @@ def linear_policy_loss(
     *,
     main_grad: torch.Tensor | None,
     entropy: bool,
-    skip_silent: bool,
     backend: str,
 ) -> LinearPolicyLoss:
     """loss = sum_n weights_n l_n(logps_n) for checked, flat (N,) inputs and a spec that separates per token.
 
     hidden, weight and bias of `head` get gradients, but that of the weight goes to `main_grad`, (V, H) in the
-    accumulation dtype, where it is given: added in this call, before any backward. `skip_silent` leaves rows out of the
-    forward pass too when their gradient is known to be zero beforehand; their logps are then reported as 0. The public
-    form, with the arguments users have, is `fastrl.losses.linear_policy_loss`.
+    accumulation dtype, where it is given: added in this call, before any backward. The public form, with the arguments
+    users have, is `fastrl.losses.linear_policy_loss`.
     """
     needs = needs_grad(head)
     loss, logps, entropies, *gradients, metrics = _op(
@@ -57,7 +55,6 @@ def linear_policy_loss(
         main_grad if needs[1] else None,
         spec.code,
         entropy,
-        skip_silent,
         *needs,
         backend,
     )
@@ -65,6 +62,21 @@ def linear_policy_loss(
         weight = head.weight if main_grad is None else head.weight.detach()
         loss = attach_gradients(loss, head.hidden, weight, head.bias, *gradients)
     return LinearPolicyLoss(loss, logps, entropies, metrics)
+
+
+def in_one_pass(head: HeadInputs, main_grad: torch.Tensor | None, backend: str) -> bool:
+    """Whether forming gradients in the forward pass saves something over `linear_logprob`, then `policy_loss`.
+
+    A matmul, or with `main_grad` a buffer for d weight. A backend that computes the logits of a trainable head twice
+    in any case saves neither without: there d weight had better wait for the factor that backward brings, since it is
+    then rounded while it is formed, and no float32 copy of it exists.
+    """
+    return main_grad is not None or not head.weight.requires_grad or not _recomputes(backend, head.hidden.device)
+
+
+@torch.compiler.assume_constant_result
+def _recomputes(backend: str, device: torch.device) -> bool:
+    return getattr(resolve("linear_policy_loss", backend, device), "RECOMPUTES", False)
 
 
 @torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=("main_grad",))
@@ -86,7 +98,6 @@ def _op(
     main_grad: torch.Tensor | None,
     spec: str,
     entropy: bool,
-    skip_silent: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -111,7 +122,6 @@ def _op(
             logit_scale=logit_scale,
             ignore_index=ignore_index,
             entropy=entropy,
-            skip_silent=skip_silent,
             needs_hidden=needs_hidden,
             needs_weight=needs_weight,
             needs_bias=needs_bias,
@@ -122,7 +132,7 @@ def _op(
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    main_grad, _spec, entropy, _skip, needs_hidden, needs_weight, needs_bias, _backend = rest[-8:]
+    main_grad, _spec, entropy, needs_hidden, needs_weight, needs_bias, _backend = rest[-7:]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),

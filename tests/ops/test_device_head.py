@@ -131,7 +131,7 @@ def policy_loss_of(backend, inputs, spec, *, main_grad=None, needs=NEEDS, old_lo
         main_grad,
     )
     kernel = resolve("linear_policy_loss", backend, torch.device("cpu"))
-    return kernel.forward(*head, *tokens, spec=spec, **FINISH, **needs, entropy=True, skip_silent=False)
+    return kernel.forward(*head, *tokens, spec=spec, **FINISH, **needs, entropy=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -305,7 +305,7 @@ def test_gpu_nothing_but_the_choice_of_rows_waits_for_the_device(dtype, monkeypa
                 if save != "none":
                     logprob.backward(*grads, *head, *known, **FINISH, **NEEDS, save=save, rounded=True)
             tokens = (advantages, advantages.abs(), mask, None, None, None, None)
-            policy.forward(*head, *tokens, spec=PolicyLoss(), **FINISH, **NEEDS, entropy=True, skip_silent=False)
+            policy.forward(*head, *tokens, spec=PolicyLoss(), **FINISH, **NEEDS, entropy=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

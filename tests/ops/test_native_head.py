@@ -112,7 +112,7 @@ def run(isa, case, *, keep_logits, threads=1, add_to=None):
         EXTENSION.head_backward(
             head, address(logps), address(lse), address(entropy), address(case.grad_logps), address(case.grad_entropy),
             address(logits), 0, 0, address(grad_hidden), address(grad_weight),
-            address(grad_bias) if case.bias is not None else 0, add_to is not None, False, False,
+            address(grad_bias) if case.bias is not None else 0, add_to is not None, False,
         )  # fmt: skip
     finally:
         EXTENSION.use(before)

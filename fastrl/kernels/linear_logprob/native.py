@@ -12,9 +12,7 @@ from fastrl.kernels.native import address
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype, check_targets, scale_rows
 
 LOGIT_BYTES = 48 << 20  # of logits stored at a time; packed rows and tiles of the gradients come on top
-FEWEST_ROWS = (
-    128  # with fewer rows at a time, passing over the weight's gradient costs more than computing logits again
-)
+FEWEST_ROWS = 128  # with fewer at a time, a pass over the head for each chunk costs more than computing logits again
 
 
 class NativeHead:
@@ -115,9 +113,8 @@ class NativeHead:
         logits: torch.Tensor | None = None,
         kept: torch.Tensor | None = None,
         add_weight: bool = False,
-        add_bias: bool = False,
     ) -> None:
-        """Writes d hidden at these rows, and writes or adds d weight and d bias of them all.
+        """Writes d hidden at these rows and d bias of them all, and writes or adds d weight of them all.
 
         A 16-bit `grad_weight` is written only, rounded once from the sum over all rows.
         """
@@ -126,7 +123,7 @@ class NativeHead:
         stride = 0 if kept is None else kept.shape[1]
         outputs = (grad_hidden, grad_weight, grad_bias)
         self.extension.head_backward(
-            self.at(rows), *map(address, upstream), stride, *map(address, outputs), add_weight, add_bias, round_weight
+            self.at(rows), *map(address, upstream), stride, *map(address, outputs), add_weight, round_weight
         )
 
 

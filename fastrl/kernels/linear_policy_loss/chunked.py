@@ -76,7 +76,6 @@ def forward_in_chunks(
     logit_scale: float,
     ignore_index: int,
     entropy: bool,
-    skip_silent: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -89,8 +88,6 @@ def forward_in_chunks(
     head = Head(weight, main_grad)
     count, vocabulary = len(targets), weight.shape[0]
     live, silent = mask & (targets != ignore_index), silent_rows(advantages, weights, spec)
-    if skip_silent:
-        live &= ~silent
     chosen = Selection(live & silent, live & ~silent)
     logps = hidden.new_zeros(count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)

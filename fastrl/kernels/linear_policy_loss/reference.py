@@ -28,7 +28,6 @@ def forward(
     logit_scale: float,
     ignore_index: int,
     entropy: bool,
-    skip_silent: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -39,13 +38,10 @@ def forward(
         hidden (N, H), weight (V, H), targets (N,), bias (V,) or None, temperature (1,) or (N,); advantages, weights,
         old_logps, ref_logps, sampling_logps (N,), mask (N,) bool. `entropy`: compute it, for the loss or the metrics.
         `main_grad`: (V, H) in the accumulation dtype or None; d weight is added to it instead of being returned.
-        `skip_silent`: leave out the rows whose gradient is known to be zero before anything is computed.
     Returns:
         loss (), logps (N,), entropy (N,) or (0,), d hidden, d weight, d bias in the accumulation dtype ((0,) where not
-        needed), metrics (K, 2). Rows outside the mask, and skipped rows, have logps and entropy exactly 0.
+        needed), metrics (K, 2). Rows outside the mask have logps and entropy exactly 0.
     """
-    if skip_silent:
-        mask = mask & ~silent_rows(advantages, weights, spec)
     shared = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     masked_targets = targets.masked_fill(~mask, ignore_index)
     head = (hidden, weight, masked_targets, bias, temperature)
