@@ -59,6 +59,7 @@ class Group:
 
     prompt: Prompt
     samples: list[Sample]
+    greedy_reward: float | None = None  # of the prompt's greedy completion, where an estimator reads it
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,15 @@ class MicroBatch:
     group_ids: torch.Tensor  # (S,) int64
     group_tokens: torch.Tensor  # (S,) int64, tokens that train in the sequence's whole group, wherever they are
     scores: torch.Tensor  # (S,) float32, the samples' rewards
-    advantages: torch.Tensor  # (S,) float32, or (N,) where they come from a critic
+    advantages: torch.Tensor  # (S,) float32, or (N,) where they come from a critic or from masks of tokens
     mask: torch.Tensor  # (N,) bool
     sampling_logps: torch.Tensor  # (N,) float32
     old_logps: torch.Tensor | None = None  # (N,) float32; None = on-policy, the ratio is exactly 1
     ref_logps: torch.Tensor | None = None  # (N,) float32
     values: torch.Tensor | None = None  # (N,) float32, of the critic before the update
     returns: torch.Tensor | None = None  # (N,) float32, what the critic should have said
+    held: torch.Tensor | None = None  # (N,) float32, how strongly KL-Cov holds each token to the old policy
+    nll_weights: torch.Tensor | None = None  # (N,) float32, of a negative log-likelihood beside the policy loss
     attention_cu_seqlens: torch.Tensor | None = None  # (S + 1,) int32, bounds in L of sequences laid end to end, R = 1
     attention_max_seqlen: int = 0  # length of the longest of them
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from fastrl import advantages
 from fastrl.algorithms.group_policy_gradient import Estimator, GroupPolicyGradient
+from fastrl.algorithms.masks import TokenMasks
 from fastrl.algorithms.ppo import ActorCritic, KLController
 from fastrl.losses import presets
 
-__all__ = ["ALGORITHMS", "ActorCritic", "Algorithm", "Estimator", "GroupPolicyGradient", "KLController"]
+__all__ = [
+    "ALGORITHMS",
+    "TO_SAMPLER",
+    "ActorCritic",
+    "Algorithm",
+    "Estimator",
+    "GroupPolicyGradient",
+    "KLController",
+    "TokenMasks",
+]
 
 Algorithm = GroupPolicyGradient | ActorCritic
 
@@ -24,14 +34,18 @@ ALGORITHMS = {
     "gspo_token": (advantages.GRPO, presets.GSPO_TOKEN),
     "gmpo": (advantages.GRPO, presets.GMPO),
     "luspo": (advantages.GRPO, presets.LUSPO),
-    # In the trainer old_logps are its own, of the weights that sampled: these two papers take the sampler's.
     "vespo": (advantages.GRPO, presets.VESPO),
     "dppo": (advantages.GRPO, presets.DPPO),
     "intellect2": (advantages.GRPO, presets.INTELLECT2),
     "gdpo": (Estimator(advantages.gdpo, each_reward=True), presets.GRPO),
     "reinforce_pp_baseline": (Estimator(advantages.reinforce_pp_baseline, lengths=True), presets.REINFORCE_PP),
-    # Both papers derive their advantages for the plain gradient of the whole completion's log-probability.
+    # These papers derive their advantages for the plain gradient of the whole completion's log-probability.
     "opo": (Estimator(advantages.opo, lengths=True), presets.RLOO),
     "max_rl": (Estimator(advantages.max_rl), presets.RLOO),
+    "remax": (Estimator(advantages.remax, greedy=True), presets.RLOO),
     "pass_at_k": (Estimator(advantages.pass_at_k), presets.PPO),
 }
+
+# Those whose papers compare the policy with the one that sampled, in the sampler's own numbers: the ratio of the others
+# is to the trainer's log-probabilities under the same weights.
+TO_SAMPLER = frozenset({"scale_rl", "vespo", "dppo"})

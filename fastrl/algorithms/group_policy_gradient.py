@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fastrl.advantages import GroupAdvantage
+from fastrl.algorithms.masks import TokenMasks, masked
 from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
 from fastrl.data.pack import Counts
+from fastrl.losses.metrics import Metrics
 from fastrl.model.policy import Policy
 from fastrl.spec import PolicyLoss
 from fastrl.types import Group, LossOutput, MicroBatch, Sample
@@ -22,6 +24,7 @@ class Estimator:
     function: Callable[..., torch.Tensor]
     lengths: bool = False  # the tokens of each completion
     each_reward: bool = False  # (B, K) rewards and the (K,) weights that the recipe gives them, instead of their sum
+    greedy: bool = False  # the reward of each prompt's greedy completion, instead of the group ids
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,13 @@ class GroupPolicyGradient:
     spec: PolicyLoss
     max_new_tokens: int  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
     reward_weights: tuple[float, ...] = ()  # in the order of `Sample.rewards`, for estimators that read each reward
+    masks: TokenMasks = field(default_factory=TokenMasks)
+    to_sampler: bool = (
+        False  # the ratio is to the sampler's log-probabilities, not to the trainer's of the same weights
+    )
+
+    def __post_init__(self) -> None:
+        self.masks.require_fits(self.spec)
 
     @property
     def needs_ref(self) -> bool:
@@ -43,18 +53,28 @@ class GroupPolicyGradient:
         """Never: the other samples of a prompt are the baseline."""
         return False
 
+    @property
+    def needs_greedy(self) -> bool:
+        """True when the baseline is each prompt's greedy completion, `Group.greedy_reward`."""
+        return isinstance(self.estimator, Estimator) and self.estimator.greedy
+
     def advantages(self, groups: Sequence[Group]) -> None:
         """Writes `Sample.advantage` of every sample; a sample without a reward gets 0 and counts in no baseline."""
         samples = [sample for group in groups for sample in group.samples]
         rewards = torch.tensor([_number(sample.reward) for sample in samples], dtype=torch.float64)
         group_ids = torch.tensor([index for index, group in enumerate(groups) for _ in group.samples])
-        result = self._estimate(samples, rewards, group_ids)
+        result = self._estimate(groups, samples, rewards, group_ids)
         for sample, advantage in zip(samples, result.tolist(), strict=True):
             sample.advantage = advantage
 
-    def _estimate(self, samples: Sequence[Sample], rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    def _estimate(
+        self, groups: Sequence[Group], samples: Sequence[Sample], rewards: torch.Tensor, group_ids: torch.Tensor
+    ) -> torch.Tensor:
         if isinstance(self.estimator, GroupAdvantage):
             return self.estimator(rewards, group_ids=group_ids)
+        if self.estimator.greedy:
+            greedy = [_number(group.greedy_reward) for group in groups for _ in group.samples]
+            return self.estimator.function(rewards, torch.tensor(greedy, dtype=torch.float64))
         inputs: dict[str, torch.Tensor] = {"group_ids": group_ids}
         if self.estimator.lengths:
             inputs["lengths"] = torch.tensor([len(sample.token_ids) for sample in samples])
@@ -91,11 +111,19 @@ class GroupPolicyGradient:
         """The parts as they are: their advantages came with the rewards."""
         return list(parts), {}
 
+    def select(
+        self, policy: Policy, batches: Sequence[MicroBatch], *, temperature: float, seed: int
+    ) -> tuple[list[MicroBatch], Metrics]:
+        """The micro-batches of an optimizer step as `masks` leave them: `fastrl.algorithms.masks.masked`."""
+        options = {"temperature": temperature, "to_sampler": self.to_sampler, "seed": seed}
+        return masked(policy, batches, self.masks, self.spec, **options)
+
     def losses(
         self, policy: Policy, critic: None, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
     ) -> Iterator[LossOutput]:
         """As `policy_gradient_loss`."""
-        yield policy_gradient_loss(policy, batch, self.spec, normalizer, temperature=temperature, entropy=entropy)
+        options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler}
+        yield policy_gradient_loss(policy, batch, self.spec, normalizer, **options)
 
 
 def _number(reward: float | None) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from fastrl.advantages import kl_in_reward, whiten
+from fastrl.advantages import kl_in_reward, vapo_gae, whiten
+from fastrl.algorithms.masks import TokenMasks, masked
 from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
 from fastrl.check import require
 from fastrl.data.pack import Counts, trained
+from fastrl.losses.metrics import Metrics
+from fastrl.losses.token_masks import positive_nll_weights
 from fastrl.losses.value import value_loss
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic, SharedCritic
@@ -48,10 +51,13 @@ class ActorCritic:
     """PPO, arXiv:1707.06347, in the form that RLHF gave it, arXiv:2203.02155.
 
     r_t = -kl_coef (old_logps_t - ref_logps_t) + [t is the last token] score
-    A, R = gae(r, V_old), and A whitened over the valid tokens of the rollout
+    R = gae(r, V_old, lam), A = gae(r, V_old, lam_policy), and A whitened over the valid tokens of the rollout
     loss = policy loss(A) + value_coef 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2)
 
-    `spec` averages over tokens, as the value loss does.
+    `spec` averages over tokens, as the value loss does. Without `lam_policy` both lambdas are `lam`. VAPO,
+    arXiv:2504.05118, is lam = 1, length_alpha = 0.05, which sets lam_policy by the length of each completion
+    (`fastrl.advantages.vapo_gae`), and positive_nll = 0.1: the weight of the negative log-likelihood of the completions
+    with a score above 0, a mean over their tokens in the optimizer step.
     """
 
     spec: PolicyLoss
@@ -61,14 +67,28 @@ class ActorCritic:
     value_coef: float = 0.1
     value_clip: float | None = 0.2
     whiten: bool = True
+    lam_policy: float | None = None
+    length_alpha: float | None = None
+    positive_nll: float = 0.0
+    masks: TokenMasks = field(default_factory=TokenMasks)
+    to_sampler: bool = False  # as in `GroupPolicyGradient`; the KL in the reward is the trainer's in any case
 
     def __post_init__(self) -> None:
         ok = self.spec.aggregate == "token_mean"
         require(ok, "ActorCritic", "spec.aggregate", "'token_mean', as the value loss", repr(self.spec.aggregate))
         require(self.spec.kl is None, "ActorCritic", "spec.kl", "None: PPO's KL is in the reward", self.spec.kl)
-        for name in ("gamma", "lam"):
+        for name in ("gamma", "lam", "lam_policy"):
             value = getattr(self, name)
-            require(0.0 <= value <= 1.0, "ActorCritic", name, "a number from 0 to 1", value)
+            require(value is None or 0.0 <= value <= 1.0, "ActorCritic", name, "a number from 0 to 1", value)
+        alpha, alone = self.length_alpha, self.length_alpha is None or self.lam_policy is None
+        require(alpha is None or alpha > 0.0, "ActorCritic", "length_alpha", "above 0, or None", alpha)
+        require(alone, "ActorCritic", "lam_policy", "None with length_alpha, which sets it by length", self.lam_policy)
+        require(self.positive_nll >= 0.0, "ActorCritic", "positive_nll", "at least 0", self.positive_nll)
+        self.masks.require_fits(self.spec)
+        off = self.masks.off_policy
+        require(
+            off is None, "ActorCritic", "masks.off_policy", "null: it reads an advantage of the whole completion", off
+        )
         require(self.value_coef > 0.0, "ActorCritic", "value_coef", "above 0", self.value_coef)
         require(self.value_clip is None or self.value_clip > 0, "ActorCritic", "value_clip", "above 0", self.value_clip)
 
@@ -81,6 +101,11 @@ class ActorCritic:
     def needs_critic(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Never: the critic is the baseline."""
+        return False
 
     def advantages(self, groups: Sequence[Group]) -> None:
         """Nothing yet: advantages are of tokens, and wait for the critic (`estimate`)."""
@@ -114,15 +139,42 @@ class ActorCritic:
             pieces = flat.split([len(batch.mask) for batch in batches])
             batches = [replace(batch, advantages=piece) for batch, piece in zip(batches, pieces, strict=True)]
         rest = iter(batches)
-        return [([next(rest) for _ in part], normalizer) for part, normalizer in parts], numbers
+        filled = [([next(rest) for _ in part], normalizer) for part, normalizer in parts]
+        if self.positive_nll:
+            filled = [(self._imitating(part), normalizer) for part, normalizer in filled]
+        return filled, numbers
+
+    def _imitating(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches of one optimizer step with the weights of VAPO's imitation of what scored above 0."""
+        right = [batch.scores > 0 for batch in batches]
+        pairs = list(zip(batches, right, strict=True))
+        total = sum(int(batch.cu_seqlens.diff()[chosen].sum()) for batch, chosen in pairs)
+        weights = [
+            positive_nll_weights(
+                batch.mask, chosen, coef=self.positive_nll, normalizer=total, cu_seqlens=batch.cu_seqlens
+            )
+            for batch, chosen in pairs
+        ]
+        return [replace(batch, nll_weights=weight) for batch, weight in zip(batches, weights, strict=True)]
 
     def _estimate(self, batch: MicroBatch) -> MicroBatch:
         ref = batch.old_logps if batch.ref_logps is None else batch.ref_logps
         rewards = kl_in_reward(batch.scores, batch.old_logps, ref, batch.mask, self.kl.coef, batch.cu_seqlens)
-        advantages, returns = gae(
-            rewards, batch.values, batch.mask, gamma=self.gamma, lam=self.lam, cu_seqlens=batch.cu_seqlens
-        )
+        inputs, options = (rewards, batch.values, batch.mask), {"gamma": self.gamma, "cu_seqlens": batch.cu_seqlens}
+        if self.length_alpha is not None:
+            advantages, returns = vapo_gae(*inputs, alpha=self.length_alpha, lam_value=self.lam, **options)
+        else:
+            advantages, returns = gae(*inputs, lam=self.lam, **options)
+            if self.lam_policy is not None:
+                advantages, _ = gae(*inputs, lam=self.lam_policy, **options)
         return replace(batch, advantages=advantages, returns=returns)
+
+    def select(
+        self, policy: Policy, batches: Sequence[MicroBatch], *, temperature: float, seed: int
+    ) -> tuple[list[MicroBatch], Metrics]:
+        """The micro-batches of an optimizer step as `masks` leave them: `fastrl.algorithms.masks.masked`."""
+        options = {"temperature": temperature, "to_sampler": self.to_sampler, "seed": seed}
+        return masked(policy, batches, self.masks, self.spec, **options)
 
     def losses(
         self,
@@ -139,7 +191,7 @@ class ActorCritic:
         A critic with a trunk of its own comes after the policy, when the policy's activations are free again; one that
         shares the policy's trunk comes with it, from the same hidden states.
         """
-        options = {"temperature": temperature, "entropy": entropy}
+        options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler}
         if isinstance(critic, SharedCritic):
             hidden = policy.hidden(batch)
             out = policy_gradient_loss(policy, batch, self.spec, normalizer, hidden=hidden, **options)

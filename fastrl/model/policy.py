@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from fastrl.model.attention import attention_inputs
 from fastrl.model.head import cut
 from fastrl.ops.linear_logprob import linear_logprob
-from fastrl.types import MicroBatch
+from fastrl.types import LogprobOutput, MicroBatch
 
 
 class Policy:
@@ -41,16 +41,23 @@ class Policy:
     @torch.no_grad()
     def read(self, hidden: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0) -> torch.Tensor:
         """`score` from the hidden states of the batch, where they are at hand."""
+        return self.outputs(hidden, batch.targets, temperature=temperature).logps
+
+    def outputs(
+        self, hidden: torch.Tensor, targets: torch.Tensor, *, temperature: float = 1.0, entropy: bool = False
+    ) -> LogprobOutput:
+        """Log-probabilities of the targets and, when asked for, entropies; both with gradient."""
         return linear_logprob(
             hidden,
             self.head.weight,
-            batch.targets,
+            targets,
             bias=self.head.bias,
             temperature=temperature,
             softcap=self.head.softcap,
             logit_scale=self.head.logit_scale,
+            entropy=entropy,
             backend=self.backend,
-        ).logps
+        )
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:

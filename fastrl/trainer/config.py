@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import yaml
 
 from fastrl.advantages import GroupAdvantage
-from fastrl.algorithms import ALGORITHMS, ActorCritic, Algorithm, GroupPolicyGradient, KLController
+from fastrl.algorithms import (
+    ALGORITHMS,
+    TO_SAMPLER,
+    ActorCritic,
+    Algorithm,
+    GroupPolicyGradient,
+    KLController,
+    TokenMasks,
+)
 from fastrl.check import choice, require
 from fastrl.losses import presets
 from fastrl.spec import KL, Clip, Correction, PolicyLoss, Ratio
@@ -95,6 +103,11 @@ class LossConfig:
     """Lower distance of a Clip surrogate from 1."""
     clip_high: float | None = None
     """Upper distance of a Clip surrogate from 1."""
+    clip_dual: float | None = None
+    """Dual clip: a negative advantage A costs at most -clip_dual A; 3 in verl."""
+    old_policy: Literal["trainer", "sampler"] | None = None
+    """Whose log-probabilities of the policy that sampled the ratio compares with: the trainer's, computed once before
+    the first update, or those that the sampler reported. The latter correct for the mismatch of the two as well."""
     kl: Literal["none", "k1", "k2", "k3", "k3_ratio", "k1+", "k3+"] | None = None
     """KL estimate in the loss; needs a reference model in memory."""
     kl_coef: float | None = None
@@ -161,6 +174,12 @@ class PPOConfig:
     """Discount per token."""
     lam: float = 0.95
     """Of GAE: 1 is the return less the value, 0 the one-step error."""
+    lam_policy: float | None = None
+    """Of the advantages, where it is another one than that of the critic's returns, lam; null is lam."""
+    length_alpha: float | None = None
+    """VAPO: lam_policy is 1 - 1 / (length_alpha tokens) for each completion, with lam 1; 0.05 there."""
+    positive_nll: float = 0.0
+    """VAPO: weight of the negative log-likelihood of completions that scored above 0; 0.1 there."""
     value_coef: float = 0.1
     """Weight of the value loss."""
     value_clip: float | None = 0.2
@@ -229,6 +248,7 @@ class TrainConfig:
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
+    masks: TokenMasks = field(default_factory=TokenMasks)
     adapter: AdapterConfig = AdapterConfig()
     ppo: PPOConfig = PPOConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -291,13 +311,13 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
         for name in ("ratio", "aggregate", "entropy_coef", "correction")
         if (value := getattr(loss, name)) is not None
     }
-    clip = {"low": loss.clip_low, "high": loss.clip_high}
+    clip = {"low": loss.clip_low, "high": loss.clip_high, "dual": loss.clip_dual}
     clip = {name: value for name, value in clip.items() if value is not None}
     if clip:
         require(
             isinstance(spec.surrogate, Clip),
             "TrainConfig",
-            "loss.clip_low, loss.clip_high",
+            "loss.clip_low, loss.clip_high, loss.clip_dual",
             "an algorithm with a Clip surrogate",
             config.algorithm,
         )
@@ -309,7 +329,40 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
     own = PPOConfig()
     require(config.ppo == own, "TrainConfig", "ppo", f"its defaults, as {config.algorithm} has no critic", config.ppo)
     weights = tuple(reward.weight for reward in config.rewards)
-    return GroupPolicyGradient(estimator, spec, config.rollout.max_new_tokens, weights)
+    algorithm = GroupPolicyGradient(
+        estimator, spec, config.rollout.max_new_tokens, weights, masks=config.masks, to_sampler=_to_sampler(config)
+    )
+    equal_rewards_teach = algorithm.needs_greedy and config.rollout.dynamic_sampling > 0
+    expected = f"0 with {config.algorithm}, which learns from equal rewards too"
+    require(
+        not equal_rewards_teach, "TrainConfig", "rollout.dynamic_sampling", expected, config.rollout.dynamic_sampling
+    )
+    return algorithm
+
+
+def _to_sampler(config: TrainConfig) -> bool:
+    """Whether the ratio is to the sampler's log-probabilities.
+
+    Raises:
+        ValueError: something compares with them that must not, or with those of a truncated distribution.
+    """
+    loss, rollout = config.loss, config.rollout
+    default = "sampler" if config.algorithm in TO_SAMPLER else "trainer"
+    to_sampler = (loss.old_policy or default) == "sampler"
+    op, once = "TrainConfig", loss.correction is None or not to_sampler
+    expected = "nothing where loss.old_policy is the sampler, whose mismatch is in the ratio"
+    require(once, op, "loss.correction", expected, loss.correction)
+    whole, reads = rollout.top_p == 1.0 and rollout.top_k == 0, to_sampler or config.masks.reads_sampler
+    expected = "1 and 0 where the sampler's log-probabilities are compared with: they are of what was cut"
+    do = "Set loss.old_policy to trainer." if to_sampler else "Leave masks.off_policy and masks.total_variation out."
+    got = f"{rollout.top_p} and {rollout.top_k}"
+    require(whole or not reads, op, "rollout.top_p, rollout.top_k", expected, got, do)
+    optimizer = config.optimizer
+    updates = optimizer.steps_per_rollout * optimizer.epochs_per_rollout
+    moves = config.masks.kl_cov is None or updates > 1 or to_sampler
+    expected = "more than 1 optimizer step per rollout: before the first one no token is away from the old policy"
+    require(moves, op, "masks.kl_cov", expected, updates)
+    return to_sampler
 
 
 def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
@@ -323,8 +376,9 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
         own, "TrainConfig", "ppo.critic_model", "none for a critic that shares the policy's trunk", ppo.critic_model
     )
     controller = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
-    factors = {name: getattr(ppo, name) for name in ("gamma", "lam", "value_coef", "value_clip", "whiten")}
-    return ActorCritic(spec, controller, **factors)
+    names = ("gamma", "lam", "lam_policy", "length_alpha", "positive_nll", "value_coef", "value_clip", "whiten")
+    factors = {name: getattr(ppo, name) for name in names}
+    return ActorCritic(spec, controller, masks=config.masks, to_sampler=_to_sampler(config), **factors)
 
 
 def _kl(loss: LossConfig, spec: PolicyLoss) -> KL | None:

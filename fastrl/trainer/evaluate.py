@@ -35,8 +35,7 @@ def evaluate(run: Run, log: RunLog, *, step: int) -> dict[str, float]:
 
 
 def _modes(run: Run) -> tuple[tuple[str, SamplingParams, int], ...]:
-    sampled = run.sampling(seed=EVALUATION_SEED)
-    greedy = replace(sampled, temperature=0.0, top_p=1.0, top_k=0)
+    greedy, sampled = run.greedy(seed=EVALUATION_SEED), run.sampling(seed=EVALUATION_SEED)
     return ("greedy", greedy, 1), ("sampled", sampled, run.config.eval.samples)
 
 

@@ -7,7 +7,7 @@ prompts -> rollout -> rewards -> advantages -> drop what cannot contribute -> pa
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from fastrl.trainer.checkpoint import has_checkpoint, save_model
 from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.doctor import environment
 from fastrl.trainer.dynamic_sampling import refill
-from fastrl.trainer.evaluate import evaluate
+from fastrl.trainer.evaluate import evaluate, mean_reward
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.report import write_report
@@ -34,6 +34,7 @@ from fastrl.trainer.resume import how_to, position, reached, restore, resume_log
 from fastrl.trainer.setup import Run, make_optimizers, prepare
 from fastrl.trainer.step import NonFiniteLoss, optimise
 from fastrl.trainer.summary import step_metrics
+from fastrl.types import Group
 
 if TYPE_CHECKING:
     from fastrl.trainer.resume import AnyRun
@@ -175,6 +176,8 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
         for failure in run.rewards.score(groups):
             log.warn(f"Step {step}: {failure}")
     groups, sampled = refill(run, log, step, groups)
+    if algorithm.needs_greedy:
+        sampled |= _score_greedy(run, log, step, groups)
     algorithm.advantages(groups)
     contributing = algorithm.contributing(groups)  # the others have a gradient of exactly zero
     counted = contributing if config.loss.filter_zero_variance else groups
@@ -186,7 +189,8 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
         ]
     epochs = config.optimizer.epochs_per_rollout
     with log.stage("score"):
-        old = len(parts) * epochs > 1 or algorithm.needs_critic  # else the policy is that of the rollout
+        # With one update the policy is that of the rollout, and a ratio to the sampler has its numbers from it.
+        old = (len(parts) * epochs > 1 and not algorithm.to_sampler) or algorithm.needs_critic
         parts = [
             ([run.score(batch, old=old, temperature=temperature) for batch in batches], normalizer)
             for batches, normalizer in parts
@@ -194,6 +198,20 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
         ]
         parts, numbers = algorithm.estimate(parts)
     return RolloutBatch(groups, contributing, parts * epochs, sampled | numbers)
+
+
+def _score_greedy(run: Run, log: RunLog, step: int, groups: Sequence[Group]) -> dict[str, float]:
+    """Fills in `greedy_reward`, the reward of the prompt's greedy completion, of each group; returns their mean."""
+    with log.stage("rollout"):
+        prompts, params = [group.prompt for group in groups], run.greedy(seed=run.config.seed + step)
+        greedy = collect(prompts, run.sampler, run.tokenizer, 1, params)
+        env.return_freed_memory()
+    with log.stage("reward"):
+        for failure in run.rewards.score(greedy):
+            log.warn(f"Step {step}, greedy: {failure}")
+    for group, other in zip(groups, greedy, strict=True):
+        group.greedy_reward = other.samples[0].reward
+    return {"greedy/reward": mean_reward(greedy)}
 
 
 @contextmanager

@@ -75,6 +75,10 @@ class Run:
             seed=seed,
         )
 
+    def greedy(self, *, seed: int) -> SamplingParams:
+        """The same, but the most probable token each time."""
+        return replace(self.sampling(seed=seed), temperature=0.0, top_p=1.0, top_k=0)
+
     def models(self) -> dict[str, PreTrainedModel]:
         """What is trained, by the name of its folder; the head of a critic that shares the trunk is no model."""
         critic = {"critic": self.critic.model} if isinstance(self.critic, ScalarModel) else {}

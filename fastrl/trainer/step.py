@@ -53,7 +53,10 @@ def optimise(
     The normaliser belongs to the whole step, so any split into micro-batches gives the same gradient. Norm and learning
     rate of an optimizer but the policy's have its name in front.
     """
-    loss, metrics = 0.0, []
+    # The optimizer's steps are saved with a checkpoint, so a resumed run draws what it would have drawn.
+    seed = optimizers[POLICY].steps
+    batches, noted = algorithm.select(policy, batches, temperature=temperature, seed=seed)
+    loss, metrics = 0.0, [noted]
     for batch in batches:
         for out in algorithm.losses(policy, critic, batch, normalizer, temperature=temperature, entropy=True):
             out.loss.backward()

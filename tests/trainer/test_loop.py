@@ -67,6 +67,8 @@ def rollout(tmp_path):
     run.rewards.score(groups)
     for sample in groups[1].samples:
         sample.reward = 0.5
+    for group in groups:
+        group.greedy_reward = 0.25
     run.algorithm.advantages(groups)
     return run, groups
 

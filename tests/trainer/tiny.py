@@ -60,6 +60,11 @@ def noisy_words(completions, wanted, **_):
     return [w + 0.1 * (random.random() + np.random.random() + torch.rand(()).item()) for w in words]
 
 
+def short(completions, **_):
+    """The shorter, the better."""
+    return [1.0 / (1 + len(text.split())) for text in completions]
+
+
 def raises_on_some(completions, **_):
     """Fails on every completion that starts with w1, w2, ..., w9."""
     for text in completions:

@@ -1,0 +1,192 @@
+"""Which tokens of an optimizer step learn: the masks of `fastrl.losses.token_masks`, under the policy as it then is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from zlib import crc32
+
+import torch
+
+from fastrl.check import require
+from fastrl.kernels.policy_loss.reference import clip
+from fastrl.losses.metrics import Metrics
+from fastrl.losses.token_masks import (
+    binary_tv_mask,
+    clip_cov_score,
+    covariance,
+    entropy_threshold,
+    off_policy_sequence_mask,
+    top_entropy_mask,
+    top_threshold,
+)
+from fastrl.model.policy import Policy
+from fastrl.rollout.draw import uniforms
+from fastrl.spec import Clip, Dppo, Gmpo, PolicyLoss
+from fastrl.types import MicroBatch
+
+OP = "TokenMasks"
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens learn; null switches a mask off. Any costs one forward pass more per optimizer step.
+
+    Shares and means are those of the tokens of one optimizer step whose advantage is not zero, however they are split
+    into micro-batches. A masked token loses its surrogate only: KL and entropy terms stay, and the normaliser.
+    """
+
+    top_entropy: float | None = None
+    """Share of the tokens, those of the highest entropy, that alone learn: arXiv:2506.01939, which takes 0.2."""
+    off_policy: float | None = None
+    """Nats per token by which the policy may have left a completion of negative advantage, else it learns nothing from
+    it: DeepSeek-V3.2, arXiv:2512.02556 eq. 9."""
+    total_variation: float | None = None
+    """By how much a token's probability may have moved where its advantage says, seen from the sampler: DPPO's mask,
+    arXiv:2602.04879, for another surrogate; 0.2 in dppo."""
+    clip_cov: float | None = None
+    """Clip-Cov, arXiv:2505.22617: share of the tokens, drawn from those of a covariance between cov_low and cov_high,
+    that do not learn; 2e-4 there."""
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    kl_cov: float | None = None
+    """KL-Cov, arXiv:2505.22617: share of the tokens, those of the highest covariance, that are held to the old policy;
+    2e-4 there, with a surrogate that is not clipped: loss.clip_low 1 and loss.clip_high 1e9."""
+    kl_cov_coef: float = 1.0
+    """Weight of their distance |log pi - log pi_old|."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_entropy", "clip_cov", "kl_cov"):
+            share = getattr(self, name)
+            require(share is None or 0.0 < share < 1.0, OP, name, "a share between 0 and 1, or null", share)
+        for name in ("off_policy", "total_variation"):
+            bound = getattr(self, name)
+            require(bound is None or bound >= 0.0, OP, name, "at least 0, or null", bound)
+        one = self.clip_cov is None or self.kl_cov is None
+        require(one, OP, "clip_cov, kl_cov", "one of them: both are of the same tokens", "both")
+        require(self.cov_low < self.cov_high, OP, "cov_low", f"less than cov_high, {self.cov_high}", self.cov_low)
+        require(self.kl_cov_coef >= 0.0, OP, "kl_cov_coef", "at least 0", self.kl_cov_coef)
+        for names, of in ((("cov_low", "cov_high"), "clip_cov"), (("kl_cov_coef",), "kl_cov")):
+            given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+            used = getattr(self, of) is not None
+            require(used or not given, OP, ", ".join(names), f"left out without {of}", ", ".join(given))
+
+    @property
+    def on(self) -> bool:
+        """Whether there is one."""
+        switches = (self.top_entropy, self.off_policy, self.total_variation, self.clip_cov, self.kl_cov)
+        return any(value is not None for value in switches)
+
+    @property
+    def reads_sampler(self) -> bool:
+        """Whether one compares with the sampler's log-probabilities."""
+        return self.off_policy is not None or self.total_variation is not None
+
+    def require_fits(self, spec: PolicyLoss) -> None:
+        """Refuses what makes no sense with a loss."""
+        surrogate, by_token = spec.surrogate, ("top_entropy", "total_variation", "clip_cov")
+        one = next((name for name in by_token if getattr(self, name) is not None), "")
+        expected = "null with gmpo, whose tokens have no term of their own"
+        require(not (one and isinstance(surrogate, Gmpo)), OP, one, expected, "a number")
+        own = isinstance(surrogate, Dppo) and self.total_variation is not None
+        require(not own, OP, "total_variation", "null with dppo, which has that mask", self.total_variation)
+        clips = isinstance(surrogate, Clip) and spec.ratio == "token"
+        expected = "null without the clip of a token's ratio, which it takes the place of"
+        require(clips or self.clip_cov is None, OP, "clip_cov", expected, self.clip_cov)
+
+
+@torch.no_grad()
+def masked(
+    policy: Policy,
+    batches: Sequence[MicroBatch],
+    masks: TokenMasks,
+    spec: PolicyLoss,
+    *,
+    temperature: float,
+    to_sampler: bool,
+    seed: int,
+) -> tuple[list[MicroBatch], Metrics]:
+    """The micro-batches of one optimizer step with token advantages, 0 where `masks` take a token out, and with `held`.
+
+    Args:
+        to_sampler: as in `policy_gradient_loss`, of the old policy that the ratio and KL-Cov compare with.
+        seed: of Clip-Cov's draw, another one for each optimizer step.
+
+    Returns:
+        (micro-batches, metrics): `masks/kept_fraction`, of the tokens with an advantage those that keep it, and for
+        KL-Cov `masks/held_fraction`.
+    """
+    if not masks.on or not batches:
+        return list(batches), {}
+    needs_entropy = masks.top_entropy is not None
+    outputs = [
+        policy.outputs(policy.hidden(batch), batch.targets, temperature=temperature, entropy=needs_entropy)
+        for batch in batches
+    ]
+    logps = torch.cat([out.logps for out in outputs])
+    sampling = torch.cat([batch.sampling_logps for batch in batches])
+    advantages = torch.cat([token_advantages(batch) for batch in batches])
+    live = torch.cat([batch.mask for batch in batches]) & (advantages != 0)
+
+    keep = live.clone()
+    if needs_entropy:
+        entropy = torch.cat([out.entropy for out in outputs])
+        keep &= top_entropy_mask(entropy, live, entropy_threshold(entropy, live, masks.top_entropy))
+    if masks.off_policy is not None:
+        parts = zip(batches, outputs, strict=True)
+        keep &= torch.cat([_near(batch, out.logps, masks.off_policy) for batch, out in parts])
+    if masks.total_variation is not None:
+        bound = masks.total_variation
+        keep &= binary_tv_mask(logps, sampling, advantages, low=bound, high=bound)
+    held = None
+    if masks.kl_cov is not None:
+        scores = covariance(logps, advantages, live)
+        held = scores >= top_threshold(scores, live, masks.kl_cov)
+    if masks.clip_cov is not None:
+        scores = covariance(logps, advantages, live)
+        on_policy = not to_sampler and batches[0].old_logps is None  # then nothing is clipped
+        old = logps if on_policy else sampling if to_sampler else torch.cat([batch.old_logps for batch in batches])
+        term = clip(logps - old, advantages, spec.surrogate.low, spec.surrogate.high, spec.surrogate.dual)
+        scores = scores.masked_fill(term.low | term.high, -torch.inf)
+        noise = torch.cat([_noise(batch, seed) for batch in batches])
+        scores = clip_cov_score(scores, noise, low=masks.cov_low, high=masks.cov_high)
+        keep &= scores < top_threshold(scores, live, masks.clip_cov)
+
+    sizes, count = [len(batch.targets) for batch in batches], live.sum().float()
+    columns = {"advantages": torch.where(keep, advantages, 0.0).split(sizes)}
+    metrics = {"masks/kept_fraction": (keep.sum().float(), count)}
+    if held is not None:
+        columns["held"] = (masks.kl_cov_coef * held).split(sizes)
+        metrics["masks/held_fraction"] = (held.sum().float(), count)
+    pieces = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [replace(batch, **piece) for batch, piece in zip(batches, pieces, strict=True)], metrics
+
+
+def token_advantages(batch: MicroBatch) -> torch.Tensor:
+    """(N,) advantages, also where the batch has one per sequence."""
+    if len(batch.advantages) == len(batch.targets):
+        return batch.advantages
+    return batch.advantages.repeat_interleave(batch.cu_seqlens.diff())
+
+
+def _near(batch: MicroBatch, logps: torch.Tensor, threshold: float) -> torch.Tensor:
+    """(N,) bool, True in sequences that `off_policy_sequence_mask` keeps."""
+    kept = off_policy_sequence_mask(
+        logps,
+        batch.sampling_logps,
+        batch.advantages,
+        mask=batch.mask,
+        threshold=threshold,
+        cu_seqlens=batch.cu_seqlens,
+    )
+    return kept.repeat_interleave(batch.cu_seqlens.diff())
+
+
+def _noise(batch: MicroBatch, seed: int) -> torch.Tensor:
+    """(N,) uniform numbers that follow a completion wherever it is packed: by its group and a hash of its tokens."""
+    bounds, groups = batch.cu_seqlens.tolist(), batch.group_ids.tolist()
+    pieces = [
+        uniforms(seed, [(group, crc32(batch.targets[start:end].cpu().numpy().tobytes()))], end - start)[0]
+        for group, start, end in zip(groups, bounds, bounds[1:], strict=False)
+    ]
+    return torch.cat(pieces).to(batch.targets.device, torch.float32)
