@@ -27,6 +27,7 @@ from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.doctor import environment
 from fastrl.trainer.dynamic_sampling import refill
 from fastrl.trainer.evaluate import evaluate, mean_reward
+from fastrl.trainer.lock import only_writer
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.report import write_report
@@ -61,8 +62,12 @@ def train(config: TrainConfig) -> Outcome:
     Raises:
         ValueError: something in the configuration cannot work; the message says what.
     """
-    run = prepare(config)
-    directory = run.directory
+    with only_writer(prepare(config)) as run:
+        return _train(run)
+
+
+def _train(run: Run) -> Outcome:
+    config, directory = run.config, run.directory
     optimizers = make_optimizers(run)
     done, batch = restore(run, optimizers) if run.resumed else (0, None)
     log = RunLog(directory, total_steps=config.steps, show_every=config.show_every)

@@ -14,6 +14,7 @@ from fastrl import env
 from fastrl.losses.metrics import finish, merge
 from fastrl.trainer.checkpoint import has_checkpoint
 from fastrl.trainer.doctor import environment
+from fastrl.trainer.lock import only_writer
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.loop import Optimizers, Outcome, interruptible, save_result
 from fastrl.trainer.offline_config import OfflineConfig, build_objective
@@ -49,8 +50,12 @@ def train(config: OfflineConfig) -> Outcome:
     Raises:
         ValueError: something in the configuration cannot work; the message says what.
     """
-    run = prepare(config)
-    directory = run.directory
+    with only_writer(prepare(config)) as run:
+        return _train(run)
+
+
+def _train(run: OfflineRun) -> Outcome:
+    config, directory = run.config, run.directory
     columns = COLUMNS.get(config.algorithm, COLUMNS[run.objective.kind]) + EVERY_RUN
     log = RunLog(directory, total_steps=config.steps, columns=columns)
     log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=_steps_done(run))
