@@ -51,7 +51,7 @@ def charts(run: RunRecord) -> list[Chart]:
     """Every chart for which the run has numbers."""
     if not run.metrics and not run.evaluations:
         return []
-    made = [_held_out(run), *_measures(run), _reward(run)]
+    made = [_held_out(run), *_measures(run), _reward(run), _explained_variance(run)]
     made += [_curves(run, title, unit, names) for title, unit, names in _CURVES]
     made.append(_stages(run))
     return [chart for chart in made if chart is not None]
@@ -70,7 +70,10 @@ _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"rewards/chosen": "chosen, or desirable", "rewards/rejected": "rejected, or undesirable"},
     ),
     ("Reward margin", "mean over the batch", {"rewards/margins": "of rewards", "margin": "of scores"}),
-    ("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
+    ("Values and returns", "mean over tokens", {"value/mean": "the critic's values", "return/mean": "returns"}),
+    ("Value loss", "mean over tokens", {"value/loss": "value loss"}),
+    ("KL in the reward", "nats per completion", {"objective/kl": "to the reference"}),
+    ("Gradient norm", "before clipping", {"grad_norm": "policy", "critic/grad_norm": "critic"}),
     ("Entropy", "nats per token", {"entropy": "entropy"}),
     (
         "Completion length",
@@ -89,6 +92,11 @@ _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
         "Clipped tokens",
         "fraction of tokens",
         {"clip_ratio/low_mean": "at the lower bound", "clip_ratio/high_mean": "at the upper bound"},
+    ),
+    (
+        "Masks of tokens",
+        "fraction of the tokens with an advantage",
+        {"masks/kept_fraction": "learn", "masks/held_fraction": "held to the old policy"},
     ),
     ("KL to the reference", "nats per token", {"kl": "k3 estimate"}),
     (
@@ -142,6 +150,24 @@ def _reward(run: RunRecord) -> Chart | None:
         _unit_interval(axes, rewards)
 
     return _picture(chart, draw) if _any_finite(rewards) else None
+
+
+def _explained_variance(run: RunRecord) -> Chart | None:
+    """How much of the returns the critic foresees; a new one can be worse than any constant by orders of magnitude."""
+    values = run.series("value/explained_variance")
+    low = -1.0
+    below = any(v < low for v in values)
+    chart = Chart("What the critic foresees", "share of the returns' variance" + (", not below -1" if below else ""))
+
+    def draw(axes: Axes) -> None:
+        shown = [max(v, low) if math.isfinite(v) else v for v in values]
+        axes.plot(run.steps, shown, color=PALETTE["grey"], **_stroke(shown, 1.0), alpha=0.7)
+        axes.plot(run.steps, rolling(shown), color=PALETTE["blue"], linewidth=2.0)
+        chart.legend += [("grey", "step"), ("blue", f"mean of the last {WINDOW}")]
+        axes.axhline(0.0, color=PALETTE["grid"], linewidth=1.2)
+        axes.set_ylim(min(0.0, *(1.08 * v for v in shown if math.isfinite(v))), 1.0)
+
+    return _picture(chart, draw) if _any_finite(values) else None
 
 
 def _curves(run: RunRecord, title: str, unit: str, names: dict[str, str]) -> Chart | None:

@@ -229,3 +229,26 @@ def test_equal_runs_give_equal_pages(finished):
 
 def test_rolling_mean_leaves_out_what_is_not_finite():
     assert rolling([1.0, float("nan"), 3.0, 5.0], window=3) == [1.0, 1.0, 2.0, 4.0]
+
+
+def test_run_with_a_critic_shows_what_it_foresees_and_says_what_is_cut_off(tmp_path):
+    for name, first, note in (("good", -0.5, False), ("bad", -40.0, True)):
+        log = started(tmp_path / name)
+        for step in range(1, 6):
+            explained = {"value/explained_variance": first if step == 1 else 0.15 * step}
+            values = {"value/mean": 0.1 * step, "return/mean": 0.5, "value/loss": 1 / step, "objective/kl": 0.2 * step}
+            log.step(step, {"reward": 0.5, "grad_norm": 1.0, "critic/grad_norm": 2.0} | explained | values)
+        drawn = {chart.title: chart for chart in charts(read_run(tmp_path / name))}
+        assert {"Value loss", "KL in the reward"} <= drawn.keys()
+        assert ("not below -1" in drawn["What the critic foresees"].unit) == note
+        assert [label for _, label in drawn["Values and returns"].legend] == ["the critic's values", "returns"]
+        assert [label for _, label in drawn["Gradient norm"].legend] == ["policy", "critic"]
+        page = Page(write_report(tmp_path / name))
+        assert "What the critic foresees" in page.text
+    ticks = [float(text) for text in re.findall(r">(-?[\d.]+)</text>", drawn["What the critic foresees"].svg)]
+    assert min(ticks) == -1.0
+
+
+def test_run_without_a_critic_has_no_chart_of_one(finished):
+    titles = {chart.title for chart in charts(read_run(finished[0]))}
+    assert not titles & {"What the critic foresees", "Values and returns", "Value loss", "KL in the reward"}
