@@ -48,7 +48,9 @@ class TokenMasks:
     """Clip-Cov, arXiv:2505.22617: share of the tokens, drawn from those of a covariance between cov_low and cov_high,
     that do not learn; 2e-4 there."""
     cov_low: float = 1.0
+    """Lower bound of the covariances that Clip-Cov draws from."""
     cov_high: float = 5.0
+    """Upper bound of them."""
     kl_cov: float | None = None
     """KL-Cov, arXiv:2505.22617: share of the tokens, those of the highest covariance, that are held to the old policy;
     2e-4 there, with a surrogate that is not clipped: loss.clip_low 1 and loss.clip_high 1e9."""

@@ -1,7 +1,7 @@
 """The training loop, which is the picture of the data flow:
 
 prompts -> rollout -> rewards -> advantages -> drop what cannot contribute -> pack
-        -> score (old, ref, critic's values) -> estimate (GAE, with a critic) -> loss -> step
+        -> score (old, ref, critic's values) -> estimate (GAE, with a critic) -> select tokens -> loss -> step
 """
 
 from __future__ import annotations

@@ -19,8 +19,6 @@ def step_metrics(
     by_group = [[s.reward for s in group.samples if s.reward is not None] for group in groups]
     values = {
         "reward": fmean(scored) if scored else float("nan"),
-        "reward_std": fmean([stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in by_group]),
-        "frac_reward_zero_std": fmean([float(len(set(rewards)) <= 1) for rewards in by_group]),
         "completions/mean_length": fmean(lengths),
         "completions/std_length": pstdev(lengths),
         "completions/min_length": float(min(lengths)),
@@ -30,6 +28,9 @@ def step_metrics(
         "groups/contributing": len(contributing) / len(groups),
         "num_tokens": float(sum(lengths) + sum(len(g.prompt.token_ids) for g in groups for _ in g.samples)),
     }
+    if any(len(group.samples) > 1 for group in groups):  # one completion has no spread
+        values["reward_std"] = fmean([stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in by_group])
+        values["frac_reward_zero_std"] = fmean([float(len(set(rewards)) <= 1) for rewards in by_group])
     for name in sorted({name for sample in samples for name in sample.rewards}):
         rewards = [r for sample in samples if (r := sample.rewards.get(name)) is not None]
         if rewards:

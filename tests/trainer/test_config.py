@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from fastrl.advantages import GroupAdvantage
-from fastrl.algorithms import ALGORITHMS
+from fastrl.algorithms import ALGORITHMS, TokenMasks
 from fastrl.spec import KL, Cispo, Clip, Correction
 from fastrl.trainer.config import (
     ConfigError,
@@ -30,13 +30,14 @@ def test_recipe_values_arrive_typed_and_the_rest_are_defaults(tmp_path):
         recipe(
             tmp_path,
             "steps: 7\nalgorithm: dapo\noptimizer: {lr: 1e-5, betas: [0.9, 0.99]}\n"
-            "rewards:\n  - {name: format, weight: 2}\n",
+            "rewards:\n  - {name: format, weight: 2}\nmasks: {clip_cov: 2e-4, cov_low: 0}\n",
         )
     )
     assert config.steps == 7
     assert config.optimizer == OptimizerConfig(lr=1e-5, betas=(0.9, 0.99))
     assert isinstance(config.optimizer.lr, float)
     assert config.rewards == (RewardConfig("format", 2.0),)
+    assert config.masks == TokenMasks(clip_cov=2e-4, cov_low=0.0)
     assert config.rollout == TrainConfig().rollout
 
 
@@ -64,6 +65,11 @@ def test_empty_recipe_is_the_defaults(tmp_path):
         ("algorithm: cispo\nloss: {clip_low: 0.1}", "an algorithm with a Clip surrogate"),
         ("algorithm: opo\nloss: {scale: none}", "loss.baseline, loss.scale: expected None with opo, which has its own"),
         ("algorithm: vespo\nloss: {ratio: token}", "PolicyLoss.ratio: expected 'sequence' with Vespo, got 'token'"),
+        ("masks: {top_entropi: 0.2}", r"masks: top_entropi: unknown key. Did you mean 'top_entropy'\?"),
+        (
+            "masks: {top_entropy: 2}",
+            "masks: TokenMasks: top_entropy: expected a share between 0 and 1, or null, got 2.0",
+        ),
         ("rollout: {dynamic_sampling: -1}", r"rollout.dynamic_sampling: expected 0 \(off\) or more, got -1"),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from trainer.test_resume import config_for, everything, run_until_crash
 from trainer.tiny import tiny_config
 
 from fastrl import advantages
@@ -110,6 +111,7 @@ def test_remax_compares_each_completion_with_the_greedy_one_of_its_prompt(tmp_pa
     ]
     (line,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert line["greedy/reward"] == pytest.approx(sum(greedy.values()) / 5)
+    assert ("frac_reward_zero_std" in line) == (samples > 1)  # no alarm about one completion's equal rewards
     assert line["grad_norm"] > 0
 
 
@@ -331,6 +333,17 @@ def test_masks_act_on_the_advantages_of_a_critic(tmp_path):
     for line in lines(tmp_path / "run" / "metrics.jsonl"):
         assert line["masks/kept_fraction"] == pytest.approx(0.3, abs=0.05)
         assert line["gradient_fraction"] <= line["masks/kept_fraction"]
+
+
+def test_a_resumed_run_draws_the_tokens_that_clip_cov_would_have_drawn(tmp_path):
+    masks = TokenMasks(clip_cov=0.1, cov_low=0.0)
+    changes = {"masks": masks, "steps": 4, "save_every": 2, "optimizer": OptimizerConfig(lr=1e-2, epochs_per_rollout=2)}
+    config = config_for(tmp_path, "whole", **changes)
+    train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    run_until_crash(stopped, 4)
+    assert train(replace(stopped, resume=stopped.run_dir)).status == "finished"
+    assert everything(tmp_path / "stopped", "step_000004") == everything(tmp_path / "whole", "step_000004")
 
 
 # VAPO
