@@ -205,15 +205,14 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A training run."""
+class RunConfig:
+    """What every training run has, whatever it learns from."""
 
     model: str = "smollm2-135m-instruct"
     """A folder, a hub id, or the name of a model that ships in a Python package."""
-    algorithm: Literal[(*ALGORITHMS, "ppo")] = "grpo"
-    """Selects an advantage estimator and a policy loss; `loss` overrides their factors."""
+    algorithm: str = ""
     steps: int = 100
-    """Rollout batches."""
+    """Optimizer steps; with rollouts, rollout batches."""
     seed: int = 0
     run_dir: str = "runs/{algorithm}"
     """Everything the run writes goes here; if it exists, -2, -3, ... is appended."""
@@ -238,10 +237,32 @@ class TrainConfig:
     """Checkpoints of every so many steps stay forever; 0 keeps none."""
     resume: str = ""
     """A run directory or one of its checkpoints to go on from; latest takes the run in run_dir that saved last."""
-    show_every: int = 10
-    """Steps between tables of completions on the screen."""
     log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers that get the metrics too; metrics.jsonl is always written."""
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        op = type(self).__name__
+        for name in ("steps", "tokens_per_batch", "keep_last"):
+            require(getattr(self, name) >= 1, op, name, "at least 1", getattr(self, name))
+        require(self.optimizer.lr >= 0, op, "optimizer.lr", "0 or more", self.optimizer.lr)
+        require(self.adapter.rank >= 0, op, "adapter.rank", "0 or more", self.adapter.rank)
+        require(len(self.adapter.targets) > 0, op, "adapter.targets", "at least one name", "none")
+
+    def directory(self) -> Path:
+        """`run_dir` with its placeholders filled in."""
+        return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed))
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A training run on completions that it samples."""
+
+    algorithm: Literal[(*ALGORITHMS, "ppo")] = "grpo"
+    """Selects an advantage estimator and a policy loss; `loss` overrides their factors."""
+    show_every: int = 10
+    """Steps between tables of completions on the screen."""
     max_failure_fraction: float = 0.5
     """Stop when more than this share of a batch's rewards raise."""
     task: TaskConfig = TaskConfig()
@@ -249,46 +270,29 @@ class TrainConfig:
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     masks: TokenMasks = field(default_factory=TokenMasks)
-    adapter: AdapterConfig = AdapterConfig()
     ppo: PPOConfig = PPOConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("TrainConfig", "algorithm", self.algorithm, [*ALGORITHMS, "ppo"])
+        rollout, optimizer = self.rollout, self.optimizer
         positive = {
-            "steps": self.steps,
-            "tokens_per_batch": self.tokens_per_batch,
-            "rollout.prompts": self.rollout.prompts,
-            "rollout.samples": self.rollout.samples,
-            "rollout.max_new_tokens": self.rollout.max_new_tokens,
-            "optimizer.steps_per_rollout": self.optimizer.steps_per_rollout,
-            "optimizer.epochs_per_rollout": self.optimizer.epochs_per_rollout,
+            "rollout.prompts": rollout.prompts,
+            "rollout.samples": rollout.samples,
+            "rollout.max_new_tokens": rollout.max_new_tokens,
+            "optimizer.steps_per_rollout": optimizer.steps_per_rollout,
+            "optimizer.epochs_per_rollout": optimizer.epochs_per_rollout,
             "eval.samples": self.eval.samples,
-            "keep_last": self.keep_last,
         }
         for name, value in positive.items():
             require(value >= 1, "TrainConfig", name, "at least 1", value)
-        rounds = self.rollout.dynamic_sampling
+        rounds = rollout.dynamic_sampling
         require(rounds >= 0, "TrainConfig", "rollout.dynamic_sampling", "0 (off) or more", rounds)
-        require(
-            self.rollout.temperature > 0, "TrainConfig", "rollout.temperature", "more than 0", self.rollout.temperature
-        )
-        require(self.optimizer.lr >= 0, "TrainConfig", "optimizer.lr", "0 or more", self.optimizer.lr)
+        require(rollout.temperature > 0, "TrainConfig", "rollout.temperature", "more than 0", rollout.temperature)
         require(len(self.rewards) > 0, "TrainConfig", "rewards", "at least one reward", "none")
-        require_adapter("TrainConfig", self.adapter)
         require(0 <= self.max_failure_fraction <= 1, "TrainConfig", "max_failure_fraction", "a share of 1", "another")
         build_algorithm(self)
-
-    def directory(self) -> Path:
-        """`run_dir` with its placeholders filled in."""
-        return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed))
-
-
-def require_adapter(op: str, adapter: AdapterConfig) -> None:
-    """Refuses an adapter that cannot be."""
-    require(adapter.rank >= 0, op, "adapter.rank", "0 or more", adapter.rank)
-    require(len(adapter.targets) > 0, op, "adapter.targets", "at least one name", "none")
 
 
 def build_algorithm(config: TrainConfig) -> Algorithm:

@@ -9,46 +9,39 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 from fastrl.check import sentence
+from fastrl.trainer.config import RunConfig
 from fastrl.trainer.setup import free_directory
-
-if TYPE_CHECKING:
-    from fastrl.trainer.offline_setup import OfflineRun
-    from fastrl.trainer.setup import Run
-
-    AnyRun = TypeVar("AnyRun", Run, OfflineRun)
 
 LOCK = ".lock"  # in a run's folder while a process writes there
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system without flock answers
 
 
 @contextmanager
-def only_writer(run: AnyRun) -> Iterator[AnyRun]:
-    """The run, with a folder that no other process writes to while the block lasts.
+def only_writer(folder: Path, config: RunConfig) -> Iterator[Path]:
+    """The folder of a run, to which no other process writes while the block lasts.
 
-    A new run makes its folder here, under the next free name when another process has taken its own meanwhile; one that
-    the block left empty is removed again.
+    A new run's is made here, under the next free name when another process has taken `folder` meanwhile, and removed
+    again when the block leaves it empty.
 
     Raises:
         ValueError: another process writes there.
     """
-    made = run.resumed is None
+    made = not config.resume
     while made:
         try:
-            run.directory.mkdir(parents=True)
+            folder.mkdir(parents=True)
             break
         except FileExistsError:
-            run = replace(run, directory=free_directory(run.config.directory()))
+            folder = free_directory(config.directory())
     try:
-        with hold(run.directory):
-            yield run
+        with hold(folder):
+            yield folder
     finally:
-        if made and not any(run.directory.iterdir()):
-            run.directory.rmdir()
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from fastrl.trainer.summary import step_metrics
 from fastrl.types import Group
 
 if TYPE_CHECKING:
-    from fastrl.trainer.resume import AnyRun
+    from fastrl.trainer.resume import AnyConfig, AnyRun
 
 Optimizers = dict[str, MasterOptimizer]  # by the name of their file in a checkpoint
 
@@ -62,26 +62,28 @@ def train(config: TrainConfig) -> Outcome:
     Raises:
         ValueError: something in the configuration cannot work; the message says what.
     """
-    with only_writer(prepare(config)) as run:
-        return _train(run)
+    run = prepare(config)
+    with only_writer(run.directory, config) as directory:
+        run = replace(run, directory=directory)
+        optimizers = make_optimizers(run)
+        done, batch = restore(run, optimizers) if run.resumed else (0, None)
+        log = RunLog(directory, total_steps=config.steps, show_every=config.show_every)
+        log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=done)
+        if run.resumed:
+            resume_log(run, log, done, batch)
+        with interruptible() as interrupt:
+            status, steps = _steps(run, log, optimizers, interrupt, done, batch)
+        return conclude(run, log, status, steps)
 
 
-def _train(run: Run) -> Outcome:
-    config, directory = run.config, run.directory
-    optimizers = make_optimizers(run)
-    done, batch = restore(run, optimizers) if run.resumed else (0, None)
-    log = RunLog(directory, total_steps=config.steps, show_every=config.show_every)
-    log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=done)
-    if run.resumed:
-        resume_log(run, log, done, batch)
-    with interruptible() as interrupt:
-        status, steps = _steps(run, log, optimizers, interrupt, done, batch)
+def conclude(run: AnyRun, log: RunLog, status: str, steps: int) -> Outcome:
+    """Saves what was trained, writes the report and closes the log."""
     with log.stage("save"):
         env.return_freed_memory()
         save_result(run)
     before, after = log.evaluated(0), log.evaluated(steps) if status == "finished" else {}
-    report = write_report(directory)
-    again = {"resume": how_to(directory)} if status != "finished" and has_checkpoint(directory) else {}
+    report = write_report(run.directory)
+    again = {"resume": how_to(run.directory)} if status != "finished" and has_checkpoint(run.directory) else {}
     log.close(status, {"before": before, "after": after, "steps": steps, "report": str(report)} | again)
     return Outcome(status, steps, before, after, report)
 
@@ -102,11 +104,11 @@ def _steps(
     """
     config = run.config
     while True:
-        if not interrupt and _evaluates(config, done) and not log.evaluated(done):
+        if not interrupt and evaluates(config, done) and not log.evaluated(done):
             evaluate(run, log, step=done)
         if interrupt:
             log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after {reached(done, batch)}; saving.")
-            _save(run, log, optimizers, done, batch=batch)
+            save_or_warn(run, log, optimizers, done, batch=batch)
             return "interrupted", done
         if done == config.steps:
             return "finished", done
@@ -122,19 +124,20 @@ def _steps(
             return "diverged", done
         except RewardFailure as error:  # the weights are those of the step before, and a judge may be repaired
             log.warn(f"Step {done + 1}: {error}")
-            _save(run, log, optimizers, done, at=before)
+            save_or_warn(run, log, optimizers, done, at=before)
             return "rewards failed", done
         if batch is None:
             done += 1
             if config.save_every and (done % config.save_every == 0 or done == config.steps):
-                _save(run, log, optimizers, done)
+                save_or_warn(run, log, optimizers, done)
 
 
-def _evaluates(config: TrainConfig, step: int) -> bool:
+def evaluates(config: AnyConfig, step: int) -> bool:
+    """Whether a run is evaluated after `step` steps."""
     return step in (0, config.steps) or bool(config.eval.every and step % config.eval.every == 0)
 
 
-def _save(run: Run, log: RunLog, optimizers: Optimizers, step: int, **where: Any) -> None:
+def save_or_warn(run: AnyRun, log: RunLog, optimizers: Optimizers, step: int, **where: Any) -> None:
     """A checkpoint after `step` steps; one that cannot be written costs neither the run nor the one before it."""
     try:
         with log.stage("save"):

@@ -12,17 +12,15 @@ from dataclasses import asdict, replace
 
 from fastrl import env
 from fastrl.losses.metrics import finish, merge
-from fastrl.trainer.checkpoint import has_checkpoint
 from fastrl.trainer.doctor import environment
 from fastrl.trainer.lock import only_writer
 from fastrl.trainer.log import RunLog
-from fastrl.trainer.loop import Optimizers, Outcome, interruptible, save_result
+from fastrl.trainer.loop import Optimizers, Outcome, conclude, evaluates, interruptible, save_or_warn
 from fastrl.trainer.offline_config import OfflineConfig, build_objective
 from fastrl.trainer.offline_setup import OfflineRun, prepare
 from fastrl.trainer.optimizer import POLICY, MasterOptimizer
 from fastrl.trainer.reference import fill_in
-from fastrl.trainer.report import write_report
-from fastrl.trainer.resume import how_to, reached, restore, resume_log, save
+from fastrl.trainer.resume import reached, restore, resume_log
 from fastrl.trainer.screen import Column
 from fastrl.trainer.step import NonFiniteLoss
 from fastrl.types import Group
@@ -50,37 +48,27 @@ def train(config: OfflineConfig) -> Outcome:
     Raises:
         ValueError: something in the configuration cannot work; the message says what.
     """
-    with only_writer(prepare(config)) as run:
-        return _train(run)
-
-
-def _train(run: OfflineRun) -> Outcome:
-    config, directory = run.config, run.directory
-    columns = COLUMNS.get(config.algorithm, COLUMNS[run.objective.kind]) + EVERY_RUN
-    log = RunLog(directory, total_steps=config.steps, columns=columns)
-    log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=_steps_done(run))
-    if run.reference:
-        with log.stage("reference"):
-            fill_in(run, [*run.to_be_drawn(), *run.held_out])
-        run = replace(run, reference=None)  # gives its memory back where it is a model of its own
-    optimizers = {POLICY: MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)}
-    done = 0
-    if run.resumed:
-        done, _ = restore(run, optimizers)
-        resume_log(run, log, done, None)
-    else:
-        for message in run.skipped:
-            log.warn(message)
-    with interruptible() as interrupt:
-        status, steps = _steps(run, log, optimizers, interrupt, done)
-    with log.stage("save"):
-        env.return_freed_memory()
-        save_result(run)
-    before, after = log.evaluated(0), log.evaluated(steps) if status == "finished" else {}
-    report = write_report(directory)
-    again = {"resume": how_to(directory)} if status != "finished" and has_checkpoint(directory) else {}
-    log.close(status, {"before": before, "after": after, "steps": steps, "report": str(report)} | again)
-    return Outcome(status, steps, before, after, report)
+    run = prepare(config)
+    with only_writer(run.directory, config) as directory:
+        run = replace(run, directory=directory)
+        columns = COLUMNS.get(config.algorithm, COLUMNS[run.objective.kind]) + EVERY_RUN
+        log = RunLog(directory, total_steps=config.steps, columns=columns)
+        log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=_steps_done(run))
+        if run.reference:
+            with log.stage("reference"):
+                fill_in(run, [*run.to_be_drawn(), *run.held_out])
+            run = replace(run, reference=None)  # gives its memory back where it is a model of its own
+        optimizers = {POLICY: MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)}
+        done = 0
+        if run.resumed:
+            done, _ = restore(run, optimizers)
+            resume_log(run, log, done, None)
+        else:
+            for message in run.skipped:
+                log.warn(message)
+        with interruptible() as interrupt:
+            status, steps = _steps(run, log, optimizers, interrupt, done)
+        return conclude(run, log, status, steps)
 
 
 def evaluate_model(config: OfflineConfig, model: str) -> dict[str, float]:
@@ -104,11 +92,11 @@ def _steps(run: OfflineRun, log: RunLog, optimizers: Optimizers, interrupt: list
     """Every step after the first `done`. Returns (status, completed steps)."""
     config = run.config
     while True:
-        if not interrupt and _evaluates(config, done) and not log.evaluated(done):
+        if not interrupt and evaluates(config, done) and not log.evaluated(done):
             _evaluate(run, log, done)
         if interrupt:
             log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after {reached(done, None)}; saving.")
-            _save(run, log, optimizers, done)
+            save_or_warn(run, log, optimizers, done)
             return "interrupted", done
         if done == config.steps:
             return "finished", done
@@ -120,17 +108,7 @@ def _steps(run: OfflineRun, log: RunLog, optimizers: Optimizers, interrupt: list
             return "diverged", done
         done += 1
         if config.save_every and (done % config.save_every == 0 or done == config.steps):
-            _save(run, log, optimizers, done)
-
-
-def _save(run: OfflineRun, log: RunLog, optimizers: Optimizers, step: int) -> None:
-    """A checkpoint after `step` steps; one that cannot be written costs neither the run nor the one before it."""
-    try:
-        with log.stage("save"):
-            env.return_freed_memory()
-            save(run, optimizers, log, step)
-    except OSError as error:
-        log.warn(f"The checkpoint after step {step} could not be written: {error}. Earlier ones are as they were.")
+            save_or_warn(run, log, optimizers, done)
 
 
 def _step(run: OfflineRun, log: RunLog, optimizers: Optimizers, step: int) -> None:
@@ -159,10 +137,6 @@ def _steps_done(run: OfflineRun) -> int:
 def _tokens(groups: Sequence[Group]) -> int:
     """Of all sequences, each with its prompt."""
     return sum(len(group.prompt.token_ids) + len(sample.token_ids) for group in groups for sample in group.samples)
-
-
-def _evaluates(config: OfflineConfig, step: int) -> bool:
-    return step in (0, config.steps) or bool(config.eval.every and step % config.eval.every == 0)
 
 
 def _evaluate(run: OfflineRun, log: RunLog, step: int) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from fastrl.algorithms.offline import OFFLINE, Objective, objective_of
 from fastrl.check import choice, require
 from fastrl.preference_spec import PreferenceLoss, PreferenceMix
-from fastrl.trainer.config import AdapterConfig, OptimizerConfig, require_adapter
+from fastrl.trainer.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,9 @@ class OfflineEvalConfig:
 
 
 @dataclass(frozen=True)
-class OfflineConfig:
+class OfflineConfig(RunConfig):
     """A training run on answers written before training."""
 
-    model: str = "smollm2-135m-instruct"
-    """A folder, a hub id, or the name of a model that ships in a Python package."""
     algorithm: Literal[
         "dpo", "cdpo", "robust_dpo", "dpo_norm", "slic", "ipo", "exo", "nca", "bco", "sppo_hard", "aot",
         "aot_unpaired", "apo_zero", "apo_down", "discopop", "ld_dpo", "wpo", "rpo", "mpo", "simpo", "alphapo", "cpo",
@@ -80,59 +77,21 @@ class OfflineConfig:
     """Selects a loss of fastrl.presets, or supervised fine-tuning, or a reward model; `loss` overrides its factors."""
     reference: str = ""
     """The frozen model that a preference loss compares with; empty is the model itself, before training."""
-    steps: int = 100
-    """Optimizer steps."""
     batch: int = 16
     """Rows of a step: pairs, labelled answers, or demonstrations."""
-    seed: int = 0
-    run_dir: str = "runs/{algorithm}"
-    """Everything the run writes goes here; if it exists, -2, -3, ... is appended."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model's weights and activations; the optimizer's are float32 in any case."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU when there is one."""
-    backend: str = "auto"
-    """Backend of the fused ops, see `fastrl doctor`."""
-    tokens_per_batch: int = 2048
-    """Model input tokens of a micro-batch, padding included; memory grows with it, the gradient does not change."""
-    layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
-    """How sequences share a micro-batch."""
-    gradient_checkpointing: bool = False
-    threads: int = 0
-    """CPU threads; 0 keeps torch's choice."""
-    save_every: int = 0
-    """Steps between checkpoints to resume from; 0 writes one only when Ctrl-C or SIGTERM stops the run."""
-    keep_last: int = 2
-    """Checkpoints that stay; the newest may be damaged."""
-    keep_every: int = 0
-    """Checkpoints of every so many steps stay forever; 0 keeps none."""
-    resume: str = ""
-    """A run directory or one of its checkpoints to go on from; latest takes the run in run_dir that saved last."""
-    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Trackers that get the metrics too; metrics.jsonl is always written."""
     data: DataConfig = DataConfig()
     loss: OfflineLossConfig = OfflineLossConfig()
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: OfflineEvalConfig = OfflineEvalConfig()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         op = "OfflineConfig"
         choice(op, "algorithm", self.algorithm, OFFLINE)
-        positive = {
-            "steps": self.steps,
-            "batch": self.batch,
-            "tokens_per_batch": self.tokens_per_batch,
-            "keep_last": self.keep_last,
-        }
-        for name, value in positive.items():
-            require(value >= 1, op, name, "at least 1", value)
-        require(self.optimizer.lr >= 0, op, "optimizer.lr", "0 or more", self.optimizer.lr)
+        require(self.batch >= 1, op, "batch", "at least 1", self.batch)
         per_batch = self.optimizer.steps_per_rollout
         require(per_batch == 1, op, "optimizer.steps_per_rollout", "1, as there is no rollout", per_batch, "Set batch.")
         epochs = self.optimizer.epochs_per_rollout
         require(epochs == 1, op, "optimizer.epochs_per_rollout", "1, as there is no rollout", epochs, "Set steps.")
-        require_adapter(op, self.adapter)
         whole = self.algorithm != "reward_model" or self.adapter.rank == 0
         require(whole, op, "adapter.rank", "0 for reward_model, whose head is new", self.adapter.rank)
         objective = build_objective(self)
@@ -140,10 +99,6 @@ class OfflineConfig:
         require(labelled, op, "data.unpair", f"false for {self.algorithm}, whose rows are {objective.kind}", True)
         unused = self.reference and not objective.needs_ref
         require(not unused, op, "reference", f"nothing for {self.algorithm}, which compares with none", self.reference)
-
-    def directory(self) -> Path:
-        """`run_dir` with its placeholders filled in."""
-        return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed))
 
 
 def build_objective(config: OfflineConfig) -> Objective:

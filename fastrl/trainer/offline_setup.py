@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrl import env
 from fastrl.algorithms.offline import Answers, Objective, RewardModelling
 from fastrl.check import require
 from fastrl.data.pack import pack
@@ -24,9 +23,8 @@ from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel, load_scalar_model
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.offline_config import OfflineConfig, build_objective
-from fastrl.trainer.resume import require_same_model, resumable
-from fastrl.trainer.setup import DTYPES, checkpoint_activations, free_directory, pick_device, with_adapter
-from fastrl.trainer.trackers import require_installed
+from fastrl.trainer.resume import require_same_model
+from fastrl.trainer.setup import DTYPES, begin, checkpoint_activations, free_directory, with_adapter
 from fastrl.types import Group, MicroBatch
 
 if TYPE_CHECKING:
@@ -102,13 +100,7 @@ def prepare(config: OfflineConfig) -> OfflineRun:
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
     """
-    require_installed(config.log_to)
-    resumed = resumable(config) if config.resume else None
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    env.reuse_freed_memory()
-    torch.manual_seed(config.seed)
-    device, dtype = pick_device(config.device), DTYPES[config.dtype]
+    (resumed, device), dtype = begin(config), DTYPES[config.dtype]
     objective = build_objective(config)
     scalar = isinstance(objective, RewardModelling)
     model, tokenizer = (load_scalar_model if scalar else load_model)(config.model, dtype)

@@ -28,7 +28,7 @@ from fastrl.rewards import RewardSuite, resolve_reward
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer.checkpoint import Checkpoint
-from fastrl.trainer.config import AdapterConfig, TrainConfig, build_algorithm
+from fastrl.trainer.config import AdapterConfig, RunConfig, TrainConfig, build_algorithm
 from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
 from fastrl.trainer.resume import require_same_model, resumable
 from fastrl.trainer.trackers import require_installed
@@ -129,13 +129,7 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
     """
-    require_installed(config.log_to)
-    resumed = resumable(config) if config.resume else None
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    env.reuse_freed_memory()
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
+    resumed, device = begin(config)
     rewards = RewardSuite(
         [resolve_reward(reward.name, **reward.options) for reward in config.rewards],
         [reward.weight for reward in config.rewards],
@@ -195,6 +189,21 @@ def prepare(config: TrainConfig) -> Run:
         fingerprint=began,
         resumed=resumed,
     )
+
+
+def begin(config: RunConfig) -> tuple[Checkpoint | None, torch.device]:
+    """What every run does first; returns the checkpoint that it goes on from, if any, and its device.
+
+    Raises:
+        ValueError: a tracker is not installed, or there is no such checkpoint.
+    """
+    require_installed(config.log_to)
+    resumed = resumable(config) if config.resume else None
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    env.reuse_freed_memory()
+    torch.manual_seed(config.seed)
+    return resumed, pick_device(config.device)
 
 
 def make_optimizers(run: Run) -> dict[str, MasterOptimizer]:
