@@ -54,6 +54,11 @@ class GroupPolicyGradient:
         return False
 
     @property
+    def needs_old(self) -> bool:
+        """Never before the first update: the policy is then that of the rollout."""
+        return False
+
+    @property
     def needs_greedy(self) -> bool:
         """True when the baseline is each prompt's greedy completion, `Group.greedy_reward`."""
         return isinstance(self.estimator, Estimator) and self.estimator.greedy

@@ -1,4 +1,4 @@
-"""PPO with a critic: a reward at every token, GAE, a clipped policy loss and a clipped value loss."""
+"""PPO: a reward at every token, a critic and GAE, a clipped policy loss and a clipped value loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fastrl.advantages import kl_in_reward, vapo_gae, whiten
+from fastrl.advantages import discounted_returns, kl_in_reward, vapo_gae, whiten
 from fastrl.algorithms.masks import TokenMasks, masked
 from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
 from fastrl.check import require
@@ -58,6 +58,9 @@ class ActorCritic:
     arXiv:2504.05118, is lam = 1, length_alpha = 0.05, which sets lam_policy by the length of each completion
     (`fastrl.advantages.vapo_gae`), and positive_nll = 0.1: the weight of the negative log-likelihood of the completions
     with a score above 0, a mean over their tokens in the optimizer step.
+
+    Without a critic it is REINFORCE++, arXiv:2501.03262: values are 0 and lam is 1, so the advantages are whitened
+    rewards to go, and there is no value loss.
     """
 
     spec: PolicyLoss
@@ -70,6 +73,7 @@ class ActorCritic:
     lam_policy: float | None = None
     length_alpha: float | None = None
     positive_nll: float = 0.0
+    critic: bool = True
     masks: TokenMasks = field(default_factory=TokenMasks)
     to_sampler: bool = False  # as in `GroupPolicyGradient`; the KL in the reward is the trainer's in any case
 
@@ -99,19 +103,24 @@ class ActorCritic:
 
     @property
     def needs_critic(self) -> bool:
-        """Always."""
+        """True but for REINFORCE++."""
+        return self.critic
+
+    @property
+    def needs_old(self) -> bool:
+        """Always: the KL in the reward is that of the weights that sampled."""
         return True
 
     @property
     def needs_greedy(self) -> bool:
-        """Never: the critic is the baseline."""
+        """Never: the critic, or the mean of the rollout, is the baseline."""
         return False
 
     def advantages(self, groups: Sequence[Group]) -> None:
         """Nothing yet: advantages are of tokens, and wait for the critic (`estimate`)."""
 
     def contributing(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with a sample that was scored: a critic has an opinion on equal rewards too."""
+        """The groups with a sample that was scored: equal rewards too differ from those of other groups."""
         return [group for group in groups if trained(group)]
 
     def normalizer(self, counts: Counts) -> float:
@@ -160,7 +169,10 @@ class ActorCritic:
     def _estimate(self, batch: MicroBatch) -> MicroBatch:
         ref = batch.old_logps if batch.ref_logps is None else batch.ref_logps
         rewards = kl_in_reward(batch.scores, batch.old_logps, ref, batch.mask, self.kl.coef, batch.cu_seqlens)
-        inputs, options = (rewards, batch.values, batch.mask), {"gamma": self.gamma, "cu_seqlens": batch.cu_seqlens}
+        options = {"gamma": self.gamma, "cu_seqlens": batch.cu_seqlens}
+        if not self.critic:
+            return replace(batch, advantages=discounted_returns(rewards, batch.mask, **options))
+        inputs = (rewards, batch.values, batch.mask)
         if self.length_alpha is not None:
             advantages, returns = vapo_gae(*inputs, alpha=self.length_alpha, lam_value=self.lam, **options)
         else:
@@ -179,7 +191,7 @@ class ActorCritic:
     def losses(
         self,
         policy: Policy,
-        critic: Critic,
+        critic: Critic | None,
         batch: MicroBatch,
         normalizer: float,
         *,
@@ -199,7 +211,8 @@ class ActorCritic:
             yield LossOutput(out.loss + value.loss, out.metrics | value.metrics)
         else:
             yield policy_gradient_loss(policy, batch, self.spec, normalizer, **options)
-            yield self._value_loss(critic.values(batch), batch, normalizer)
+            if critic is not None:
+                yield self._value_loss(critic.values(batch), batch, normalizer)
 
     def _value_loss(self, values: torch.Tensor, batch: MicroBatch, normalizer: float) -> LossOutput:
         out = value_loss(

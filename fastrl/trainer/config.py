@@ -164,8 +164,8 @@ class AdapterConfig:
 class PPOConfig:
     """What PPO has besides a policy loss."""
 
-    critic: Literal["separate", "shared"] = "separate"
-    """A model of its own, or a linear layer on the policy's hidden states."""
+    critic: Literal["separate", "shared", "none"] = "separate"
+    """A model of its own, or a linear layer on the policy's hidden states; none is REINFORCE++."""
     critic_model: str = ""
     """What a separate critic starts from: the policy's own model, if empty, or a trained reward model."""
     critic_lr: float = 1e-5
@@ -375,14 +375,19 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     require(whole, "TrainConfig", "loss.filter_zero_variance", "False: a critic learns from equal rewards too", True)
     require(spec.kl is None, "TrainConfig", "loss.kl", "none: PPO's KL is in the reward, ppo.kl_coef", loss.kl)
     require(ppo.critic_lr >= 0, "TrainConfig", "ppo.critic_lr", "0 or more", ppo.critic_lr)
-    own = ppo.critic == "separate" or not ppo.critic_model
+    own = ppo.critic != "shared" or not ppo.critic_model
     require(
         own, "TrainConfig", "ppo.critic_model", "none for a critic that shares the policy's trunk", ppo.critic_model
     )
+    if ppo.critic == "none":
+        of_critic = ("critic_model", "critic_lr", "lam", "lam_policy", "length_alpha", "value_coef", "value_clip")
+        set_ = [name for name in of_critic if getattr(ppo, name) != getattr(PPOConfig, name)]
+        require(not set_, "TrainConfig", f"ppo.{', ppo.'.join(set_)}", "left out without a critic", "a value")
     controller = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
     names = ("gamma", "lam", "lam_policy", "length_alpha", "positive_nll", "value_coef", "value_clip", "whiten")
     factors = {name: getattr(ppo, name) for name in names}
-    return ActorCritic(spec, controller, masks=config.masks, to_sampler=_to_sampler(config), **factors)
+    factors |= {"critic": ppo.critic != "none", "masks": config.masks, "to_sampler": _to_sampler(config)}
+    return ActorCritic(spec, controller, **factors)
 
 
 def _kl(loss: LossConfig, spec: PolicyLoss) -> KL | None:

@@ -198,7 +198,7 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
     epochs = config.optimizer.epochs_per_rollout
     with log.stage("score"):
         # With one update the policy is that of the rollout, and a ratio to the sampler has its numbers from it.
-        old = (len(parts) * epochs > 1 and not algorithm.to_sampler) or algorithm.needs_critic
+        old = (len(parts) * epochs > 1 and not algorithm.to_sampler) or algorithm.needs_old
         parts = [
             ([run.score(batch, old=old, temperature=temperature) for batch in batches], normalizer)
             for batches, normalizer in parts

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
-from fastrl.algorithms import Algorithm
+from fastrl.algorithms import ActorCritic, Algorithm
 from fastrl.check import require
 from fastrl.data.pack import Counts, count, pack
 from fastrl.data.plan import ModelShape
@@ -100,11 +100,11 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What changes as the run goes on and is neither a weight nor a prompt, as JSON can hold it."""
-        return {"kl_coef": self.algorithm.kl.coef} if self.algorithm.needs_critic else {}
+        return {"kl_coef": self.algorithm.kl.coef} if isinstance(self.algorithm, ActorCritic) else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from where `state` was taken."""
-        if self.algorithm.needs_critic:
+        if isinstance(self.algorithm, ActorCritic):
             self.algorithm.kl.coef = state["kl_coef"]
 
     def pack(self, groups: Sequence[Group]) -> list[MicroBatch]:

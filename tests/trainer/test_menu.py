@@ -408,6 +408,39 @@ def test_imitation_weighs_the_tokens_of_each_optimizer_step_that_scored(tmp_path
     torch.testing.assert_close(weights, torch.where(scores > 0, 0.2 / tokens, 0.0))
 
 
+# REINFORCE++
+
+
+def test_reinforce_pp_by_recipe_takes_whitened_rewards_to_go_with_the_kl_in_them(tmp_path, monkeypatch):
+    estimated = []
+
+    def keep(self, parts):
+        filled, numbers = estimate(self, parts)
+        estimated.append(([b for part, _ in parts for b in part], [b for part, _ in filled for b in part]))
+        return filled, numbers
+
+    estimate = ActorCritic.estimate
+    monkeypatch.setattr(ActorCritic, "estimate", keep)
+    ppo = PPOConfig(critic="none", gamma=0.95, kl_coef=0.01)
+    optimizer = OptimizerConfig(lr=1e-2, epochs_per_rollout=2)
+    outcome = train(tiny_config(tmp_path, steps=15, algorithm="ppo", ppo=ppo, optimizer=optimizer))
+    assert outcome.after["sampled"] > outcome.before["sampled"] + 0.3
+    assert not (tmp_path / "run" / "critic").exists()
+    before, after = estimated[-1]
+    returns = []
+    for batch in before:
+        penalty = 0.01 * (batch.old_logps - batch.ref_logps)
+        for start, end, score in zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.scores, strict=False):
+            rewards = -penalty[start:end]
+            rewards[-1] += score
+            for place in range(len(rewards)):
+                returns.append(sum(0.95**k * r for k, r in enumerate(rewards[place:].tolist())))
+    returns = torch.tensor(returns)
+    got = torch.cat([batch.advantages for batch in after])
+    torch.testing.assert_close(got, (returns - returns.mean()) / returns.std(), rtol=1e-4, atol=1e-5)
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["objective/kl"] > 0.01
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -434,6 +467,7 @@ def test_imitation_weighs_the_tokens_of_each_optimizer_step_that_scored(tmp_path
         ),
         ({"algorithm": "ppo", "ppo": PPOConfig(length_alpha=0.0)}, "length_alpha: expected above 0"),
         ({"ppo": PPOConfig(positive_nll=0.1)}, "ppo: expected its defaults, as grpo has no critic"),
+        ({"algorithm": "ppo", "ppo": PPOConfig(critic="none", lam=0.9)}, "ppo.lam: expected left out without a critic"),
     ],
 )
 def test_choices_that_make_no_sense_together_are_refused_in_one_sentence(changes, message):
