@@ -22,7 +22,7 @@ from fastrl.algorithms import (
 )
 from fastrl.check import choice, require
 from fastrl.losses import presets
-from fastrl.spec import KL, Clip, Correction, PolicyLoss, Ratio
+from fastrl.spec import KL, Clip, Correction, PolicyLoss, Ratio, Reinforce
 
 if TYPE_CHECKING:
     from fastrl.trainer.offline_config import OfflineConfig
@@ -333,6 +333,9 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
     own = PPOConfig()
     require(config.ppo == own, "TrainConfig", "ppo", f"its defaults, as {config.algorithm} has no critic", config.ppo)
     weights = tuple(reward.weight for reward in config.rewards)
+    ratio = loss.old_policy is None or not isinstance(spec.surrogate, Reinforce)
+    expected = f"nothing with {config.algorithm}, whose loss has no ratio"
+    require(ratio, "TrainConfig", "loss.old_policy", expected, loss.old_policy)
     algorithm = GroupPolicyGradient(
         estimator, spec, config.rollout.max_new_tokens, weights, masks=config.masks, to_sampler=_to_sampler(config)
     )

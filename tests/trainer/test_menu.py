@@ -466,6 +466,10 @@ def test_reinforce_pp_by_recipe_takes_whitened_rewards_to_go_with_the_kl_in_them
             "lam_policy: expected None with len",
         ),
         ({"algorithm": "ppo", "ppo": PPOConfig(length_alpha=0.0)}, "length_alpha: expected above 0"),
+        (
+            {"algorithm": "rloo", "loss": LossConfig(old_policy="sampler")},
+            "loss.old_policy: expected nothing with rloo",
+        ),
         ({"ppo": PPOConfig(positive_nll=0.1)}, "ppo: expected its defaults, as grpo has no critic"),
         ({"algorithm": "ppo", "ppo": PPOConfig(critic="none", lam=0.9)}, "ppo.lam: expected left out without a critic"),
     ],
