@@ -247,8 +247,7 @@ class RunConfig:
         for name in ("steps", "tokens_per_batch", "keep_last"):
             require(getattr(self, name) >= 1, op, name, "at least 1", getattr(self, name))
         require(self.optimizer.lr >= 0, op, "optimizer.lr", "0 or more", self.optimizer.lr)
-        require(self.adapter.rank >= 0, op, "adapter.rank", "0 or more", self.adapter.rank)
-        require(len(self.adapter.targets) > 0, op, "adapter.targets", "at least one name", "none")
+        require_adapter(op, self.adapter)
 
     def directory(self) -> Path:
         """`run_dir` with its placeholders filled in."""
@@ -293,6 +292,12 @@ class TrainConfig(RunConfig):
         require(len(self.rewards) > 0, "TrainConfig", "rewards", "at least one reward", "none")
         require(0 <= self.max_failure_fraction <= 1, "TrainConfig", "max_failure_fraction", "a share of 1", "another")
         build_algorithm(self)
+
+
+def require_adapter(op: str, adapter: AdapterConfig) -> None:
+    """Refuses an adapter that cannot be."""
+    require(adapter.rank >= 0, op, "adapter.rank", "0 or more", adapter.rank)
+    require(len(adapter.targets) > 0, op, "adapter.targets", "at least one name", "none")
 
 
 def build_algorithm(config: TrainConfig) -> Algorithm:
