@@ -186,9 +186,9 @@ def _near(batch: MicroBatch, logps: torch.Tensor, threshold: float) -> torch.Ten
 
 def _noise(batch: MicroBatch, seed: int) -> torch.Tensor:
     """(N,) uniform numbers that follow a completion wherever it is packed: by its group and a hash of its tokens."""
-    bounds, groups = batch.cu_seqlens.tolist(), batch.group_ids.tolist()
+    bounds, groups, tokens = batch.cu_seqlens.tolist(), batch.group_ids.tolist(), batch.targets.cpu().numpy()
     pieces = [
-        uniforms(seed, [(group, crc32(batch.targets[start:end].cpu().numpy().tobytes()))], end - start)[0]
+        uniforms(seed, [(group, crc32(tokens[start:end].tobytes()))], end - start)[0]
         for group, start, end in zip(groups, bounds, bounds[1:], strict=False)
     ]
     return torch.cat(pieces).to(batch.targets.device, torch.float32)

@@ -190,7 +190,7 @@ class ActorCritic:
 
     def losses(
         self,
-        policy: Policy,
+        policy: Policy | None,
         critic: Critic | None,
         batch: MicroBatch,
         normalizer: float,
@@ -201,7 +201,8 @@ class ActorCritic:
         """One micro-batch's shares of the step's loss; each is to be backpropagated before the next is asked for.
 
         A critic with a trunk of its own comes after the policy, when the policy's activations are free again; one that
-        shares the policy's trunk comes with it, from the same hidden states.
+        shares the policy's trunk comes with it, from the same hidden states. Without a policy there is the
+        loss of a separate critic alone.
         """
         options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler}
         if isinstance(critic, SharedCritic):
@@ -210,7 +211,8 @@ class ActorCritic:
             value = self._value_loss(critic.of(hidden), batch, normalizer)
             yield LossOutput(out.loss + value.loss, out.metrics | value.metrics)
         else:
-            yield policy_gradient_loss(policy, batch, self.spec, normalizer, **options)
+            if policy is not None:
+                yield policy_gradient_loss(policy, batch, self.spec, normalizer, **options)
             if critic is not None:
                 yield self._value_loss(critic.values(batch), batch, normalizer)
 

@@ -170,6 +170,8 @@ class PPOConfig:
     """What a separate critic starts from: the policy's own model, if empty, or a trained reward model."""
     critic_lr: float = 1e-5
     """Learning rate of a separate critic."""
+    critic_warmup: int = 0
+    """Steps at the start in which a separate critic alone learns: VAPO's value pre-training."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
@@ -387,6 +389,9 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     require(
         own, "TrainConfig", "ppo.critic_model", "none for a critic that shares the policy's trunk", ppo.critic_model
     )
+    warm = ppo.critic_warmup == 0 or (ppo.critic == "separate" and 0 < ppo.critic_warmup < config.steps)
+    expected = "0, or with a separate critic fewer than steps"
+    require(warm, "TrainConfig", "ppo.critic_warmup", expected, ppo.critic_warmup)
     if ppo.critic == "none":
         of_critic = ("critic_model", "critic_lr", "lam", "lam_policy", "length_alpha", "value_coef", "value_clip")
         set_ = [name for name in of_critic if getattr(ppo, name) != getattr(PPOConfig, name)]

@@ -159,7 +159,14 @@ def _step(
         while batch.parts and not (interrupt and batch.updates):
             batches, normalizer = batch.parts.pop(0)
             update = optimise(
-                run.policy, run.critic, optimizers, run.algorithm, batches, normalizer, temperature=temperature
+                run.policy,
+                run.critic,
+                optimizers,
+                run.algorithm,
+                batches,
+                normalizer,
+                temperature=temperature,
+                only_critic=step <= run.config.ppo.critic_warmup,
             )
             batch.updates.append(update)
     if batch.parts:

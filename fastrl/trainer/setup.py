@@ -209,11 +209,12 @@ def begin(config: RunConfig) -> tuple[Checkpoint | None, torch.device]:
 def make_optimizers(run: Run) -> dict[str, MasterOptimizer]:
     """The policy's, which also has the head of a critic that shares its trunk; and that of a critic with its own."""
     config = run.config
-    updates = config.steps * config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout
+    each = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout
+    updates, without_policy = config.steps * each, config.ppo.critic_warmup * each
     params = [*run.policy.model.parameters()]
     if isinstance(run.critic, SharedCritic):
         params += run.critic.head.parameters()
-    optimizers = {POLICY: MasterOptimizer(params, config.optimizer, updates)}
+    optimizers = {POLICY: MasterOptimizer(params, config.optimizer, updates - without_policy)}
     if isinstance(run.critic, ScalarModel):
         rates = replace(config.optimizer, lr=config.ppo.critic_lr)
         optimizers[CRITIC] = MasterOptimizer(run.critic.model.parameters(), rates, updates)

@@ -47,16 +47,21 @@ def optimise(
     normalizer: float,
     *,
     temperature: float,
+    only_critic: bool = False,
 ) -> tuple[Metrics, dict[str, float]]:
     """Accumulates the gradient of every micro-batch, then steps; returns token metrics, and loss and gradient norms.
 
     The normaliser belongs to the whole step, so any split into micro-batches gives the same gradient. Norm and learning
-    rate of an optimizer but the policy's have its name in front.
+    rate of an optimizer but the policy's have its name in front. With `only_critic` the policy stays as it is.
     """
     # The optimizer's steps are saved with a checkpoint, so a resumed run draws what it would have drawn.
-    seed = optimizers[POLICY].steps
-    batches, noted = algorithm.select(policy, batches, temperature=temperature, seed=seed)
-    loss, metrics = 0.0, [noted]
+    seed, metrics = optimizers[POLICY].steps, []
+    if only_critic:
+        policy, optimizers = None, {name: optimizer for name, optimizer in optimizers.items() if name != POLICY}
+    else:
+        batches, noted = algorithm.select(policy, batches, temperature=temperature, seed=seed)
+        metrics.append(noted)
+    loss = 0.0
     for batch in batches:
         for out in algorithm.losses(policy, critic, batch, normalizer, temperature=temperature, entropy=True):
             out.loss.backward()

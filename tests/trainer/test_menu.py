@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from trainer.test_resume import config_for, everything, run_until_crash
 from trainer.tiny import tiny_config
 
@@ -392,6 +394,26 @@ def test_vapo_by_recipe_imitates_what_scored_and_learns(tmp_path):
     assert series[-1] < series[0] - 1.0  # nats per token of what scored above 0
 
 
+def test_a_critic_that_is_warmed_up_learns_alone_and_then_the_policy_with_it(tmp_path):
+    ppo = PPOConfig(critic_warmup=2, critic_lr=1e-2, kl_coef=0.0)
+    optimizer = OptimizerConfig(lr=1e-2, steps_per_rollout=2, schedule="cosine")
+    config = tiny_config(tmp_path, steps=4, algorithm="ppo", ppo=ppo, optimizer=optimizer, save_every=2, keep_last=2)
+    train(config)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert ["grad_norm" in line for line in metrics] == [False, False, True, True]
+    assert all(line["critic/grad_norm"] > 0 for line in metrics)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    began, warm, end = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "model", checkpoints / "step_000002" / "model", checkpoints / "step_000004" / "model")
+    )
+    assert all(torch.equal(began[name], warm[name]) for name in began)
+    assert any(not torch.equal(end[name], warm[name]) for name in began)
+    rates = [line["learning_rate"] for line in metrics[2:]]  # means of a step's two updates, of four in all
+    expected = [0.5 * (1 + math.cos(math.pi * place / 4)) for place in range(4)]
+    assert rates == pytest.approx([0.005 * (expected[0] + expected[1]), 0.005 * (expected[2] + expected[3])])
+
+
 def test_imitation_weighs_the_tokens_of_each_optimizer_step_that_scored(tmp_path):
     run = prepare(tiny_config(tmp_path, algorithm="ppo"))
     groups = collect(run.prompts.next(4), run.sampler, run.tokenizer, 3, run.sampling(seed=3))
@@ -464,6 +486,10 @@ def test_reinforce_pp_by_recipe_takes_whitened_rewards_to_go_with_the_kl_in_them
         (
             {"algorithm": "ppo", "ppo": PPOConfig(lam_policy=0.9, length_alpha=0.05)},
             "lam_policy: expected None with len",
+        ),
+        (
+            {"algorithm": "ppo", "ppo": PPOConfig(critic="shared", critic_warmup=2)},
+            "ppo.critic_warmup: expected 0, or with",
         ),
         ({"algorithm": "ppo", "ppo": PPOConfig(length_alpha=0.0)}, "length_alpha: expected above 0"),
         (
