@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from fastrl.advantages import GroupAdvantage
-from fastrl.algorithms.masks import TokenMasks, masked
+from fastrl.algorithms.masks import TokenMasks
 from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
 from fastrl.data.pack import Counts
-from fastrl.losses.metrics import Metrics
 from fastrl.model.policy import Policy
 from fastrl.spec import PolicyLoss
 from fastrl.types import Group, LossOutput, MicroBatch, Sample
@@ -115,13 +114,6 @@ class GroupPolicyGradient:
     def estimate(self, parts: Sequence[Part]) -> tuple[list[Part], dict[str, float]]:
         """The parts as they are: their advantages came with the rewards."""
         return list(parts), {}
-
-    def select(
-        self, policy: Policy, batches: Sequence[MicroBatch], *, temperature: float, seed: int
-    ) -> tuple[list[MicroBatch], Metrics]:
-        """The micro-batches of an optimizer step as `masks` leave them: `fastrl.algorithms.masks.masked`."""
-        options = {"temperature": temperature, "to_sampler": self.to_sampler, "seed": seed}
-        return masked(policy, batches, self.masks, self.spec, **options)
 
     def losses(
         self, policy: Policy, critic: None, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fastrl.advantages import discounted_returns, kl_in_reward, vapo_gae, whiten
-from fastrl.algorithms.masks import TokenMasks, masked
+from fastrl.algorithms.masks import TokenMasks
 from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
 from fastrl.check import require
 from fastrl.data.pack import Counts, trained
-from fastrl.losses.metrics import Metrics
 from fastrl.losses.token_masks import positive_nll_weights
 from fastrl.losses.value import value_loss
 from fastrl.model.policy import Policy
@@ -180,13 +179,6 @@ class ActorCritic:
             if self.lam_policy is not None:
                 advantages, _ = gae(*inputs, lam=self.lam_policy, **options)
         return replace(batch, advantages=advantages, returns=returns)
-
-    def select(
-        self, policy: Policy, batches: Sequence[MicroBatch], *, temperature: float, seed: int
-    ) -> tuple[list[MicroBatch], Metrics]:
-        """The micro-batches of an optimizer step as `masks` leave them: `fastrl.algorithms.masks.masked`."""
-        options = {"temperature": temperature, "to_sampler": self.to_sampler, "seed": seed}
-        return masked(policy, batches, self.masks, self.spec, **options)
 
     def losses(
         self,

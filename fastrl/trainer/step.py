@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastrl.algorithms import Algorithm
+from fastrl.algorithms.masks import masked
 from fastrl.losses.metrics import Metrics, merge
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic
@@ -59,7 +60,8 @@ def optimise(
     if only_critic:
         policy, optimizers = None, {name: optimizer for name, optimizer in optimizers.items() if name != POLICY}
     else:
-        batches, noted = algorithm.select(policy, batches, temperature=temperature, seed=seed)
+        options = {"temperature": temperature, "to_sampler": algorithm.to_sampler, "seed": seed}
+        batches, noted = masked(policy, batches, algorithm.masks, algorithm.spec, **options)
         metrics.append(noted)
     loss = 0.0
     for batch in batches:

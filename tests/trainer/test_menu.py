@@ -14,6 +14,7 @@ from trainer.tiny import tiny_config
 
 from fastrl import advantages
 from fastrl.algorithms import ActorCritic, KLController, TokenMasks
+from fastrl.algorithms.masks import masked
 from fastrl.data.pack import count
 from fastrl.losses.policy import policy_loss
 from fastrl.losses.presets import PPO
@@ -203,11 +204,17 @@ def packed(run, groups, algorithm, layout, budget):
     return [replace(batch, old_logps=batch.sampling_logps - 0.1) for batch in batches]
 
 
+def select(run, algorithm, batches, *, seed):
+    """The micro-batches of an optimizer step as the algorithm's masks leave them, and metrics."""
+    options = {"temperature": 1.0, "to_sampler": algorithm.to_sampler, "seed": seed}
+    return masked(run.policy, batches, algorithm.masks, algorithm.spec, **options)
+
+
 def gradient(run, algorithm, batches, normalizer):
     """(loss, flat gradient in float64) of one optimizer step, as `optimise` takes it."""
     run.policy.model.zero_grad()
     total = 0.0
-    batches, _ = algorithm.select(run.policy, batches, temperature=1.0, seed=5)
+    batches, _ = select(run, algorithm, batches, seed=5)
     for batch in batches:
         for out in algorithm.losses(run.policy, None, batch, normalizer, temperature=1.0, entropy=False):
             out.loss.backward()
@@ -294,7 +301,7 @@ def test_clip_cov_drops_its_share_of_the_tokens_between_its_bounds_and_others_at
     cov = (logps - logps[live].mean()) * (each - each[live].mean())
     found = []
     for seed in (1, 2):
-        ((out,), metrics) = algorithm.select(run.policy, [batch], temperature=1.0, seed=seed)
+        ((out,), metrics) = select(run, algorithm, [batch], seed=seed)
         dropped = live & (out.advantages == 0)
         assert dropped.sum() == int(0.1 * live.sum())
         assert ((cov > 0) & (cov < 1))[dropped].all()
