@@ -29,6 +29,12 @@ Logprob logprob(int dtype, Address logits, int64_t stride, int64_t rows, int64_t
           temperature_per_row, ignore_index, /*threads=*/0};
 }
 
+HeadChunk head_chunk(int dtype, Address logits, int64_t rows, int64_t vocabulary, Address targets, Address bias,
+                     Address temperature, bool temperature_per_row, double softcap, double logit_scale) {
+  return {Dtype(dtype), at<void>(logits), rows, vocabulary, at<int64_t>(targets), at<void>(bias), at<void>(temperature),
+          temperature_per_row, softcap, logit_scale};
+}
+
 PolicySpec policy_spec(int surrogate, double low, double high, double dual, double tau_pos, double tau_neg,
                        bool sequence_ratio, int kl, double kl_coef, int correction, bool sequence_correction,
                        double correction_low, double correction_high, double entropy_coef) {
@@ -76,6 +82,17 @@ PYBIND11_MODULE(FASTRL_CUDA_MODULE, m) {
     });
   });
 
+  CLASS(HeadChunk, head_chunk);
+  m.def("head_gradient", [](const HeadChunk& a, bool kept, Address from_rows, Address to_rows, Address logps, Address lse,
+                            Address entropy, Address grad_logps, Address grad_entropy, int out_dtype, Address out,
+                            int device, Address stream) {
+    on(device, [&] {
+      head_gradient({a, kept, at<int64_t>(from_rows), at<int64_t>(to_rows), at<void>(logps), at<void>(lse),
+                     at<void>(entropy), at<void>(grad_logps), at<void>(grad_entropy), Dtype(out_dtype), at<void>(out)},
+                    at<void>(stream));
+    });
+  });
+
   CLASS(GroupRewards, group_rewards);
   m.def("group_advantages_scratch", &group_advantages_scratch);
   m.def("group_advantages", [](const GroupRewards& a, Address advantages, Address scratch, int device, Address stream) {
@@ -84,6 +101,19 @@ PYBIND11_MODULE(FASTRL_CUDA_MODULE, m) {
 
   CLASS(PolicySpec, policy_spec);
   CLASS(PolicyLossCall, policy_call);
+  m.def("head_statistics", [](const HeadChunk& a, Address logps, Address lse, Address entropy, int device, Address stream) {
+    on(device, [&] {
+      head_statistics({a, at<void>(logps), at<void>(lse), at<void>(entropy), /*tokens=*/nullptr, /*loss=*/{}},
+                      at<void>(stream));
+    });
+  });
+  m.def("head_statistics_with_loss", [](const HeadChunk& a, Address logps, Address lse, Address entropy, Address tokens,
+                                        const PolicyLossCall& loss, int device, Address stream) {
+    on(device, [&] {
+      head_statistics({a, at<void>(logps), at<void>(lse), at<void>(entropy), at<int64_t>(tokens), loss},
+                      at<void>(stream));
+    });
+  });
   m.def("policy_loss_scratch", &policy_loss_scratch);
   m.def("policy_loss", [](const PolicyLossCall& a, const GroupRewards& rewards, Address scratch, int device,
                           Address stream) {

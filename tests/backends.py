@@ -12,7 +12,7 @@ DEVICE = os.environ.get("FASTRL_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
 
-from fastrl.kernels import cuda, native, registry  # noqa: E402
+from fastrl.kernels import cuda, native  # noqa: E402
 
 _extension = native.load()[0] if DEVICE == "cpu" else None
 NATIVE = tuple(f"native-{isa}" for isa in _extension.isas()) if _extension else ()
@@ -20,12 +20,6 @@ _cuda = cuda.load_emulated() if DEVICE == "cpu" else cuda.load()[0]
 CUDA = ("cuda",) if _cuda else ()
 FASTER = ("chunked", *NATIVE, *CUDA, "triton")
 BACKENDS = ("reference", *FASTER)
-
-
-def of_ops(ops: set[str]) -> tuple[str, ...]:
-    """The backends that all these ops have."""
-    every = ops and ops <= set(registry.CUDA_OPS)
-    return BACKENDS if every else tuple(name for name in BACKENDS if name != "cuda")
 
 
 @contextmanager

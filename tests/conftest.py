@@ -6,9 +6,7 @@ import sys
 
 import pytest
 import torch
-from backends import DEVICE, NATIVE, of_ops, using
-
-from fastrl.kernels.registry import OPS
+from backends import BACKENDS, DEVICE, NATIVE, using
 
 
 def pytest_collection_modifyitems(items):
@@ -38,13 +36,10 @@ def _seed():
 
 
 def pytest_generate_tests(metafunc):
-    """The fixture `backend` goes through the backends of the op in the name of the test's module, else of those ops
-    that the test calls, unless the test lists its own."""
+    """The fixture `backend` goes through all of them, unless the test lists its own."""
     marks = metafunc.definition.iter_markers("parametrize")
     if "backend" in metafunc.fixturenames and all("backend" not in mark.args[0] for mark in marks):
-        module_op = metafunc.module.__name__.rpartition("test_")[2]
-        ops = {module_op} if module_op in OPS else set(OPS).intersection(metafunc.function.__code__.co_names)
-        metafunc.parametrize("backend", of_ops(ops), indirect=True)
+        metafunc.parametrize("backend", BACKENDS, indirect=True)
 
 
 @pytest.fixture

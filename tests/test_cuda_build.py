@@ -64,7 +64,8 @@ def test_no_kernel_of_any_architecture_spills_or_has_a_stack(reports):
             assert sizes == ["0", "0"], f"{kernel} for {architecture}: stack and spills of {sizes} bytes"
     assert set(kernels) == {"sm_80", "sm_90", "sm_100"}
     # logprob: two for each of four dtypes; of policy_loss three, gae two and group_advantages one for each of two.
-    assert {len(found) for found in kernels.values()} == {8 + 6 + 4 + 2}
+    # linear_logprob: statistics of two, gradients of four, with a softcap and without; from probabilities six.
+    assert {len(found) for found in kernels.values()} == {8 + 6 + 4 + 2 + 2 * (2 + 4) + 6}
 
 
 def test_the_module_imports_without_a_gpu_and_says_why_it_cannot_launch():

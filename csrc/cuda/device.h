@@ -124,7 +124,7 @@ __device__ inline void narrow(float v, Fp16* to) { to->bits = __half_as_ushort(_
 #endif
 
 template <typename T>
-FASTRL_HD T least(T a, T b) {
+FASTRL_HD constexpr T least(T a, T b) {
   return a < b ? a : b;
 }
 
@@ -147,10 +147,16 @@ __device__ void store_pack(In* to, const Pack<In, N>& pack) {
   *reinterpret_cast<Pack<In, N>*>(to) = pack;
 }
 
+template <typename In, int N>
+__device__ void widen_all(const Pack<In, N>& pack, typename Wide<In>::Real (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = widen(pack.x[i]);
+}
+
 // At any address, at once where it is aligned.
 template <typename In, int N>
 __device__ void load_elements(const In* from, Pack<In, N>* pack) {
-  if (N > 1 && aligned(from)) {
+  if (N > 1 && reinterpret_cast<uintptr_t>(from) % sizeof *pack == 0) {
     *pack = *reinterpret_cast<const Pack<In, N>*>(from);
     return;
   }
@@ -180,6 +186,24 @@ __device__ FullPack<In> load_pack(const In* from, bool edge) {
   return pack;
 }
 
+// N neighbours at any address, as packs where they fill any.
+template <typename In, int N>
+__device__ Pack<In, N> load_packs(const In* from, bool edge) {
+  constexpr int size = pack_size<In>;
+  Pack<In, N> all;
+  if constexpr (N < size) {
+    load_elements(from, &all);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += size) {
+      const FullPack<In> part = load_pack(from + i, edge);
+#pragma unroll
+      for (int j = 0; j < size; ++j) all.x[i + j] = part.x[j];
+    }
+  }
+  return all;
+}
+
 // use(first, pack) for each piece of a row that is this thread's: full packs, then the elements behind the last. Which
 // those are depends on the row's length alone, so that it is summed up in the same order wherever it starts.
 template <typename In, typename Use>
@@ -199,18 +223,29 @@ __device__ void each_pack(const In* row, int64_t count, Use use) {
   for (int64_t v = packs * size + threadIdx.x; v < count; v += step) use(v, Pack<In, 1>{{row[v]}});
 }
 
-// Writes make(first, of that size) at `first` for each piece of a row, whole packs at addresses that are multiples of 16 bytes: with
-// an odd vocabulary in 16 bits, each row starts at another distance to such an address.
-template <typename In, typename Make>
-__device__ void write_row(In* row, int64_t count, Make make) {
-  constexpr int size = pack_size<In>;
-  const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(In));
+// Writes make(first, load(first, of that size)) at `first` for each piece of a row, whole packs at addresses that are
+// multiples of 16 bytes: with an odd vocabulary in 16 bits, each row starts at another distance to such an address. `ahead`
+// packs are loaded before the first of them is written: a load may be of what a write changes, so none passes it.
+template <int ahead, typename Out, typename Load, typename Make>
+__device__ void write_row(Out* row, int64_t count, Load load, Make make) {
+  constexpr int size = pack_size<Out>;
+  const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(Out)), step = blockDim.x;
   const int64_t head = least<int64_t>(beyond == 0 ? 0 : size - beyond, count), packs = (count - head) / size;
-#pragma unroll 4
-  for (int64_t p = threadIdx.x; p < packs; p += blockDim.x)
-    store_pack(row + head + p * size, make(head + p * size, FullPack<In>{}));
-  for (int64_t v = threadIdx.x; v < head; v += blockDim.x) row[v] = make(v, Pack<In, 1>{}).x[0];
-  for (int64_t v = head + packs * size + threadIdx.x; v < count; v += blockDim.x) row[v] = make(v, Pack<In, 1>{}).x[0];
+  int64_t p = threadIdx.x;
+  for (; p + (ahead - 1) * step < packs; p += ahead * step) {
+    decltype(load(p, FullPack<Out>{})) loaded[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) loaded[i] = load(head + (p + i * step) * size, FullPack<Out>{});
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      const int64_t first = head + (p + i * step) * size;
+      store_pack(row + first, make(first, loaded[i]));
+    }
+  }
+  const auto write = [=](int64_t first, auto pack) { store_pack(row + first, make(first, load(first, pack))); };
+  for (; p < packs; p += step) write(head + p * size, FullPack<Out>{});
+  for (int64_t v = threadIdx.x; v < head; v += step) write(v, Pack<Out, 1>{});
+  for (int64_t v = head + packs * size + threadIdx.x; v < count; v += step) write(v, Pack<Out, 1>{});
 }
 
 // Reductions. Every thread gets the result, and every run the same one.

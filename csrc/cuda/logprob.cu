@@ -1,11 +1,8 @@
 // Log-probabilities from logits in memory: a block to a row, 16 bytes to a load.
 //
 // The forward reads each row once. The backward needs the row's statistics before it can write, so it keeps the row in
-// shared memory, and what does not fit there is read again while it is still in the second cache. A thread sums in
-// float, a block in double, in an order that depends on the row's length alone: no other row changes its bits, nor does
-// the place of a row.
-#include "../math/softmax.h"
-#include "device.h"
+// shared memory, and what does not fit there is read again while it is still in the second cache.
+#include "softmax_row.h"
 
 namespace FASTRL_ISA {
 namespace {
@@ -14,50 +11,28 @@ template <typename In>
 constexpr int most_threads = sizeof(In) == 8 ? 512 : 1024;  // a double takes twice the registers
 
 template <typename Real>
-constexpr Real lowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.797693134862315e308);
+struct OverTemperature {
+  Real temperature;
+
+  template <int N>
+  __device__ void operator()(int64_t, Real (&z)[N]) const {
+    divide(z, temperature);
+  }
+};
 
 template <typename In>
-struct LogprobRow {
+struct LogprobRow : SoftmaxRow<In, OverTemperature<typename Wide<In>::Real>> {
   using Real = typename Wide<In>::Real;
 
-  const In* logits;
-  int64_t vocabulary, target;
-  Real temperature;
+  int64_t target;
   bool ignored, outside;
 
   __device__ LogprobRow(const Logprob& a, int64_t i)
-      : logits(static_cast<const In*>(a.logits) + i * a.stride),
-        vocabulary(a.vocabulary),
+      : SoftmaxRow<In, OverTemperature<Real>>{static_cast<const In*>(a.logits) + i * a.stride, a.vocabulary,
+                                              {static_cast<const Real*>(a.temperature)[a.temperature_per_row ? i : 0]}},
         target(a.targets[i]),
-        temperature(static_cast<const Real*>(a.temperature)[a.temperature_per_row ? i : 0]),
         ignored(target == a.ignore_index),
-        outside(target < 0 || target >= vocabulary) {}
-
-  // A quotient, not a product with the inverse: with z near 100 the inverse's rounding would show in exp(z).
-  __device__ Real finished(In logit) const {
-    const Real z = widen(logit);
-    return temperature == Real(1) ? z : z / temperature;
-  }
-
-  // seen(first, pack) is told what was read.
-  template <typename Seen>
-  __device__ Softmax<double> statistics(bool moments, Seen seen) const {
-    Softmax<Real> own{lowest<Real>, 0, 0};
-    each_pack(logits, vocabulary, [&](int64_t first, const auto& pack) {
-      seen(first, pack);
-      Real z[pack.size];
-#pragma unroll
-      for (int i = 0; i < pack.size; ++i) z[i] = finished(pack.x[i]);
-      own.add(z, pack.size, moments);
-    });
-    const Softmax<Real> level = own.below(block_reduce(own.top, Larger()));
-    const double sum = block_reduce(double(level.sum), Add());
-    return {double(level.top), sum, moments ? block_reduce(double(level.moment), Add()) : 0};
-  }
-
-  __device__ double logp(const Softmax<double>& of) const {
-    return double(finished(logits[target])) - of.top - of.log_total();
-  }
+        outside(target < 0 || target >= a.vocabulary) {}
 };
 
 template <typename In>
@@ -75,7 +50,7 @@ __global__ void __launch_bounds__(most_threads<In>, 1) forward_row(LogprobForwar
   }
   const Softmax<double> of = row.statistics(entropy != nullptr, [](int64_t, const auto&) {});
   if (threadIdx.x == 0) {
-    logps[i] = row.outside ? Real(NAN) : Real(row.logp(of));
+    logps[i] = row.outside ? Real(NAN) : Real(row.logp(row.target, of));
     if (entropy) entropy[i] = Real(of.entropy());
   }
 }
@@ -90,10 +65,13 @@ __global__ void __launch_bounds__(most_threads<In>, 1) backward_row(LogprobBackw
   const Real ge = out.grad_entropy ? static_cast<const Real*>(out.grad_entropy)[i] : Real(0);
   const bool silent = row.ignored || (g == 0 && ge == 0);
   if (silent || row.outside) {
-    write_row(to, row.vocabulary, [=](int64_t, auto pack) {
-      for (In& x : pack.x) narrow(silent ? Real(0) : Real(NAN), &x);
+    In value;
+    narrow(silent ? Real(0) : Real(NAN), &value);
+    const auto fill = [=](int64_t, auto pack) {
+      for (In& x : pack.x) x = value;
       return pack;
-    });
+    };
+    write_row<1>(to, row.vocabulary, fill, [](int64_t, auto pack) { return pack; });
     return;
   }
 
@@ -104,15 +82,25 @@ __global__ void __launch_bounds__(most_threads<In>, 1) backward_row(LogprobBackw
   __syncthreads();
   const double entropy = out.grad_entropy ? of.entropy() : 0;
   const Real top = Real(of.top), log_total = Real(of.log_total()), h = Real(entropy);
-  const Real inverse = Real(1) / row.temperature;
-  write_row(to, row.vocabulary, [=](int64_t first, auto pack) {
+  const Real inverse = Real(1) / row.finish.temperature;
+  const auto load = [=](int64_t first, auto pack) {
     const In* from = first + pack.size <= kept ? shared : row.logits;
     load_elements(from + first, &pack);
-    for (In& x : pack.x) narrow(dlogit<Real>(row.finished(x) - top - log_total, g, ge, h) * inverse, &x);
+    return pack;
+  };
+  write_row<1>(to, row.vocabulary, load, [=](int64_t first, auto pack) {
+    Real z[pack.size];
+    widen_all(pack, z);
+    row.finish(first, z);
+#pragma unroll
+    for (int i = 0; i < pack.size; ++i) {
+      const Real logp = z[i] - top - log_total;
+      narrow(dlogit(exp_of(logp), logp, g, ge, h) * inverse, &pack.x[i]);
+    }
     return pack;
   });
   __syncthreads();  // the target's entry is written last
-  if (threadIdx.x == 0) narrow(Real(dlogit_at_target<double>(row.logp(of), g, ge, entropy) * inverse), to + row.target);
+  if (threadIdx.x == 0) narrow(Real(dlogit_at_target<double>(row.logp(row.target, of), g, ge, entropy) * inverse), to + row.target);
 }
 
 template <typename In>

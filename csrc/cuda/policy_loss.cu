@@ -7,8 +7,8 @@
 // some of them again, which costs less than another launch. Sums are taken per block of a fixed number of tokens, in
 // double, and added in order.
 #include "../math/policy_report.h"
-#include "../math/policy_token.h"
 #include "group_advantages.h"
+#include "policy_batch.h"
 
 namespace FASTRL_ISA {
 namespace {
@@ -96,17 +96,9 @@ __device__ void sequence_advantages(const PolicyLossCall& a, const GroupRewards&
 template <typename T>
 __device__ void token(const PolicyLossCall& a, const Scratch<T>& s, int64_t i, const T* advantage, double* sum) {
   const bool mask = a.mask[i];
-  const auto read = [=](const void* array, T otherwise) {
-    return array && mask ? static_cast<const T*>(array)[i] : otherwise;  // a NaN times a weight of 0 would be NaN
-  };
-  PolicyToken<T> x;
-  x.logp = read(a.logps, T(0));
-  x.advantage = advantage ? (mask ? *advantage : T(0)) : read(a.advantages, T(0));
-  x.weight = read(a.weights, T(0));
-  x.old_logp = read(a.old_logps, x.logp);
-  x.ref_logp = read(a.ref_logps, x.logp);
-  x.sampling_logp = read(a.sampling_logps, x.old_logp);
-  x.entropy = read(a.entropy, T(0));
+  const auto read = [=](const void* array) { return array && mask ? static_cast<const T*>(array)[i] : T(0); };
+  PolicyToken<T> x = token_of(a, i, mask, read(a.logps), read(a.entropy));
+  if (advantage) x.advantage = mask ? *advantage : T(0);
   x.mean_log_ratio = a.spec.sequence_ratio ? s.mean_log_ratio[a.sequence_ids[i]] : T(0);
   x.mean_mismatch = corrects_sequences(a.spec) ? s.mean_mismatch[a.sequence_ids[i]] : T(0);
   const PolicyTerm<T> term = policy_token<T>(a.spec, x);

@@ -37,10 +37,9 @@ struct Softmax {
   FASTRL_HD T entropy() const { return log_total() - moment / sum; }
 };
 
-// d (g log p_y + ge H) / d z_v at a v that is not the target y, from log p_v: -g p_v - ge p_v (log p_v + H).
+// d (g log p_y + ge H) / d z_v at a v that is not the target y, from p = p_v and its logarithm: -g p - ge p (log p + H).
 template <typename T>
-FASTRL_HD T dlogit(T logp, T g, T ge, T entropy) {
-  const T p = exp_of(logp);
+FASTRL_HD T dlogit(T p, T logp, T g, T ge, T entropy) {
   return -(g * p) - (p == T(0) ? T(0) : ge * p * (logp + entropy));
 }
 

@@ -45,17 +45,21 @@ class Kernel:
     lacks: Callable[[PolicyLoss], str | None] = any_spec
 
 
-CUDA_OPS = ("logprob", "policy_loss", "group_advantages", "gae")  # the others are made of matmuls
+HEAD_OPS = ("linear_logprob", "linear_policy_loss")  # matmuls and kernels between them
 
 
 def _backends(op: str) -> dict[str, Kernel]:
     folder = f"fastrl.kernels.{op}"
+    # Emulated CUDA and interpreted Triton are for tests: nobody gets them without asking.
+    cuda_kernel = Kernel(f"{folder}.cuda_impl", cuda.refuses, "cuda", only_in_torch)
+    triton_kernel = Kernel(f"{folder}.triton_impl", triton_jit.refuses, "cuda", only_in_torch)
     backends = {"native": Kernel(f"{folder}.native", native.refuses, lacks=only_in_torch)}
-    if op in CUDA_OPS:  # emulated CUDA is for tests: nobody gets it without asking
-        backends["cuda"] = Kernel(f"{folder}.cuda_impl", cuda.refuses, "cuda", only_in_torch)
-    backends["triton"] = Kernel(  # and so is interpreted Triton
-        f"{folder}.triton_impl", triton_jit.refuses, "cuda", only_in_torch
-    )
+    if (
+        op in HEAD_OPS
+    ):  # Triton has a kernel with the first matmul inside; which of the others are quicker is unmeasured
+        backends |= {"triton": triton_kernel, "cuda": cuda_kernel}
+    else:
+        backends |= {"cuda": cuda_kernel, "triton": triton_kernel}
     return backends | {name: Kernel(f"{folder}.{name}") for name in ("chunked", "reference")}
 
 

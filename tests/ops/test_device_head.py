@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backends import CUDA
 from ops.cases import IGNORE, gaussian
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,8 @@ from fastrl.kernels.linear_policy_loss import chunked as policy_chunked
 from fastrl.kernels.registry import resolve
 from fastrl.spec import KL, PolicyLoss
 
-BACKENDS = ("chunked", "triton")
+KERNELS = (*CUDA, "triton")
+BACKENDS = ("chunked", *KERNELS)
 SIZES = [0, 1, 2, 7, 300]
 
 
@@ -195,7 +197,7 @@ def mixed_matmuls(request, monkeypatch):
     return calls
 
 
-IN_PLACE = [("chunked", "in place"), ("triton", "in place")]
+IN_PLACE = [(backend, "in place") for backend in BACKENDS]
 
 
 def with_mixed_matmuls(cases):
@@ -261,27 +263,31 @@ def test_the_products_of_a_chunk_are_launched_before_the_next_count_is_waited_fo
     )
 
 
-def test_one_launch_per_chunk_derives_the_policy_loss_and_one_per_call_reports_it(small_chunks, monkeypatch):
-    from fastrl.kernels.linear_logprob import triton_impl as logprob_module
-    from fastrl.kernels.linear_policy_loss import triton_impl as module
-    from fastrl.kernels.policy_loss import triton_impl as reporting
-
+@pytest.mark.parametrize("backend", KERNELS)
+def test_one_launch_per_chunk_derives_the_policy_loss_and_one_per_call_reports_it(backend, small_chunks, monkeypatch):
+    with_loss, statistics, gradient, report = {
+        "cuda": ("head_statistics_with_loss", "head_statistics", "head_gradient", "policy_loss"),
+        "triton": ("statistics_with_loss_kernel", "statistics_kernel", "gradient_kernel", "_tokens"),
+    }[backend]
     launched = []
 
     def recording(launch):
-        return lambda kernel, *a, **k: (
-            launched.append(getattr(kernel, "fn", kernel).__name__) or launch(kernel, *a, **k)
-        )
+        def run(kernel, *a, **k):
+            launched.append(kernel if isinstance(kernel, str) else getattr(kernel, "fn", kernel).__name__)
+            return launch(kernel, *a, **k)
 
-    for each in (logprob_module, module, reporting):
-        monkeypatch.setattr(each, "launch", recording(each.launch))
+        return run
+
+    for op in ("linear_logprob", "linear_policy_loss", "policy_loss"):
+        module = resolve(op, backend, torch.device("cpu"))
+        monkeypatch.setattr(module, "launch", recording(module.launch))
     inputs = gaussian(23, 8, 37, ignored=False).leaves(dtype=torch.float32)
-    policy_loss_of("triton", inputs, PolicyLoss())
-    chunks = launched.count("statistics_with_loss_kernel")
+    policy_loss_of(backend, inputs, PolicyLoss())
+    chunks = launched.count(with_loss)
     assert chunks > 1
-    assert launched.count("gradient_kernel") == chunks
-    assert launched.count("_tokens") == 1
-    silent_chunks = launched.count("statistics_kernel")  # rows without an advantage: nothing to derive
+    assert launched.count(gradient) == chunks
+    assert launched.count(report) == 1
+    silent_chunks = launched.count(statistics)  # rows without an advantage: nothing to derive
     assert len(launched) == 2 * chunks + silent_chunks + 1
 
 
@@ -290,13 +296,14 @@ def test_one_launch_per_chunk_derives_the_policy_loss_and_one_per_call_reports_i
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gpu_nothing_but_the_choice_of_rows_waits_for_the_device(dtype, monkeypatch):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_gpu_nothing_but_the_choice_of_rows_waits_for_the_device(backend, dtype, monkeypatch):
     """CUDA's own check knows every wait but that for an event, which is how the number of rows is waited for."""
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 1 << 16)
     inputs = gaussian(300, 64, 1000).leaves(dtype=dtype)
     head = tuple(x.cuda() for x in head_of(inputs))
     grads, advantages, mask = torch.randn(2, 300).cuda(), torch.randn(300).cuda(), (torch.rand(300) < 0.9).cuda()
-    logprob, policy = (resolve(op, "triton", head[0].device) for op in ("linear_logprob", "linear_policy_loss"))
+    logprob, policy = (resolve(op, backend, head[0].device) for op in ("linear_logprob", "linear_policy_loss"))
     try:
         for mode in ("default", "error"):  # the first time compiles, asks the device what it can, and moves constants
             torch.cuda.set_sync_debug_mode(mode)

@@ -1,6 +1,7 @@
 """`linear_logprob` with bounded memory: rows in chunks, ignored and zero-gradient rows left out.
 
-The matmuls are torch's. What lies between them is a `Chunk`: here in plain torch, in `triton_impl` as kernels.
+The matmuls are torch's. What lies between them is a `Chunk`: here in plain torch, in `triton_impl` and `cuda_impl`
+as kernels.
 """
 
 from __future__ import annotations

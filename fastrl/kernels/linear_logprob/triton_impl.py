@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrl.kernels.linear_logprob import chunked
-from fastrl.kernels.linear_logprob.chunked import Statistics, at_rows, backward_in_chunks, compact, forward_in_chunks
+from fastrl.kernels.linear_logprob import epilogue
+from fastrl.kernels.linear_logprob.chunked import Statistics, backward_in_chunks, compact, forward_in_chunks
 from fastrl.kernels.softmax_row import NO_SOFTCAP, check_targets
 from fastrl.kernels.softmax_row_triton import (
     INTERPRETED,
@@ -35,22 +35,17 @@ NOT_A_TARGET = -1  # the rows of a chunk are chosen beforehand: none of them is 
 FUSED_HIDDEN = 2048  # up to this size the logits' way to memory and back weighs more than the library's faster matmul
 
 
-class Chunk(chunked.Chunk):
-    """As `chunked.Chunk`, with raw logits in memory: bias, scale, softcap and temperature are applied as they are read.
+class Chunk(epilogue.Chunk):
+    """As `epilogue.Chunk`, in Triton."""
 
-    Logits are read once for their statistics and once for their gradient, which is written once, in its own dtype.
-    """
-
-    def read(self, logits: torch.Tensor, entropy: bool) -> Statistics:
-        """Statistics of hidden W^T (n, V)."""
-        self.reread(logits)
-        known = self.unknown(logits, entropy)
+    def write_statistics(self, known: Statistics) -> None:
+        """Statistics of `source`."""
         launch(
             statistics_kernel,
-            len(logits),
-            logits,
-            logits_ptr=logits,
-            stride=logits.stride(0),
+            len(self.source),
+            self.source,
+            logits_ptr=self.source,
+            stride=self.source.stride(0),
             targets_ptr=self.targets,
             logps_ptr=known.logps,
             lse_ptr=known.lse,
@@ -58,18 +53,6 @@ class Chunk(chunked.Chunk):
             ignore_index=NOT_A_TARGET,
             **self._finish(self.temperature),
         )
-        return known
-
-    def unknown(self, logits: torch.Tensor, entropy: bool) -> Statistics:
-        """Where a kernel writes the statistics."""
-        rows = len(logits)
-        return Statistics(
-            logits.new_empty(rows), logits.new_empty(2, rows), logits.new_empty(rows) if entropy else None
-        )
-
-    def reread(self, logits: torch.Tensor) -> None:
-        """hidden W^T once more, where the statistics are already known."""
-        self.source, self.source_rows, self.vocabulary = logits, None, logits.shape[1]
 
     def keep(self, known: Statistics, saved: torch.Tensor, rows: torch.Tensor) -> None:
         """Writes the probabilities to those rows of `saved` (N, V)."""
@@ -84,34 +67,24 @@ class Chunk(chunked.Chunk):
             **self._finish(self.temperature),
         )
 
-    def recall(self, saved: torch.Tensor, rows: torch.Tensor) -> None:
-        """Takes the probabilities that `keep` wrote."""
-        self.source, self.source_rows, self.vocabulary = saved, rows, saved.shape[1]
-
-    def gradient(
+    def write_gradient(
         self,
         known: Statistics,
         grad_logps: torch.Tensor,
         grad_entropy: torch.Tensor | None,
-        dtype: torch.dtype,
-        *,
-        rows: torch.Tensor | None = None,
-        last: bool = True,
-    ) -> torch.Tensor:
-        """d hidden W^T (n, V), in `dtype`."""
-        kept = self.source_rows is not None
-        targets, temperature = self.targets, self.temperature
-        if rows is not None:
-            targets, temperature = targets[rows], at_rows(temperature, rows, temperature.dtype)
-        in_place = last and not kept and rows is None and dtype == self.source.dtype
-        out = self.source if in_place else self.source.new_empty(len(grad_logps), self.vocabulary, dtype=dtype)
+        targets: torch.Tensor,
+        temperature: torch.Tensor,
+        rows: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """d `source` to `out`."""
         launch(
             gradient_kernel,
             len(grad_logps),
             out,
             logits_ptr=self.source,
             stride=self.source.stride(0),
-            rows_ptr=self.source_rows if kept else rows,
+            rows_ptr=rows,
             targets_ptr=targets,
             logps_ptr=known.logps,
             lse_ptr=known.lse,
@@ -120,10 +93,9 @@ class Chunk(chunked.Chunk):
             grad_entropy_ptr=grad_entropy,
             out_ptr=out,
             ignore_index=NOT_A_TARGET,
-            KEPT=kept,
+            KEPT=self.kept,
             **self._finish(temperature),
         )
-        return out
 
     def _finish(self, temperature: torch.Tensor) -> dict[str, Any]:
         """The arguments that finish a logit."""

@@ -113,7 +113,6 @@ class Chunk(linear_logprob.Chunk):
         poisoned: torch.Tensor | None,
     ) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
         """Statistics of hidden W^T (n, V), and d loss / d logps and d entropy (n,)."""
-        self.reread(logits)
         known, dlogps, dentropy = self.unknown(logits, entropy), *(logits.new_empty(len(logits)) for _ in range(2))
         targets = self.targets if poisoned is None else self.targets.masked_fill(poisoned[rows], self.vocabulary)
         context = {f"{name}_ptr": x if x is None else x.contiguous() for name, x in tokens._asdict().items()}

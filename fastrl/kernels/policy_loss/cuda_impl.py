@@ -18,7 +18,7 @@ __all__ = ["METRICS", "forward", "forward_from_rewards", "merge_metrics"]
 
 
 @lru_cache
-def _spec(spec: PolicyLoss, device: torch.device) -> object:
+def packed_spec(spec: PolicyLoss, device: torch.device) -> object:
     """The spec as the extension reads it."""
     return extension(device).PolicySpec(*spec_arguments(spec))
 
@@ -82,7 +82,7 @@ def _run(
     dlogps, dentropy = torch.empty_like(logps), torch.empty_like(logps)
     module = extension(device)
     call = module.PolicyLossCall(
-        _spec(spec, device),
+        packed_spec(spec, device),
         DTYPES[logps.dtype],
         len(logps),
         *map(address, inputs),

@@ -1,0 +1,99 @@
+"""`linear_logprob` with torch's matmuls and CUDA kernels between them; csrc/cuda/linear_logprob.cu."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from fastrl.kernels.cuda import DTYPES, address, extension, launch
+from fastrl.kernels.linear_logprob import epilogue
+from fastrl.kernels.linear_logprob.chunked import Statistics, backward_in_chunks, forward_in_chunks
+
+
+class Chunk(epilogue.Chunk):
+    """As `epilogue.Chunk`, in CUDA."""
+
+    def __init__(
+        self,
+        targets: torch.Tensor,
+        temperature: torch.Tensor,
+        bias: torch.Tensor | None,
+        softcap: float,
+        logit_scale: float,
+    ) -> None:
+        """As `chunked.Chunk`; the kernels read the bias in the accumulation dtype."""
+        bias = None if bias is None else bias.to(temperature.dtype).contiguous()
+        super().__init__(targets.contiguous(), temperature.contiguous(), bias, softcap, logit_scale)
+
+    def write_statistics(self, known: Statistics) -> None:
+        """Statistics of `source`."""
+        launch("head_statistics", self.source.device, self._rows(self.targets, self.temperature), *_addresses(known))
+
+    def keep(self, known: Statistics, saved: torch.Tensor, rows: torch.Tensor) -> None:
+        """Writes the probabilities to those rows of `saved` (N, V)."""
+        self._write(self.targets, self.temperature, None, rows, known, None, None, saved)
+
+    def write_gradient(
+        self,
+        known: Statistics,
+        grad_logps: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: torch.Tensor,
+        rows: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """d `source` to `out`."""
+        self._write(targets, temperature, rows, None, known, grad_logps, grad_entropy, out)
+
+    def _write(
+        self,
+        targets: torch.Tensor,
+        temperature: torch.Tensor,
+        from_rows: torch.Tensor | None,
+        to_rows: torch.Tensor | None,
+        known: Statistics,
+        grad_logps: torch.Tensor | None,
+        grad_entropy: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """The gradient, or where none comes from above the probabilities; ChunkGradient in csrc/cuda/kernels.h."""
+        # Advanced indexing leaves no promise of how its result lies in memory.
+        known = Statistics(*(None if x is None else x.contiguous() for x in known))
+        upstream = tuple(None if x is None else x.contiguous() for x in (grad_logps, grad_entropy))
+        launch(
+            "head_gradient",
+            out.device,
+            self._rows(targets, temperature),
+            self.kept,
+            address(from_rows),
+            address(to_rows),
+            *_addresses(known),
+            *map(address, upstream),
+            DTYPES[out.dtype],
+            address(out),
+        )
+
+    def _rows(self, targets: torch.Tensor, temperature: torch.Tensor) -> object:
+        """The rows of a launch, whose targets these are, as the extension takes them."""
+        return extension(self.source.device).HeadChunk(
+            DTYPES[self.source.dtype],
+            address(self.source),
+            len(targets),
+            self.vocabulary,
+            address(targets),
+            address(self.bias),
+            address(temperature),
+            temperature.numel() > 1,
+            self.softcap,
+            self.logit_scale,
+        )
+
+
+def _addresses(known: Statistics) -> tuple[int, ...]:
+    return tuple(map(address, known))
+
+
+forward = partial(forward_in_chunks, Chunk)
+backward = partial(backward_in_chunks, Chunk)
