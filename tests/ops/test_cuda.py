@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from backends import CUDA, DEVICE
 from ops.test_policy_loss import each_long_spec, long_batch
 from tolerance import assert_exact, assert_no_worse
 
+from fastrl.kernels.linear_logprob import chunked
+from fastrl.kernels.linear_logprob import cuda_impl as head_cuda
 from fastrl.kernels.logprob import cuda_impl
 from fastrl.kernels.policy_loss import METRICS
 from fastrl.kernels.policy_loss import cuda_impl as policy_cuda
@@ -131,6 +134,115 @@ def test_more_than_two_to_the_31_logits_are_read_and_written_where_they_are():
         assert_same_bits(alone, [x[part] for x in whole])
 
 
+# Between the matmuls of linear_logprob and linear_policy_loss. An odd vocabulary: every distance of a row to an address
+# that is a multiple of 16 bytes; and long enough for a thread to load several packs before it writes the first.
+LONG = 9001
+each_real = pytest.mark.parametrize("real", [torch.float64, torch.float32], ids=str)
+each_softcap = pytest.mark.parametrize("softcap", [0.0, 5.0], ids=["no softcap", "softcap"])
+
+
+def chunk_of(vocabulary, rows=5, real=torch.float32):
+    """Logits, targets, temperature, bias, and gradients from above."""
+    logits, bias = 3 * torch.randn(rows, vocabulary, dtype=real), torch.randn(vocabulary, dtype=real)
+    logits[2, 7] = -math.inf
+    targets, temperature = torch.randint(vocabulary, (rows,)), torch.rand(rows, dtype=real) + 0.5
+    return logits, targets, temperature, bias, torch.randn(2, rows, dtype=real)
+
+
+def read_and_derive(make, logits, targets, temperature, bias, grads, out=None, *, softcap=5.0, keep=None, **options):
+    """Statistics, probabilities in `keep`, and gradients: from logits, and from these probabilities."""
+    chunk = make(targets, temperature, bias, softcap, 0.7)
+    known = chunk.read(logits.clone(), True)
+    results = [*known]
+    rows = torch.arange(len(logits)).flip(0)
+    if keep is not None:
+        kept = torch.empty(len(logits), logits.shape[1], dtype=keep)
+        chunk.keep(known, kept, rows)
+        results.append(kept)
+    results.append(chunk.gradient(known, *grads, out or logits.dtype, **options))
+    if keep is not None:
+        chunk.recall(kept, rows)
+        results.append(chunk.gradient(known, *grads, out or logits.dtype))
+    return results
+
+
+@each_softcap
+def test_kernels_between_the_matmuls_equal_torch_in_float64(softcap):
+    inputs = chunk_of(LONG, real=torch.float64)
+    makes = (head_cuda.Chunk, chunked.Chunk)
+    got, want = (read_and_derive(make, *inputs, softcap=softcap, keep=torch.float64) for make in makes)
+    for a, b in zip(got, want, strict=True):
+        assert_exact(a, b)
+
+
+@each_softcap
+def test_kernels_between_the_matmuls_are_no_worse_than_torch_in_float32(softcap):
+    inputs = chunk_of(LONG, rows=20)
+    wide = [x if x.dtype == torch.int64 else x.double() for x in inputs]
+    got, plain = (read_and_derive(make, *inputs, softcap=softcap) for make in (head_cuda.Chunk, chunked.Chunk))
+    truth = read_and_derive(chunked.Chunk, *wide, softcap=softcap)
+    for name, a, b, c in zip(("logps", "lse", "entropy", "dz"), got, plain, truth, strict=True):
+        assert_no_worse(a, b, c, name=name)
+
+
+@each_real
+@pytest.mark.parametrize("vocabulary", [37, LONG], ids=["less than a warp", "several packs a thread"])
+def test_neither_other_rows_of_a_chunk_nor_the_address_change_a_bit_of_a_row(real, vocabulary):
+    inputs = chunk_of(vocabulary, real=real)
+    inputs[0][3, 5] = math.nan
+    whole = read_and_derive(head_cuda.Chunk, *inputs)
+    logits, targets, temperature, bias, grads = inputs
+    for i in range(len(logits)):
+        part = slice(i, i + 1)
+        alone = read_and_derive(head_cuda.Chunk, logits[part], targets[part], temperature[part], bias, grads[:, part])
+        assert_same_bits(alone, [x[:, part] if x.shape[0] == 2 else x[part] for x in whole])
+
+
+@each_softcap
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sixteen_bit_gradient_of_logits_is_the_float32_one_rounded_once(dtype, softcap):
+    """Also of probabilities in 16 bits, of which both are made."""
+    inputs = chunk_of(LONG, rows=3)
+    narrow, wide = (
+        read_and_derive(head_cuda.Chunk, *inputs, out, softcap=softcap, keep=dtype) for out in (dtype, torch.float32)
+    )
+    for a, b in zip(narrow, wide, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+def test_a_gradient_in_the_memory_of_the_logits_has_the_bits_of_one_beside_it():
+    inputs = chunk_of(LONG)
+    beside, inside = (read_and_derive(head_cuda.Chunk, *inputs, last=last) for last in (False, True))
+    assert_same_bits(beside, inside)
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or sys.platform != "linux", reason="relies on memory that is mapped when written")
+def test_kept_rows_beyond_two_to_the_31_elements_are_written_and_read_where_they_are():
+    far, few = 2**31 // LONG + 2, 3
+    logits, targets, temperature, bias, grads = chunk_of(LONG, rows=few)
+    memory = torch.UntypedStorage(2 * (far + few) * LONG)  # of which only the last rows are touched
+    results = []
+    for kept, start in ((torch.empty(0, dtype=torch.bfloat16).set_(memory).view(-1, LONG), far), (None, 0)):
+        kept = torch.empty(few, LONG, dtype=torch.bfloat16) if kept is None else kept
+        chunk, rows = head_cuda.Chunk(targets, temperature, bias, 0.0, 1.0), torch.arange(start, start + few)
+        known = chunk.read(logits, True)
+        chunk.keep(known, kept, rows)
+        chunk.recall(kept, rows)
+        results.append((kept[start : start + few], chunk.gradient(known, *grads, torch.bfloat16)))
+    assert_same_bits(*results)
+
+
+@pytest.mark.gpu
+def test_a_chunk_of_more_than_two_to_the_31_logits_is_read_and_written_where_it_is():
+    rows = 2**31 // LONG + 7
+    logits, targets, temperature, bias, grads = chunk_of(LONG, rows=rows)
+    whole = read_and_derive(head_cuda.Chunk, logits, targets, temperature, bias, grads)
+    for i in (0, rows // 2, rows - 1):
+        part = slice(i, i + 1)
+        alone = read_and_derive(head_cuda.Chunk, logits[part], targets[part], temperature[part], bias, grads[:, part])
+        assert_same_bits(alone, [x[:, part] if x.shape[0] == 2 else x[part] for x in whole])
+
+
 # policy_loss.
 
 
@@ -197,10 +309,12 @@ def test_each_run_gives_the_same_bits():
     tokens, ids, sequences = long_batch()
     rewards, values, mask, cu_seqlens = long_sequences()
     logits, targets, grads = torch.randn(5, 5003), torch.randint(5003, (5,)), torch.randn(2, 5)
+    chunk = chunk_of(5003)
 
     def run():
         results = [*gae(rewards, values, mask, cu_seqlens=cu_seqlens, backend="cuda")]
         results += values_and_gradient(logits, targets, grads)
+        results += read_and_derive(head_cuda.Chunk, *chunk)
         for spec in each_long_spec.args[1]:
             results += policy_loss_op(*tokens, ids, sequences, spec.code, "cuda")
         batch = group_advantages(tokens[0], group_size=1, baseline="none", scale="batch", backend="cuda")
