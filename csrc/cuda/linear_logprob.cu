@@ -2,6 +2,8 @@
 // its derivatives; one read and one write for the gradient. A block to a row, 16 bytes to a load.
 //
 // Bias, scale, softcap and temperature are applied as logits are read: what is in memory are the matmul's own.
+#include <type_traits>
+
 #include "../math/softcap.h"
 #include "policy_batch.h"
 #include "softmax_row.h"
