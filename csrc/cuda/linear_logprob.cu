@@ -150,10 +150,11 @@ void from_logits(const ChunkGradient& a, Stream stream) {
 template <typename In>
 void from_probabilities(const ChunkGradient& a, Stream stream) {
   using Real = typename Wide<In>::Real;
+  const int64_t rows = a.chunk.rows, vocabulary = a.chunk.vocabulary;
   if (a.out_dtype == a.chunk.dtype)
-    launch(gradient_of_row<In, In, Source::probabilities>, a.chunk.rows, threads_of<In>(a.chunk.vocabulary), 0, stream, a);
+    launch(gradient_of_row<In, In, Source::probabilities>, rows, threads_of<In>(vocabulary), 0, stream, a);
   else
-    launch(gradient_of_row<In, Real, Source::probabilities>, a.chunk.rows, threads_of<Real>(a.chunk.vocabulary), 0, stream, a);
+    launch(gradient_of_row<In, Real, Source::probabilities>, rows, threads_of<Real>(vocabulary), 0, stream, a);
 }
 
 }  // namespace

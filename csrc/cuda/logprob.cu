@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(most_threads<In>, 1) backward_row(LogprobBackw
     return pack;
   });
   __syncthreads();  // the target's entry is written last
-  if (threadIdx.x == 0) narrow(Real(dlogit_at_target<double>(row.logp(row.target, of), g, ge, entropy) * inverse), to + row.target);
+  if (threadIdx.x != 0) return;
+  narrow(Real(dlogit_at_target<double>(row.logp(row.target, of), g, ge, entropy) * inverse), to + row.target);
 }
 
 template <typename In>

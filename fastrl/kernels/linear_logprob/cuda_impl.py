@@ -9,6 +9,7 @@ import torch
 from fastrl.kernels.cuda import DTYPES, address, extension, launch
 from fastrl.kernels.linear_logprob import epilogue
 from fastrl.kernels.linear_logprob.chunked import Statistics, backward_in_chunks, forward_in_chunks
+from fastrl.kernels.native import dense
 
 
 class Chunk(epilogue.Chunk):
@@ -23,12 +24,12 @@ class Chunk(epilogue.Chunk):
         logit_scale: float,
     ) -> None:
         """As `chunked.Chunk`; the kernels read the bias in the accumulation dtype."""
-        bias = None if bias is None else bias.to(temperature.dtype).contiguous()
-        super().__init__(targets.contiguous(), temperature.contiguous(), bias, softcap, logit_scale)
+        bias = None if bias is None else dense(bias.to(temperature.dtype))
+        super().__init__(dense(targets), dense(temperature), bias, softcap, logit_scale)
 
     def write_statistics(self, known: Statistics) -> None:
         """Statistics of `source`."""
-        launch("head_statistics", self.source.device, self._rows(self.targets, self.temperature), *_addresses(known))
+        launch("head_statistics", self.source.device, self._rows(self.targets, self.temperature), *map(address, known))
 
     def keep(self, known: Statistics, saved: torch.Tensor, rows: torch.Tensor) -> None:
         """Writes the probabilities to those rows of `saved` (N, V)."""
@@ -60,8 +61,7 @@ class Chunk(epilogue.Chunk):
     ) -> None:
         """The gradient, or where none comes from above the probabilities; ChunkGradient in csrc/cuda/kernels.h."""
         # Advanced indexing leaves no promise of how its result lies in memory.
-        known = Statistics(*(None if x is None else x.contiguous() for x in known))
-        upstream = tuple(None if x is None else x.contiguous() for x in (grad_logps, grad_entropy))
+        inputs = tuple(map(dense, (*known, grad_logps, grad_entropy)))
         launch(
             "head_gradient",
             out.device,
@@ -69,8 +69,7 @@ class Chunk(epilogue.Chunk):
             self.kept,
             address(from_rows),
             address(to_rows),
-            *_addresses(known),
-            *map(address, upstream),
+            *map(address, inputs),
             DTYPES[out.dtype],
             address(out),
         )
@@ -89,10 +88,6 @@ class Chunk(epilogue.Chunk):
             self.softcap,
             self.logit_scale,
         )
-
-
-def _addresses(known: Statistics) -> tuple[int, ...]:
-    return tuple(map(address, known))
 
 
 forward = partial(forward_in_chunks, Chunk)
