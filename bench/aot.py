@@ -31,6 +31,8 @@ RECORD = ROOT / "bench" / "results" / "aot.json"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use, by compute capability
 OTHER_LIMITS = {86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 103: 227 << 10, 120: 99 << 10}  # checked where tuned for
 COUNTS = ("registers", "spills", "shared", "instructions")  # spills and shared in bytes: per thread, per block
+# How Hopper's warps give registers to each other, load a tile and multiply it.
+SPECIALIZED = ("setmaxnreg", "cp.async.bulk.tensor", "wgmma.mma_async")
 
 Counts = dict[str, int]
 Table = dict[str, dict[str, Counts]]  # build -> sm_90 -> counts
@@ -63,7 +65,11 @@ def capabilities() -> list[int]:
 
 def compile_and_count(name: str, capability: int, **changes: int) -> Counts:
     """One build for one architecture with what its table says, and with other `changes` of its entry; pointers are
-    taken to be aligned to 16 bytes, as torch's are."""
+    taken to be aligned to 16 bytes, as torch's are.
+
+    Raises:
+        ValueError: where Triton was asked to specialize warps and has not.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -77,7 +83,20 @@ def compile_and_count(name: str, capability: int, **changes: int) -> Counts:
     attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(arguments) if a in multiples}
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    if constants.get("WARP_SPECIALIZE"):
+        check_specialized(name, kernel.asm["ptx"])
     return {"shared": kernel.metadata.shared} | count(kernel.asm["cubin"])
+
+
+def check_specialized(name: str, ptx: str) -> None:
+    """Refuse code that Triton, without a word, has compiled for warps that all do the same.
+
+    Raises:
+        ValueError: one sentence, with the instruction that is missing.
+    """
+    for instruction in SPECIALIZED:
+        if instruction not in ptx:
+            raise ValueError(f"bench.aot: {name}: expected specialized warps, found no {instruction}.")
 
 
 def count(cubin: bytes) -> Counts:
@@ -101,7 +120,8 @@ def count(cubin: bytes) -> Counts:
 
 def measure(names: list[str], processes: int) -> Table:
     """The table of some builds, or what the compiler says of the first that does not compile."""
-    tasks = [(name, capability) for name in names for capability in capabilities()]
+    every = {f"sm_{capability}": capability for capability in capabilities()}
+    tasks = [(name, every[of]) for name in names for of in builds()[name].architectures(every)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:  # a fork can inherit a lock that torch holds
         counts = pool.starmap(compile_and_count, tasks, chunksize=1)
     table: Table = {name: {} for name in names}

@@ -1,7 +1,8 @@
 """Writes a table of `fastrl.kernels.tuning`: for each entry, the fastest of some candidates on the GPU at hand.
 
-Shapes are fixed, and one parameter is varied at a time, twice through. A candidate is faster only where its outputs are
-right; it is kept only where it gains more than noise, spills no register and fits into shared memory.
+Shapes are fixed, and one parameter is varied at a time, twice through; where warps can be specialized, once more from
+there. A candidate is faster only where its outputs are right; it is kept only where it gains more than noise, spills no
+register and fits into shared memory.
 """
 
 from __future__ import annotations
@@ -106,20 +107,33 @@ def faster(entry: str, device: torch.device) -> dict[str, int]:
     run = module.fastrl_provider("triton", *tensors, **work.options)
     truth = module.fastrl_provider("chunked", *tensors, **work.options)()
     wide = {name: x.double() for name, x in truth.items()}
-    best = tuning.parameters(entry, tuning.architecture(device))
-    for _ in range(2):
-        before = best
-        for name, choices in work.choices.items():
-            best = _best_of(entry, [best, *(best | {name: x} for x in choices if x != best[name])], run, wide, device)
-        if best == before:
-            break
-    return best
+    today = tuning.parameters(entry, tuning.architecture(device))
+    starts = [today]
+    if entry in tuning.SPECIALIZED:  # several parameters at once, where no change of a single one leads
+        plain, specialized = tuning.DEFAULTS[entry], tuning.DEFAULTS[entry] | tuning.SPECIALIZED[entry]
+        starts.append(plain if today["WARP_SPECIALIZE"] else specialized)
+    found = []
+    for best in starts:
+        if not _legal(entry, best, device):
+            continue
+        for _ in range(2):
+            before = best
+            for name, choices in work.choices.items():
+                others = [best | {name: x} for x in choices if x != best[name]]
+                others = [other for other in others if _legal(entry, other, device)]
+                best = _best_of(entry, [best, *others], run, wide, device)
+            if best == before:
+                break
+        found.append(best)
+    return _best_of(entry, found, run, wide, device)
 
 
 def _best_of(
     entry: str, candidates: list[dict[str, int]], run: Provider, truth: Outputs, device: torch.device
 ) -> dict[str, int]:
     """The fastest of some candidates, of which the first is today's."""
+    if len(candidates) == 1:
+        return candidates[0]
     by_name = {json.dumps(parameters): parameters for parameters in candidates}
     providers = {name: _with(entry, parameters, run) for name, parameters in by_name.items()}
     dtype = WORK[entry].dtype
@@ -130,6 +144,15 @@ def _best_of(
         if seconds(results[name]) < limit and not _refused(entry, by_name[name], device):
             return by_name[name]
     return candidates[0]
+
+
+def _legal(entry: str, parameters: dict[str, int], device: torch.device) -> bool:
+    """Whether a table of the device may say so."""
+    try:
+        tuning.check_entries("candidate", {entry: parameters}, tuning.architecture(device))
+    except ValueError:
+        return False
+    return True
 
 
 def seconds(result: Result) -> float:
@@ -150,7 +173,7 @@ def _refused(entry: str, parameters: dict[str, int], device: torch.device) -> li
     architecture = tuning.architecture(device)
     found: aot.Table = {}
     for name, build in aot.builds().items():
-        if build.entry == entry:
+        if build.entry == entry and not build.changes:
             capability = int(architecture.removeprefix("sm_"))
             found[name] = {architecture: aot.compile_and_count(name, capability, **parameters)}
     return aot.over_limit(found)
@@ -159,7 +182,7 @@ def _refused(entry: str, parameters: dict[str, int], device: torch.device) -> li
 def write(architecture: str, entries: dict[str, dict[str, int]], about: dict[str, Any]) -> None:
     """Replaces an architecture's table at once: who reads it meanwhile reads the old one or the new one."""
     path = tuning.FOLDER / f"{architecture}.json"
-    tuning.check_entries(path.name, entries)
+    tuning.check_entries(path.name, entries, architecture)
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(json.dumps({"about": about, "entries": entries}, indent=1, sort_keys=True) + "\n")

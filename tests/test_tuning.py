@@ -61,6 +61,14 @@ def put(folder, **entries):
             {"linear_logprob fused": {"num_stages": 9}},
             "linear_logprob fused.num_stages: expected a whole number above 0 of at most 8",
         ),
+        (
+            {"linear_logprob fused": {"WARP_SPECIALIZE": 1}},
+            "linear_logprob fused.WARP_SPECIALIZE: expected true or false, got 1",
+        ),
+        (
+            {"linear_logprob fused": {"WARP_SPECIALIZE": True}},
+            "linear_logprob fused.num_warps and BLOCK_N: expected 4 and 128 or more to specialize warps, got 8 and 128",
+        ),
         ({"gae": 64}, "gae: expected parameter -> number, got 64"),
         ([], "entries: expected entry -> parameter -> number"),
     ],
@@ -71,6 +79,14 @@ def test_a_table_that_is_none_is_refused_with_its_path_and_one_sentence(folder, 
     with pytest.raises(ValueError, match=rf"sm_90\.json: {message}") as refusal:
         tuning.tuned("gae", CPU)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_100"])
+def test_specialized_warps_are_refused_where_they_are_not_hopper_s(folder, name):
+    (folder / f"{name}.json").write_text(json.dumps({"about": {}, "entries": tuning.SPECIALIZED}))
+    message = rf"{name}\.json: linear_logprob fused.WARP_SPECIALIZE: expected false but on sm_90, got true\."
+    with pytest.raises(ValueError, match=message):
+        tuning.table(name)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"entries": '])
@@ -130,6 +146,26 @@ def test_more_warps_have_a_lower_limit_of_registers_at_a_launch_and_in_a_build(w
         launch(kernel, 1, torch.empty(0), **flags(torch.ones(1), NO_SOFTCAP, 500))
         _, options = aot.builds()["logprob.triton_impl: logprob forward bf16"].on("sm_90")
     assert launched == [options["maxnreg"]] == [registers]
+
+
+def test_specialized_warps_have_an_allocator_meanwhile_and_the_registers_that_triton_finds():
+    from triton.runtime import _allocation
+
+    launched, kernel = [], MagicMock()
+    kernel.__getitem__.return_value = lambda **arguments: launched.append((arguments, _allocation._allocator.get()))
+    before = _allocation._allocator.get()
+    launch(kernel, 1, torch.empty(0), WARP_SPECIALIZE=True, num_warps=4, maxnreg=255)
+    ((arguments, allocate),) = launched
+    assert arguments == {"WARP_SPECIALIZE": True, "num_warps": 4}
+    assert allocate(640, 128, None).nbytes == 640
+    assert _allocation._allocator.get() is before
+    builds = [build for build in aot.builds().values() if build.changes]
+    assert {build.entry for build in builds} == set(tuning.SPECIALIZED)
+    for build in builds:
+        constants, options = build.on("sm_90")
+        assert constants["WARP_SPECIALIZE"]
+        assert "maxnreg" not in options
+        assert build.architectures(["sm_80", "sm_90", "sm_100"]) == ["sm_90"]
 
 
 def test_every_entry_is_of_a_build_and_has_a_measurement_whose_choices_are_legal():
@@ -210,6 +246,27 @@ def test_tuning_keeps_the_fastest_candidate_that_compiles_within_limits(folder, 
     assert written["entries"] == table
     assert written["about"]["machine"]
     assert tuning.tuned("gae", CPU)["BLOCK"] == (1024 if table else 512)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_tuning_tries_specialized_warps_where_there_are_some(folder, monkeypatch, architecture):
+    entry, tried = "linear_logprob fused", []
+    monkeypatch.setattr(tuning, "architecture", lambda device: architecture)
+    work = replace(tune.WORK[entry], shape="tiny", choices={"BLOCK_H": (16, 32), "num_warps": (4, 8)})
+    monkeypatch.setattr(tune, "WORK", {entry: work})
+    monkeypatch.setattr(tune, "_refused", lambda entry, parameters, device: False)
+
+    def fastest(case, rounds, device):
+        tried.extend(map(json.loads, case.providers))
+        return [tune.Result(name, "ok", median=2.0 - json.loads(name)["WARP_SPECIALIZE"]) for name in case.providers]
+
+    monkeypatch.setattr(tune, "measure", fastest)
+    tune.tune(CPU, [entry])
+    specialized = [parameters for parameters in tried if parameters["WARP_SPECIALIZE"]]
+    assert {p["num_warps"] for p in specialized} == ({4} if architecture == "sm_90" else set())
+    assert {p["num_warps"] for p in tried if p not in specialized} == {4, 8}
+    written = json.loads((folder / f"{architecture}.json").read_text())["entries"]
+    assert written == ({entry: tuning.SPECIALIZED[entry]} if architecture == "sm_90" else {})
 
 
 @pytest.mark.parametrize("status", ["wrong", "failed", "OOM"])

@@ -366,6 +366,6 @@ def build(
         entry = "softmax_row float64"
     given = {f"{key}_ptr": f"*{kind}" for key, kind in pointers.items()}
     types = {key: given.get(key) or NUMBERS.get(key) for key in kernel.arg_names}
-    defaults = {"HAS_SOFTCAP": False, "PER_ROW_TEMPERATURE": False, "KEPT": False}
+    defaults = dict.fromkeys(("HAS_SOFTCAP", "PER_ROW_TEMPERATURE", "KEPT", "UNIT_TEMPERATURE"), False)
     rest = {key: (defaults | constants).get(key) for key, kind in types.items() if kind is None}
     return Build(name, kernel, {key: kind for key, kind in types.items() if kind}, rest, OPTIONS, entry, multiples)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module
@@ -15,10 +16,13 @@ from fastrl import env
 from fastrl.kernels import tuning
 
 
-def fitting(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a launch, `maxnreg` lowered to what each thread can have: a block has 65536 registers."""
+def fitting(options: dict[str, Any], specialize: bool) -> dict[str, Any]:
+    """Options of a launch, `maxnreg` lowered to what each thread can have: a block has 65536 registers. Specialized
+    warps are more than `num_warps` and each has its own number, which Triton finds where there is no `maxnreg`."""
     if "maxnreg" not in options:
         return options
+    if specialize:
+        return {name: option for name, option in options.items() if name != "maxnreg"}
     return options | {"maxnreg": min(options["maxnreg"], 65536 // (32 * options["num_warps"]))}
 
 
@@ -29,7 +33,8 @@ class Build:
 
     `signature` gives a Triton type per run-time argument ("*bf16", "i32", "fp32"), `constants` the constexpr arguments
     and those that are None, `multiples` the integers that are multiples of 16: of these Triton compiles a kernel of its
-    own, with wider loads. What an architecture's table may change comes from `entry` of `fastrl.kernels.tuning`.
+    own, with wider loads. What an architecture's table may change comes from `entry` of `fastrl.kernels.tuning`, and
+    over it from `changes`.
     """
 
     name: str
@@ -39,16 +44,22 @@ class Build:
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion: as at the launch
     entry: str = ""
     multiples: tuple[str, ...] = ()
+    changes: dict[str, int] = field(default_factory=dict)  # what a table may come to say
+
+    def architectures(self, names: Iterable[str]) -> list[str]:
+        """Those of some architectures that it is for."""
+        return [name for name in names if not self.changes.get("WARP_SPECIALIZE") or name in tuning.SPECIALIZES]
 
     def on(self, architecture: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """The constants and the options with which an architecture launches it."""
         constants, options = dict(self.constants), dict(self.options)
-        for name, number in tuning.parameters(self.entry, architecture).items() if self.entry else ():
+        parameters = tuning.parameters(self.entry, architecture) | self.changes if self.entry else {}
+        for name, number in parameters.items():
             if name in self.kernel.arg_names:
                 constants[name] = number
             elif name in tuning.MOST:
                 options[name] = number
-        return constants, fitting(options)
+        return constants, fitting(options, constants.get("WARP_SPECIALIZE", False))
 
 
 @cache
@@ -76,9 +87,17 @@ def device_function(function: Callable) -> Callable:
 def launch(kernel: Any, programs: int | tuple[int, ...], like: torch.Tensor, **arguments: Any) -> None:
     """Runs `kernel` on the device of `like`, which need not be the current one; no programs, no launch."""
     grid = (programs,) if isinstance(programs, int) else programs
+    specialize = arguments.get("WARP_SPECIALIZE", False)
+
+    def run() -> None:
+        if specialize:  # its descriptors of tensors are made on the device, in memory that Triton asks for
+            allocate = import_module("triton").set_allocator
+            allocate(lambda size, alignment, stream: torch.empty(size, dtype=torch.uint8, device=like.device))
+        kernel[grid](**fitting(arguments, specialize))
+
     if 0 not in grid:
         with torch.cuda.device_of(like):
-            kernel[grid](**fitting(arguments))
+            copy_context().run(run)  # so that an allocator which the caller has set stays his
 
 
 @lru_cache

@@ -36,13 +36,21 @@ DEFAULTS: dict[str, dict[str, int]] = {
     # The parts of the vocabulary are work for a whole GPU also where there are few rows.
     "linear_logprob fused": {  # with a BLOCK_H of 64 a thread spills registers on sm_100
         **{"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 32, "PARTS": 32},
-        **{"num_warps": 8, "num_stages": 4},
+        **{"num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
     },
     "linear_logprob fused narrow": {  # tanh, or a row's division, takes the registers of the other columns
         **{"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_H": 64, "PARTS": 32},
-        **{"num_warps": 8, "num_stages": 4},
+        **{"num_warps": 8, "num_stages": 4, "WARP_SPECIALIZE": False},
     },
     "linear_logprob merge": {"BLOCK": 256, "num_warps": 8},  # rows of a program
+}
+
+# One group of warps that loads tiles and two that multiply: off until somebody has measured it, which starts from here.
+# Only Hopper's compiler pass divides this kernel: Blackwell's of Triton 3.6 does not compile it, that of 3.9 spills.
+SPECIALIZES = ("sm_90",)
+SPECIALIZED: dict[str, dict[str, int]] = {
+    "linear_logprob fused": {"WARP_SPECIALIZE": True, "BLOCK_H": 64, "num_warps": 4},
+    "linear_logprob fused narrow": {"WARP_SPECIALIZE": True, "num_warps": 4},
 }
 
 
@@ -53,8 +61,8 @@ def architecture(device: torch.device) -> str | None:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def check_entries(source: str, entries: Any) -> None:
-    """Refuse what is no table: an unknown entry or parameter, or a number that no kernel takes.
+def check_entries(source: str, entries: Any, of: str | None = None) -> None:
+    """Refuse what is no table: an unknown entry or parameter, or a value that no kernel takes on architecture `of`.
 
     Raises:
         ValueError: one sentence, which starts with `source`.
@@ -65,11 +73,20 @@ def check_entries(source: str, entries: Any) -> None:
         require(isinstance(parameters, dict), source, entry, "parameter -> number", repr(parameters))
         for name, number in parameters.items():
             choice(source, entry, name, DEFAULTS[entry])
+            if isinstance(DEFAULTS[entry][name], bool):
+                require(isinstance(number, bool), source, f"{entry}.{name}", "true or false", repr(number))
+                continue
             most = MOST.get(name)
             whole = type(number) is int and number > 0 and (most is None or number <= most)
             ok = whole and (name == "num_stages" or number & (number - 1) == 0)
             kind = "a whole number above 0" if name == "num_stages" else "a power of two"
             require(ok, source, f"{entry}.{name}", kind + (f" of at most {most}" if most else ""), repr(number))
+        if parameters.get("WARP_SPECIALIZE"):
+            here = of is None or of in SPECIALIZES
+            require(here, source, f"{entry}.WARP_SPECIALIZE", f"false but on {', '.join(SPECIALIZES)}", "true")
+            warps, rows = ((DEFAULTS[entry] | parameters)[name] for name in ("num_warps", "BLOCK_N"))
+            ok, got = warps == 4 and rows >= 128, f"{warps} and {rows}"  # each of two groups multiplies 64 rows
+            require(ok, source, f"{entry}.num_warps and BLOCK_N", "4 and 128 or more to specialize warps", got)
 
 
 @lru_cache
@@ -82,7 +99,7 @@ def table(name: str) -> Mapping[str, dict[str, int]]:
         entries = json.loads(path.read_text())["entries"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: expected {{"about": ..., "entries": ...}} in JSON, got {error!r}.') from error
-    check_entries(str(path), entries)
+    check_entries(str(path), entries, name)
     return entries
 
 

@@ -47,3 +47,13 @@ def test_a_spill_and_shared_memory_that_does_not_fit_are_complaints_also_without
     assert complaint == f"a: b on {architecture}: {most + 1} bytes of shared memory, {most} exist"
     (complaint,) = aot.over_limit({"a: b": {architecture: COUNTS | {"spills": 4}}})
     assert complaint == f"a: b on {architecture}: 4 bytes of spilled registers"
+
+
+@pytest.mark.parametrize("missing", [*aot.SPECIALIZED, None])
+def test_code_without_an_instruction_of_specialized_warps_is_refused(missing):
+    code = "\n".join(instruction for instruction in aot.SPECIALIZED if instruction != missing)
+    if missing is None:
+        aot.check_specialized("a: b", code)
+        return
+    with pytest.raises(ValueError, match=f"^bench.aot: a: b: expected specialized warps, found no {missing}.$"):
+        aot.check_specialized("a: b", code)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
+from backends import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.cases import IGNORE, ORDERS, SHAPES, Inputs, dense, gaussian, peaked
@@ -12,6 +14,7 @@ from tolerance import assert_exact, assert_no_worse
 
 from fastrl.kernels import tuning
 from fastrl.kernels.linear_logprob import chunked
+from fastrl.kernels.triton_jit import launch
 from fastrl.ops import linear_logprob as module
 from fastrl.ops.linear_logprob import linear_logprob
 
@@ -676,14 +679,19 @@ def test_native_bits_depend_neither_on_threads_nor_on_the_other_rows(native_isa)
 # Triton without a gradient: one kernel multiplies and keeps statistics of parts of the vocabulary.
 
 
-@pytest.fixture
-def inside_the_matmul(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["triton", "triton-specialized"])
+def inside_the_matmul(request, monkeypatch):
     """Triton never stores a logit here, and splits a vocabulary into no more than two parts."""
     from fastrl.kernels.linear_logprob import triton_impl  # imported by those who run it: it imports Triton
 
+    if request.param and (name := tuning.architecture(torch.device(DEVICE))) not in (None, *tuning.SPECIALIZES):
+        pytest.skip(f"Triton specializes no warps of this kernel on {name}")
     monkeypatch.delattr(triton_impl, "forward_in_chunks")
-    with tuning.trying("linear_logprob fused", PARTS=2), tuning.trying("linear_logprob fused narrow", PARTS=2):
-        yield  # of two tiles or more each
+    with ExitStack() as stack:
+        for entry, changes in tuning.SPECIALIZED.items():
+            changes = {"PARTS": 2} | (changes if request.param else {})  # of two tiles or more each
+            stack.enter_context(tuning.trying(entry, **changes))
+        yield
 
 
 def without_gradient(inputs: Inputs, backend: str, **options):
@@ -732,6 +740,47 @@ def test_statistics_inside_the_matmul_of_any_number_of_rows(inside_the_matmul, l
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert (got[inputs.targets == IGNORE] == 0).all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the order of sums is the compiler's")
+@pytest.mark.parametrize(
+    ("options", "writes"),
+    [({}, [True, False]), ({"temperature": 0.7}, [False, True]), (OPTIONS["all"](140), [True])],
+    ids=["temperature 1", "another", "one per row"],
+)
+def test_specialized_warps_give_the_bits_of_the_same_tile_without(monkeypatch, options, writes):
+    """A descriptor loads what pointers do; of the kernels for a temperature of 1 and for others one writes."""
+    from fastrl.kernels.linear_logprob import triton_impl
+
+    wrote = []
+
+    def noted(kernel, programs, like, **arguments):
+        before = arguments["parts_ptr"].clone()
+        launch(kernel, programs, like, **arguments)
+        if arguments.get("WARP_SPECIALIZE"):
+            wrote.append(not torch.equal(arguments["parts_ptr"].view(torch.int32), before.view(torch.int32)))
+
+    monkeypatch.setattr(triton_impl, "launch", noted)
+    inputs = gaussian(140, 80, 300).leaves(dtype=torch.bfloat16)
+    inputs.hidden[inputs.targets == IGNORE] = math.nan
+    results = []
+    for specialize in (False, True):
+        with ExitStack() as stack:
+            for entry, changes in tuning.SPECIALIZED.items():
+                stack.enter_context(tuning.trying(entry, **changes | {"WARP_SPECIALIZE": specialize}))
+            results.append(without_gradient(inputs, "triton", **options))
+    assert wrote == writes
+    for got, want in zip(*results, strict=True):
+        assert got.abs().sum() > 0
+        assert torch.equal(got, want)
+
+
+def test_specialized_warps_take_a_view_that_starts_between_aligned_addresses(inside_the_matmul):
+    inputs = gaussian(9, 48, 300).leaves(dtype=torch.bfloat16)
+    inputs.hidden, inputs.weight = inputs.hidden[:, 3:35], inputs.weight[:, 3:35]
+    assert inputs.weight.data_ptr() % 16 != 0
+    for got, want in zip(*(without_gradient(inputs, name) for name in ("triton", "chunked")), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "stride", "inside"), [(48, 48, True), (48, 50, True), (40, 48, False)])

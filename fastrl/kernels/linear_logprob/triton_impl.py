@@ -3,6 +3,7 @@ kernel multiplies and keeps statistics, so that no logit is ever stored."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastrl.kernels import tuning
 from fastrl.kernels.linear_logprob import epilogue
 from fastrl.kernels.linear_logprob.chunked import Statistics, backward_in_chunks, compact, forward_in_chunks
 from fastrl.kernels.softmax_row import NO_SOFTCAP, check_targets
@@ -28,9 +30,10 @@ from fastrl.kernels.softmax_row_triton import (
     statistics_kernel,
 )
 from fastrl.kernels.triton_jit import Build, launch
-from fastrl.kernels.tuning import tuned
 
-ALIGNED = 16  # elements: what Triton must know a stride to be a multiple of, to copy 16 bytes at a time
+ALIGNED = (
+    16  # elements that Triton must know a stride to be a multiple of, to copy 16 bytes at a time; bytes of a start
+)
 NOT_A_TARGET = -1  # the rows of a chunk are chosen beforehand: none of them is ignored
 FUSED_HIDDEN = 2048  # up to this size the logits' way to memory and back weighs more than the library's faster matmul
 
@@ -114,7 +117,7 @@ class Chunk(epilogue.Chunk):
 
 @triton.jit(do_not_specialize=["N"])
 def part_kernel(
-    hidden_ptr: tl.tensor,  # (N, H)
+    hidden_ptr: tl.tensor,  # (N, H); with WARP_SPECIALIZE in the order of `rows`
     hidden_stride: tl.int64,
     weight_ptr: tl.tensor,  # (V, H)
     weight_stride: tl.int64,
@@ -135,32 +138,56 @@ def part_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr,
 ) -> None:
     """Statistics of hidden W^T over one part of the vocabulary. Neighbouring programs share the part of the weight, and
-    those beyond the last row end at once."""
+    those beyond the last row end at once.
+
+    With WARP_SPECIALIZE, Hopper's tensor memory accelerator loads the tiles: one group of warps keeps it busy, also
+    across the ends of vocabulary tiles, and two others each multiply and finish half of the rows. Triton divides the
+    warps only where no branch is in or before the loop: programs that have nothing to do go through it no times, and a
+    temperature of 1 and all others are two kernels, of which one finds that it has no row.
+    """
     n = tl.load(n_ptr)
-    if tl.program_id(0) * BLOCK_N >= n:
-        return
+    first = tl.program_id(0) * BLOCK_N
+    if not WARP_SPECIALIZE:  # noqa: SIM102 - known when it is compiled, the other when it runs
+        if first >= n:
+            return
     ACC: tl.constexpr = temperature_ptr.dtype.element_ty
     softcap_, scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
-    at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = first + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     row = tl.load(rows_ptr + at, mask=at < n, other=0)  # int64
-    target = tl.load(targets_ptr + row)
+    target = tl.load(targets_ptr + row).to(tl.int32)
     temperature = tl.load(temperature_ptr + row if PER_ROW_TEMPERATURE else temperature_ptr)
-    hidden_at = hidden_ptr + row[:, None] * hidden_stride
+    end = tl.minimum((part + 1) * part_columns, V)
+    if WARP_SPECIALIZE:
+        if not PER_ROW_TEMPERATURE:
+            n = tl.where((temperature == 1) == UNIT_TEMPERATURE, n, 0)
+        end = tl.where(first < n, end, 0)
+        hidden_tiles = tl.make_tensor_descriptor(hidden_ptr, [N, H], [hidden_stride, 1], [BLOCK_N, BLOCK_H])
+        weight_tiles = tl.make_tensor_descriptor(weight_ptr, [V, H], [weight_stride, 1], [BLOCK_V, BLOCK_H])
+    else:
+        hidden_at = hidden_ptr + row[:, None] * hidden_stride
+    columns = tl.arange(0, BLOCK_V)  # compared as they are: numbers known when it is compiled take no registers
     top = tl.full((BLOCK_N,), 0, ACC) + lowest(ACC)
     total = tl.full((BLOCK_N,), 0, ACC)
     moment = tl.full((BLOCK_N,), 0, ACC)
     at_target = tl.full((BLOCK_N,), 0, ACC)
-    for start in range(part * part_columns, tl.minimum((part + 1) * part_columns, V), BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        weight_at = weight_ptr + cols[None, :].to(tl.int64) * weight_stride
+    for start in tl.range(part * part_columns, end, BLOCK_V, warp_specialize=WARP_SPECIALIZE):
+        cols = start + columns
+        if not WARP_SPECIALIZE:
+            weight_at = weight_ptr + cols[None, :].to(tl.int64) * weight_stride
         z = tl.full((BLOCK_N, BLOCK_V), 0, ACC)
         for k in range(0, H, BLOCK_H):
-            ks = k + tl.arange(0, BLOCK_H)
-            h = tl.load(hidden_at + ks[None, :], mask=ks[None, :] < H, other=0)
-            w = tl.load(weight_at + ks[:, None], mask=(ks[:, None] < H) & (cols[None, :] < V), other=0)
+            if WARP_SPECIALIZE:  # beyond the ends there are zeros
+                h = hidden_tiles.load([first, k])
+                w = weight_tiles.load([start, k]).T
+            else:
+                ks = k + tl.arange(0, BLOCK_H)
+                h = tl.load(hidden_at + ks[None, :], mask=ks[None, :] < H, other=0)
+                w = tl.load(weight_at + ks[:, None], mask=(ks[:, None] < H) & (cols[None, :] < V), other=0)
             if INTERPRETED:  # the interpreter multiplies the bits of a bfloat16 as an integer; the product is the same
                 h = h.to(ACC)
                 w = w.to(ACC)
@@ -168,9 +195,14 @@ def part_kernel(
         if bias_ptr is not None:
             z += tl.load(bias_ptr + cols, mask=cols < V, other=0).to(ACC)[None, :]
         z, _ = cap(z, softcap_, scale, HAS_SOFTCAP)
-        z = divide(z, temperature[:, None]) if PER_ROW_TEMPERATURE else over(z, temperature)
-        at_target += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0), 1)
-        z = tl.where(cols[None, :] < V, z, float("-inf"))
+        if PER_ROW_TEMPERATURE:
+            z = divide(z, temperature[:, None])
+        elif not WARP_SPECIALIZE:
+            z = over(z, temperature)
+        elif not UNIT_TEMPERATURE:
+            z = divide(z, temperature)
+        at_target += tl.sum(tl.where(columns[None, :] == (target - start)[:, None], z, 0), 1)
+        z = tl.where(columns[None, :] < V - start, z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, 1))
         total, moment = below(top, total, moment, higher)
         top = higher
@@ -268,9 +300,7 @@ def _fused(
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logps, entropy, lse) without logits, and without a wait for the device."""
-    hidden, weight = (
-        x if x.stride(-1) == 1 and x.stride(0) % ALIGNED == 0 else x.contiguous() for x in (hidden, weight)
-    )
+    hidden, weight = (x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (hidden, weight))
     temperature = temperature.contiguous()
     count, vocabulary = len(targets), weight.shape[0]
     logps, lse = temperature.new_zeros(count), temperature.new_zeros(2, count)
@@ -278,35 +308,40 @@ def _fused(
     safe, poisoned = check_targets(targets, vocabulary, ignore_index)
     rows, n = compact(targets != ignore_index)
     presence = {"HAS_SOFTCAP": softcap != NO_SOFTCAP, "PER_ROW_TEMPERATURE": temperature.numel() > 1}
-    tile = dict(tuned("linear_logprob fused" + (" narrow" if any(presence.values()) else ""), hidden.device))
+    tile = dict(tuning.tuned("linear_logprob fused" + (" narrow" if any(presence.values()) else ""), hidden.device))
     tiles = -(-vocabulary // tile["BLOCK_V"])
     part_tiles = -(-tiles // tile.pop("PARTS"))
     parts = temperature.new_empty(4, -(-tiles // part_tiles), count)
-    launch(
-        part_kernel,
-        (-(-count // tile["BLOCK_N"]), parts.shape[1]),
-        hidden,
-        hidden_ptr=hidden,
-        hidden_stride=hidden.stride(0),
-        weight_ptr=weight,
-        weight_stride=weight.stride(0),
-        rows_ptr=rows,
-        n_ptr=n,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        targets_ptr=safe.contiguous(),
-        temperature_ptr=temperature,
-        parts_ptr=parts,
-        N=count,
-        V=vocabulary,
-        H=hidden.shape[1],
-        part_columns=part_tiles * tile["BLOCK_V"],
-        softcap=softcap,
-        logit_scale=logit_scale,
-        **presence,
-        **tile,
-        **OPTIONS,
-    )
-    merge = tuned("linear_logprob merge", hidden.device)
+    specialize = tile["WARP_SPECIALIZE"]
+    if specialize:
+        hidden = hidden[rows]  # a tile that a descriptor loads is of neighbouring rows
+    for unit in (True, False) if specialize and not presence["PER_ROW_TEMPERATURE"] else (False,):
+        launch(
+            part_kernel,
+            (-(-count // tile["BLOCK_N"]), parts.shape[1]),
+            hidden,
+            hidden_ptr=hidden,
+            hidden_stride=hidden.stride(0),
+            weight_ptr=weight,
+            weight_stride=weight.stride(0),
+            rows_ptr=rows,
+            n_ptr=n,
+            bias_ptr=None if bias is None else bias.contiguous(),
+            targets_ptr=safe.contiguous(),
+            temperature_ptr=temperature,
+            parts_ptr=parts,
+            N=count,
+            V=vocabulary,
+            H=hidden.shape[1],
+            part_columns=part_tiles * tile["BLOCK_V"],
+            softcap=softcap,
+            logit_scale=logit_scale,
+            UNIT_TEMPERATURE=unit,
+            **presence,
+            **tile,
+            **OPTIONS,
+        )
+    merge = tuning.tuned("linear_logprob merge", hidden.device)
     launch(
         merge_kernel,
         -(-count // merge["BLOCK"]),
@@ -323,6 +358,11 @@ def _fused(
         **OPTIONS,
     )
     return logps if poisoned is None else logps.masked_fill_(poisoned, float("nan")), entropies, lse
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether rows start where both asynchronous copies and the tensor memory accelerator can read them."""
+    return x.stride(-1) == 1 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % ALIGNED == 0
 
 
 backward = partial(backward_in_chunks, Chunk)
@@ -366,6 +406,18 @@ def _fused_builds(head: str) -> list[Build]:
     ]
 
 
+def _specialized_builds(head: str) -> list[Build]:
+    """Of a table that turns WARP_SPECIALIZE on; there is none yet."""
+    plain, biased, with_temperatures, with_all = _fused_builds(head)
+    unit = {"UNIT_TEMPERATURE": True}
+    builds = [plain, replace(plain, constants=plain.constants | unit), biased, with_temperatures, with_all]
+    names = ("", ", temperature 1", ", bias", ", temperatures", ", all options")
+    return [
+        replace(build, name=f"linear_logprob specialized {head}{name}", changes=tuning.SPECIALIZED[build.entry])
+        for build, name in zip(builds, names, strict=True)
+    ]
+
+
 BUILDS = [build for head in ("bf16", "fp16", "fp32", "fp64") for build in _builds(head)]
 BUILDS += [
     build(
@@ -379,7 +431,7 @@ BUILDS += [
         ("gradient", gradient_kernel, {"grad_logps": "fp32", "out": "bf16"}),
     )
 ]
-BUILDS += _fused_builds("bf16") + _fused_builds("fp16")
+BUILDS += _fused_builds("bf16") + _fused_builds("fp16") + _specialized_builds("bf16")
 BUILDS += [
     build(
         "linear_logprob merge",
