@@ -408,13 +408,12 @@ def _fused_builds(head: str) -> list[Build]:
 
 def _specialized_builds(head: str) -> list[Build]:
     """Of a table that turns WARP_SPECIALIZE on; there is none yet."""
-    plain, biased, with_temperatures, with_all = _fused_builds(head)
-    unit = {"UNIT_TEMPERATURE": True}
-    builds = [plain, replace(plain, constants=plain.constants | unit), biased, with_temperatures, with_all]
-    names = ("", ", temperature 1", ", bias", ", temperatures", ", all options")
+    plain, biased, _, everything = _fused_builds(head)
+    unit = replace(plain, constants=plain.constants | {"UNIT_TEMPERATURE": True})
+    names = {"temperature 1": unit, "bias": biased, "all options": everything}
     return [
-        replace(build, name=f"linear_logprob specialized {head}{name}", changes=tuning.SPECIALIZED[build.entry])
-        for build, name in zip(builds, names, strict=True)
+        replace(build, name=f"linear_logprob specialized {head}, {name}", changes=tuning.SPECIALIZED[build.entry])
+        for name, build in names.items()
     ]
 
 
