@@ -100,7 +100,7 @@ PRESETS: dict[str, PolicyLoss] = {
 # Preference losses. Supervised fine-tuning needs none of its own: it is -logps, token_mean, in
 # `linear_token_loss(hidden, weight, targets, torch.neg, weights=token_weights(mask, "token_mean"))`.
 
-# Direct Preference Optimization, arXiv:2305.18290 eq. 7, with its default beta.
+# Direct Preference Optimization, arXiv:2305.18290, with its default beta.
 DPO = PreferenceLoss("sigmoid", beta=0.1)
 
 # Conservative DPO: labels wrong with probability 0.1 (https://ericmitchell.ai/cdpo.pdf). TRL's DPO ignores
@@ -116,12 +116,12 @@ DPO_NORM = PreferenceLoss("sigmoid", beta=0.1, length="mean")
 # SLiC's hinge on DPO's margin, arXiv:2305.10425, as in TRL.
 SLIC = PreferenceLoss("hinge", beta=0.1)
 
-# Identity Preference Optimization, arXiv:2310.12036 eq. 17, beta being its tau. Libraries disagree: this one, as TRL,
+# Identity Preference Optimization, arXiv:2310.12036, beta being its tau. Libraries disagree: this one, as TRL,
 # takes means over tokens, which the paper's authors confirmed to TRL; the equation as printed and OpenRLHF take sums,
 # replace(IPO, length="sum").
 IPO = PreferenceLoss("ipo", beta=0.1, length="mean")
 
-# EXO on pairs, arXiv:2402.00856 eq. 16, with the label smoothing that TRL quotes from it.
+# EXO on pairs, arXiv:2402.00856, with the label smoothing that TRL quotes from it.
 EXO = PreferenceLoss("exo_pair", beta=0.1, label_smoothing=1e-3)
 
 # NCA on pairs, arXiv:2402.05369.
@@ -130,7 +130,7 @@ NCA = PreferenceLoss("nca_pair", beta=0.1)
 # BCO on pairs, arXiv:2404.04656, without its moving reward shift, as TRL 1.16.
 BCO = PreferenceLoss("bco_pair", beta=0.1)
 
-# SPPO with win probabilities of 1 and 0, arXiv:2405.00675 eq. 4.7.
+# SPPO with win probabilities of 1 and 0, arXiv:2405.00675.
 SPPO_HARD = PreferenceLoss("sppo_hard", beta=0.1)
 
 # Alignment via Optimal Transport, arXiv:2406.05882, paired and unpaired. The loss depends on the batch that is sorted.
@@ -142,7 +142,7 @@ AOT_UNPAIRED = PreferenceLoss("sigmoid", beta=0.1, match="aot_unpaired")
 APO_ZERO = PreferenceLoss("apo_zero", beta=0.1)
 APO_DOWN = PreferenceLoss("apo_down", beta=0.1)
 
-# DiscoPOP, arXiv:2406.08414 eq. 5, with its tau of 0.05.
+# DiscoPOP, arXiv:2406.08414, with its tau of 0.05.
 DISCOPOP = PreferenceLoss("discopop", beta=0.1)
 
 # DPO of another f-divergence, arXiv:2309.16240, is replace(DPO, transform=...): Power(-1.0) forward KL, Power(a - 1)
@@ -153,7 +153,7 @@ DISCOPOP = PreferenceLoss("discopop", beta=0.1)
 # 0.5 is no default.
 LD_DPO = PreferenceLoss("sigmoid", beta=0.1, ld_alpha=0.5)
 
-# Weighted Preference Optimization, arXiv:2406.11827 eq. 2. Left to the caller: log sum_v p_v^2 of each token.
+# Weighted Preference Optimization, arXiv:2406.11827. Left to the caller: log sum_v p_v^2 of each token.
 WPO = PreferenceLoss("sigmoid", beta=0.1, weighting="wpo")
 
 # Iterative Reasoning Preference Optimization, arXiv:2404.19733: DPO plus the chosen answer's NLL, a mean over each
@@ -170,11 +170,11 @@ SIMPO = PreferenceLoss("sigmoid", beta=2.0, reference=False, length="mean", marg
 # AlphaPO, arXiv:2501.03884: SimPO with the reward (1 - p^-alpha) / alpha. Its alpha is to be tuned; 0.25 is no default.
 ALPHAPO = PreferenceLoss("sigmoid", beta=2.0, reference=False, length="mean", margin=0.5, transform=Power(-0.25))
 
-# Contrastive Preference Optimization, arXiv:2401.08417 eq. 3: no reference, and the chosen answer's NLL, a sum over its
+# Contrastive Preference Optimization, arXiv:2401.08417: no reference, and the chosen answer's NLL, a sum over its
 # tokens. TRL averages that term over the batch's tokens: Sft("token_mean").
 CPO = PreferenceMix(((1.0, PreferenceLoss("sigmoid", beta=0.1, reference=False)), (1.0, Sft("seq_mean_token_sum"))))
 
-# Odds Ratio Preference Optimization, arXiv:2403.07691 eq. 4 and 7, lambda = 0.1. Its metrics' rewards are the log-odds.
+# Odds Ratio Preference Optimization, arXiv:2403.07691, lambda = 0.1. Its metrics' rewards are the log-odds.
 # TRL's NLL counts the prompt's tokens too, over the whole batch.
 ORPO = PreferenceMix(
     (
@@ -183,7 +183,7 @@ ORPO = PreferenceMix(
     )
 )
 
-# Kahneman-Tversky Optimization, arXiv:2402.01306 eq. 7. Left to the caller: kl, from answers to other prompts.
+# Kahneman-Tversky Optimization, arXiv:2402.01306. Left to the caller: kl, from answers to other prompts.
 KTO = UnpairedPreferenceLoss(beta=0.1, baseline="kl")
 
 # APO-zero on single answers, arXiv:2408.06266, as in TRL's KTOTrainer.
