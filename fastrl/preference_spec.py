@@ -63,7 +63,7 @@ class JensenShannon:
 
 @dataclass(frozen=True)
 class LogOdds:
-    """log(p / (1 - p)) with p = e^h, without a reference: ORPO, arXiv:2403.07691 eq. 4.
+    """log(p / (1 - p)) with p = e^h, without a reference: ORPO, arXiv:2403.07691.
 
     h is held at -eps of its dtype, without gradient beyond: the odds of a certain answer are infinite.
     """
@@ -83,9 +83,9 @@ class PreferenceLoss:
     |------------|--------------------------------------------------------|----------------------------|
     | `sigmoid`  | -log sigmoid(D)                                        | DPO, arXiv:2305.18290      |
     | `hinge`    | max(0, 1 - D)                                          | SLiC, arXiv:2305.10425     |
-    | `ipo`      | ((D - 1/2) / beta)^2                                   | IPO, arXiv:2310.12036 (17) |
-    | `exo_pair` | KL([q, 1 - q] to [1 - e, e]), q = sigmoid(D)           | EXO, arXiv:2402.00856 (16) |
-    | `discopop` | (1 - m) (-log sigmoid(D)) + m e^{-D}, m = sigmoid(D / tau) | arXiv:2406.08414 (5)   |
+    | `ipo`      | ((D - 1/2) / beta)^2                                   | IPO, arXiv:2310.12036      |
+    | `exo_pair` | KL([q, 1 - q] to [1 - e, e]), q = sigmoid(D)           | EXO, arXiv:2402.00856      |
+    | `discopop` | (1 - m) (-log sigmoid(D)) + m e^{-D}, m = sigmoid(D / tau) | arXiv:2406.08414       |
 
     Links on the two rewards r, which take no margin, label noise, transform or match:
 
@@ -94,14 +94,14 @@ class PreferenceLoss:
     | `bco_pair`  | -log sigmoid(r_w) - log sigmoid(-r_l), with a reward shift of 0       | BCO, arXiv:2404.04656 |
     | `nca_pair`  | -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2       | NCA, arXiv:2402.05369 |
     | `sppo_hard` | ((r_w - 1/2)^2 + (r_l + 1/2)^2) / beta^2, win probabilities 1 and 0   | arXiv:2405.00675      |
-    | `apo_zero`  | sigmoid(-r_w) + sigmoid(r_l)                                          | arXiv:2408.06266 (7)  |
-    | `apo_down`  | sigmoid(r_w) + sigmoid(r_l - r_w)                                     | arXiv:2408.06266 (8)  |
+    | `apo_zero`  | sigmoid(-r_w) + sigmoid(r_l)                                          | arXiv:2408.06266      |
+    | `apo_down`  | sigmoid(r_w) + sigmoid(r_l - r_w)                                     | arXiv:2408.06266      |
 
     `length` says where a completion's token count |y| divides: `sum` nowhere, `mean` h before the transform,
     `reward_mean` the reward after it; the last two differ only under a transform. `match` says what D compares: the
     two sides of each pair; or (`aot`, arXiv:2406.05882) the sorted policy margins with the sorted reference margins of
     the batch; or (`aot_unpaired`) the sorted chosen rewards with the sorted rejected ones. `weighting="wpo"` multiplies
-    a pair by exp(mean_t(log p_t - log sum_v p_v^2)) of both sides, a constant: arXiv:2406.11827 eq. 2.
+    a pair by exp(mean_t(log p_t - log sum_v p_v^2)) of both sides, a constant: arXiv:2406.11827.
     `ld_alpha`: arXiv:2409.06411.
     """
 
@@ -160,6 +160,17 @@ class PreferenceLoss:
     def compares(self) -> bool:
         """True when the link is one on the margin of the two rewards."""
         return self.link in get_args(MarginLink)
+
+    @property
+    def takes_soft_labels(self) -> bool:
+        """True when each pair may have a label noise of its own: the spec has none, and compares pair by pair."""
+        noiseless = self.label_smoothing == 0.0 and not self.debias
+        return self.compares and self.match == "pairs" and self.link != "exo_pair" and noiseless
+
+    @property
+    def takes_margins(self) -> bool:
+        """True when each pair may have a margin of its own: the spec has none, and compares pair by pair."""
+        return self.compares and self.match == "pairs" and self.margin == 0.0
 
     @property
     def needs_ref(self) -> bool:

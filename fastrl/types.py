@@ -55,11 +55,13 @@ class Sample:
 
 @dataclass
 class Group:
-    """All samples of one prompt in one rollout."""
+    """All samples of one prompt in one rollout, or the answers of one row that were written before training."""
 
     prompt: Prompt
     samples: list[Sample]
     greedy_reward: float | None = None  # of the prompt's greedy completion, where an estimator reads it
+    margin: float | None = None  # by how much the first answer of a pair is better, where the data say so
+    soft_label: float | None = None  # probability that it is the better one, where the data say so
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fastrl.data.preferences import Kind
 from fastrl.losses import presets
 from fastrl.losses.answer_rows import split_pairs
 from fastrl.losses.linear_policy import linear_policy_loss
-from fastrl.losses.metrics import Metrics, finish
+from fastrl.losses.metrics import Metrics, finish, merge
 from fastrl.losses.preference import preference_loss
 from fastrl.losses.reward_model import reward_model_loss
 from fastrl.losses.unpaired import mismatched_kl, unpaired_preference_loss
@@ -45,6 +45,13 @@ class Answers:
     groups: int
     tokens: int  # of the chosen answers, or of all where a group is one answer
     mismatched: list[MicroBatch] = field(default_factory=list)  # answers to other prompts, for KTO's baseline
+    margins: torch.Tensor | None = None  # (groups,) `Group.margin`, where the data have them
+    soft_labels: torch.Tensor | None = None  # (groups,) `Group.soft_label`, where the data have them
+
+    def of_pairs(self, group_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """`margins` and `soft_labels` of pairs, each (P,), given the group that each is of."""
+        found = {"margins": self.margins, "soft_labels": self.soft_labels}
+        return {name: None if tensor is None else tensor[group_ids] for name, tensor in found.items()}
 
 
 class Objective(Protocol):
@@ -55,6 +62,16 @@ class Objective(Protocol):
     @property
     def needs_ref(self) -> bool:
         """Whether `MicroBatch.ref_logps` is read."""
+        ...
+
+    @property
+    def takes_margins(self) -> bool:
+        """Whether it can read `Answers.margins`."""
+        ...
+
+    @property
+    def takes_soft_labels(self) -> bool:
+        """Whether it can read `Answers.soft_labels`."""
         ...
 
     def accumulate(self, model: Any, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
@@ -71,6 +88,7 @@ class Scored(NamedTuple):
 
     logps: torch.Tensor  # (N,) float32
     cu_seqlens: torch.Tensor  # (S + 1,)
+    group_ids: torch.Tensor  # (S,)
     advantages: torch.Tensor  # (S,), 1 for an answer to learn and -1 for one to avoid
     ref_logps: torch.Tensor | None  # (N,)
     log_sum_sq_probs: torch.Tensor | None  # (N,), where the loss asks for it
@@ -90,6 +108,16 @@ class PairedPreference:
     def needs_ref(self) -> bool:
         """As the spec."""
         return self.spec.needs_ref
+
+    @property
+    def takes_margins(self) -> bool:
+        """As every pair loss of the spec."""
+        return all(term.takes_margins for term in self._pair_losses)
+
+    @property
+    def takes_soft_labels(self) -> bool:
+        """As every pair loss of the spec."""
+        return all(term.takes_soft_labels for term in self._pair_losses)
 
     def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`. A loss that sorts the batch (AOT) takes a forward pass of its own over all of it first."""
@@ -116,12 +144,14 @@ class PairedPreference:
         }
         values = self._loss(scored, answers)
         right = finish(values.metrics)
-        wrong = finish(preference_loss(**swapped, **self._counts(answers), spec=self.spec).metrics)
+        more = answers.of_pairs(scored.group_ids[::2])
+        wrong = finish(preference_loss(**swapped, **more, **self._counts(answers), spec=self.spec).metrics)
         accuracy = (right["rewards/accuracies"] + 1 - wrong["rewards/accuracies"]) / 2
         return {"accuracy": accuracy, "margin": right["rewards/margins"], "loss": values.loss.item()}
 
     def _loss(self, scored: Scored, answers: Answers) -> LossOutput:
-        return preference_loss(**self._arguments(scored), **self._counts(answers), spec=self.spec)
+        more = answers.of_pairs(scored.group_ids[::2])
+        return preference_loss(**self._arguments(scored), **more, **self._counts(answers), spec=self.spec)
 
     def _arguments(self, scored: Scored) -> dict[str, torch.Tensor]:
         ref_logps = scored.ref_logps if self.needs_ref else None
@@ -153,6 +183,8 @@ class UnpairedPreference:
     spec: UnpairedPreferenceLoss
     kind: ClassVar[Kind] = "labelled"
     needs_ref: ClassVar[bool] = True
+    takes_margins: ClassVar[bool] = False
+    takes_soft_labels: ClassVar[bool] = False
 
     def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`. KTO's baseline is that of the whole step, from a forward pass over `answers.mismatched`."""
@@ -194,6 +226,8 @@ class SupervisedTuning:
 
     kind: ClassVar[Kind] = "completions"
     needs_ref: ClassVar[bool] = False
+    takes_margins: ClassVar[bool] = False
+    takes_soft_labels: ClassVar[bool] = False
 
     def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`; one pass over the head."""
@@ -221,17 +255,23 @@ class SupervisedTuning:
 
 @dataclass(frozen=True)
 class RewardModelling:
-    """A scalar head that learns which answer of a pair is the better one: `reward_model_loss`."""
+    """A scalar head that learns which answer of a pair is the better one: `reward_model_loss`.
+
+    The answers of a group are compared pair by pair, each with those of lower advantage, so that K ranked answers are
+    K (K - 1) / 2 pairs of weight 1 over their number, in one micro-batch: arXiv:2203.02155. A tie is no pair.
+    """
 
     center_coef: float = 0.0
-    kind: ClassVar[Kind] = "pairs"
+    kind: ClassVar[Kind] = "pairs"  # or ranked
     needs_ref: ClassVar[bool] = False
+    takes_margins: ClassVar[bool] = True
+    takes_soft_labels: ClassVar[bool] = True
 
     def accumulate(self, model: ScalarModel, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`; the scores are read at the target that `fastrl.data.preferences.with_end` appends."""
         total, metrics = 0.0, []
         for batch in answers.batches:
-            out = self._loss(model.scores(batch), answers)
+            out = self._loss(model.scores(batch), batch, answers)
             out.loss.backward()
             total = total + out.loss.detach()
             metrics.append(out.metrics)
@@ -239,17 +279,36 @@ class RewardModelling:
 
     @torch.no_grad()
     def measure(self, model: ScalarModel, answers: Answers) -> dict[str, float]:
-        """Share of pairs whose chosen answer has the higher score, equal scores counting half; margin; loss."""
-        scores = torch.cat([model.scores(batch) for batch in answers.batches])
-        out = self._loss(scores, answers)
-        right = finish(out.metrics)
-        wrong = finish(self._loss(scores.view(-1, 2).flip(1).reshape(-1), answers).metrics)
-        accuracy = (right["accuracy"] + 1 - wrong["accuracy"]) / 2
-        return {"accuracy": accuracy, "margin": right["margin"], "loss": out.loss.item()}
+        """Share of pairs whose better answer has the higher score, equal scores counting half; margin; loss."""
+        loss, right, wrong = 0.0, [], []
+        for batch in answers.batches:
+            scores = model.scores(batch)
+            out = self._loss(scores, batch, answers)
+            loss += out.loss.item()
+            right.append(out.metrics)
+            wrong.append(self._loss(-scores, batch, answers).metrics)
+        found = finish(merge(right))
+        accuracy = (found["accuracy"] + 1 - finish(merge(wrong))["accuracy"]) / 2
+        return {"accuracy": accuracy, "margin": found["margin"], "loss": loss}
 
-    def _loss(self, scores: torch.Tensor, answers: Answers) -> LossOutput:
-        chosen, rejected = scores.view(-1, 2).unbind(1)
-        return reward_model_loss(chosen, rejected, center_coef=self.center_coef, normalizer=answers.groups)
+    def _loss(self, scores: torch.Tensor, batch: MicroBatch, answers: Answers) -> LossOutput:
+        better, worse = comparisons(batch)
+        group_ids = batch.group_ids[better]
+        return reward_model_loss(
+            scores[better],
+            scores[worse],
+            **answers.of_pairs(group_ids),
+            center_coef=self.center_coef,
+            weights=1.0 / group_ids.bincount()[group_ids],
+            normalizer=answers.groups,
+        )
+
+
+def comparisons(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P,) the sequence that is better and the one that is worse, of each pair in a group of unequal advantages."""
+    same = batch.group_ids[:, None] == batch.group_ids
+    better, worse = (same & (batch.advantages[:, None] > batch.advantages)).nonzero().unbind(1)
+    return better, worse
 
 
 # name -> preset, or what has none: what a recipe's `algorithm` selects.
@@ -279,17 +338,15 @@ def _scored(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, weighs: boo
         # At temperature 1/2 a token's log-probability is 2 z_t - log sum_v e^{2 z_v}, and log sum_v p_v^2 is
         # log sum_v e^{2 z_v} - 2 log sum_v e^{z_v}: WPO's weights without a pass over probabilities.
         squares = 2 * logps - policy.read(hidden, batch, temperature=0.5)
-    return Scored(logps, batch.cu_seqlens, batch.advantages, batch.ref_logps, squares)
+    return Scored(logps, batch.cu_seqlens, batch.group_ids, batch.advantages, batch.ref_logps, squares)
 
 
 def _joined(parts: Sequence[Scored]) -> Scored:
     """All sequences in one, in order."""
     lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
-    columns = zip(
-        *((part.logps, part.advantages, part.ref_logps, part.log_sum_sq_probs) for part in parts), strict=True
-    )
-    logps, advantages, ref_logps, squares = (torch.cat(column) if column[0] is not None else None for column in columns)
-    return Scored(logps, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), advantages, ref_logps, squares)
+    columns = {name: [getattr(part, name) for part in parts] for name in Scored._fields if name != "cu_seqlens"}
+    joined = {name: torch.cat(column) if column[0] is not None else None for name, column in columns.items()}
+    return Scored(cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), **joined)
 
 
 def _accumulate(

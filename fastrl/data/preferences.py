@@ -1,10 +1,14 @@
-"""Answers that were written before training: preference pairs, labelled answers and demonstrations, as groups to pack.
+"""Answers that were written before training: preferences, rankings, labels and demonstrations, as groups to pack.
 
-| kind          | columns                         | a group                                    | trains      |
-|---------------|---------------------------------|--------------------------------------------|-------------|
-| `pairs`       | (prompt), chosen, rejected      | [chosen, rejected], advantages 1 and -1    | DPO and kin |
-| `labelled`    | prompt, completion, label       | [completion], advantage 1 if true, else -1 | KTO and kin |
-| `completions` | prompt, completion; or messages | [completion], advantage 1                  | SFT         |
+| kind          | columns                         | a group                                    | trains       |
+|---------------|---------------------------------|--------------------------------------------|--------------|
+| `pairs`       | (prompt), chosen, rejected      | [chosen, rejected], advantages 1 and -1    | DPO and kin  |
+| `ranked`      | prompt, responses, ranking      | responses, advantages minus their ranks    | reward model |
+| `labelled`    | prompt, completion, label       | [completion], advantage 1 if true, else -1 | KTO and kin  |
+| `completions` | prompt, completion; or messages | [completion], advantage 1                  | SFT          |
+
+`ranking` has a number for each of the `responses`, 1 for the best one; equal numbers are a tie. Pairs
+train reward models too.
 
 An answer has no sampler: its `sampling_logps` are NaN, so that a loss which reads them shows it.
 """
@@ -17,7 +21,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -30,8 +34,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OP = "load_preferences"
-Kind = Literal["pairs", "labelled", "completions"]
-ANSWERS = {"pairs": ("chosen", "rejected"), "labelled": ("completion",), "completions": ("completion",)}
+Kind = Literal["pairs", "ranked", "labelled", "completions"]
+ANSWERS = {
+    "pairs": ("chosen", "rejected"),
+    "ranked": ("responses",),
+    "labelled": ("completion",),
+    "completions": ("completion",),
+}
 
 
 class BadRow(ValueError):
@@ -43,6 +52,13 @@ class Limits(NamedTuple):
 
     prompt: int | None
     all: int | None
+
+
+class PairColumns(NamedTuple):
+    """Columns that say more about a pair; empty: none does."""
+
+    margin: str = ""
+    soft_label: str = ""
 
 
 def load_preferences(
@@ -58,6 +74,8 @@ def load_preferences(
     max_prompt_tokens: int | None = None,
     max_tokens: int | None = None,
     template_options: Mapping[str, Any] | None = None,
+    margin_column: str = "",
+    soft_label_column: str = "",
 ) -> list[Group]:
     """The rows of a source, tokenised, one group each: TRL's preference, unpaired and prompt-completion formats.
 
@@ -80,20 +98,26 @@ def load_preferences(
         system: a system message for chat prompts that have none.
         max_prompt_tokens, max_tokens: of the prompt, and of the prompt with its answer.
         template_options: further arguments of the chat template, such as `enable_thinking`.
+        margin_column: of pairs: by how much the chosen answer is better, a finite number of at least 0; `Group.margin`.
+        soft_label_column: of pairs: the probability that the chosen answer is the better one; `Group.soft_label`.
 
     Returns:
         One group per good row, in order, `Prompt.index` being the row's number. A bad row (an empty side, two identical
-        sides, a prompt over its limit, a missing value) is left out, and a warning counts them by what is wrong.
+        sides, a prompt over its limit, a missing value, a number out of its range) is left out, and a warning counts
+        them by what is wrong.
 
     Raises:
         ValueError: no rows, a column that no row has, or no good row.
     """
     check.choice(OP, "kind", kind, get_args(Kind))
+    columns = PairColumns(margin_column, soft_label_column)
+    for name, column in columns._asdict().items():
+        check.require(kind == "pairs" or not column, OP, f"{name}_column", f"none for kind={kind!r}", repr(column))
     if isinstance(source, str) and source.startswith(GYM):
         rows = gym_answers(source.removeprefix(GYM), kind, size=size, seed=seed, options=dict(options or {}))
     else:
         rows = read_rows(source, size=size, seed=seed, options=dict(options or {}))
-    _require_columns(rows, kind)
+    _require_columns(rows, kind, columns)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     template_options = template_options or {}
     render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options) if has_template else None
@@ -102,9 +126,10 @@ def load_preferences(
     for index, row in enumerate(rows):
         try:
             prompt, answers = _parts(row.values, kind, chat and has_template)
-            groups.append(
-                _group(index, row.values, kind, _complete(prompt, system), answers, tokenizer, render, limits)
-            )
+            group = _group(index, row.values, kind, _complete(prompt, system), answers, tokenizer, render, limits)
+            group.margin = _number(row.values, columns.margin, "a finite number of at least 0", math.inf)
+            group.soft_label = _number(row.values, columns.soft_label, "a number from 0 to 1", 1.0)
+            groups.append(group)
         except BadRow as reason:
             bad.setdefault(str(reason), []).append(row.where)
     _report(len(rows), bad)
@@ -163,7 +188,7 @@ def with_end(groups: Sequence[Group], token_id: int) -> list[Group]:
         token_ids, nothing = [*sample.token_ids, token_id], [*sample.sampling_logps, math.nan]
         return replace(sample, token_ids=token_ids, sampling_logps=nothing)
 
-    return [Group(group.prompt, list(map(longer, group.samples))) for group in groups]
+    return [replace(group, samples=list(map(longer, group.samples))) for group in groups]
 
 
 def unpair(pairs: Sequence[Group]) -> list[Group]:
@@ -196,9 +221,10 @@ def mismatched(groups: Sequence[Group]) -> list[Group]:
     return others
 
 
-def _require_columns(rows: list[Row], kind: Kind) -> None:
+def _require_columns(rows: list[Row], kind: Kind, columns: PairColumns) -> None:
     present = {name for row in rows for name, value in row.values.items() if value is not None}
-    needed = {"pairs": (), "labelled": ("prompt", "label"), "completions": ("prompt",)}[kind] + ANSWERS[kind]
+    beside = {"ranked": ("prompt", "ranking"), "labelled": ("prompt", "label"), "completions": ("prompt",)}
+    needed = beside.get(kind, ()) + ANSWERS[kind] + tuple(filter(None, columns))
     if kind == "completions" and "messages" in present:
         needed = ("messages",)
     missing = [name for name in needed if name not in present]
@@ -212,15 +238,18 @@ def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Mes
     """The prompt, and the answers to it as text or as one assistant message each."""
     if kind == "completions" and values.get("messages") is not None:
         values = {"completion": values["messages"]}
-    answers = [_content(values, name) for name in ANSWERS[kind]]
-    if len(answers) == 2 and answers[0] == answers[1]:
+    names = ANSWERS[kind]
+    if kind == "ranked":
+        names, values = _responses(values)
+    answers = [_content(values, name) for name in names]
+    if any(one == other for one, other in combinations(answers, 2)):
         raise BadRow("with identical sides")
     conversations = [isinstance(answer, list) for answer in answers]
     if any(conversations) != all(conversations):
         raise BadRow("with one side text and the other messages")
     if conversations[0] and len(answers[0]) > 1:  # each holds its prompt
         prompts = [answer[:-1] for answer in answers]
-        if prompts[0] != prompts[-1]:
+        if any(prompt != prompts[0] for prompt in prompts):
             raise BadRow("whose sides differ before their last messages")
         prompt, answers = prompts[0], [answer[-1:] for answer in answers]
     elif values.get("prompt") is None:
@@ -229,7 +258,7 @@ def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Mes
         return _shared_text(*answers)
     else:
         prompt = _content(values, "prompt")
-    for name, answer in zip(ANSWERS[kind], answers, strict=True):
+    for name, answer in zip(names, answers, strict=True):
         if isinstance(answer, list) and answer[-1]["role"] != "assistant":
             raise BadRow(f"whose {name!r} does not end with the assistant")
         if not (answer if isinstance(answer, str) else answer[-1]["content"]).strip():
@@ -238,6 +267,38 @@ def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Mes
         return prompt, answers
     prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     return prompt, [a if isinstance(a, list) else [{"role": "assistant", "content": a}] for a in answers]
+
+
+def _responses(values: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of a row's ranked answers, `responses[0]` and so on, and the row with an entry for each."""
+    responses = values.get("responses")
+    if not (isinstance(responses, list) and len(responses) > 1):
+        raise BadRow("whose 'responses' are not a list of two or more")
+    named = {f"responses[{place}]": response for place, response in enumerate(responses)}
+    return tuple(named), {**values, **named}
+
+
+def _ranking(values: Mapping[str, Any], answers: int) -> list[float]:
+    ranking = values.get("ranking")
+    if not (isinstance(ranking, list) and len(ranking) == answers and all(map(_is_finite, ranking))):
+        raise BadRow("whose 'ranking' is not a list of one number per response")
+    if len(set(ranking)) < 2:
+        raise BadRow("whose 'ranking' has ties only")
+    return [float(rank) for rank in ranking]
+
+
+def _number(values: Mapping[str, Any], name: str, expected: str, highest: float) -> float | None:
+    """What the column holds, from 0 to `highest`; None without a column."""
+    if not name:
+        return None
+    value = values.get(name)
+    if not (_is_finite(value) and 0 <= value <= highest):
+        raise BadRow(f"whose {name!r} is not {expected}")
+    return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _content(values: Mapping[str, Any], name: str) -> str | Messages:
@@ -287,7 +348,7 @@ def _group(
     prompt_ids = tokenizer(prompt_text, add_special_tokens=not chat)["input_ids"]
     if limits.prompt is not None and len(prompt_ids) > limits.prompt:
         raise BadRow(f"with a prompt longer than {limits.prompt} tokens")
-    signs = {"pairs": (1.0, -1.0), "completions": (1.0,)}.get(kind) or (1.0 if _label(values) else -1.0,)
+    signs = _advantages(values, kind, len(answers))
     samples = []
     for answer, sign in zip(answers, signs, strict=True):
         text = answer if isinstance(answer, str) else answer[-1]["content"]
@@ -295,10 +356,11 @@ def _group(
         ids = _answer_ids(tokenizer, prompt_text, prompt_ids, whole, chat)
         if limits.all is not None and len(prompt_ids) + len(ids) > limits.all:
             raise BadRow(f"longer than {limits.all} tokens")
-        samples.append(Sample(ids, [math.nan] * len(ids), True, text, reward=float(sign > 0), advantage=sign))
-    if len(samples) == 2 and samples[0].token_ids == samples[1].token_ids:
+        reward = sign if kind == "ranked" else float(sign > 0)
+        samples.append(Sample(ids, [math.nan] * len(ids), True, text, reward=reward, advantage=sign))
+    if any(one.token_ids == other.token_ids for one, other in combinations(samples, 2)):
         raise BadRow("with identical sides")
-    used = {"prompt", "messages", "label", *ANSWERS[kind]}
+    used = {"prompt", "messages", "label", "ranking", *ANSWERS[kind]}
     columns = {name: value for name, value in values.items() if name not in used}
     return Group(Prompt(index, prompt, tuple(prompt_ids), columns), samples)
 
@@ -319,6 +381,14 @@ def _answer_ids(
         last = max((place for place, token in enumerate(ids) if token == end), default=len(ids))
         return ids if tokenizer.decode(ids[last + 1 :]).strip() else ids[: last + 1]
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _advantages(values: Mapping[str, Any], kind: Kind, answers: int) -> list[float]:
+    if kind == "labelled":
+        return [1.0 if _label(values) else -1.0]
+    if kind == "ranked":
+        return [-rank for rank in _ranking(values, answers)]
+    return [1.0, -1.0][:answers]
 
 
 def _label(values: Mapping[str, Any]) -> bool:

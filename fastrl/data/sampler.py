@@ -76,11 +76,13 @@ class PromptSampler(Generic[Drawn]):
 
 
 def fingerprint(drawn: Sequence[Prompt | Group]) -> str:
-    """SHA-256 of prompts, or of groups with their answers and labels, and of their order."""
+    """SHA-256 of prompts, or of groups with their answers, labels and margins, and of their order."""
     digest = hashlib.sha256()
     for item in drawn:
         prompt, samples = (item.prompt, item.samples) if isinstance(item, Group) else (item, ())
         digest.update(repr((prompt.index, prompt.token_ids)).encode())
         for sample in samples:
             digest.update(repr((sample.token_ids, sample.advantage)).encode())
+        if isinstance(item, Group) and (item.margin, item.soft_label) != (None, None):
+            digest.update(repr((item.margin, item.soft_label)).encode())
     return digest.hexdigest()

@@ -32,6 +32,7 @@ def preference_loss(
     ref_rejected_logps: torch.Tensor | None = None,
     chosen_log_sum_sq_probs: torch.Tensor | None = None,
     rejected_log_sum_sq_probs: torch.Tensor | None = None,
+    margins: torch.Tensor | None = None,
     soft_labels: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
@@ -55,6 +56,8 @@ def preference_loss(
             over the completion, which suffice unless `ld_alpha` weighs single tokens.
         chosen_log_sum_sq_probs, rejected_log_sum_sq_probs: like their log-probabilities: log sum_v p_v^2 of the
             policy's distribution at each token, for `weighting="wpo"`.
+        margins: (P,) by how much the chosen answer's reward should be the higher one, in place of the spec's `margin`,
+            which must be 0: DPO with an offset, arXiv:2402.10571. Each pair loss must then be a link on the margin.
         soft_labels: (P,) probability that the chosen answer is the better one, in place of 1 - label_smoothing: labels
             of a judge, arXiv:2309.00267. Each pair loss must then be a link on the margin, without `debias`.
         weights: (P,) by which the pairs' losses are multiplied. They are not part of the default normalizer.
@@ -85,8 +88,8 @@ def preference_loss(
     terms = spec.terms if isinstance(spec, PreferenceMix) else ((1.0, spec),)
     pair_terms = [term for _, term in terms if isinstance(term, PreferenceLoss)]
     for term in pair_terms:
-        _check_inputs(term, chosen_rows, rejected_rows, soft_labels, weights)
-    for name, tensor in (("soft_labels", soft_labels), ("weights", weights)):
+        _check_inputs(term, chosen_rows, rejected_rows, margins, soft_labels, weights)
+    for name, tensor in (("margins", margins), ("soft_labels", soft_labels), ("weights", weights)):
         _check_per_answer(OP, name, tensor, chosen_logps, P)
     check_normalizer(OP, "token_mean", normalizer)
     pairs = max(P, 1) if normalizer is None else normalizer
@@ -100,7 +103,8 @@ def preference_loss(
         sides = _answers(term, chosen_rows, rejected_rows)
         first = first or sides
         flip: Flip = term.label_smoothing if soft_labels is None else (1 - soft_labels.detach()).to(loss.dtype)
-        losses = pair_loss(*sides, flip, term)
+        margin: float | torch.Tensor = term.margin if margins is None else margins.detach().to(loss.dtype)
+        losses = pair_loss(*sides, margin, flip, term)
         if term.weighting == "wpo":
             losses = losses * _wpo(chosen_rows) * _wpo(rejected_rows)
         if weights is not None:
@@ -118,7 +122,12 @@ def _check_per_answer(op: str, name: str, tensor: torch.Tensor | None, logps: to
 
 
 def _check_inputs(
-    term: PreferenceLoss, chosen: Rows, rejected: Rows, soft_labels: torch.Tensor | None, weights: torch.Tensor | None
+    term: PreferenceLoss,
+    chosen: Rows,
+    rejected: Rows,
+    margins: torch.Tensor | None,
+    soft_labels: torch.Tensor | None,
+    weights: torch.Tensor | None,
 ) -> None:
     """Require what the term reads, and refuse what it would ignore."""
     for side, rows in (("chosen", chosen), ("rejected", rejected)):
@@ -130,10 +139,12 @@ def _check_inputs(
         squares = rows.log_sum_sq_probs is not None or term.weighting == "none"
         name = f"{side}_log_sum_sq_probs"
         check.require(squares, OP, name, "a tensor, for weighting='wpo'", None, f"Pass {name}.")
+    if margins is not None:
+        expected = "None for a loss that has no margin, or its own"
+        check.require(term.takes_margins, OP, "margins", expected, "a tensor")
     if soft_labels is not None:
-        free = term.compares and term.link != "exo_pair" and not term.debias and term.label_smoothing == 0.0
         expected = "None for a loss that has no label noise, or its own"
-        check.require(free and term.match == "pairs", OP, "soft_labels", expected, "a tensor")
+        check.require(term.takes_soft_labels, OP, "soft_labels", expected, "a tensor")
     if weights is not None:
         expected = f"None for match={term.match!r}, which mixes pairs"
         check.require(term.match == "pairs", OP, "weights", expected, "a tensor")

@@ -128,8 +128,10 @@ _MATCHES: dict[str, Callable[[Answers, Answers, PreferenceLoss], torch.Tensor]] 
 }
 
 
-def pair_loss(chosen: Answers, rejected: Answers, flip: Flip, spec: PreferenceLoss) -> torch.Tensor:
+def pair_loss(
+    chosen: Answers, rejected: Answers, margin: float | torch.Tensor, flip: Flip, spec: PreferenceLoss
+) -> torch.Tensor:
     """(P,) losses of the pairs, or, where `match` sorts, of the ranks."""
     if not spec.compares:
         return _REWARD_LINKS[spec.link](chosen.reward, rejected.reward, spec)
-    return margin_loss(_MATCHES[spec.match](chosen, rejected, spec) - spec.margin, flip, spec)
+    return margin_loss(_MATCHES[spec.match](chosen, rejected, spec) - margin, flip, spec)

@@ -24,7 +24,7 @@ def reward_model_loss(
     weights: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
 ) -> LossOutput:
-    """The mean over pairs of -log sigmoid(r_w - r_l - m) + c (r_w + r_l)^2: Bradley-Terry, arXiv:2203.02155 eq. 1.
+    """The mean over pairs of -log sigmoid(r_w - r_l - m) + c (r_w + r_l)^2: Bradley-Terry, arXiv:2203.02155.
 
     It equals log(1 + e^{r_l - r_w + m}), which some libraries list as another loss. m: arXiv:2307.09288. The term with
     c = `center_coef` keeps the rewards around 0, which a comparison leaves open: arXiv:2312.09244. `soft_labels` p make

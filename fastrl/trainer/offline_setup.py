@@ -82,7 +82,13 @@ class OfflineRun:
             groups=len(groups),
             tokens=sum(len(group.samples[0].token_ids) for group in groups),
             mismatched=self.pack([self.partners[id(group)] for group in groups]) if self.partners else [],
+            margins=self._tensor([group.margin for group in groups]),
+            soft_labels=self._tensor([group.soft_label for group in groups]),
         )
+
+    def _tensor(self, values: Sequence[float | None]) -> torch.Tensor | None:
+        """What the data say of every pair; None where they say nothing."""
+        return None if None in values else torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def to_be_drawn(self) -> list[Group]:
         """The groups that the run trains on from its first step to its last, each once."""
@@ -173,7 +179,7 @@ def _load(
         groups = load_preferences(
             data.source,
             tokenizer,
-            kind="pairs" if data.unpair else objective.kind,
+            kind="pairs" if data.unpair else "ranked" if data.ranked else objective.kind,
             size=data.size,
             seed=config.seed,
             options=data.options,
@@ -181,6 +187,8 @@ def _load(
             system=data.system,
             max_prompt_tokens=data.max_prompt_tokens,
             max_tokens=data.max_tokens,
+            margin_column=data.margin_column,
+            soft_label_column=data.soft_label_column,
         )
     said = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
     if data.unpair:

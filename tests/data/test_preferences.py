@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import datasets
 import pytest
@@ -188,6 +189,78 @@ def test_labelled_answers_have_advantages_of_their_labels_sign(tmp_path):
     with pytest.warns(UserWarning, match="1 whose 'label' is neither true nor false"):
         groups = load_preferences(rows, CHAT, kind="labelled")
     assert [group.samples[0].advantage for group in groups] == [1.0, -1.0, 1.0, -1.0]
+
+
+def test_margins_and_soft_labels_come_from_the_columns_that_are_named(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [GOOD | {"by": by, "judge": judge} for by, judge in [(0, 1), (2.5, 0.25)]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = load_preferences(path, PLAIN, margin_column="by", soft_label_column="judge")
+    assert [(group.margin, group.soft_label) for group in groups] == [(0.0, 1.0), (2.5, 0.25)]
+    assert [(group.margin, group.soft_label) for group in load_preferences(path, PLAIN)] == [(None, None)] * 2
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.5", None, True, [1]])
+@pytest.mark.parametrize(
+    ("column", "expected"), [("margin", "a finite number of at least 0"), ("soft_label", "a number from 0 to 1")]
+)
+def test_a_margin_or_soft_label_that_is_none_is_counted_and_its_row_left_out(column, expected, value):
+    rows = [GOOD | {"x": 0.5}, GOOD | {"x": value}, GOOD | {"x": 1}]
+    with pytest.warns(UserWarning, match=f"left out 1 of 3 rows: 1 whose 'x' is not {expected} \\(list row 1\\)"):
+        groups = load_preferences(rows, PLAIN, **{f"{column}_column": "x"})
+    assert [getattr(group, column) for group in groups] == [0.5, 1.0]
+
+
+def test_a_probability_above_one_is_no_soft_label_but_a_margin():
+    rows = [GOOD | {"x": 0.5}, GOOD | {"x": 1.5}]
+    assert len(load_preferences(rows, PLAIN, margin_column="x")) == 2
+    with pytest.warns(UserWarning, match="1 whose 'x' is not a number from 0 to 1"):
+        load_preferences(rows, PLAIN, soft_label_column="x")
+
+
+def test_a_column_that_no_row_has_or_that_the_kind_cannot_have_is_refused():
+    with pytest.raises(ValueError, match=r"columns of kind='pairs': expected 'chosen', 'rejected', 'gap', got"):
+        load_preferences([GOOD], PLAIN, margin_column="gap")
+    with pytest.raises(ValueError, match=r"soft_label_column: expected none for kind='labelled', got 'judge'"):
+        load_preferences([GOOD], PLAIN, kind="labelled", soft_label_column="judge")
+
+
+RANKED = {"prompt": "Sky?", "responses": ["green", "blue", "red"], "ranking": [2, 1, 2]}
+
+
+def test_ranked_responses_are_one_group_whose_advantages_are_minus_their_ranks():
+    for row in (RANKED, RANKED | {"responses": [[assistant(text)] for text in RANKED["responses"]]}):
+        (group,) = load_preferences([row], CHAT, kind="ranked")
+        assert seen(group) == ["<user>Sky?<assistant>", "green<bos>", "blue<bos>", "red<bos>"]
+        assert [(s.text, s.advantage) for s in group.samples] == [("green", -2.0), ("blue", -1.0), ("red", -2.0)]
+
+
+BAD_RANKED = {
+    "whose 'responses' are not a list of two or more": {"responses": ["blue"]},
+    "whose 'ranking' is not a list of one number per response": {"ranking": [1, 2]},
+    "whose 'ranking' has ties only": {"ranking": [1, 1, 1]},
+    "with identical sides": {"responses": ["green", "blue", "green"]},
+    "with an empty 'responses[1]'": {"responses": ["green", " ", "red"]},
+}
+
+
+@pytest.mark.parametrize("reason", [*BAD_RANKED, "whose 'ranking' is not"])
+def test_a_bad_ranking_is_counted_and_left_out(reason):
+    bad = RANKED | BAD_RANKED.get(reason, {"ranking": [1, "2", 3]})
+    with pytest.warns(UserWarning, match=f"left out 1 of 2 rows: 1 {re.escape(reason)}"):
+        (group,) = load_preferences([RANKED, bad], CHAT, kind="ranked")
+    assert group.prompt.index == 0
+
+
+def test_a_ranked_row_needs_a_prompt_and_other_labels_are_another_data_set():
+    with pytest.raises(ValueError, match=r"expected 'prompt', 'ranking', 'responses', got 'chosen'"):
+        load_preferences([GOOD], CHAT, kind="ranked")
+    rows = [GOOD | {"x": 0.5}, GOOD | {"prompt": "Sea?", "x": 1}]
+    state = PromptSampler(load_preferences(rows, CHAT, margin_column="x"), seed=0).state_dict()
+    PromptSampler(load_preferences(rows, CHAT, margin_column="x"), seed=0).load_state_dict(state)
+    for other in (load_preferences(rows, CHAT), load_preferences(rows, CHAT, soft_label_column="x")):
+        with pytest.raises(ValueError, match="expected the state of the same prompts"):
+            PromptSampler(other, seed=0).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,18 @@ def test_soft_labels_are_label_smoothing_per_pair_and_hard_ones_change_nothing()
     assert_same(evaluate(presets.DPO, data, soft_labels=torch.ones(4)), evaluate(presets.DPO, data))
 
 
+def test_margins_are_subtracted_pair_by_pair_and_equal_ones_are_the_specs():
+    data = batch()
+    same = torch.full((4,), 0.3, dtype=torch.float64)
+    assert_same(evaluate(presets.DPO, data, margins=same), evaluate(replace(presets.DPO, margin=0.3), data))
+    margins = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    alone = [
+        evaluate(replace(presets.DPO, margin=m), {k: x[i : i + 1] for k, x in data.items()})[0]
+        for i, m in enumerate(margins.tolist())
+    ]
+    torch.testing.assert_close(evaluate(presets.DPO, data, margins=margins)[0], torch.stack(alone).mean())
+
+
 def test_a_pair_of_weight_zero_has_no_gradient_and_still_counts():
     data = batch()
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
@@ -444,6 +456,10 @@ def emptied(side):
         ("DPO", lambda d: d.update(weights=torch.ones(3)), r"weights: expected shape \(4,\) one per pair"),
         ("AOT", lambda d: d.update(weights=torch.ones(4)), r"weights: expected None for match='aot', which mixes"),
         ("NCA", lambda d: d.update(soft_labels=torch.ones(4)), r"soft_labels: expected None for a loss that has no"),
+        ("NCA", lambda d: d.update(margins=torch.ones(4)), r"margins: expected None for a loss that has no margin, or"),
+        ("SIMPO", lambda d: d.update(margins=torch.ones(4)), r"margins: expected None for a loss that has no margin, "),
+        ("AOT", lambda d: d.update(margins=torch.ones(4)), r"margins: expected None for a loss that has no margin, or"),
+        ("DPO", lambda d: d.update(margins=torch.ones(3)), r"margins: expected shape \(4,\) one per pair"),
         ("DPO", lambda d: d.update(normalizer=0.0), r"normalizer: expected a positive number, got 0\.0"),
         ("DPO", lambda d: d.update(ref_chosen_logps=torch.ones(2, 2)), r"ref_chosen_logps: expected shape \(4, 6\)"),
     ],

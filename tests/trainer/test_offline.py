@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -24,10 +25,19 @@ from fastrl.data.pack import pack
 from fastrl.data.preferences import mismatched, with_end
 from fastrl.losses.answer_rows import split_pairs
 from fastrl.losses.preference import preference_loss
-from fastrl.losses.presets import DPO, WPO
+from fastrl.losses.presets import DPO, IPO, SIMPO, WPO
 from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel, load_scalar_model
+from fastrl.preference_spec import (
+    JensenShannon,
+    LogOdds,
+    Power,
+    PreferenceLoss,
+    PreferenceMix,
+    Sft,
+    UnpairedPreferenceLoss,
+)
 from fastrl.rewards import resolve_reward
 from fastrl.trainer import loop, offline
 from fastrl.trainer.config import ConfigError, OptimizerConfig, RewardConfig, load_recipe
@@ -55,15 +65,16 @@ def _report_without_pictures(monkeypatch):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
     write_model(folder / "model")
-    for kind in ("pairs", "labelled", "completions"):
+    for kind in ("pairs", "ranked", "labelled", "completions"):
         write_answers(folder / f"{kind}.jsonl", kind, rows=8)
     return folder
 
 
-def groups_of(folder, objective):
+def groups_of(folder, objective, kind=None, **columns):
     """Eight groups with reference log-probabilities that are not the policy's; (groups, their mismatched ones)."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    groups = load_preferences(folder / f"{objective.kind}.jsonl", tokenizer, kind=objective.kind, chat=False)
+    kind = kind or objective.kind
+    groups = load_preferences(folder / f"{kind}.jsonl", tokenizer, kind=kind, chat=False, **columns)
     if not hasattr(objective, "spec") and objective.kind == "pairs":
         groups = with_end(groups, 0)
     others = [Group(g.prompt, [replace(s) for s in g.samples]) for g in mismatched(groups)]
@@ -77,12 +88,16 @@ def answers(groups, others, sizes=(8,), layout="padded"):
     """The groups in micro-batches of these sizes."""
 
     def packed(groups):
-        parts = torch.arange(len(groups)).split(list(sizes))
-        return [b for part in parts for b in pack([groups[i] for i in part], layout=layout, max_tokens=400,
-                                                  whole_groups=True)]  # fmt: skip
+        batches = []
+        for part in torch.arange(len(groups)).split(list(sizes)):
+            some = pack([groups[i] for i in part], layout=layout, max_tokens=400, whole_groups=True)
+            batches += [replace(batch, group_ids=part[batch.group_ids]) for batch in some]
+        return batches
 
     tokens = sum(len(group.samples[0].token_ids) for group in groups)
-    return Answers(packed(groups), len(groups), tokens, packed(others))
+    said = {"margins": [group.margin for group in groups], "soft_labels": [group.soft_label for group in groups]}
+    known = {name: torch.tensor(values) for name, values in said.items() if None not in values}
+    return Answers(packed(groups), len(groups), tokens, packed(others) if others else [], **known)
 
 
 def trained_model(folder, objective, dtype=torch.float32):
@@ -94,22 +109,68 @@ def trained_model(folder, objective, dtype=torch.float32):
     return model
 
 
-def gradient(folder, objective, *args):
+def gradient(folder, objective, *args, **data):
     model = trained_model(folder, objective)
     optimizer = MasterOptimizer(model.model.parameters(), OptimizerConfig(), 1)
-    loss, _ = objective.accumulate(model, answers(*groups_of(folder, objective), *args))
+    loss, _ = objective.accumulate(model, answers(*groups_of(folder, objective, **data), *args))
     return float(loss), optimizer.grad.clone()
 
 
-@pytest.mark.parametrize("name", ["dpo", "aot", "orpo", "wpo", "kto", "sft", "reward_model"])
-def test_any_split_and_layout_gives_the_same_loss_and_gradient(folder, name):
+BY_JUDGE = {"margin_column": "by", "soft_label_column": "judge"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [(name, {}) for name in ("dpo", "aot", "orpo", "wpo", "kto", "sft", "reward_model")]
+    + [("dpo", BY_JUDGE), ("reward_model", BY_JUDGE), ("reward_model", {"kind": "ranked"})],
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
+)
+def test_any_split_and_layout_gives_the_same_loss_and_gradient(folder, name, data):
     objective = objective_of(OFFLINE[name])
-    loss, whole = gradient(folder, objective)
+    loss, whole = gradient(folder, objective, **data)
     assert whole.abs().max() > 1e-3
+    if data:
+        assert (whole - gradient(folder, objective)[1]).abs().max() > 1e-3
     for sizes, layout in [((4, 4), "padded"), ((2, 2, 2, 2), "padded"), ((1, 5, 2), "shared"), ((8,), "shared")]:
-        other_loss, other = gradient(folder, objective, sizes, layout)
+        other_loss, other = gradient(folder, objective, sizes, layout, **data)
         assert other_loss == pytest.approx(loss, abs=1e-6), (sizes, layout)
         assert (other - whole).abs().max() <= 1e-6, (sizes, layout)
+
+
+def test_ranked_answers_of_a_prompt_are_compared_pair_by_pair_and_weigh_one_together(folder):
+    """Bradley-Terry over every pair of unequal rank, written out; a tie is no pair."""
+    objective = OFFLINE["reward_model"]
+    model = trained_model(folder, objective)
+    groups, _ = groups_of(folder, objective, "ranked")
+    given = answers(groups, [], (3, 5))
+    loss, _ = objective.accumulate(model, given)
+    expected, pairs, right, gap = 0.0, 0, 0, 0.0
+    for place, group in enumerate(groups):
+        scores = model.scores(answers([group], [], (1,)).batches[0]).tolist()
+        ranks = [2 + place % 2, 1, 2]
+        differences = [scores[i] - scores[j] for i in range(3) for j in range(3) if ranks[i] < ranks[j]]
+        assert len(differences) == 2 + place % 2
+        expected += sum(math.log1p(math.exp(-d)) for d in differences) / len(differences) / len(groups)
+        pairs, gap = pairs + len(differences), gap + sum(differences)
+        right += sum(d > 0 for d in differences)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    measured = objective.measure(model, given)
+    assert measured == pytest.approx({"accuracy": right / pairs, "margin": gap / pairs, "loss": expected}, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward_model"])
+def test_margins_and_soft_labels_of_the_rows_are_those_of_the_loss(folder, name):
+    """l = p softplus(m - d) + (1 - p) softplus(d - m), d being the difference of the two rewards."""
+    objective = objective_of(OFFLINE[name])
+    model = trained_model(folder, objective)
+    groups, others = groups_of(folder, objective, **BY_JUDGE)
+    loss, _ = objective.accumulate(model, answers(groups, others, (3, 5)))
+    alone = []
+    for group in groups:
+        d = objective.measure(model, answers([group], [], (1,)))["margin"] - group.margin
+        p = group.soft_label
+        alone.append(p * math.log1p(math.exp(-d)) + (1 - p) * math.log1p(math.exp(d)))
+    assert float(loss) == pytest.approx(sum(alone) / len(alone), rel=1e-5)
 
 
 @pytest.mark.parametrize("spec", [DPO, replace(DPO, match="aot"), WPO], ids=["dpo", "aot", "wpo"])
@@ -163,6 +224,68 @@ def test_every_algorithm_takes_two_steps_that_lower_its_loss(folder, name):
 
 def test_the_recipe_names_every_algorithm_there_is():
     assert set(get_args(get_type_hints(OfflineConfig)["algorithm"])) == set(OFFLINE)
+
+
+CHANGES = {  # of every factor of every loss: the recipe that has it otherwise, and what it becomes
+    "link": ("dpo", {"link": "hinge"}, "hinge"),
+    "beta": ("dpo", {"beta": 0.3}, 0.3),
+    "reference": ("dpo", {"reference": False}, False),
+    "length": ("dpo", {"length": "mean"}, "mean"),
+    "transform": ("dpo", {"transform": "jensen_shannon"}, JensenShannon()),
+    "margin": ("dpo", {"margin": 1}, 1.0),
+    "label_smoothing": ("dpo", {"label_smoothing": 0.2}, 0.2),
+    "debias": ("cdpo", {"debias": True}, True),
+    "match": ("dpo", {"match": "aot"}, "aot"),
+    "ld_alpha": ("dpo", {"ld_alpha": 0.5}, 0.5),
+    "weighting": ("ipo", {"weighting": "wpo"}, "wpo"),
+    "tau": ("discopop", {"tau": 0.1}, 0.1),
+    "baseline": ("kto", {"baseline": "zero"}, "zero"),
+    "desirable_weight": ("kto", {"desirable_weight": 1.3}, 1.3),
+    "undesirable_weight": ("kto", {"undesirable_weight": 1.3}, 1.3),
+}
+
+
+def spec_of(tmp_path, algorithm, loss):
+    """What a recipe with these lines trains with."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"algorithm": algorithm, "loss": loss}))
+    return build_objective(load_recipe(path)).spec
+
+
+@pytest.mark.parametrize("factor", [f.name for spec in (PreferenceLoss, UnpairedPreferenceLoss) for f in fields(spec)])
+def test_a_recipe_can_change_every_factor_of_a_loss_and_no_other(tmp_path, factor):
+    algorithm, loss, value = CHANGES[factor]
+    assert spec_of(tmp_path, algorithm, loss) == replace(OFFLINE[algorithm], **{factor: value})
+    assert getattr(OFFLINE[algorithm], factor) != value
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "loss", "spec"),
+    [
+        ("dpo", {"transform": "power", "exponent": -1.0}, replace(DPO, transform=Power(-1.0))),
+        ("ipo", {"exponent": -0.5}, replace(IPO, transform=Power(-0.5))),
+        ("simpo", {"transform": "log_odds", "margin": 0.0}, replace(SIMPO, transform=LogOdds(), margin=0.0)),
+        ("rpo", {"weights": [1.0, 0.2], "aggregate": "token_mean", "link": "hinge"},
+         PreferenceMix(((1.0, replace(DPO, link="hinge")), (0.2, Sft("token_mean"))))),
+        ("rpo", {"weighting": "wpo", "tau": 0.05}, PreferenceMix(((1.0, WPO), (1.0, Sft())))),
+    ],
+)  # fmt: skip
+def test_a_recipe_selects_divergences_and_mixtures(tmp_path, algorithm, loss, spec):
+    assert spec_of(tmp_path, algorithm, loss) == spec
+
+
+def test_flags_select_factors_as_a_recipe_does(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        offline, "train", lambda config: seen.append(config) or loop.Outcome("finished", 0, {}, {}, tmp_path)
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("algorithm: dpo")
+    flags = ["--loss.link", "hinge", "--loss.debias", "False", "--loss.exponent", "-1", "--data.margin-column", "by"]
+    assert main(["train", str(recipe), *flags]) == 0
+    (config,) = seen
+    assert build_objective(config).spec == replace(DPO, link="hinge", transform=Power(-1.0))
+    assert config.data.margin_column == "by"
 
 
 def test_kto_takes_its_baseline_from_answers_to_other_prompts(folder):
@@ -240,6 +363,16 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, monke
     assert everything(tmp_path / "stopped") == everything(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["pairs", "ranked"])
+def test_a_reward_model_learns_from_rankings_and_from_judged_pairs(tmp_path, kind):
+    source = str(write_answers(tmp_path / f"{kind}.jsonl", kind))
+    columns = {"ranked": True} if kind == "ranked" else BY_JUDGE
+    data = DataConfig(source=source, held_out=6, chat=False, **columns)
+    outcome = train(offline_config(tmp_path, "reward_model", steps=12, data=data))
+    assert outcome.after["accuracy"] >= 0.8 > outcome.before["accuracy"]
+    assert outcome.after["loss"] < outcome.before["loss"]
+
+
 def test_ctrl_c_saves_and_the_command_it_prints_goes_on(tmp_path, monkeypatch, capsys):
     config = offline_config(tmp_path, run_dir=str(tmp_path / "whole"))
     train(config)
@@ -308,6 +441,19 @@ def test_every_recipe_of_the_repository_is_read(path):
         ("algorithm: orpo\nloss: {weights: [1.0]}", "loss.weights: expected 2 weights"),
         ("algorithm: orpo\nreference: other", "reference: expected nothing for orpo"),
         ("algorithm: dpo\ndata: {unpair: true}", "data.unpair: expected false for dpo"),
+        ("algorithm: dpo\nloss: {link: sigmoidd}", "loss: link: expected one of sigmoid, hinge, ipo, .*'sigmoidd'"),
+        ("algorithm: dpo\nloss: {exponent: .inf}", "Power: exponent: expected a finite number"),
+        (
+            "algorithm: dpo\nloss: {transform: jensen_shannon, exponent: 1}",
+            "loss.exponent: expected nothing for Jensen",
+        ),
+        ("algorithm: dpo\nloss: {transform: log_odds}", "reference: expected False for LogOdds"),
+        ("algorithm: dpo\nloss: {aggregate: token_mean}", "loss.aggregate: expected nothing for dpo, which has link"),
+        ("algorithm: dpo\ndata: {ranked: true}", "data.ranked: expected false for dpo; only reward_model compares"),
+        ("algorithm: bco\ndata: {margin_column: by}", "data.margin_column: expected nothing for bco with this loss"),
+        ("algorithm: sft\ndata: {soft_label_column: p}", "data.soft_label_column: expected nothing for sft"),
+        ("algorithm: cdpo\ndata: {soft_label_column: p}", "data.soft_label_column: expected nothing for cdpo"),
+        ("algorithm: reward_model\ndata: {ranked: true, margin_column: by}", "expected nothing for ranked rows"),
         ("algorithm: dpo\noptimizer: {steps_per_rollout: 2}", "optimizer.steps_per_rollout: expected 1"),
     ],
 )

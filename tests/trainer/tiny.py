@@ -100,12 +100,16 @@ def tiny_config(tmp_path, **changes):
 
 
 def write_answers(path, kind="pairs", rows=24):
-    """Pairs, labelled answers or demonstrations, of which those with many w7 are the better ones; returns the file."""
+    """Rows of a kind, of which the answers with many w7 are the better ones; returns the file.
+
+    Pairs have a margin and a judge's probability besides.
+    """
     lines = []
     for i in range(rows):
         good, bad = " ".join(["w7"] * (1 + i % 2)), " ".join([f"w{(i + 8) % 30}"] + ["w9"] * (i % 4))
         values = {
-            "pairs": {"chosen": good, "rejected": bad},
+            "pairs": {"chosen": good, "rejected": bad, "by": 0.5 * (i % 3), "judge": 0.6 + 0.1 * (i % 4)},
+            "ranked": {"responses": [f"{bad} w3", good, bad], "ranking": [2 + i % 2, 1, 2]},
             "labelled": {"completion": bad if i % 2 else good, "label": i % 2 == 0},
             "completions": {"completion": good},
         }[kind]
