@@ -26,6 +26,8 @@ def add_adapter(
 ) -> PeftModel:
     """Freezes `model` and puts adapters into its layers, in place; only they train, in the model's dtype.
 
+    The layers may be in 4 bits (`load_model`): gradients go through them to the adapters, and they stay as they are.
+
     Args:
         rank: of A (rank, in) and B (out, rank). B begins as zeros, so that nothing changes until it trains.
         targets: names of modules, such as q_proj or lm_head; or all-linear, which is every linear layer but the head.
@@ -34,11 +36,15 @@ def add_adapter(
         peft's view of the model, which saves the adapter alone and can switch it off.
 
     Raises:
-        ValueError: no module has such a name.
+        ValueError: no module has such a name, or the model has an adapter.
         ModuleNotFoundError: peft is not installed.
     """
     from peft import LoraConfig, get_peft_model
 
+    # peft would put the new one in the place of the trained one.
+    bare = not getattr(model, "peft_config", None)
+    do = "Start from the model that the adapter was trained on, or from one saved with adapter.save=merged."
+    require(bare, "add_adapter", "model", "a model without an adapter", f"{type(model).__name__} with one", do)
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     unknown = [target for target in targets if target != ALL_LINEAR and target not in known]
     require(not unknown, "add_adapter", "targets", f"names of {type(model).__name__}'s modules", ", ".join(unknown))
@@ -47,7 +53,11 @@ def add_adapter(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # `merged` unties what needs it
         # peft would keep 16-bit adapters in float32; the optimizer's masters are float32 in any case.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for param in model.parameters():
+        if param.requires_grad:  # those of 4-bit layers are float32 nevertheless
+            param.data = param.data.to(model.dtype)
+    return adapted
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:

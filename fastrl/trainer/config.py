@@ -158,6 +158,8 @@ class AdapterConfig:
     """Names of modules, such as q_proj or lm_head; all-linear is every linear layer but the head."""
     save: Literal["adapter", "merged"] = "adapter"
     """What the run leaves: the adapter alone, or a whole model with the adapter in its weights."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4 keeps the frozen linear layers in 4 bits, all but the head: QLoRA. Needs bitsandbytes."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,10 @@ def require_adapter(op: str, adapter: AdapterConfig) -> None:
     """Refuses an adapter that cannot be."""
     require(adapter.rank >= 0, op, "adapter.rank", "0 or more", adapter.rank)
     require(len(adapter.targets) > 0, op, "adapter.targets", "at least one name", "none")
+    if adapter.quantize != "none":
+        require(adapter.rank > 0, op, "adapter.quantize", "none without an adapter, rank 0", adapter.quantize)
+        do = "In 4 bits the sum of weight and adapter would be rounded; what it was trained on is the two apart."
+        require(adapter.save == "adapter", op, "adapter.save", "adapter with adapter.quantize", adapter.save, do)
 
 
 def build_algorithm(config: TrainConfig) -> Algorithm:

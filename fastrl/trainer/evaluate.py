@@ -50,7 +50,7 @@ def evaluate_model(config: TrainConfig) -> dict[str, float]:
 
     The held-out prompts are those of a training run with the same task, seed and size.
     """
-    run = prepare(replace(config, resume=""))
+    run = prepare(replace(config, resume=""), trains=False)
     results = {}
     for name, params, samples in _modes(run):
         groups = collect(run.held_out, run.sampler, run.tokenizer, samples, params)

@@ -78,9 +78,8 @@ def evaluate_model(config: OfflineConfig, model: str) -> dict[str, float]:
     reference compares with the recipe's, which is the model that the recipe trains where it names no other.
     """
     reference = config.reference or config.model
-    run = prepare(
-        replace(config, resume="", model=model, reference=reference if build_objective(config).needs_ref else "")
-    )
+    reference = reference if build_objective(config).needs_ref else ""
+    run = prepare(replace(config, resume="", model=model, reference=reference), trains=False)
     if run.reference:
         fill_in(run, run.held_out, keep=False)
     values = run.objective.measure(run.policy, run.answers(run.held_out))

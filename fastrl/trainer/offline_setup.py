@@ -100,8 +100,11 @@ class OfflineRun:
         return [*groups, *(self.partners[id(group)] for group in groups if self.partners)]
 
 
-def prepare(config: OfflineConfig) -> OfflineRun:
+def prepare(config: OfflineConfig, *, trains: bool = True) -> OfflineRun:
     """Loads and checks models and data.
+
+    Args:
+        trains: put the adapter into the model that the recipe trains; a model that is only judged is left as it is.
 
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
@@ -109,14 +112,17 @@ def prepare(config: OfflineConfig) -> OfflineRun:
     (resumed, device), dtype = begin(config), DTYPES[config.dtype]
     objective = build_objective(config)
     scalar = isinstance(objective, RewardModelling)
-    model, tokenizer = (load_scalar_model if scalar else load_model)(config.model, dtype)
+    if scalar:
+        model, tokenizer = load_scalar_model(config.model, dtype)
+    else:
+        model, tokenizer = load_model(config.model, dtype, quantize=config.adapter.quantize, device=device)
     began = fingerprint(model)
     if resumed:
         require_same_model(resumed, config.model, began)
     layout = prepare_attention(model.to(device), config.layout, dtype=dtype)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    adapted = with_adapter(model, config.adapter)
+    adapted = with_adapter(model, config.adapter) if trains else None
     policy = ScalarModel(model) if scalar else Policy(model, backend=config.backend)
     reference = _reference(config, policy, tokenizer, device) if objective.needs_ref else None
 
@@ -157,15 +163,16 @@ def prepare(config: OfflineConfig) -> OfflineRun:
 def _reference(
     config: OfflineConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Policy:
-    """The policy itself, which is not trained yet, or another model of the same vocabulary."""
+    """The policy itself, which is not trained yet, or another model of the same vocabulary, in 4 bits as it is."""
     if not config.reference:
         return policy
-    model, other = load_model(config.reference, DTYPES[config.dtype])
+    dtype = DTYPES[config.dtype]
+    model, other = load_model(config.reference, dtype, quantize=config.adapter.quantize, device=device)
     same = other.get_vocab() == tokenizer.get_vocab()
     got = f"{config.reference!r}, whose {len(other.get_vocab())} tokens are others"
     do = "Its log-probabilities would be of other tokens."
     require(same, "OfflineConfig", "reference", f"a model with the vocabulary of {config.model!r}", got, do)
-    prepare_attention(model.to(device).requires_grad_(False), config.layout, dtype=DTYPES[config.dtype])
+    prepare_attention(model.requires_grad_(False), config.layout, dtype=dtype)
     return Policy(model, backend=config.backend)
 
 

@@ -123,8 +123,11 @@ class Run:
         return count(groups, mask_truncated=self.config.loss.mask_truncated)
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
     """Loads and checks model, prompts and rewards.
+
+    Args:
+        trains: put the adapter into the model that the recipe trains; a model that is only judged is left as it is.
 
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
@@ -137,15 +140,14 @@ def prepare(config: TrainConfig) -> Run:
     )
     algorithm = build_algorithm(config)
 
-    model, tokenizer = load_model(config.model, DTYPES[config.dtype])
+    model, tokenizer = load_model(config.model, DTYPES[config.dtype], quantize=config.adapter.quantize, device=device)
     began = fingerprint(model)
     if resumed:
         require_same_model(resumed, config.model, began)
-    model.to(device)
     layout = prepare_attention(model, config.layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    adapted = with_adapter(model, config.adapter)
+    adapted = with_adapter(model, config.adapter) if trains else None
     policy = Policy(model, backend=config.backend)
     reference = None
     if algorithm.needs_ref and adapted:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainer.tiny import tiny_config, write_model
+from trainer.tiny import offline_config, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
 from fastrl.data.pack import count
@@ -15,7 +15,9 @@ from fastrl.model.adapter import add_adapter, merged
 from fastrl.model.head import cut
 from fastrl.model.load import load_model
 from fastrl.rollout.collect import collect
+from fastrl.trainer import offline
 from fastrl.trainer.config import AdapterConfig, LossConfig, OptimizerConfig
+from fastrl.trainer.evaluate import evaluate_model
 from fastrl.trainer.loop import train
 from fastrl.trainer.setup import prepare
 
@@ -139,6 +141,25 @@ def test_a_resumed_adapter_is_bit_for_bit_the_one_that_never_stopped(tmp_path):
             train(replace(config, resume=config.run_dir))
         weights[name] = (tmp_path / name / "model" / "adapter_model.safetensors").read_bytes()
     assert weights["whole"] == weights["stopped"]
+
+
+def test_a_saved_adapter_is_judged_as_it_was_when_training_ended(tmp_path):
+    """By the recipe that trained it, which is not to put a new adapter into its place."""
+    online = tiny_config(tmp_path, steps=5, adapter=AdapterConfig(rank=8), optimizer=OptimizerConfig(lr=3e-2))
+    after = train(online).after
+    assert evaluate_model(replace(online, model=str(tmp_path / "run" / "model"))) == pytest.approx(after)
+    written = offline_config(tmp_path, adapter=AdapterConfig(rank=8), run_dir=str(tmp_path / "written"))
+    outcome = offline.train(written)
+    judged = offline.evaluate_model(written, str(tmp_path / "written" / "model"))
+    assert judged == pytest.approx(outcome.after, rel=1e-5)
+    assert judged["margin"] > 0.01
+
+
+def test_an_adapter_on_an_adapter_is_refused(tmp_path):
+    config = tiny_config(tmp_path, steps=1, adapter=AdapterConfig(rank=4))
+    train(config)
+    with pytest.raises(ValueError, match="add_adapter: model: expected a model without an adapter, got Llama"):
+        prepare(replace(config, model=str(tmp_path / "run" / "model")))
 
 
 def test_a_target_that_no_module_has_is_refused(tmp_path):
