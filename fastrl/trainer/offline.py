@@ -38,6 +38,7 @@ EVERY_RUN = (
     Column("step s", "step_time", 8),
     Column("left", "eta", 8),
 )
+SHOWN_ROWS = 6  # held-out rows that the report shows, each judged by itself at every evaluation
 
 
 def train(config: OfflineConfig) -> Outcome:
@@ -59,6 +60,7 @@ def train(config: OfflineConfig) -> Outcome:
                 fill_in(run, [*run.to_be_drawn(), *run.held_out])
             run = replace(run, reference=None)  # gives its memory back where it is a model of its own
         optimizers = {POLICY: MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)}
+        env.return_freed_memory()  # the optimizer's buffers took the weights' place; what is left has no use in a step
         done = 0
         if run.resumed:
             done, _ = restore(run, optimizers)
@@ -144,4 +146,17 @@ def _evaluate(run: OfflineRun, log: RunLog, step: int) -> None:
         with log.stage("eval"):
             env.return_freed_memory()
             values = run.objective.measure(run.policy, run.answers(run.held_out))
-        log.evaluation(step, run.objective.kind, values | {"rows": float(len(run.held_out))}, [])
+            shown = [_judged(run, group) for group in run.held_out[:SHOWN_ROWS]]
+        kind = "ranked" if run.config.data.ranked else run.objective.kind
+        log.evaluation(step, kind, values | {"rows": float(len(run.held_out))}, shown)
+
+
+def _judged(run: OfflineRun, group: Group) -> Group:
+    """The group with what the objective measures on it alone, in the place of its rewards.
+
+    Of one pair the accuracy is the sign of the margin, before training that of a rounding error; and a labelled answer
+    alone has no margin.
+    """
+    values = run.objective.measure(run.policy, run.answers([group]))
+    kept = {name: value for name, value in values.items() if name != "accuracy" and math.isfinite(value)}
+    return replace(group, samples=[replace(sample, rewards=kept) for sample in group.samples])

@@ -24,6 +24,7 @@ class Evaluation:
     reward: float
     samples: list[Record]
     numbers: dict[str, float] = field(default_factory=dict)  # what was measured where there is no reward
+    rows: float = 0.0  # that it was measured on
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def _evaluations(run_dir: Path, records: list[Record]) -> list[Evaluation]:
             float(r.get("reward", "nan")),
             samples.get((r["step"], r["name"]), []),
             {} if "reward" in r else measured(r),
+            float(r.get("rows", 0.0)),
         )
         for r in records
     ]

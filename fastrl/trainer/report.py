@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def write_report(run_dir: Path) -> Path:
         charts=charts(run),
         training=[(step, _training_samples(samples, full_marks(run))) for step, samples in run.completions.items()],
         held_out=held_out(run),
+        judged=judged(run),
         metrics=_metric_rows(run),
         window=WINDOW,
         config=flatten(run.config),
@@ -128,18 +130,19 @@ def _subtitle(run: RunRecord) -> str:
 
 def _shown(sample: Record, full: float) -> Record:
     """A sample as the page prints it."""
-    text = clean(sample["completion"])
     return {
         "prompt": clean(sample["prompt"]),
-        "completion": text
-        if len(text) <= LONGEST
-        else text[:LONGEST] + f" ... ({len(text) - LONGEST} more characters)",
+        "completion": _cut(clean(sample["completion"])),
         "reward": "none" if sample["reward"] is None else f"{float(sample['reward']):.3g}",
         "advantage": f"{float(sample['advantage']):+.2f}",
         "mark": mark(sample["reward"], full),
         "finished": sample["finished"],
         "tokens": sample["tokens"],
     }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + f" ... ({len(text) - LONGEST} more characters)"
 
 
 def _training_samples(samples: list[Record], full: float) -> list[list[Record]]:
@@ -180,7 +183,7 @@ def held_out(run: RunRecord) -> HeldOut | None:
     """
     names = _evaluation_names(run)
     ends = _first_and_last(run, names[0]) if names else []
-    if not ends or not ends[0].samples:
+    if not ends or not ends[0].samples or ends[0].numbers:
         return None
     full = full_marks(run)
     before, after = ends[0], ends[-1]
@@ -193,6 +196,60 @@ def held_out(run: RunRecord) -> HeldOut | None:
             pairs.setdefault(label, []).append(pair)
     changes = [Change(label, len(found), found[:SHOWN_PAIRS]) for label, found in sorted(pairs.items(), key=_order)]
     return HeldOut(names[0], (before.step, after.step), sum(c.count for c in changes), changes)
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """A held-out row of answers written before training, and what was measured on it before and after."""
+
+    prompt: str
+    answers: list[tuple[str, str, str]]  # what it is, its mark, its text
+    numbers: list[tuple[str, str]]  # name, `before → after`
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The first held-out rows; with one evaluation only, its numbers alone."""
+
+    steps: tuple[int, int]
+    total: int
+    rows: list[JudgedRow]
+
+
+def judged(run: RunRecord) -> Judged | None:
+    """The rows that were judged one by one; None where completions were sampled instead, or nothing was held out."""
+    names = _evaluation_names(run)
+    ends = _first_and_last(run, names[0]) if names else []
+    if not ends or not ends[0].samples or not ends[0].numbers:
+        return None
+    by_row = [_by_row(evaluation.samples) for evaluation in ends]
+    rows = []
+    for index, samples in by_row[0].items():
+        numbers = []
+        for name in samples[0]["rewards"]:
+            values = [found[index][0]["rewards"].get(name, math.nan) for found in by_row if index in found]
+            numbers.append((name.replace("_", " "), " → ".join(f"{round(value, 3) + 0.0:.3f}" for value in values)))
+        answers = [(*_role(names[0], s, samples), _cut(clean(s["completion"]))) for s in samples]
+        rows.append(JudgedRow(clean(samples[0]["prompt"]), answers, numbers))
+    return Judged((ends[0].step, ends[-1].step), int(ends[0].rows), rows)
+
+
+def _by_row(samples: list[Record]) -> dict[int, list[Record]]:
+    rows: dict[int, list[Record]] = {}
+    for sample in samples:
+        rows.setdefault(sample["prompt_index"], []).append(sample)
+    return rows
+
+
+def _role(kind: str, sample: Record, row: list[Record]) -> tuple[str, str]:
+    """What the data say of an answer, and the mark it is printed with."""
+    advantage = float(sample["advantage"])
+    best = advantage == max(float(other["advantage"]) for other in row)
+    return {
+        "pairs": ("chosen", "right") if advantage > 0 else ("rejected", "wrong"),
+        "ranked": (f"rank {-advantage:g}", "right" if best else ""),
+        "labelled": ("desirable", "right") if advantage > 0 else ("undesirable", "wrong"),
+    }.get(kind, ("demonstration", ""))
 
 
 def _order(item: tuple[str, list[Any]]) -> tuple[bool, int]:

@@ -50,6 +50,8 @@ from fastrl.trainer.offline_config import (
     build_objective,
 )
 from fastrl.trainer.optimizer import MasterOptimizer
+from fastrl.trainer.records import read_run
+from fastrl.trainer.report import judged
 from fastrl.types import Group
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -371,6 +373,52 @@ def test_a_reward_model_learns_from_rankings_and_from_judged_pairs(tmp_path, kin
     outcome = train(offline_config(tmp_path, "reward_model", steps=12, data=data))
     assert outcome.after["accuracy"] >= 0.8 > outcome.before["accuracy"]
     assert outcome.after["loss"] < outcome.before["loss"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "roles"),
+    [
+        ("dpo", ["chosen", "rejected"]),
+        ("kto", ["desirable", "undesirable"]),
+        ("sft", ["demonstration"]),
+        ("reward_model", ["rank 1", "rank 2", "rank 3"]),
+    ],
+)
+def test_the_report_shows_held_out_rows_with_what_was_measured_on_each_before_and_after(tmp_path, algorithm, roles):
+    config = offline_config(tmp_path, algorithm, steps=6)
+    if algorithm == "reward_model":
+        source = str(write_answers(tmp_path / "ranked.jsonl", "ranked"))
+        config = replace(config, data=replace(config.data, source=source, ranked=True, held_out=8))
+    outcome = train(config)
+    run_dir = outcome.report.parent
+    found = judged(read_run(run_dir))
+    run = offline.prepare(config)
+    assert (found.steps, found.total, len(found.rows)) == ((0, 6), len(run.held_out), offline.SHOWN_ROWS)
+    assert sorted({role for row in found.rows for role, _, _ in row.answers}) == roles
+    for row, group in zip(found.rows, run.held_out, strict=False):
+        assert row.prompt == group.prompt.content
+        assert [text for _, _, text in row.answers] == [sample.text for sample in group.samples]
+    saved = [line for line in lines(run_dir / "evaluation_completions.jsonl") if line["step"] == 6]
+    assert len(saved) == sum(len(group.samples) for group in run.held_out[: offline.SHOWN_ROWS])
+    if not run.objective.needs_ref:
+        again = offline.prepare(replace(config, model=str(run_dir / "model")), trains=False)
+        alone = again.objective.measure(again.policy, again.answers(again.held_out[:1]))
+        assert saved[0]["rewards"] == pytest.approx({n: alone[n] for n in alone if n != "accuracy"}, rel=1e-4)
+    page = outcome.report.read_text()
+    assert f"The first 6 of {found.total}, each measured by itself" in page
+    assert "Held-out answers" not in page
+    before, after = (float(v) for v in dict(found.rows[0].numbers)["loss"].split(" → "))
+    assert after < before
+    assert f"loss {dict(found.rows[0].numbers)['loss']}".replace(" → ", "\u00a0→\u00a0") in page
+
+
+def test_what_a_row_holds_is_escaped_in_the_report(tmp_path):
+    config = offline_config(tmp_path, steps=1)
+    rows = [row | {"chosen": row["chosen"] + " <script>alert(1)</script>"} for row in lines(Path(config.data.source))]
+    Path(config.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = train(config).report.read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script>" not in page
 
 
 def test_ctrl_c_saves_and_the_command_it_prints_goes_on(tmp_path, monkeypatch, capsys):
