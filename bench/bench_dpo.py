@@ -89,7 +89,8 @@ def table(workload: PairsWorkload, results: list[Measured]) -> Table:
             ratio = f" ({of(result) / of(done[0]):.2f}x)" if result and done[0] and result is not done[0] else ""
             cells.append(f"{of(result):,.{2 if heading == 'step s' else 0}f}{ratio}" if result else "")
         shown.add_row(heading, *cells)
-    shown.add_row("first loss", *(f"{result.steps[0].reward:.4f}" if result else "" for result in done))
+    losses = (f"{result.steps[0].reward:.4f}" if result else "" for result in done)
+    shown.add_row(f"loss of step {workload.warm_up + 1}", *losses)  # the first that is measured
     notes = [result.detail or PROVIDERS[result.provider].note for result in results]
     states = [result.status for result in results]
     shown.add_row("status", *(": ".join(filter(None, pair)) for pair in zip(states, notes, strict=True)))
