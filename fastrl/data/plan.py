@@ -110,18 +110,21 @@ def plan(rows: list[Row], max_tokens: int, cost: Callable[[int], float]) -> tupl
     """The cheapest micro-batches of rows padded to their longest, and what they cost.
 
     Cutting the rows sorted by length is optimal: taking any other micro-batches in the order of their longest rows
-    and refilling them in sorted order lengthens none. The best cuts come from the shortest path over cut positions. The
-    cost is infinite where a row is longer than `max_tokens`.
+    and refilling them in sorted order lengthens none. The best cuts come from the shortest path over cut positions; of
+    those that cost the same, the one whose largest micro-batch is smallest, because that one sets the peak of memory.
+    The cost is infinite where a row is longer than `max_tokens`.
     """
     rows = sorted(rows, key=lambda row: -row.length)
     best = [0.0] + [math.inf] * len(rows)
+    largest = [0] * (len(rows) + 1)  # tokens of the largest micro-batch before each cut
     cut = [0] * (len(rows) + 1)
     for start, row in enumerate(rows):
         base, per_row = best[start] + LAUNCH_SHARE * max_tokens, cost(row.length)
         for end in range(start + 1, min(len(rows), start + max_tokens // row.length) + 1):
-            total = base + (end - start) * per_row
-            if total < best[end]:
-                best[end], cut[end] = total, start
+            total, peak = base + (end - start) * per_row, max(largest[start], (end - start) * row.length)
+            same = math.isclose(total, best[end], rel_tol=1e-9)  # sums of the same terms in another order
+            if peak < largest[end] if same else total < best[end]:
+                best[end], largest[end], cut[end] = total, peak, start
     parts, end = [], len(rows)
     while end:
         parts.append(rows[cut[end] : end])

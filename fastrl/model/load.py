@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Quantize = Literal["none", "nf4"]
+PIECE = 1 << 22  # weights added up at a time for a fingerprint
 
 
 def load_model(
@@ -118,7 +119,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        total = tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64).item()
+        bits = tensor.view(integers[tensor.element_size()]).flatten()
+        # torch widens what it adds up: piece by piece, the wide copy stays small.
+        total = sum(piece.sum(dtype=torch.int64).item() for piece in bits.split(PIECE))
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total}\n".encode())
     return digest.hexdigest()
 
