@@ -199,9 +199,21 @@ def test_the_gradient_is_that_of_autograd_through_the_models_own_logits(folder, 
         torch.testing.assert_close(got[name], parameter.grad, atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", OFFLINE)
-def test_every_algorithm_takes_two_steps_that_lower_its_loss(folder, name):
-    objective = build_objective(OfflineConfig(algorithm=name))
+CHANGED = [  # divergences and mixtures that have no name of their own
+    ("dpo", OfflineLossConfig(transform="jensen_shannon")),
+    ("dpo", OfflineLossConfig(exponent=-1.0)),
+    ("rpo", OfflineLossConfig(link="hinge", weights=(1.0, 0.2), aggregate="token_mean")),
+    ("ipo", OfflineLossConfig(weighting="wpo", ld_alpha=0.5)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [*((name, OfflineLossConfig()) for name in OFFLINE), *CHANGED],
+    ids=[*OFFLINE, "jensen_shannon", "forward_kl", "hinge_and_nll", "ipo_with_wpo"],
+)
+def test_every_algorithm_takes_two_steps_that_lower_its_loss(folder, name, loss):
+    objective = build_objective(OfflineConfig(algorithm=name, loss=loss))
     model = trained_model(folder, objective)
     given = answers(*groups_of(folder, objective), (3, 5))
     optimizer = MasterOptimizer(model.model.parameters(), OptimizerConfig(lr=3e-4), 2)
