@@ -7,8 +7,8 @@
 | `labelled`    | prompt, completion, label       | [completion], advantage 1 if true, else -1 | KTO and kin  |
 | `completions` | prompt, completion; or messages | [completion], advantage 1                  | SFT          |
 
-`ranking` has a number for each of the `responses`, 1 for the best one; equal numbers are a tie. Pairs
-train reward models too.
+`ranking` has a number for each of the `responses`, 1 for the best one; equal numbers are a tie. Reward models learn
+from pairs too.
 
 An answer has no sampler: its `sampling_logps` are NaN, so that a loss which reads them shows it.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -298,7 +299,7 @@ def _number(values: Mapping[str, Any], name: str, expected: str, highest: float)
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _content(values: Mapping[str, Any], name: str) -> str | Messages:

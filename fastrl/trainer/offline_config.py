@@ -158,14 +158,15 @@ def build_objective(config: OfflineConfig) -> Objective:
     """
     preset = OFFLINE[config.algorithm]
     given = {name: value for name, value in vars(config.loss).items() if value is not None}
-    terms = [term for _, term in preset.terms] if isinstance(preset, PreferenceMix) else [preset]
-    known = {name for term in terms for name in _settable(term)} | ({"weights"} if len(terms) > 1 else set())
+    mix = isinstance(preset, PreferenceMix)
+    terms = [term for _, term in preset.terms] if mix else [preset]
+    known = {name for term in terms for name in _settable(term)} | ({"weights"} if mix else set())
     has = ", ".join(name for name in vars(config.loss) if name in known) or "no factors"
     for name, value in given.items():
         expected = f"nothing for {config.algorithm}, which has {has}"
         require(name in known, "OfflineConfig", f"loss.{name}", expected, value)
     terms = [_changed(term, {name: given[name] for name in _settable(term) if name in given}) for term in terms]
-    if not isinstance(preset, PreferenceMix):
+    if not mix:
         return objective_of(*terms)
     weights = given.get("weights", tuple(weight for weight, _ in preset.terms))
     require(len(weights) == len(terms), "OfflineConfig", "loss.weights", f"{len(terms)} weights", weights)

@@ -200,7 +200,7 @@ def test_margins_and_soft_labels_come_from_the_columns_that_are_named(tmp_path):
     assert [(group.margin, group.soft_label) for group in load_preferences(path, PLAIN)] == [(None, None)] * 2
 
 
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.5", None, True, [1]])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), 10**400, "0.5", None, True, [1]])
 @pytest.mark.parametrize(
     ("column", "expected"), [("margin", "a finite number of at least 0"), ("soft_label", "a number from 0 to 1")]
 )

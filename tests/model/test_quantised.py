@@ -108,10 +108,9 @@ def test_sampling_changes_no_weight_and_gradients_are_those_of_the_dequantised_m
     assert gradients[0].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dpo_on_a_model_in_4_bits_learns_and_saves_an_adapter_that_is_judged_the_same(tmp_path, dtype):
+def test_dpo_on_a_model_in_4_bits_learns_and_saves_an_adapter_that_is_judged_the_same(tmp_path):
     pytest.importorskip("bitsandbytes")
-    config = offline_config(tmp_path, steps=12, dtype=dtype, adapter=NF4)
+    config = offline_config(tmp_path, steps=12, dtype="bfloat16", adapter=NF4)
     outcome = offline.train(config)
     assert outcome.after["accuracy"] >= 0.9 > outcome.before["accuracy"]
     assert outcome.after["loss"] < outcome.before["loss"] - 0.02
