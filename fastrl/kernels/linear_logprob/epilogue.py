@@ -5,20 +5,23 @@ Logits are read once for their statistics and once for their gradient, which is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 
 from fastrl.kernels.linear_logprob import chunked
 from fastrl.kernels.linear_logprob.chunked import Statistics, at_rows
 
 
-class Chunk(chunked.Chunk):
+class Chunk(chunked.Chunk, ABC):
     """As `chunked.Chunk`; a backend adds the three kernels, which apply bias, scale, softcap and temperature as they
     read."""
 
+    @abstractmethod
     def write_statistics(self, known: Statistics) -> None:
         """Statistics of `source`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_gradient(
         self,
         known: Statistics,
@@ -31,7 +34,6 @@ class Chunk(chunked.Chunk):
     ) -> None:
         """d `source` to `out`, which may be `source` itself. `rows`: where in `source` each row is, None: in its place;
         everything else is by row of `out`."""
-        raise NotImplementedError
 
     def read(self, logits: torch.Tensor, entropy: bool) -> Statistics:
         """Statistics of hidden W^T (n, V)."""
@@ -51,9 +53,9 @@ class Chunk(chunked.Chunk):
         """hidden W^T once more, where the statistics are already known."""
         self.source, self.kept_rows, self.vocabulary = logits, None, logits.shape[1]
 
+    @abstractmethod
     def keep(self, known: Statistics, saved: torch.Tensor, rows: torch.Tensor) -> None:
         """Writes the probabilities to those rows of `saved` (N, V)."""
-        raise NotImplementedError
 
     def recall(self, saved: torch.Tensor, rows: torch.Tensor) -> None:
         """Takes the probabilities that `keep` wrote."""
