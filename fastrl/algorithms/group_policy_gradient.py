@@ -35,9 +35,7 @@ class GroupPolicyGradient:
     max_new_tokens: int  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
     reward_weights: tuple[float, ...] = ()  # in the order of `Sample.rewards`, for estimators that read each reward
     masks: TokenMasks = field(default_factory=TokenMasks)
-    to_sampler: bool = (
-        False  # the ratio is to the sampler's log-probabilities, not to the trainer's of the same weights
-    )
+    to_sampler: bool = False  # the ratio is to the sampler's log-probabilities, not the trainer's of the same weights
 
     def __post_init__(self) -> None:
         self.masks.require_fits(self.spec)

@@ -54,9 +54,8 @@ def _backends(op: str) -> dict[str, Kernel]:
     cuda_kernel = Kernel(f"{folder}.cuda_impl", cuda.refuses, "cuda", only_in_torch)
     triton_kernel = Kernel(f"{folder}.triton_impl", triton_jit.refuses, "cuda", only_in_torch)
     backends = {"native": Kernel(f"{folder}.native", native.refuses, lacks=only_in_torch)}
-    if (
-        op in HEAD_OPS
-    ):  # Triton has a kernel with the first matmul inside; which of the others are quicker is unmeasured
+    # Triton has a kernel with the first matmul inside; which of the others are quicker is unmeasured.
+    if op in HEAD_OPS:
         backends |= {"triton": triton_kernel, "cuda": cuda_kernel}
     else:
         backends |= {"cuda": cuda_kernel, "triton": triton_kernel}

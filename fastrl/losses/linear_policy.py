@@ -49,8 +49,9 @@ def linear_policy_loss(
     Equals `policy_loss(linear_logprob(hidden, weight, targets).logps, advantages, spec, mask=mask, ...)`. A loss that
     separates per token (`PolicyLoss.separable`) takes 3 matmuls with a trainable head and 2 with a frozen one, and the
     ones after the first only over rows whose gradient is not zero. The C++ kernels take 4 with a trainable head, whose
-    logits then never leave the cache. A loss that does not separate (a sequence ratio, a sequence correction) runs as
-    the two ops in turn, with `memory` as in `linear_logprob`.
+    logits then never leave the cache: without `main_grad` they run the two ops in turn and recompute, unless `memory`
+    says what to keep. A loss that does not separate (a sequence ratio, a sequence correction) runs as the two ops on
+    every backend, with `memory` as in `linear_logprob`.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, backend: as `linear_logprob`,
@@ -98,6 +99,9 @@ def linear_policy_loss(
         check.device(OP, "main_grad", main_grad, weight.device, "weight")
         check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
     entropy = entropy or spec.needs_entropy
+    save = choose_save(OP, head, memory, entropy=spec.needs_entropy)
+    if memory == "auto" and spec.separable:
+        save = "stream"  # where a backend takes the two ops because that is quicker than to store logits
     live = tokens.mask
     if spec.separable and not metrics:
         live = live & ~silent_rows(tokens.advantages, tokens.weights, spec)
@@ -106,9 +110,6 @@ def linear_policy_loss(
         out = linear_policy_loss_op(head, *constants, spec, main_grad=main_grad, entropy=entropy, backend=backend)
         loss, table = out.loss, out.metrics
     else:
-        if memory == "auto" and spec.separable:
-            memory = "stream"
-        save = choose_save(OP, head, memory, entropy=spec.needs_entropy)
         logps, entropies = _logps(head, live, entropy, save, backend)
         loss, _, _, table = policy_loss_op(
             logps, *constants, entropies, tokens.seq_ids, tokens.num_seqs, spec.code, backend

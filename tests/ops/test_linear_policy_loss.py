@@ -537,6 +537,20 @@ def test_main_grad_stays_as_it_was_when_nothing_trains(backend):
     assert (ours.bias.grad == 0).all()
 
 
+@pytest.mark.parametrize("spec", ["clip", "sequence ratio"])
+@pytest.mark.parametrize("memory", ["nonsense", -1])
+def test_memory_is_refused_where_it_is_no_choice_and_no_budget(backend, spec, memory):
+    inputs, advantages, tokens = batch()
+    for requires in ((), ("hidden",), EVERYTHING):
+        with pytest.raises(ValueError, match="linear_policy_loss: memory"):
+            fused(inputs.leaves(*requires), advantages, (SPECS | TWO_OPS)[spec], tokens, memory=memory, backend=backend)
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream", 0])
+def test_memory_changes_nothing_of_a_loss_that_separates(backend, memory, small_chunks):
+    compare_with_dense(batch(), SPECS["entropy bonus"], EVERYTHING, {}, memory=memory, backend=backend)
+
+
 def test_main_grad_is_refused_where_it_would_be_wrong():
     hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
     targets, advantages, mask = torch.randint(0, 9, (6,)), torch.randn(6), torch.ones(6, dtype=torch.bool)
