@@ -1,71 +1,73 @@
-"""The CUDA kernels compile for every architecture, without warnings and without spills; no GPU is needed."""
+"""The CUDA kernels compile for every architecture, without warnings and spills and no larger than recorded; no GPU is
+needed."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
+import runpy
 import subprocess
 import sys
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import aot
 from fastrl.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-
-
-def setup_script():
-    """setup.py as a module, for its flags: it builds only when it is run."""
-    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
-def nvcc():
+def script():
+    """What setup.py defines, where there is nvcc."""
+    defined = runpy.run_path(str(ROOT / "setup.py"))
     try:
-        return setup_script().nvcc()
+        defined["nvcc"]()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+    return defined
 
 
 @pytest.fixture(scope="module")
-def reports(nvcc, tmp_path_factory):
-    """Source -> what nvcc and ptxas say of it, a warning being an error."""
-    out, script = tmp_path_factory.mktemp("cuda"), setup_script()
-    targets = [f"-gencode=arch={virtual},code={real}" for real, virtual in script.architectures(nvcc).items()]
-
-    def compile_one(source):
-        compiling = [flag for flag in script.NVCC if flag not in ("-shared", "--threads=0")]
-        strict = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v", "-c", "-o", str(out / f"{source.stem}.o")]
-        return subprocess.run([nvcc, *compiling, *targets, *strict, str(source)], capture_output=True, text=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip((source.stem for source in SOURCES), pool.map(compile_one, SOURCES), strict=True))
+def table(script):
+    """`source: kernel` -> architecture -> counts, of sources without a warning: the first one raises."""
+    return aot.measure_cuda(processes=2)
 
 
-def test_no_source_gives_a_warning(reports):
-    for name, result in reports.items():
-        assert result.returncode == 0, f"{name}: {result.stderr}"
-
-
-def test_no_kernel_of_any_architecture_spills_or_has_a_stack(reports):
-    kernels = defaultdict(set)
-    entry = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
-    for result in reports.values():
-        for kernel, architecture, *sizes in re.findall(entry, result.stderr, re.DOTALL):
-            kernels[architecture].add(kernel)
-            assert sizes == ["0", "0"], f"{kernel} for {architecture}: stack and spills of {sizes} bytes"
-    assert set(kernels) == {"sm_80", "sm_90", "sm_100"}
+def test_every_kernel_compiles_for_every_architecture_without_a_warning(table):
     # logprob: two for each of four dtypes; of policy_loss three, gae two and group_advantages one for each of two.
     # linear_logprob: statistics of two, gradients of four, with a softcap and without; from probabilities six.
-    assert {len(found) for found in kernels.values()} == {8 + 6 + 4 + 2 + 2 * (2 + 4) + 6}
+    assert len(table) == 8 + 6 + 4 + 2 + 2 * (2 + 4) + 6
+    assert {tuple(architectures) for architectures in table.values()} == {("sm_80", "sm_90", "sm_100")}
+
+
+def test_no_kernel_spills_or_has_a_stack_or_takes_too_much_shared_memory(table):
+    assert aot.over_limit(table) == []
+
+
+def test_no_kernel_is_larger_than_recorded(table):
+    record = json.loads(aot.RECORD.read_text()).get(aot.nvcc_version())
+    if record is None:
+        pytest.skip(f"no record of {aot.nvcc_version()}")
+    assert aot.grown(table, record) == []
+
+
+def test_a_warning_is_an_error(script, tmp_path):
+    (tmp_path / "unused.cu").write_text("__global__ void kernel() { int unused; }\n")
+    with pytest.raises(ValueError, match=r'(?s)^bench\.aot: unused\.cu: .*"unused" was declared but never referenced'):
+        aot.compile_cuda(tmp_path / "unused.cu", script)
+
+
+def test_a_kernel_that_spills_is_a_complaint(script, tmp_path):
+    values = ", ".join(f"v{i} = in[{i} * n]" for i in range(200))
+    kernel = "__global__ void __maxnreg__(32) kernel(const float* in, float* out, int n) {{ float {}; {} }}\n"
+    uses = "".join(f"out[{i}] = v{i} * v{199 - i};" for i in range(200))
+    (tmp_path / "spills.cu").write_text(kernel.format(values, uses))
+    complaints = aot.over_limit(aot.compile_cuda(tmp_path / "spills.cu", script))
+    assert len(complaints) == 3
+    assert all(re.fullmatch(r"spills\.cu: kernel on sm_\d+: \d+ bytes of spilled registers", c) for c in complaints)
 
 
 def test_the_module_imports_without_a_gpu_and_says_why_it_cannot_launch():
@@ -111,5 +113,5 @@ def test_nvcc_is_run_only_where_it_was_asked_for(command, variable, built, monke
     monkeypatch.delenv("FASTRL_EMULATE_CUDA", raising=False)
     if variable is not None:
         monkeypatch.setenv("FASTRL_CUDA", variable)
-    names = [extension.name for extension in setup_script().extensions()]
+    names = [extension.name for extension in runpy.run_path(str(ROOT / "setup.py"))["extensions"]()]
     assert names == ["fastrl._cpu", *(["fastrl._cuda"] if built else [])]

@@ -31,9 +31,8 @@ from fastrl.kernels.softmax_row_triton import (
 )
 from fastrl.kernels.triton_jit import Build, launch
 
-ALIGNED = (
-    16  # elements that Triton must know a stride to be a multiple of, to copy 16 bytes at a time; bytes of a start
-)
+# Elements that Triton must know a stride to be a multiple of, to copy 16 bytes at a time; and bytes of a start.
+ALIGNED = 16
 NOT_A_TARGET = -1  # the rows of a chunk are chosen beforehand: none of them is ignored
 FUSED_HIDDEN = 2048  # up to this size the logits' way to memory and back weighs more than the library's faster matmul
 
