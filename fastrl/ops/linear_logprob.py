@@ -118,6 +118,8 @@ def check_temperature(
             return temperature.detach().reshape(1).to(targets.device, dtype)
         check.shape(op, "temperature", temperature, targets.shape, "as targets, or a number")
         check.device(op, "temperature", temperature, targets.device, "targets")
+        if temperature.numel() == 0:  # of no tokens; kernels read at least one number
+            return torch.ones(1, dtype=dtype, device=targets.device)
         return temperature.detach().reshape(-1).to(dtype)
     check.require(temperature > 0, op, "temperature", "a positive number", temperature, "For greedy use argmax.")
     return torch.full((1,), float(temperature), dtype=dtype, device=targets.device)

@@ -120,7 +120,7 @@ def test_a_head_without_bias(backend):
     compare_with_dense(gaussian(11, 8, 37, bias=False), ("hidden", "weight"), {}, entropy=True, backend=backend)
 
 
-@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (2, 1, 3), (2, 0)], ids=str)
 def test_any_leading_shape(backend, shape):
     flat = gaussian(math.prod(shape), 8, 37)
     inputs = Inputs(flat.hidden.reshape(*shape, 8), flat.weight, flat.targets.reshape(shape), flat.bias)
