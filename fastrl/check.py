@@ -36,10 +36,10 @@ def shape(op: str, argument: str, tensor: torch.Tensor, expected: Iterable[int],
 
 
 def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
-    """Require a floating-point tensor."""
-    require(
-        tensor.is_floating_point(), op, argument, "a floating-point tensor", tensor.dtype, "Cast it first.", TypeError
-    )
+    """Require a floating-point tensor of a dtype that kernels compute with: 8 bits are for storage."""
+    ok = tensor.is_floating_point() and tensor.element_size() > 1
+    expected = "a floating-point tensor of 16, 32 or 64 bits"
+    require(ok, op, argument, expected, tensor.dtype, "Cast it first.", TypeError)
 
 
 def integer(op: str, argument: str, tensor: torch.Tensor) -> None:

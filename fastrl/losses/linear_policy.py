@@ -6,6 +6,7 @@ import torch
 
 from fastrl import check
 from fastrl.kernels.linear_policy_loss.reference import silent_rows
+from fastrl.losses.aggregate import check_layout
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import flatten_tokens
 from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save
@@ -76,6 +77,7 @@ def linear_policy_loss(
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     check.shape(OP, "mask", mask, targets.shape, "as targets")  # before it meets targets, where it would broadcast
     check.device(OP, "mask", mask, targets.device, "targets")
+    check_layout(OP, mask, cu_seqlens)  # while its dtype can still be seen
     tokens = flatten_tokens(
         OP,
         targets.shape,

@@ -57,7 +57,8 @@ def linear_token_loss(
     for name, tensor in (("weights", weights), *((f"context[{i}]", c) for i, c in enumerate(context))):
         check.shape(OP, name, tensor, targets.shape, "as targets")
         check.device(OP, name, tensor, targets.device, "targets")
-    check.require(memory is None or memory >= 0, OP, "memory", "a byte budget of at least 0, or None", memory)
+    budget = memory is None or (isinstance(memory, int) and memory >= 0)
+    check.require(budget, OP, "memory", "a byte budget of at least 0, or None", memory)
     dtype = accumulate_dtype(head.hidden.dtype)
     flat = [weights.detach().reshape(-1).to(dtype), *(c.detach().reshape(-1) for c in context)]
     needs = needs_grad(head)

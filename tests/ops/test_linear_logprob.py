@@ -544,6 +544,7 @@ def test_the_environment_sets_the_budget(monkeypatch, value, expected):
 
 WRONG = {
     "hidden an integer": ({"hidden": torch.ones(4, 8, dtype=torch.int64)}, TypeError, "hidden: expected a floating"),
+    "hidden of 8 bits": ({"hidden": torch.ones(4, 8).to(torch.float8_e4m3fn)}, TypeError, "hidden: expected a float"),
     "hidden without dimensions": ({"hidden": torch.tensor(1.0)}, ValueError, "hidden: expected shape"),
     "logits for hidden": ({"hidden": torch.ones(4, 37)}, ValueError, "hidden: expected last dimension 8"),
     "weight of three dimensions": ({"weight": torch.ones(1, 37, 8)}, ValueError, "weight: expected shape"),

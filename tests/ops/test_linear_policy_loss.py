@@ -439,13 +439,14 @@ def test_without_gradients_the_loss_is_the_same(backend):
         ({"weight": torch.zeros(37, 9)}, "linear_policy_loss: hidden: expected last dimension 9"),
         ({"spec": PolicyLoss(kl=KL("k3", 0.1))}, "linear_policy_loss: ref_logps: expected a tensor"),
         ({"backend": "chunkd"}, "Did you mean 'chunked'"),
+        ({"mask": torch.full((4, 6), 0.5)}, "linear_policy_loss: mask: expected a bool or integer tensor"),
     ],
-    ids=["mask that would broadcast", "old_logps", "advantages", "weight", "missing ref_logps", "backend"],
+    ids=["broadcast mask", "old_logps", "advantages", "weight", "missing ref_logps", "backend", "mask of floats"],
 )
 def test_a_wrong_argument_is_refused_by_name(changes, message):
     good = {"hidden": torch.ones(4, 6, 8), "weight": torch.ones(37, 8), "targets": torch.zeros(4, 6, dtype=torch.int64)}
     good |= {"advantages": torch.ones(4), "spec": PolicyLoss(), "mask": torch.ones(4, 6, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         linear_policy_loss(**(good | changes))
 
 

@@ -248,10 +248,11 @@ def test_without_gradients_the_loss_is_the_same(backend):
         ({"weights": torch.ones(3)}, "weights: expected shape"),
         ({"context": (torch.ones(4), torch.ones(3))}, r"context\[1\]: expected shape"),
         ({"memory": -1}, "memory: expected a byte budget"),
+        ({"memory": "stream"}, "memory: expected a byte budget"),
         ({"token_loss": lambda logps: logps.sum()}, "token_loss: expected shape"),
         ({"backend": "chunkd"}, "Did you mean 'chunked'"),
     ],
-    ids=["weights", "context", "memory", "token_loss", "backend"],
+    ids=["weights", "context", "memory", "memory by name", "token_loss", "backend"],
 )
 def test_a_wrong_argument_is_refused_by_name(changes, message):
     good = {"hidden": torch.ones(4, 8), "weight": torch.ones(37, 8), "targets": torch.zeros(4, dtype=torch.int64)}

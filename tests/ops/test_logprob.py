@@ -396,6 +396,7 @@ def test_a_sixteen_bit_gradient_is_the_float32_one_rounded_once(native_isa, dtyp
 
 WRONG = {
     "logits an integer": ({"logits": torch.ones(4, 8, dtype=torch.int64)}, TypeError, "logits: expected a floating"),
+    "logits of 8 bits": ({"logits": torch.ones(4, 8).to(torch.float8_e4m3fn)}, TypeError, "logits: expected a float"),
     "logits without dimensions": ({"logits": torch.tensor(1.0)}, ValueError, "logits: expected shape"),
     "an empty vocabulary": ({"logits": torch.ones(4, 0)}, ValueError, "logits: expected shape"),
     "targets of another shape": ({"targets": torch.ones(5, dtype=torch.int64)}, ValueError, "targets: expected shape"),
