@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from argparse import ArgumentParser
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -16,14 +17,6 @@ USAGE = """fastrl: reinforcement learning of language models.
   fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
 """
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_DIVERGED = range(5)
-
-
-@dataclass(frozen=True)
-class _Doctor:
-    """What was found on this machine."""
-
-    json: bool = False
-    """Print JSON."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,13 +86,13 @@ def _bench(args: list[str]) -> int:
 
 
 def _doctor(args: list[str]) -> int:
-    import tyro
     from rich.console import Console
 
     from fastrl.trainer.doctor import print_doctor
 
-    options = tyro.cli(_Doctor, args=args, prog="fastrl doctor")
-    return print_doctor(Console(), as_json=options.json)
+    parser = ArgumentParser("fastrl doctor", description="What was found on this machine.")  # also without tyro
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return print_doctor(Console(), as_json=parser.parse_args(args).json)
 
 
 def _configure(prog: str, args: list[str]) -> object:

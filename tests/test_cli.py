@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import yaml
 from trainer.tiny import tiny_config, write_model, write_task
 
 from fastrl.cli import main
+from fastrl.trainer import doctor
 
 
 @pytest.fixture
@@ -98,6 +100,14 @@ def test_bench_refuses_an_op_or_a_shape_that_is_none(arguments, message, capsys)
         status = stopped.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+def test_doctor_runs_without_the_package_that_it_reports_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.setattr(doctor, "facts", doctor._packages)
+    assert main(["doctor", "--json"]) == 0
+    (tyro,) = (fact for fact in json.loads(capsys.readouterr().out) if fact["name"] == "tyro")
+    assert tyro["value"] == "missing"
 
 
 def test_no_command_prints_the_usage(capsys):
