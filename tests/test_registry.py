@@ -121,3 +121,12 @@ def takes_other_arguments(*arguments):
 def test_an_extension_that_is_wrong_refuses_itself_with_the_reason(monkeypatch, does, why):
     monkeypatch.setattr(native, "import_module", lambda name: extension_whose_head_forward(does))
     assert native.load.__wrapped__() == (None, why)
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason="no C++ extension")
+def test_the_self_test_is_on_the_cpu_whatever_the_default_device_is():
+    extension, isa = native.load()
+    before = extension.isa()
+    with torch.device("meta"):
+        assert native.load.__wrapped__() == (extension, isa)
+    extension.use(before)
