@@ -263,8 +263,8 @@ def test_refuses_tokens_without_a_layout():
 @each_decay
 def test_cuda_equals_cpu(gamma, lam):
     rewards, values, mask, cu_seqlens = packed()
-    want = gae(rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens)
-    on_gpu = (x.cuda() for x in (rewards, values, mask))
+    on_cpu, on_gpu = ([move(x) for x in (rewards, values, mask)] for move in (torch.Tensor.cpu, torch.Tensor.cuda))
+    want = gae(*on_cpu, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens.cpu())
     got = gae(*on_gpu, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens.cuda())
     for a, b in zip(got, want, strict=True):
         assert_close(a.cpu(), b, rtol=1e-12, atol=1e-12)

@@ -241,6 +241,6 @@ def test_refuses_rewards_that_are_not_a_float_vector():
 @each_estimator
 def test_cuda_equals_cpu(baseline, scale):
     rewards, ids = unequal_groups()
-    want = group_advantages(rewards, group_ids=ids, baseline=baseline, scale=scale)
+    want = group_advantages(rewards.cpu(), group_ids=ids.cpu(), baseline=baseline, scale=scale)
     got = group_advantages(rewards.cuda(), group_ids=ids.cuda(), baseline=baseline, scale=scale)
     assert_close(got.cpu(), want, rtol=1e-12, atol=1e-12)
