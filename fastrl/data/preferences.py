@@ -26,8 +26,10 @@ from itertools import accumulate, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+from jinja2 import TemplateError
+
 from fastrl import check
-from fastrl.data.prompts import complete, is_messages, question
+from fastrl.data.prompts import complete, is_messages, is_unicode, question
 from fastrl.data.sources import GYM, Row, gym_answers, read_rows
 from fastrl.types import Group, Messages, Prompt, Sample
 
@@ -121,7 +123,7 @@ def load_preferences(
     _require_columns(rows, kind, columns)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     template_options = template_options or {}
-    render = partial(tokenizer.apply_chat_template, tokenize=False, **template_options) if has_template else None
+    render = partial(_render, tokenizer, **template_options) if has_template else None
     limits = Limits(max_prompt_tokens, max_tokens)
     groups, bad = [], {}
     for index, row in enumerate(rows):
@@ -144,7 +146,7 @@ def answered(prompt: str | Messages, answer: str, tokenizer: PreTrainedTokenizer
         ValueError: the prompt is chat messages and the tokenizer has no chat template, or renders them otherwise.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    render = partial(tokenizer.apply_chat_template, tokenize=False) if has_template else None
+    render = partial(_render, tokenizer) if has_template else None
     content = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
     try:
         return _group(0, {}, "completions", prompt, [content], tokenizer, render, Limits(None, None))
@@ -309,6 +311,8 @@ def _content(values: Mapping[str, Any], name: str) -> str | Messages:
     if isinstance(content, str):
         if not content.strip():
             raise BadRow(f"with an empty {name!r}")
+        if not is_unicode(content):
+            raise BadRow(f"whose {name!r} is no text in Unicode")
         return content
     if not (is_messages(content) and content):
         raise BadRow(f"whose {name!r} is neither text nor chat messages")
@@ -329,7 +333,18 @@ def _shared_text(chosen: str, rejected: str) -> tuple[str, list[str]]:
 
 
 def _complete(prompt: str | Messages, system: str) -> str | Messages:
-    return prompt if isinstance(prompt, str) else complete(prompt, system, "")
+    if isinstance(prompt, str):
+        return prompt
+    if not any(message["role"] == "user" for message in prompt):
+        raise BadRow("whose prompt has no user message")
+    return complete(prompt, system, "")
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:
+        raise BadRow(f"that the chat template refuses: {error}") from error
 
 
 def _group(

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from fastrl import check
 from fastrl.data.sources import Row, read_rows
 from fastrl.types import Messages, Prompt
@@ -64,9 +66,14 @@ def load_prompts(
                 has_template, row.where, column, "text", "chat messages", "This tokenizer has no chat template."
             )
             content = complete(content, system, suffix)
-            text = tokenizer.apply_chat_template(
-                content, add_generation_prompt=True, tokenize=False, **(template_options or {})
-            )
+            try:
+                text = tokenizer.apply_chat_template(
+                    content, add_generation_prompt=True, tokenize=False, **(template_options or {})
+                )
+            except TemplateError as error:
+                raise ValueError(
+                    check.sentence(row.where, column, "messages that the chat template takes", str(error))
+                ) from error
             token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         columns = {name: value for name, value in row.values.items() if name != column}
         prompts.append(Prompt(index, content, tuple(token_ids), columns))
@@ -86,7 +93,7 @@ def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Pro
         0 <= held_out < len(distinct),
         "split",
         "held_out",
-        f"fewer than the {len(distinct)} distinct prompts (of {len(prompts)})",
+        f"at least 0, and fewer than the {len(distinct)} distinct prompts (of {len(prompts)})",
         held_out,
         "Use more prompts, or hold out fewer.",
     )
@@ -113,6 +120,7 @@ def _content(row: Row, column: str) -> str | Messages:
     content = row.values[column]
     if isinstance(content, str):
         check.require(bool(content.strip()), row.where, column, "some text", repr(content))
+        check.require(is_unicode(content), row.where, column, "text in Unicode", "half of a surrogate pair")
         return content
     check.require(
         is_messages(content) and any(message["role"] == "user" for message in content),
@@ -124,10 +132,22 @@ def _content(row: Row, column: str) -> str | Messages:
     return [{"role": message["role"], "content": message["content"]} for message in content]
 
 
+def is_unicode(text: str) -> bool:
+    """False for text with half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_messages(content: object) -> bool:
     """True for a list of chat messages with a role and text each."""
     return isinstance(content, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        and is_unicode(message["content"])
         for message in content
     )
 

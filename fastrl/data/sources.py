@@ -116,17 +116,20 @@ def _gym_dataset(task: str, size: int, seed: int, options: Mapping[str, Any]) ->
 def _jsonl_rows(path: Path) -> list[Row]:
     check.require(path.is_file(), "load_prompts", "source", "a file that exists", path, error=FileNotFoundError)
     rows = []
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
             where = f"{path}:{number}"
             try:
-                values = json.loads(line)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                values = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{where}: expected one JSON object on the line, got {error.msg} at column {error.colno}."
                 ) from error
+            except (ValueError, RecursionError) as error:  # no UTF-8, thousands of digits or of brackets
+                raise ValueError(f"{where}: expected one JSON object in UTF-8 on the line, got {error}.") from error
             if not isinstance(values, dict):
                 raise ValueError(f"{where}: expected one JSON object on the line, got a {type(values).__name__}.")
             rows.append(Row(where, values))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -133,6 +134,8 @@ BAD = {
     },
     "with a prompt longer than 30 tokens": GOOD | {"prompt": "long" * 10},
     "longer than 60 tokens": GOOD | {"chosen": "long" * 20},
+    "whose 'chosen' is no text in Unicode": GOOD | {"chosen": "\ud800"},
+    "whose prompt has no user message": GOOD | {"prompt": [assistant("a")]},
 }
 
 
@@ -142,6 +145,16 @@ def test_a_bad_row_is_counted_named_and_left_out(reason):
         groups = load_preferences([GOOD, BAD[reason], GOOD], CHAT, max_prompt_tokens=30, max_tokens=60)
     assert str(caught[0].message) == f"load_preferences: left out 1 of 3 rows: 1 {reason} (list row 1)."
     assert [group.prompt.index for group in groups] == [0, 2]
+
+
+def test_a_row_that_the_chat_template_refuses_is_counted_with_the_reason():
+    picky = copy.deepcopy(CHAT)
+    picky.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + (
+        CHAT.chat_template
+    )
+    rows = [GOOD, GOOD | {"prompt": [assistant("a"), user("b")]}]
+    with pytest.warns(UserWarning, match=r"1 that the chat template refuses: the user begins \(list row 1\)"):
+        assert len(load_preferences(rows, picky)) == 1
 
 
 def test_a_source_of_bad_rows_only_is_refused():

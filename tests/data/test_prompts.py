@@ -92,11 +92,32 @@ def test_messages_without_a_chat_template_are_refused():
         ({"prompt": None}, r"prompts\.jsonl:2: prompt: expected text, or chat messages .* got None\.$"),
         ({"prompt": [{"role": "user"}]}, r"prompts\.jsonl:2: prompt: expected text, or chat messages"),
         ({"prompt": [{"role": "system", "content": "a"}]}, r"one of them the user's, got \[\{'role': 'system'"),
+        ({"prompt": "\ud800"}, r"prompts\.jsonl:2: prompt: expected text in Unicode, got half of a surrogate pair\.$"),
+        ({"prompt": [{"role": "user", "content": "\ud800"}]}, r"prompts\.jsonl:2: prompt: expected text, or chat"),
+        ('{"prompt": ' + "9" * 5000 + "}", r"prompts\.jsonl:2: expected one JSON object in UTF-8 .* limit .4300"),
+        ("[" * 100_000, r"prompts\.jsonl:2: expected one JSON object in UTF-8 .* maximum recursion depth"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         load_prompts(jsonl(tmp_path, {"prompt": "fine"}, line), CHAT)
+
+
+def test_a_line_in_another_encoding_is_named_by_file_and_number(tmp_path):
+    path = jsonl(tmp_path, {"prompt": "fine"}, '{"prompt": "\u00e9"}')
+    path.write_bytes(path.read_text("utf-8").encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"prompts\.jsonl:2: expected one JSON object in UTF-8 on the line, got 'utf-8'"
+    ):
+        load_prompts(path, CHAT)
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named_with_its_reason(tmp_path):
+    picky = tokenizer("{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}a")
+    rows = [{"prompt": "fine"}, {"prompt": [{"role": r, "content": "a"} for r in ("tool", "user")]}]
+    message = r"prompts\.jsonl:2: prompt: expected messages that the chat template takes, got the user begins\.$"
+    with pytest.raises(ValueError, match=message):
+        load_prompts(jsonl(tmp_path, *rows), picky)
 
 
 def test_an_empty_source_is_refused(tmp_path):
