@@ -12,6 +12,7 @@ float32 `main_grad`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
+from fastrl.check import require
 from fastrl.data.preferences import Kind
 from fastrl.losses import presets
 from fastrl.losses.answer_rows import split_pairs
@@ -266,6 +268,10 @@ class RewardModelling:
     needs_ref: ClassVar[bool] = False
     takes_margins: ClassVar[bool] = True
     takes_soft_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        finite = 0 <= self.center_coef < math.inf
+        require(finite, "RewardModelling", "center_coef", "a finite number of at least 0", self.center_coef)
 
     def accumulate(self, model: ScalarModel, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`; the scores are read at the target that `fastrl.data.preferences.with_end` appends."""

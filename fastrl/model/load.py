@@ -84,7 +84,7 @@ def load_pretrained(
             )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except OSError as error:
-            raise ValueError(_no_such_model(name)) from error
+            raise ValueError(_no_such_model(name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer, sorted(loading["missing_keys"])
@@ -126,9 +126,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _no_such_model(name: str) -> str:
+def _no_such_model(name: str, cause: OSError) -> str:
     near = get_close_matches(name.lower(), PACKAGED, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else "The cause above says what was looked for."
+    hint = f"Did you mean {near[0]!r}?" if near else f"transformers: {' '.join(str(cause).split())}"
     return check.sentence(
         "load_model",
         "name_or_path",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -250,7 +251,11 @@ class RunConfig:
         op = type(self).__name__
         for name in ("steps", "tokens_per_batch", "keep_last"):
             require(getattr(self, name) >= 1, op, name, "at least 1", getattr(self, name))
-        require(self.optimizer.lr >= 0, op, "optimizer.lr", "0 or more", self.optimizer.lr)
+        for name in ("threads", "save_every", "keep_every"):
+            require(getattr(self, name) >= 0, op, name, "0 or more", getattr(self, name))
+        require(0 <= self.seed < 2**32, op, "seed", "a number from 0 to 2**32 - 1, as numpy's", self.seed)
+        require_run_dir(op, self)
+        require_optimizer(op, self.optimizer)
         require_adapter(op, self.adapter)
 
     def directory(self) -> Path:
@@ -290,12 +295,35 @@ class TrainConfig(RunConfig):
         }
         for name, value in positive.items():
             require(value >= 1, "TrainConfig", name, "at least 1", value)
+        require(self.eval.every >= 0, "TrainConfig", "eval.every", "0 (only before and after) or more", self.eval.every)
         rounds = rollout.dynamic_sampling
         require(rounds >= 0, "TrainConfig", "rollout.dynamic_sampling", "0 (off) or more", rounds)
         require(rollout.temperature > 0, "TrainConfig", "rollout.temperature", "more than 0", rollout.temperature)
         require(len(self.rewards) > 0, "TrainConfig", "rewards", "at least one reward", "none")
-        require(0 <= self.max_failure_fraction <= 1, "TrainConfig", "max_failure_fraction", "a share of 1", "another")
+        share = self.max_failure_fraction
+        require(0 <= share <= 1, "TrainConfig", "max_failure_fraction", "a share from 0 to 1", share)
         build_algorithm(self)
+
+
+def require_run_dir(op: str, config: RunConfig) -> None:
+    """Refuses a `run_dir` whose placeholders cannot be filled in, or that names no folder."""
+    do = "Write a brace that is part of the name twice."
+    try:
+        named = bool(config.directory().name)
+    except (LookupError, ValueError, AttributeError):
+        named = False
+    expected = "a folder's name, in which {algorithm} and {seed} may stand"
+    require(named, op, "run_dir", expected, repr(config.run_dir), do if "{" in config.run_dir else "")
+
+
+def require_optimizer(op: str, optimizer: OptimizerConfig) -> None:
+    """Refuses rates with which AdamW has no meaning."""
+    for name in ("lr", "eps", "weight_decay", "max_grad_norm"):
+        value = getattr(optimizer, name)
+        require(0 <= value < math.inf, op, f"optimizer.{name}", "0 or more, and finite", value)
+    betas = all(0 <= beta < 1 for beta in optimizer.betas)
+    require(betas, op, "optimizer.betas", "two numbers from 0 to below 1", optimizer.betas)
+    require(optimizer.warmup_steps >= 0, op, "optimizer.warmup_steps", "0 or more", optimizer.warmup_steps)
 
 
 def require_adapter(op: str, adapter: AdapterConfig) -> None:
@@ -390,7 +418,8 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     whole = not loss.filter_zero_variance
     require(whole, "TrainConfig", "loss.filter_zero_variance", "False: a critic learns from equal rewards too", True)
     require(spec.kl is None, "TrainConfig", "loss.kl", "none: PPO's KL is in the reward, ppo.kl_coef", loss.kl)
-    require(ppo.critic_lr >= 0, "TrainConfig", "ppo.critic_lr", "0 or more", ppo.critic_lr)
+    finite = 0 <= ppo.critic_lr < math.inf
+    require(finite, "TrainConfig", "ppo.critic_lr", "0 or more, and finite", ppo.critic_lr)
     own = ppo.critic != "shared" or not ppo.critic_model
     require(
         own, "TrainConfig", "ppo.critic_model", "none for a critic that shares the policy's trunk", ppo.critic_model
@@ -427,9 +456,11 @@ def load_recipe(path: str | Path) -> TrainConfig | OfflineConfig:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe. `recipes/` has some to start from.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected text in UTF-8, got {error}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     data = {} if data is None else data
@@ -446,7 +477,7 @@ def config_class(data: Any, where: str) -> type[TrainConfig] | type[OfflineConfi
             choice(where, "algorithm", name, (*ALGORITHMS, "ppo", *OFFLINE))
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    return OfflineConfig if name in OFFLINE else TrainConfig
+    return OfflineConfig if isinstance(name, str) and name in OFFLINE else TrainConfig
 
 
 def from_dict(cls: type, data: Any, where: str) -> Any:

@@ -52,7 +52,7 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     """Rows with longer prompts are left out, counted and reported."""
     max_tokens: int = 2048
-    """So are rows whose prompt and answer together are longer."""
+    """So are rows whose prompt and answer together are longer than this, or than the model has positions for."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class OfflineConfig(RunConfig):
         op = "OfflineConfig"
         choice(op, "algorithm", self.algorithm, OFFLINE)
         require(self.batch >= 1, op, "batch", "at least 1", self.batch)
+        require(self.eval.every >= 0, op, "eval.every", "0 (only before and after) or more", self.eval.every)
         per_batch = self.optimizer.steps_per_rollout
         require(per_batch == 1, op, "optimizer.steps_per_rollout", "1, as there is no rollout", per_batch, "Set batch.")
         epochs = self.optimizer.epochs_per_rollout

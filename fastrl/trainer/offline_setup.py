@@ -24,7 +24,16 @@ from fastrl.model.scalar import ScalarModel, load_scalar_model
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.offline_config import OfflineConfig, build_objective
 from fastrl.trainer.resume import require_same_model
-from fastrl.trainer.setup import DTYPES, begin, checkpoint_activations, free_directory, with_adapter
+from fastrl.trainer.setup import (
+    DTYPES,
+    begin,
+    checkpoint_activations,
+    free_directory,
+    positions,
+    require_known_tokens,
+    require_same_rows,
+    with_adapter,
+)
 from fastrl.types import Group, MicroBatch
 
 if TYPE_CHECKING:
@@ -126,7 +135,10 @@ def prepare(config: OfflineConfig, *, trains: bool = True) -> OfflineRun:
     policy = ScalarModel(model) if scalar else Policy(model, backend=config.backend)
     reference = _reference(config, policy, tokenizer, device) if objective.needs_ref else None
 
-    groups, skipped = _load(config, objective, tokenizer)
+    models = [policy.model] + ([reference.model] if reference else [])
+    groups, skipped = _load(config, objective, tokenizer, min(config.data.max_tokens, positions(*models)))
+    require_known_tokens(model, config.model, (group.prompt.token_ids for group in groups))
+    require_known_tokens(model, config.model, (sample.token_ids for group in groups for sample in group.samples))
     if scalar:
         groups = with_end(groups, tokenizer.pad_token_id)
     train, held_out = split_groups(groups, config.data.held_out, config.seed)
@@ -172,12 +184,13 @@ def _reference(
     got = f"{config.reference!r}, whose {len(other.get_vocab())} tokens are others"
     do = "Its log-probabilities would be of other tokens."
     require(same, "OfflineConfig", "reference", f"a model with the vocabulary of {config.model!r}", got, do)
+    require_same_rows("OfflineConfig", "reference", model, policy.model, len(tokenizer))
     prepare_attention(model.requires_grad_(False), config.layout, dtype=dtype)
     return Policy(model, backend=config.backend)
 
 
 def _load(
-    config: OfflineConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase
+    config: OfflineConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> tuple[list[Group], tuple[str, ...]]:
     """(groups of the objective's kind, what was said about rows that were left out)."""
     data = config.data
@@ -193,7 +206,7 @@ def _load(
             chat=data.chat,
             system=data.system,
             max_prompt_tokens=data.max_prompt_tokens,
-            max_tokens=data.max_tokens,
+            max_tokens=max_tokens,
             margin_column=data.margin_column,
             soft_label_column=data.soft_label_column,
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
 from fastrl.algorithms import ActorCritic, Algorithm
-from fastrl.check import require
+from fastrl.check import require, sentence
 from fastrl.data.pack import Counts, count, pack
 from fastrl.data.plan import ModelShape
 from fastrl.data.prompts import load_prompts, split
 from fastrl.data.sampler import PromptSampler
+from fastrl.kernels.registry import resolve
 from fastrl.model.adapter import WithoutAdapter, add_adapter
 from fastrl.model.attention import prepare_attention
 from fastrl.model.load import fingerprint, load_model, stop_token_ids
@@ -161,6 +163,15 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
 
     prompts, held_out = load_task(config, tokenizer)
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
+    room = positions(model, *([critic.model] if isinstance(critic, ScalarModel) else []))
+    require(
+        longest <= room,
+        "TrainConfig",
+        "task.max_prompt_tokens, rollout.max_new_tokens",
+        f"prompts and completions within the model's {room} positions",
+        f"{longest} tokens",
+    )
+    require_known_tokens(model, config.model, (prompt.token_ids for prompt in (*prompts, *held_out)))
     require(
         config.tokens_per_batch >= longest,
         "TrainConfig",
@@ -171,7 +182,7 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
     # For rewards that draw from them; last, because libraries that are imported on first use draw from them too.
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
-    return Run(
+    run = Run(
         config=config,
         directory=resumed.run_dir if resumed else free_directory(config.directory()),
         device=device,
@@ -191,13 +202,16 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         fingerprint=began,
         resumed=resumed,
     )
+    run.sampling(seed=config.seed)  # refuses here what the first rollout would refuse
+    return run
 
 
 def begin(config: RunConfig) -> tuple[Checkpoint | None, torch.device]:
     """What every run does first; returns the checkpoint that it goes on from, if any, and its device.
 
     Raises:
-        ValueError: a tracker is not installed, or there is no such checkpoint.
+        ModuleNotFoundError: a tracker is not installed.
+        ValueError: there is no such checkpoint, device or backend.
     """
     require_installed(config.log_to)
     resumed = resumable(config) if config.resume else None
@@ -205,7 +219,9 @@ def begin(config: RunConfig) -> tuple[Checkpoint | None, torch.device]:
         torch.set_num_threads(config.threads)
     env.reuse_freed_memory()
     torch.manual_seed(config.seed)
-    return resumed, pick_device(config.device)
+    device = pick_device(config.device)
+    resolve("linear_logprob", config.backend, device)  # refuses here what a step would refuse
+    return resumed, device
 
 
 def make_optimizers(run: Run) -> dict[str, MasterOptimizer]:
@@ -243,10 +259,41 @@ def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokeni
     same = its_tokenizer.get_vocab() == tokenizer.get_vocab()
     got = f"{name!r}, whose tokenizer is another"
     require(same, "TrainConfig", "ppo.critic_model", "a model with the policy's tokenizer", got)
+    require_same_rows("TrainConfig", "ppo.critic_model", model, policy.model, len(tokenizer))
     prepare_attention(model.to(policy.model.device), layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return ScalarModel(model)
+
+
+def positions(*models: PreTrainedModel) -> float:
+    """The longest sequence that each of the models has positions for; infinite where none has a limit."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    return min(filter(None, limits), default=math.inf)
+
+
+def require_known_tokens(model: PreTrainedModel, name: str, sequences: Iterable[Sequence[int]]) -> None:
+    """Refuses token ids past a model's embeddings, as of a tokenizer that is not the model's.
+
+    Raises:
+        ValueError: there are some.
+    """
+    rows, highest = model.get_input_embeddings().num_embeddings, max(map(max, filter(None, sequences)), default=0)
+    got = f"{highest} from the tokenizer"
+    require(highest < rows, "prepare", "model", f"token ids below {rows}, the embeddings of {name!r}", got)
+
+
+def require_same_rows(op: str, argument: str, model: PreTrainedModel, policy: PreTrainedModel, tokens: int) -> None:
+    """Refuses a second model whose embeddings end before the tokens that the policy reads and writes.
+
+    Rows past the tokenizer's are padding, of which models of one family have unequal numbers.
+
+    Raises:
+        ValueError: they do.
+    """
+    rows, its_rows = (one.get_input_embeddings().num_embeddings for one in (model, policy))
+    needed = min(its_rows, tokens)
+    require(rows >= needed, op, argument, f"embeddings of the policy's {needed} tokens", f"a model with {rows}")
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -274,10 +321,20 @@ def load_task(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU when there is one."""
+    """The device of that name; "auto" is a GPU when there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or has none here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        got = f"{name!r}: {str(error).splitlines()[0]}"
+        raise ValueError(sentence("pick_device", "device", "auto, cpu or another that torch has here", got)) from error
+    return device
 
 
 def free_directory(wanted: Path) -> Path:

@@ -70,6 +70,26 @@ def test_empty_recipe_is_the_defaults(tmp_path):
             "masks: {top_entropy: 2}",
             "masks: TokenMasks: top_entropy: expected a share between 0 and 1, or null, got 2.0",
         ),
+        ("optimizer: {lr: .inf}", "optimizer.lr: expected 0 or more, and finite, got inf"),
+        ("optimizer: {betas: [0.9, 1]}", "optimizer.betas: expected two numbers from 0 to below 1"),
+        ("optimizer: {betas: [-0.1, 0.9]}", "optimizer.betas: expected two numbers from 0 to below 1"),
+        ("optimizer: {eps: -1}", "optimizer.eps: expected 0 or more"),
+        ("optimizer: {weight_decay: -1}", "optimizer.weight_decay: expected 0 or more"),
+        ("optimizer: {max_grad_norm: .nan}", "optimizer.max_grad_norm: expected 0 or more"),
+        ("optimizer: {warmup_steps: -3}", "optimizer.warmup_steps: expected 0 or more, got -3"),
+        ("algorithm: dpo\noptimizer: {eps: -1}", "OfflineConfig: optimizer.eps: expected 0 or more"),
+        ("algorithm: ppo\nppo: {critic_lr: .inf}", "ppo.critic_lr: expected 0 or more, and finite"),
+        ("algorithm: reward_model\nloss: {center_coef: -1}", "center_coef: expected a finite number of at least 0"),
+        ("threads: -1", "threads: expected 0 or more, got -1"),
+        ("save_every: -1", "save_every: expected 0 or more, got -1"),
+        ("keep_every: -1", "keep_every: expected 0 or more, got -1"),
+        ("eval: {every: -1}", r"eval.every: expected 0 \(only before and after\) or more, got -1"),
+        ("algorithm: dpo\neval: {every: -1}", r"eval.every: expected 0 \(only before and after\) or more, got -1"),
+        ("seed: -1", r"seed: expected a number from 0 to 2\*\*32 - 1"),
+        ("run_dir: 'runs/{name}'", "run_dir: expected a folder's name, in which {algorithm} and {seed} may stand"),
+        ("run_dir: ''", "run_dir: expected a folder's name"),
+        ("max_failure_fraction: 2", "max_failure_fraction: expected a share from 0 to 1, got 2.0"),
+        ("algorithm: [dpo]", r"algorithm: expected one of grpo, .* got \['dpo'\]"),
         ("rollout: {dynamic_sampling: -1}", r"rollout.dynamic_sampling: expected 0 \(off\) or more, got -1"),
     ],
 )
@@ -84,6 +104,13 @@ def test_bad_recipe_is_one_sentence_that_names_file_and_key(tmp_path, text, mess
 def test_missing_recipe_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such recipe"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_recipe_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"model: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: expected text in UTF-8, got 'utf-8' codec"):
+        load_recipe(path)
 
 
 def test_recipe_cannot_construct_python_objects(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -220,6 +221,21 @@ def test_reward_that_always_raises_stops_the_run_with_an_explanation(tmp_path):
 def test_budget_smaller_than_a_sequence_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="tokens_per_batch: expected at least 9"):
         train(tiny_config(tmp_path, tokens_per_batch=8))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_rollout_would_refuse_is_refused_before_anything_is_written(tmp_path):
+    config = tiny_config(tmp_path, tokens_per_batch=512)
+    for changes, message in [
+        ({"rollout": RolloutConfig(top_p=1.5)}, "top_p: expected a number in"),
+        ({"rollout": RolloutConfig(top_k=-1)}, "top_k: expected 0"),
+        ({"rollout": RolloutConfig(temperature=math.inf)}, "temperature: expected 0"),
+        ({"rollout": RolloutConfig(max_new_tokens=62)}, "within the model's 64 positions, got 65 tokens"),
+        ({"backend": "fast"}, "backend: expected one of auto, .* got 'fast'"),
+        ({"device": "gpu"}, "device: expected auto, cpu or another that torch has here, got 'gpu': "),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(replace(config, **changes))
     assert not (tmp_path / "run").exists()
 
 

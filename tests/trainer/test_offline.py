@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from trainer.test_resume import Crash, everything, lines
 from trainer.tiny import offline_config, tiny_config, write_answers, write_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastrl.algorithms.offline import OFFLINE, Answers, objective_of
 from fastrl.cli import main
@@ -532,12 +532,23 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(other)
+
+    def with_rows(name, rows):
+        folder = write_model(tmp_path / name)
+        LlamaForCausalLM(LlamaConfig.from_pretrained(folder, vocab_size=rows)).save_pretrained(folder)
+        return str(folder)
+
     for changes, message in [
         ({"reference": str(other)}, "reference: expected a model with the vocabulary of"),
         ({"tokens_per_batch": 6}, r"tokens_per_batch: expected at least \d+, as the longest row has, got 6"),
         ({"data": replace(config.data, held_out=24)}, "held_out: expected at least 0, and fewer than the 24 rows"),
         ({"data": replace(config.data, source=str(tmp_path / "nowhere.jsonl"))}, "a file that exists"),
         ({"algorithm": "kto"}, "columns of kind='labelled': expected 'prompt', 'label', 'completion'"),
+        ({"device": "gpu"}, "device: expected auto, cpu or another that torch has here, got 'gpu': "),
+        ({"backend": "fast"}, "backend: expected one of auto, .* got 'fast'"),
+        ({"reference": with_rows("reference", 20)}, "reference: expected embeddings of the policy's 32 tokens"),
+        ({"model": with_rows("model20", 20)}, r"model: expected token ids below 20, .* got \d+ from the tokenizer"),
+        ({"model": str(tmp_path / "none")}, "got '.*none'. transformers: .*none"),
     ]:
         with pytest.raises((ValueError, OSError), match=message) as caught:
             train(replace(config, **changes))
@@ -552,6 +563,15 @@ def test_rows_that_were_left_out_are_counted_in_the_log(tmp_path):
     train(config)
     (warning,) = lines(tmp_path / "run" / "warnings.jsonl")
     assert "left out 1 of 25 rows: 1 with an empty 'chosen'" in warning["message"]
+
+
+def test_rows_longer_than_the_model_has_positions_for_are_left_out_and_counted(tmp_path):
+    config = offline_config(tmp_path, steps=1, batch=25, tokens_per_batch=512)
+    path = Path(config.data.source)
+    path.write_text(path.read_text() + json.dumps({"prompt": "w1 " * 70, "chosen": "w1", "rejected": "w2"}) + "\n")
+    train(config)
+    (warning,) = lines(tmp_path / "run" / "warnings.jsonl")
+    assert "left out 1 of 25 rows: 1 longer than 64 tokens" in warning["message"]
 
 
 def test_a_run_is_resumed_only_by_its_own_recipe_model_and_rows(tmp_path):

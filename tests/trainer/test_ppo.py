@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from trainer.test_resume import config_for, everything, run_until_crash
-from trainer.tiny import tiny_config
-from transformers import AutoModelForSequenceClassification
+from trainer.tiny import tiny_config, write_model
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fastrl.algorithms import ActorCritic, KLController
 from fastrl.data.pack import count
@@ -229,6 +229,15 @@ def test_a_critic_of_another_tokenizer_is_refused(tmp_path):
     tokenizer.save_pretrained(other)
     with pytest.raises(ValueError, match=r"ppo\.critic_model: expected a model with the policy's tokenizer"):
         prepare(replace(config, ppo=PPOConfig(critic_model=str(other))))
+
+
+def test_a_critic_with_fewer_embeddings_than_tokens_is_refused(tmp_path):
+    config, small = ppo_config(tmp_path), write_model(tmp_path / "small")
+    LlamaForCausalLM(LlamaConfig.from_pretrained(small, vocab_size=20)).save_pretrained(small)
+    with pytest.raises(
+        ValueError, match=r"ppo\.critic_model: expected embeddings of the policy's 32 tokens, got a mod"
+    ):
+        prepare(replace(config, ppo=PPOConfig(critic_model=str(small))))
 
 
 def test_epochs_pass_over_the_same_completions_again(tmp_path):
