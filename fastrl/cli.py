@@ -17,10 +17,14 @@ USAGE = """fastrl: reinforcement learning of language models.
   fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
 """
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_DIVERGED = range(5)
+EXIT_INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 ok, 1 rewards failed, 2 usage, 3 environment, 4 diverged."""
+    """Runs one command; returns the exit status: 0 ok, 1 rewards failed, 2 usage, 3 environment, 4 diverged.
+
+    130 is what a shell gives a process that Ctrl-C stopped: where there is nothing to save yet, or at the second one.
+    """
     args = sys.argv[1:] if argv is None else argv
     commands = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor}
     if not args or args[0] in ("-h", "--help"):
@@ -38,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("fastrl: interrupted; what was done since the last checkpoint is not saved.", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _train(args: list[str]) -> int:

@@ -34,6 +34,15 @@ def recipe(tmp_path):
     return path
 
 
+def test_ctrl_c_before_there_is_anything_to_save_is_one_sentence_and_status_130(recipe, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastrl.trainer.setup.load_model", interrupted)
+    assert main(["train", str(recipe)]) == 130
+    assert capsys.readouterr().err == "fastrl: interrupted; what was done since the last checkpoint is not saved.\n"
+
+
 def test_train_takes_flags_over_the_recipe_and_eval_reads_the_checkpoint(recipe, tmp_path, capsys):
     assert main(["train", str(recipe), "--steps", "2", "--optimizer.lr", "0.01"]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -104,8 +104,19 @@ def _steps(
     """
     config = run.config
     while True:
-        if not interrupt and evaluates(config, done) and not log.evaluated(done):
-            evaluate(run, log, step=done)
+        before = position(run)
+        try:
+            if not interrupt and evaluates(config, done) and not log.evaluated(done):
+                evaluate(run, log, step=done)
+        except FloatingPointError as error:  # the sampler met logits that are not finite
+            log.warn(f"Evaluation after step {done}: {error}")
+            return "diverged", done
+        except RewardFailure as error:
+            if not done:
+                raise  # nothing was trained that could be lost
+            log.warn(f"Evaluation after step {done}: {error}")
+            save_or_warn(run, log, optimizers, done, batch=batch, at=before)
+            return "rewards failed", done
         if interrupt:
             log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after {reached(done, batch)}; saving.")
             save_or_warn(run, log, optimizers, done, batch=batch)

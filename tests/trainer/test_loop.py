@@ -202,6 +202,13 @@ def test_nan_stops_the_run_updates_nothing_and_saves_the_batch(tmp_path, monkeyp
     assert all(value.isfinite().all() for value in weights.values())
 
 
+def test_weights_that_are_not_finite_stop_the_run_in_its_last_evaluation_too(tmp_path):
+    outcome = train(tiny_config(tmp_path, steps=1, optimizer=OptimizerConfig(lr=1e38)))
+    assert (outcome.status, outcome.steps) == ("diverged", 1)
+    assert "Evaluation after step 1: " in (tmp_path / "run" / "warnings.jsonl").read_text()
+    assert outcome.report.exists()
+
+
 def test_reward_that_raises_on_some_samples_excludes_only_those(tmp_path):
     rewards = (RewardConfig("trainer.tiny:raises_on_some"),)
     outcome = train(tiny_config(tmp_path, steps=2, rewards=rewards, max_failure_fraction=0.9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shlex
 import shutil
@@ -178,6 +179,26 @@ def test_rewards_that_fail_cost_no_step_that_was_done(tmp_path, whole, monkeypat
         patch.setattr(loop, "_rollout", failing)
         assert train(config).status == "rewards failed"
     train(replace(config, resume=config.run_dir))
+    for name in ("completions.jsonl", "evaluation_completions.jsonl"):
+        assert lines(tmp_path / "stopped" / name) == whole[0][name]
+
+
+def test_rewards_that_fail_in_an_evaluation_cost_no_step_that_was_done(tmp_path, whole, monkeypatch):
+    config = config_for(tmp_path, "stopped", save_every=0)
+    original = loop.evaluate
+
+    def failing(run, log, *, step):
+        if step:
+            random.random()  # what the next step draws must not depend on this
+            raise RewardFailure("no judge at home")
+        return original(run, log, step=step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", failing)
+        outcome = train(config)
+        assert (outcome.status, outcome.steps) == ("rewards failed", 2)
+    assert "no judge at home" in (tmp_path / "stopped" / "warnings.jsonl").read_text()
+    train(replace(config, resume=config.run_dir, eval=EvalConfig()))
     for name in ("completions.jsonl", "evaluation_completions.jsonl"):
         assert lines(tmp_path / "stopped" / name) == whole[0][name]
 
