@@ -209,9 +209,15 @@ def kl_cov_penalty(
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: shapes differ. TypeError: `selected` is not bool.
     """
+    op = "kl_cov_penalty"
     for name, tensor in (("old_logps", old_logps), ("selected", selected), ("weights", weights)):
-        check.shape("kl_cov_penalty", name, tensor, logps.shape, "as logps")
+        check.shape(op, name, tensor, logps.shape, "as logps")
+    # Integers would be read as indices of rows.
+    check.require(selected.dtype == torch.bool, op, "selected", "a bool tensor", selected.dtype, error=TypeError)
     difference = logps[selected] - old_logps.detach()[selected]
     return coef * (weights.detach()[selected] * difference.abs()).sum()
 
@@ -238,6 +244,9 @@ def positive_nll_weights(
 
     Returns:
         float32, shaped as mask; all 0 where nothing is correct.
+
+    Raises:
+        ValueError: a shape is wrong, or packed tokens have no bounds. TypeError: `correct` is not bool.
     """
     op = "positive_nll_weights"
     check_layout(op, mask, cu_seqlens)
@@ -245,6 +254,8 @@ def positive_nll_weights(
     check.require(mask.dim() == 2 or cu_seqlens is not None, op, "cu_seqlens", "sequence bounds", None, do)
     ids, count = sequence_ids(mask.shape, mask.device, cu_seqlens)
     check.shape(op, "correct", correct, (count,), "one per sequence")
-    learns = inside(mask, cu_seqlens) & correct.bool()[ids].view(mask.shape)
+    do = "Pass rewards > 0: a reward below 0 is no 0."
+    check.require(correct.dtype == torch.bool, op, "correct", "a bool tensor", correct.dtype, do, TypeError)
+    learns = inside(mask, cu_seqlens) & correct[ids].view(mask.shape)
     total = torch.as_tensor(learns.sum() if normalizer is None else normalizer, dtype=torch.float32)
     return torch.where(learns, coef / total, 0.0)

@@ -217,3 +217,11 @@ def test_with_the_batchs_threshold_a_split_selects_the_same_tokens(split):
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_choices_that_are_not_bool_are_refused_where_they_would_be_read_otherwise():
+    logps, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"selected: expected a bool tensor, got torch\.int64"):  # indices of rows
+        tm.kl_cov_penalty(logps, logps, mask.long(), logps)
+    with pytest.raises(TypeError, match=r"correct: expected a bool tensor, got torch\.float32"):  # -1 is true
+        tm.positive_nll_weights(mask, torch.tensor([-1.0, 1.0]))
