@@ -90,7 +90,7 @@ def print_doctor(console: Console, as_json: bool = False) -> int:
     for section in dict.fromkeys(fact.section for fact in found):
         table = Table.grid(padding=(0, 2))
         table.add_column(min_width=20)
-        table.add_column(min_width=29, overflow="fold")
+        table.add_column(min_width=27, overflow="fold")  # more than a third of 80 columns would cut the notes
         table.add_column(overflow="fold")
         last = ""
         for fact in found:

@@ -19,8 +19,8 @@ def found():
     return facts()
 
 
-def printed(as_json=False):
-    console = Console(file=io.StringIO(), width=140)
+def printed(as_json=False, width=140):
+    console = Console(file=io.StringIO(), width=width)
     status = print_doctor(console, as_json=as_json)
     return status, console.file.getvalue()
 
@@ -156,3 +156,9 @@ def test_commit_is_read_from_a_checkout_and_none_elsewhere(tmp_path):
         assert machine._run(*git, *command) is not None
     commit = machine._run(*git, "rev-parse", "HEAD")
     assert machine.git_commit(tmp_path) == {"commit": commit, "modified": False}
+
+
+def test_nothing_is_cut_off_in_80_columns(found, monkeypatch):
+    monkeypatch.setattr(doctor, "facts", lambda: found)
+    words = {word for fact in found for word in fact.note.split() if len(word) < 27}  # longer ones are folded
+    assert words <= set(printed(width=80)[1].split())
