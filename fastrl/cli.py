@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return commands[args[0]](args[1:])
     except ModuleNotFoundError as error:
-        print(f"fastrl: {error}. Install what training needs: pip install 'fastrl[train]'", file=sys.stderr)
+        # Our own messages say what to install; python's name the module.
+        do = f"fastrl: {error}. Install what training needs, in the source tree: pip install '.[train]'"
+        print(error if error.name is None else do, file=sys.stderr)
         return EXIT_ENVIRONMENT
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

