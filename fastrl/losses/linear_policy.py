@@ -61,7 +61,8 @@ def linear_policy_loss(
             `policy_loss`.
         main_grad: (V, H), float32: the weight's gradient is added here in the forward pass, unrounded and without a
             buffer of its own, and does not reach `weight.grad`. It is the gradient of the loss itself: call
-            `loss.backward()` without a factor. For losses that separate per token.
+            `loss.backward()` without a factor. For losses that separate per token. With a frozen weight, or without
+            gradients, it stays as it is.
         entropy: compute the entropy for its metric; a spec with an entropy term computes it in any case.
         metrics: False also leaves rows out of the first matmul whose loss and gradient are known to be zero from their
             advantage alone; the metrics then count the remaining rows only.

@@ -539,6 +539,17 @@ def test_main_grad_stays_as_it_was_when_nothing_trains(backend):
     assert (ours.bias.grad == 0).all()
 
 
+def test_main_grad_stays_as_it_was_with_a_frozen_weight_and_without_gradients(backend):
+    inputs, advantages, tokens = batch()
+    main_grad = torch.ones_like(inputs.weight)
+    frozen = inputs.leaves("hidden", "bias")
+    fused(frozen, advantages, SPECS["clip"], tokens, main_grad=main_grad, backend=backend).loss.backward()
+    assert (frozen.hidden.grad != 0).any()
+    with torch.no_grad():
+        fused(inputs.leaves(*EVERYTHING), advantages, SPECS["clip"], tokens, main_grad=main_grad, backend=backend)
+    assert (main_grad == 1).all()
+
+
 @pytest.mark.parametrize("spec", ["clip", "sequence ratio"])
 @pytest.mark.parametrize("memory", ["nonsense", -1])
 def test_memory_is_refused_where_it_is_no_choice_and_no_budget(backend, spec, memory):
