@@ -46,7 +46,8 @@ def group_policy_loss(
     Returns:
         As `fastrl::policy_loss`.
     """
-    loss, what = registry.resolve("policy_loss", backend, logps.device), decode(spec)
+    what = decode(spec)
+    loss = registry.resolve("policy_loss", backend, logps.device, what)
     tokens = (weights, mask, old_logps, ref_logps, sampling_logps, entropy)
     at_once = getattr(loss, "forward_from_rewards", None)
     if at_once is not None and scale != "batch" and answer(rewards) == logps.dtype and len(rewards) > 0:

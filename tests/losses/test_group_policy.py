@@ -12,7 +12,7 @@ from fastrl.losses.group_policy import group_policy_loss
 from fastrl.losses.policy import policy_loss
 from fastrl.ops.group_advantages import group_advantages
 from fastrl.ops.group_policy_loss import group_policy_loss as op
-from fastrl.spec import KL, Cispo, Clip, Correction, PolicyLoss, Sapo
+from fastrl.spec import KL, Cispo, Clip, Correction, Gmpo, PolicyLoss, Sapo, Vespo
 
 NAN = float("nan")
 LENGTHS = torch.tensor([7, 1, 0, 5, 7, 3, 6, 2])
@@ -97,6 +97,18 @@ def test_packed_sequences_equal_two_calls_and_the_padded_ones(backend, spec):
         for x in (data, packed(data))
     )
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [PolicyLoss("sequence_token"), PolicyLoss("sequence", Gmpo()), PolicyLoss("sequence", Vespo())],
+    ids=["sequence_token", "gmpo", "vespo"],
+)
+def test_a_factor_that_compiled_kernels_lack_runs_in_torch_unless_they_are_asked_for_by_name(spec):
+    assert_equal_to_two_calls(batch(), estimators.GRPO, spec, "auto")
+    for name in ("native", "cuda", "triton"):
+        with pytest.raises(ValueError, match=r"which the torch backends have|not built|emulated"):
+            outputs(group_policy_loss, spec, batch(), batch()["rewards"], estimators.GRPO, backend=name)
 
 
 @each_backend
