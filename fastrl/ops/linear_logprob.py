@@ -105,7 +105,8 @@ def check_head(
 
 def check_softcap(op: str, softcap: float | None) -> float:
     """The softcap as the kernels take it."""
-    check.require(softcap is None or softcap > 0, op, "softcap", "a positive number or None", softcap)
+    finite = softcap is None or 0 < softcap < float("inf")  # infinity times tanh(0) would be NaN
+    check.require(finite, op, "softcap", "a positive, finite number or None", softcap)
     return NO_SOFTCAP if softcap is None else float(softcap)
 
 

@@ -558,6 +558,7 @@ WRONG = {
     "temperature zero": ({"temperature": 0.0}, ValueError, "temperature: expected a positive"),
     "temperature of another shape": ({"temperature": torch.ones(3)}, ValueError, "temperature: expected shape"),
     "softcap zero": ({"softcap": 0.0}, ValueError, "softcap: expected a positive"),
+    "softcap infinite": ({"softcap": math.inf}, ValueError, "softcap: expected a positive, finite"),
     "memory misspelt": ({"memory": "kepe"}, ValueError, "Did you mean 'keep'"),
     "memory negative": ({"memory": -1}, ValueError, "memory: expected a byte budget"),
     "memory not a number of bytes": ({"memory": None}, ValueError, "memory: expected a byte budget"),
