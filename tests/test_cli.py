@@ -43,6 +43,14 @@ def test_ctrl_c_before_there_is_anything_to_save_is_one_sentence_and_status_130(
     assert capsys.readouterr().err == "fastrl: interrupted; what was done since the last checkpoint is not saved.\n"
 
 
+@pytest.mark.parametrize(("algorithm", "part"), [("grpo", "task"), ("dpo", "data")])
+def test_eval_of_a_recipe_that_holds_nothing_out_names_the_field(tmp_path, capsys, algorithm, part):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"algorithm": algorithm, part: {"held_out": 0}}))
+    assert main(["eval", "model", str(path)]) == 2
+    assert capsys.readouterr().err == f"evaluate_model: {part}.held_out: expected at least 1, got 0.\n"
+
+
 def test_train_takes_flags_over_the_recipe_and_eval_reads_the_checkpoint(recipe, tmp_path, capsys):
     assert main(["train", str(recipe), "--steps", "2", "--optimizer.lr", "0.01"]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from statistics import fmean
 
+from fastrl.check import require
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.collect import collect
 from fastrl.trainer.config import TrainConfig
@@ -49,7 +50,11 @@ def evaluate_model(config: TrainConfig) -> dict[str, float]:
     """Held-out reward of `config.model` on the recipe's task, printed; writes nothing.
 
     The held-out prompts are those of a training run with the same task, seed and size.
+
+    Raises:
+        ValueError: the recipe holds nothing out.
     """
+    require(config.task.held_out > 0, "evaluate_model", "task.held_out", "at least 1", config.task.held_out)
     run = prepare(replace(config, resume=""), trains=False)
     results = {}
     for name, params, samples in _modes(run):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from fastrl import env
+from fastrl.check import require
 from fastrl.losses.metrics import finish, merge
 from fastrl.trainer.doctor import environment
 from fastrl.trainer.lock import only_writer
@@ -78,7 +79,11 @@ def evaluate_model(config: OfflineConfig, model: str) -> dict[str, float]:
 
     The held-out rows are those of a training run with the same data, seed and size; a loss that compares with a
     reference compares with the recipe's, which is the model that the recipe trains where it names no other.
+
+    Raises:
+        ValueError: the recipe holds nothing out.
     """
+    require(config.data.held_out > 0, "evaluate_model", "data.held_out", "at least 1", config.data.held_out)
     reference = config.reference or config.model
     reference = reference if build_objective(config).needs_ref else ""
     run = prepare(replace(config, resume="", model=model, reference=reference), trains=False)
