@@ -58,7 +58,12 @@ class Clip:
 @dataclass(frozen=True)
 class Cispo:
     """-sg(clamp(rho, ratio_min, ratio_max)) A log pi: CISPO, arXiv:2506.13585 eq. 4. The bounds are absolute values of
-    the ratio, not distances from 1: `ratio_max=5` clamps at 5, not at 6."""
+    the ratio, not distances from 1: `ratio_max=5` clamps at 5, not at 6.
+
+    So are those of ScaleRL, TRL, Liger and Tinker; TRL's and Liger's upper one is 0.2 unless it is set, which weighs
+    each token near a ratio of 1 by 0.2. The distances low and high of verl and NeMo-RL are
+    Cispo(ratio_max=1 + high, ratio_min=max(0, 1 - low)).
+    """
 
     ratio_max: float
     ratio_min: float = 0.0
@@ -177,6 +182,10 @@ class Correction:
     w = exp(old_logps - sampling_logps) at `level="token"`; exp of the *mean* over the sequence's tokens at
     `level="sequence"`, so the weight does not grow with length. `truncate`: min(w, high), TIS.
     `mask`: w where low <= w <= high, 0 elsewhere, IcePop.
+
+    Libraries disagree at the sequence level: TRL takes exp of the *sum*, and so does verl unless told otherwise. As
+    every surrogate is linear in the size of the advantage, that is the same loss without a correction, with each
+    sequence's advantages multiplied by its weight.
     """
 
     kind: Literal["truncate", "mask"]

@@ -46,6 +46,8 @@ SAPO = PolicyLoss(surrogate=Sapo(tau_pos=1.0, tau_neg=1.05), aggregate="seq_mean
 
 # REINFORCE leave-one-out, arXiv:2402.14740: the log-probability of the whole completion, averaged over completions.
 # Left to the caller: advantages with baseline="leave_one_out", scale="none"; the KL penalty in the reward. On-policy.
+# Off-policy libraries disagree: TRL clips the whole completion's ratio, exp(sum_t log rho_t), whose gradient before the
+# first update is this one; verl's is PPO, above, with these advantages.
 RLOO = PolicyLoss(surrogate=Reinforce(), aggregate="seq_mean_token_sum")
 
 # REINFORCE++, arXiv:2501.03262: PPO's clip without a critic. Left to the caller: advantages normalised over the whole

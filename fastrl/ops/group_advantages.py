@@ -106,6 +106,7 @@ def group_advantages(
 
     Standard deviations divide by n - 1. Where one is zero, or of fewer than two numbers, d_i = 1. The batch is the
     tensor given: gather the rewards of all ranks first when it spans several. Constant groups count in its spread.
+    TRL's scale_rewards="batch" divides by that of the rewards instead: scale="none", over rewards.std() + 1e-4.
 
     A NaN reward marks a completion that could not be scored: its advantage is exactly 0, and it is part of no baseline
     and no spread. With a baseline, a group whose rewards are all equal, or with one scorable member, gets exactly 0.
@@ -114,6 +115,7 @@ def group_advantages(
         rewards: (B,) floating point, finite or NaN.
         group_ids: (B,) int64, equal where completions share a prompt; any values, any order, any group sizes.
         group_size: instead of `group_ids`, for consecutive groups of one size.
+        eps: 1e-6 as in verl; TRL's is 1e-4, which shrinks the advantages of rewards that hardly differ.
 
     Returns:
         (B,) float32, or float64 for float64 rewards. A constant: no gradient.

@@ -113,3 +113,23 @@ def test_micro_batches_with_a_global_normalizer_add_up_to_the_batch(name, split,
     results = [evaluate(spec, dict(zip(data, part, strict=True)), global_normalizer(spec)) for part in parts]
     losses, *grads = zip(*results, strict=True)
     assert_same((sum(losses), *(torch.cat(g) for g in grads)), evaluate(spec, data), dtype)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+@every_spec
+def test_a_correction_is_a_factor_of_the_advantages_of_a_sequence(name, kind):
+    """So that another library's weight of a sequence needs no correction of its own."""
+    data, spec = batch(torch.float64), replace(SPECS[name], correction=Correction(kind, "sequence", 1.05, 0.9))
+    log_weight = (data["old_logps"] - data["sampling_logps"]) * data["mask"]
+    weight = (log_weight.sum(1) / data["mask"].sum(1)).exp()
+    kept = weight.clamp(max=1.05) if kind == "truncate" else weight * ((weight >= 0.9) & (weight <= 1.05))
+    assert kept.unique().numel() > 2
+    scaled = data | {"advantages": data["advantages"] * kept, "sampling_logps": None}
+    normalizer = 8.0 if spec.aggregate == "token_sum" else None
+    grads = []
+    for values, its_spec in ((data, spec), (scaled, replace(spec, correction=None))):
+        logps = values["logps"].clone().requires_grad_()
+        out = policy_loss(**(values | {"logps": logps}), spec=its_spec, normalizer=normalizer, backend="reference")
+        grads.append((out.loss.detach(), *torch.autograd.grad(out.loss, logps)))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
