@@ -148,7 +148,7 @@ def find(where: Path) -> Checkpoint:
             return Checkpoint(folder, _verified(folder), tuple(skipped))
         except Damaged as error:
             skipped.append(f"{error} Skipped for the one before it.")
-    got = "none that is undamaged: " + " ".join(skipped) if skipped else "none"
+    got = "none that is undamaged: " + " ".join(skipped).removesuffix(".") if skipped else "none"
     do = (
         "Leave resume out to start anew. A run writes checkpoints with save_every, and when Ctrl-C or SIGTERM stops it."
     )
