@@ -75,7 +75,7 @@ def policy_loss(
 
     Raises:
         ValueError: a shape, a device, or an argument that the spec needs is wrong or missing.
-        TypeError: a dtype is wrong.
+        TypeError: a dtype is wrong, or the spec is no PolicyLoss.
     """
     check.floating(OP, "logps", logps)
     check.require(logps.dim() in (1, 2), OP, "logps", "shape (B, T) or (N,)", tuple(logps.shape))
@@ -135,6 +135,7 @@ def flatten_tokens(
     Args and Raises: as `policy_loss`; `op` is the name that error messages carry. `advantages` None: they will come
     per sequence, so every token keeps the number of its own.
     """
+    check_spec(op, spec)
     constants = {"old_logps": old_logps, "ref_logps": ref_logps, "sampling_logps": sampling_logps}
     check.shape(op, "mask", mask, shape, "as logps")
     check.device(op, "mask", mask, device, "logps")
@@ -171,8 +172,15 @@ def flatten_tokens(
     )
 
 
+def check_spec(op: str, spec: object) -> None:
+    """Require a `PolicyLoss`, where the name of one is the likely mistake."""
+    if not isinstance(spec, PolicyLoss):  # torch.compile traces no repr, so only where it is needed
+        raise TypeError(check.sentence(op, "spec", "a PolicyLoss, such as fastrl.presets.DAPO", repr(spec)))
+
+
 def check_entropy(op: str, entropy: torch.Tensor | None, logps: torch.Tensor, spec: PolicyLoss) -> None:
     """Require an entropy shaped like `logps` where the spec's loss has an entropy term."""
+    check_spec(op, spec)
     do = "Ask the log-probability op for entropy=True."
     given = entropy is not None or not spec.needs_entropy
     check.require(given, op, "entropy", "a tensor, for a non-zero entropy_coef", None, do)

@@ -71,7 +71,7 @@ def preference_loss(
 
     Raises:
         ValueError: a shape, a device, an argument that the spec needs is wrong or missing, or an answer has no token.
-        TypeError: a dtype is wrong.
+        TypeError: a dtype is wrong, or the spec is none of these.
     """
     chosen_rows = answer_rows(
         OP, "chosen_", chosen_logps, chosen_mask, chosen_cu_seqlens, ref_chosen_logps, chosen_log_sum_sq_probs
@@ -85,6 +85,9 @@ def preference_loss(
         len(rejected_rows.logps) == P, OP, "rejected_logps", f"{P} answers as chosen_logps", len(rejected_rows.logps)
     )
     check.device(OP, "rejected_logps", rejected_logps, chosen_logps.device, "chosen_logps")
+    if not isinstance(spec, (PreferenceLoss, PreferenceMix)):
+        expected = "a PreferenceLoss or PreferenceMix, such as fastrl.presets.DPO"
+        raise TypeError(check.sentence(OP, "spec", expected, repr(spec)))
     terms = spec.terms if isinstance(spec, PreferenceMix) else ((1.0, spec),)
     pair_terms = [term for _, term in terms if isinstance(term, PreferenceLoss)]
     for term in pair_terms:

@@ -45,8 +45,11 @@ def unpaired_preference_loss(
 
     Raises:
         ValueError: a shape, a device, an argument that the spec needs is wrong or missing, or an answer has no token.
-        TypeError: a dtype is wrong.
+        TypeError: a dtype is wrong, or the spec is no UnpairedPreferenceLoss.
     """
+    if not isinstance(spec, UnpairedPreferenceLoss):
+        expected = "an UnpairedPreferenceLoss, such as fastrl.presets.KTO"
+        raise TypeError(check.sentence(OP, "spec", expected, repr(spec)))
     rows = answer_rows(OP, "", logps, mask, cu_seqlens, ref_logps, None)
     S, dtype = len(rows.logps), rows.logps.dtype
     check.require(labels.dtype == torch.bool, OP, "labels", "a bool tensor", labels.dtype, error=TypeError)

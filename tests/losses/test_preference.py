@@ -477,6 +477,14 @@ def test_a_token_mean_of_a_part_is_refused_without_its_own_normalizer():
         evaluate(mix, batch(), normalizer=8.0)
 
 
+def test_the_spec_of_another_loss_is_refused():
+    data = batch()
+    with pytest.raises(TypeError, match="preference_loss: spec: expected a PreferenceLoss or PreferenceMix"):
+        evaluate(presets.KTO, data)
+    with pytest.raises(TypeError, match="unpaired_preference_loss: spec: expected an UnpairedPreferenceLoss"):
+        unpaired_preference_loss(data["chosen_logps"], LABELS, presets.DPO, ref_logps=data["ref_chosen_logps"])
+
+
 def test_unequal_numbers_of_answers_are_refused():
     data = batch()
     data |= {key: x[:3] for key, x in data.items() if "rejected" in key}

@@ -438,10 +438,11 @@ def test_without_gradients_the_loss_is_the_same(backend):
         ({"advantages": torch.zeros(5)}, "linear_policy_loss: advantages: expected shape"),
         ({"weight": torch.zeros(37, 9)}, "linear_policy_loss: hidden: expected last dimension 9"),
         ({"spec": PolicyLoss(kl=KL("k3", 0.1))}, "linear_policy_loss: ref_logps: expected a tensor"),
+        ({"spec": "GRPO"}, "linear_policy_loss: spec: expected a PolicyLoss"),
         ({"backend": "chunkd"}, "Did you mean 'chunked'"),
         ({"mask": torch.full((4, 6), 0.5)}, "linear_policy_loss: mask: expected a bool or integer tensor"),
     ],
-    ids=["broadcast mask", "old_logps", "advantages", "weight", "missing ref_logps", "backend", "mask of floats"],
+    ids=["broadcast mask", "old_logps", "advantages", "weight", "no ref_logps", "spec", "backend", "mask of floats"],
 )
 def test_a_wrong_argument_is_refused_by_name(changes, message):
     good = {"hidden": torch.ones(4, 6, 8), "weight": torch.ones(37, 8), "targets": torch.zeros(4, 6, dtype=torch.int64)}

@@ -693,6 +693,7 @@ WRONG = [
     pytest.param(PolicyLoss(), GOOD | {"normalizer": 0.0}, "normalizer: expected a positive", id="normalizer 0"),
     pytest.param(PolicyLoss(), GOOD | {"normalizer": torch.ones(2)}, "normalizer: expected a 0-d", id="normalizer 1-d"),
     pytest.param(PolicyLoss(), GOOD | {"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens: expected None", id="padded"),
+    pytest.param("GRPO", GOOD, "spec: expected a PolicyLoss, such as .*, got 'GRPO'", id="name of a spec"),
     pytest.param(PolicyLoss(), GOOD | {"backend": "referense"}, "Did you mean 'reference'", id="backend"),
 ]
 
