@@ -216,7 +216,8 @@ class PreferenceMix:
 
 @dataclass(frozen=True)
 class UnpairedPreferenceLoss:
-    """w_y sigmoid(-s_y (r - beta z)), with r = beta h, s_y = 1 for desirable answers and -1 for the others.
+    """w_y sigmoid(-s_y (r - beta z)), with r = beta h, s_y = 1 for desirable answers and -1 for the others, and w_y
+    `desirable_weight` or `undesirable_weight`.
 
     `baseline="kl"`: z = max(0, mean of x - x_ref over answers to other prompts), a constant: KTO, arXiv:2402.01306.
     `baseline="zero"`: z = 0, the unpaired APO-zero, arXiv:2408.06266.

@@ -59,17 +59,17 @@ def linear_policy_loss(
             with targets (B, T) or (N,). A token whose target is `ignore_index` is outside the mask.
         advantages, spec, mask, old_logps, ref_logps, sampling_logps, group_ids, normalizer, cu_seqlens: as
             `policy_loss`.
-        main_grad: (V, H), float32: the weight's gradient is added here in the forward pass, unrounded and without a
-            buffer of its own, and does not reach `weight.grad`. It is the gradient of the loss itself: call
-            `loss.backward()` without a factor. For losses that separate per token. With a frozen weight, or without
-            gradients, it stays as it is.
+        main_grad: (V, H), float32 (float64 for float64 inputs): the weight's gradient is added here in the forward
+            pass, unrounded and without a buffer of its own, and does not reach `weight.grad`. It is the gradient of the
+            loss itself: call `loss.backward()` without a factor. For losses that separate per token. With a frozen
+            weight, or without gradients, it stays as it is.
         entropy: compute the entropy for its metric; a spec with an entropy term computes it in any case.
         metrics: False also leaves rows out of the first matmul whose loss and gradient are known to be zero from their
             advantage alone; the metrics then count the remaining rows only.
 
     Returns:
-        LossOutput: the scalar loss, float32, and its metrics. hidden, weight and bias get gradients, accumulated in
-        float32 and rounded once.
+        LossOutput: the scalar loss, float32 (float64 for float64 inputs), and its metrics. hidden, weight and bias get
+        gradients, accumulated in float32 and rounded once.
 
     Raises:
         ValueError, TypeError, IndexError: as `linear_logprob` and `policy_loss`.

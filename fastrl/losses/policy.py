@@ -69,6 +69,7 @@ def policy_loss(
         group_ids: (B,) or (S,) int, equal for the samples of one prompt, for `prompt_mean`.
         normalizer: what the weights are divided by; None counts the tensors given (`fastrl.losses.aggregate`).
         cu_seqlens: (S + 1,) int, bounds of the sequences in packed tensors; tokens outside them are masked out.
+        backend: as `linear_logprob`.
 
     Returns:
         The scalar loss, float32 (float64 for float64 `logps`), and its metrics (`fastrl.kernels.policy_loss.metrics`).

@@ -60,7 +60,8 @@ def preference_loss(
             which must be 0: DPO with an offset, arXiv:2402.10571. Each pair loss must then be a link on the margin.
         soft_labels: (P,) probability that the chosen answer is the better one, in place of 1 - label_smoothing: labels
             of a judge, arXiv:2309.00267. Each pair loss must then be a link on the margin, without `debias`.
-        weights: (P,) by which the pairs' losses are multiplied. They are not part of the default normalizer.
+        weights: (P,) by which the pairs' losses are multiplied, but not the SFT terms of a mix. They are not part of
+            the default normalizer.
         normalizer: what the sum over pairs is divided by; None: the number of pairs given.
         token_normalizer: the same for `Sft("token_mean")`: chosen tokens. Needed with a `normalizer`.
 

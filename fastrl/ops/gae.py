@@ -88,6 +88,7 @@ def gae(
         lam: in [0, 1]; 1 is the Monte Carlo return minus V, 0 the one-step error.
         cu_seqlens: (S + 1,) int64 or int32 bounds of packed sequences, which may be empty; tokens behind the last bound
             are padding.
+        backend: as `linear_logprob`.
 
     Returns:
         advantages and returns, shaped as rewards; float32, or float64 when rewards or values are; exactly 0 where
@@ -95,6 +96,7 @@ def gae(
 
     Raises:
         ValueError: shapes or devices differ, gamma or lam is outside [0, 1], or cu_seqlens are not bounds.
+        TypeError: rewards or values are not floating point, or cu_seqlens no integers.
     """
     check.floating(OP, "rewards", rewards)
     check.floating(OP, "values", values)

@@ -113,16 +113,20 @@ def group_advantages(
 
     Args:
         rewards: (B,) floating point, finite or NaN.
-        group_ids: (B,) int64, equal where completions share a prompt; any values, any order, any group sizes.
+        group_ids: (B,) int64 or int32, equal where completions share a prompt; any values, any order, any group sizes.
         group_size: instead of `group_ids`, for consecutive groups of one size.
-        eps: 1e-6 as in verl; TRL's is 1e-4, which shrinks the advantages of rewards that hardly differ.
+        baseline, scale: names of the tables.
+        eps: added to the standard deviation, at least 0; 1e-6 as in verl. TRL's is 1e-4, which shrinks the advantages
+            of rewards that hardly differ.
+        backend: as `linear_logprob`.
 
     Returns:
         (B,) float32, or float64 for float64 rewards. A constant: no gradient.
 
     Raises:
         ValueError: groups given twice, not at all or with another shape; a size that does not divide B; an unknown
-            baseline or scale; `baseline="none"` with `scale="group"`.
+            baseline or scale; a negative eps; `baseline="none"` with `scale="group"`.
+        TypeError: rewards are not floating point, or group ids no integers.
     """
     check_estimator(OP, baseline, scale, eps)
     groups = check_groups(OP, rewards, group_ids, group_size)
