@@ -61,6 +61,9 @@ def group_policy_loss(
     check.shape(OP, "rewards", rewards, (sequences,), "one per sequence")
     check.device(OP, "rewards", rewards, logps.device, "logps")
     groups = check_groups(OP, rewards, group_ids, group_size)
+    if not isinstance(estimator, GroupAdvantage):
+        expected = "a GroupAdvantage, such as fastrl.advantages.GRPO"
+        raise TypeError(check.sentence(OP, "estimator", expected, repr(estimator)))
     check_entropy(OP, entropy, logps, spec)
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
     tokens = flatten_tokens(

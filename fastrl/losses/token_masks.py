@@ -246,7 +246,7 @@ def positive_nll_weights(
         float32, shaped as mask; all 0 where nothing is correct.
 
     Raises:
-        ValueError: a shape is wrong, or packed tokens have no bounds. TypeError: `correct` is not bool.
+        ValueError: a shape or `normalizer` is wrong, or packed tokens have no bounds. TypeError: `correct` is not bool.
     """
     op = "positive_nll_weights"
     check_layout(op, mask, cu_seqlens)
@@ -256,6 +256,10 @@ def positive_nll_weights(
     check.shape(op, "correct", correct, (count,), "one per sequence")
     do = "Pass rewards > 0: a reward below 0 is no 0."
     check.require(correct.dtype == torch.bool, op, "correct", "a bool tensor", correct.dtype, do, TypeError)
+    if isinstance(normalizer, torch.Tensor):
+        check.shape(op, "normalizer", normalizer, (), "or a number")
+    else:  # of a batch without a correct sequence it is 0
+        check.require(normalizer is None or normalizer >= 0, op, "normalizer", "a number of at least 0", normalizer)
     learns = inside(mask, cu_seqlens) & correct[ids].view(mask.shape)
     total = torch.as_tensor(learns.sum() if normalizer is None else normalizer, dtype=torch.float32)
     return torch.where(learns, coef / total, 0.0)

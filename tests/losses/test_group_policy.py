@@ -213,6 +213,7 @@ def test_rewards_get_no_gradient():
         ({"spec": PolicyLoss(entropy_coef=0.1)}, "entropy: expected a tensor"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask: expected shape"),
         ({"spec": "GRPO"}, "spec: expected a PolicyLoss"),
+        ({"estimator": "GRPO"}, "estimator: expected a GroupAdvantage"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_name_and_the_values(change, message):

@@ -206,6 +206,8 @@ def test_with_the_batchs_threshold_a_split_selects_the_same_tokens(split):
         (lambda m: tm.top_threshold(torch.zeros(2, 3), m, 0.0), "fraction: expected a share above 0, got 0.0"),
         (lambda m: tm.positive_nll_weights(m[0], torch.ones(1)), "cu_seqlens: expected sequence bounds"),
         (lambda m: tm.positive_nll_weights(m, torch.ones(3)), r"correct: expected shape \(2,\) one per sequence"),
+        (lambda m: tm.positive_nll_weights(m, m[:, 0], normalizer=-1.0), "normalizer: expected a number of at least 0"),
+        (lambda m: tm.positive_nll_weights(m, m[:, 0], normalizer=torch.ones(3)), r"normalizer: expected shape \(\)"),
         (
             lambda m: tm.off_policy_sequence_mask(*torch.zeros(2, 2, 3), torch.zeros(2, 3), mask=m),
             r"advantages: expected shape \(2,\) one per sequence",
