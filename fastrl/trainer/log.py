@@ -23,7 +23,7 @@ from fastrl.trainer.untrusted import question
 from fastrl.types import Group
 
 FILES = ("metrics", "completions", "evaluations", "evaluation_completions", "warnings")  # .jsonl
-BETWEEN_STEPS = ("eval", "save")  # stages that no step pays for
+BETWEEN_STEPS = ("reference", "setup", "eval", "save")  # stages that no step pays for
 
 
 def encode(record: dict[str, Any]) -> str:
@@ -134,7 +134,7 @@ class RunLog:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time inside to stage `name` of the current step. `eval` and `save` are no part of a step."""
+        """Adds the time inside to stage `name` of the current step. Those `BETWEEN_STEPS` are no part of it."""
         begin = self._clock()
         self._screen.stage(name)
         try:

@@ -60,8 +60,9 @@ def train(config: OfflineConfig) -> Outcome:
             with log.stage("reference"):
                 fill_in(run, [*run.to_be_drawn(), *run.held_out])
             run = replace(run, reference=None)  # gives its memory back where it is a model of its own
-        optimizers = {POLICY: MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)}
-        env.return_freed_memory()  # the optimizer's buffers took the weights' place; what is left has no use in a step
+        with log.stage("setup"):
+            optimizers = {POLICY: MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)}
+            env.return_freed_memory()  # its buffers took the weights' place; what is left has no use in a step
         done = 0
         if run.resumed:
             done, _ = restore(run, optimizers)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -465,6 +466,17 @@ def test_a_reference_of_its_own_is_what_answers_are_compared_with(tmp_path):
     train(offline_config(tmp_path, "sft", steps=3, run_dir=str(tmp_path / "sft")))
     outcome = train(offline_config(tmp_path, steps=1, reference=str(tmp_path / "sft" / "model")))
     assert outcome.before["margin"] != 0.0
+
+
+def test_no_step_pays_for_the_reference_or_the_optimizers_buffers(tmp_path, monkeypatch):
+    def slow(function):
+        return lambda *args: time.sleep(1) or function(*args)
+
+    for name in ("fill_in", "MasterOptimizer"):
+        monkeypatch.setattr(offline, name, slow(getattr(offline, name)))
+    train(offline_config(tmp_path, steps=1))
+    (step,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert step["time"] - step["step_time"] >= 2
 
 
 def test_the_command_line_trains_and_judges_from_a_recipe(tmp_path, capsys):
