@@ -152,6 +152,28 @@ PYBIND11_MODULE(_cpu, m) {
                                  round_weight});
         });
 
+  m.def("linear_forward",
+        [](int dtype, int64_t rows, int64_t width, int64_t outputs, int threads, Address x, Address weight, Address bias,
+           Address y, int64_t x_stride, int64_t weight_stride, int64_t y_stride, bool add) {
+          py::gil_scoped_release unlocked;
+          chosen->linear_forward({{Dtype(dtype), rows, width, outputs, threads}, at<void>(x), at<void>(weight),
+                                  at<void>(bias), at<void>(y), x_stride, weight_stride, y_stride, add});
+        });
+  m.def("linear_grad_input",
+        [](int dtype, int64_t rows, int64_t width, int64_t outputs, int threads, Address dy, Address weight, Address dx,
+           int64_t dy_stride, int64_t weight_stride, int64_t dx_stride, bool add) {
+          py::gil_scoped_release unlocked;
+          chosen->linear_grad_input({{Dtype(dtype), rows, width, outputs, threads}, at<void>(dy), at<void>(weight),
+                                     at<void>(dx), dy_stride, weight_stride, dx_stride, add});
+        });
+  m.def("linear_grad_weight",
+        [](int dtype, int64_t rows, int64_t width, int64_t outputs, int threads, Address dy, Address x, Address dw,
+           int64_t dy_stride, int64_t x_stride, bool add, bool round) {
+          py::gil_scoped_release unlocked;
+          chosen->linear_grad_weight({{Dtype(dtype), rows, width, outputs, threads}, at<void>(dy), at<void>(x),
+                                      at<void>(dw), dy_stride, x_stride, add, round});
+        });
+
   py::class_<Logprob>(m, "Logprob").def(py::init(&logprob));
   m.def("logprob_forward", [](const Logprob& call, Address logps, Address entropy) {
     py::gil_scoped_release unlocked;

@@ -159,25 +159,10 @@ struct Tiled : Paired {
   // to[lane, unit] = from[unit, lane] for one vector of lanes; writes up to the next multiple of 16 units.
   static void transpose(ptrdiff_t units, const uint32_t* from, ptrdiff_t from_row, uint32_t* to, ptrdiff_t to_row) {
     for (ptrdiff_t u = 0; u < units; u += 16) {
-      __m512i x[16], y[16];
-      for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + (u + i) * from_row);
-      for (int i = 0; i < 16; i += 2) {  // 2 by 2 units within each quarter
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-      }
-      for (int i = 0; i < 16; i += 4)  // 4 by 4: x[i + j] has column j of each quarter, of rows i to i + 3
-        for (int j = 0; j < 2; ++j) {
-          x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + 2 + j]);
-          x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + 2 + j]);
-        }
-      for (int j = 0; j < 4; ++j) {  // the quarters themselves
-        __m512i a = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), b = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
-        __m512i c = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd), d = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
-        _mm512_storeu_si512(to + j * to_row + u, _mm512_shuffle_i32x4(a, b, 0x88));
-        _mm512_storeu_si512(to + (4 + j) * to_row + u, _mm512_shuffle_i32x4(c, d, 0x88));
-        _mm512_storeu_si512(to + (8 + j) * to_row + u, _mm512_shuffle_i32x4(a, b, 0xdd));
-        _mm512_storeu_si512(to + (12 + j) * to_row + u, _mm512_shuffle_i32x4(c, d, 0xdd));
-      }
+      Float x[16];
+      for (int i = 0; i < 16; ++i) x[i] = Float::load(reinterpret_cast<const float*>(from + (u + i) * from_row));
+      Float::transpose(x);
+      for (int i = 0; i < 16; ++i) x[i].store(reinterpret_cast<float*>(to + i * to_row + u));
     }
   }
 };
@@ -189,7 +174,7 @@ struct Tiled : Paired {
 template <>
 struct Tile<Tiled> {
   static constexpr int rows = 2 * tile_rows;
-  static constexpr int lanes = Tile<Paired>::lanes;
+  static constexpr int vectors = Tile<Paired>::vectors, lanes = Tile<Paired>::lanes;
   static constexpr int chain = tile_units;
   static constexpr ptrdiff_t block = 256, segment = 2 * block;
 };
@@ -384,7 +369,7 @@ struct SplitTiled : Tiled {
 template <int Pieces>
 struct Tile<SplitTiled<Pieces>> {
   static constexpr int rows = 2 * tile_rows;
-  static constexpr int lanes = Tile<Paired>::lanes;
+  static constexpr int vectors = Tile<Paired>::vectors, lanes = Tile<Paired>::lanes;
   static constexpr ptrdiff_t block = Pieces == 2 ? 128 : 96, segment = Pieces == 2 ? 4 * block : 5 * block;
   static constexpr int chain = segment / Paired::pair;
 };

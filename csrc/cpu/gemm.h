@@ -35,6 +35,11 @@ struct Plain {
   static V load(const Unit* a) { return V::load(a); }
   static V spread(const Unit* b) { return V::set(*b); }
   static V multiply_add(V a, V b, V acc) { return V::fma(a, b, acc); }
+  // A unit for each lane, as bits: of neighbouring values of a row, or of one row's values (and, in pairs, the next's).
+  template <typename In>
+  static V load_row(const In* row) { return load_wide(row); }
+  template <typename In>
+  static V load_pair(const In* row, const In*) { return load_wide(row); }
 
   // What the two backward products read of dz for V::lanes tokens at an even vocabulary entry (a) and the next (b):
   //   by_entry[lane]: both entries of a token in one unit (contraction over the vocabulary)
@@ -61,6 +66,12 @@ struct Paired {
   static Float multiply_add(Bits a, Bits b, Float acc) {
     return {_mm512_dpbf16_ps(acc.x, (__m512bh)a.x, (__m512bh)b.x)};
   }
+  static Float load_row(const Bf16* row) { return {_mm512_loadu_ps(row)}; }
+  static Float load_pair(const Bf16* row, const Bf16* next) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)));
+    return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+  }
   static void put_dz(Unit* by_entry, ptrdiff_t, Unit* even, Unit* odd, Float a, Float b) {
     __m256i low = (__m256i)_mm512_cvtneps_pbh(a.x), high = (__m256i)_mm512_cvtneps_pbh(b.x);
     __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
@@ -76,31 +87,47 @@ template <typename M>
 struct Tile {
   using V = typename M::Vec;
   static constexpr int vectors = V::registers >= 32 ? 4 : V::registers >= 16 ? 2 : 1;
-  static constexpr int rows = V::registers >= 32 ? 6 : V::registers >= 16 ? 5 : 4;
+  static constexpr int rows = V::registers >= 16 ? 6 : 4;
   static constexpr int lanes = vectors * V::lanes;
-  static constexpr int chain = 10 * rows;  // units of one partial sum
+  // Units of one partial sum. Its part of a panel takes at most half of 32 KB, the smallest first cache.
+  static constexpr int chain = (vectors == 2 ? 20 : 10) * rows;
   static constexpr ptrdiff_t block = 20 * rows;    // rows of b (vocabulary entries) that stay in the second cache
   static constexpr ptrdiff_t segment = 4 * block;  // what a thread takes at once
 };
 
-// One partial sum, of at most a chain of units, by R rows and the lanes of a panel.
-template <typename M, int R>
+// One partial sum, of at most a chain of units, by R rows and a panel of N vectors. Step: from one unit of b to the next.
+template <typename M, int R, int N, int Step>
 inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b, ptrdiff_t b_row,
-                          ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate) {
+                          typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate) {
   using V = typename M::Vec;
-  constexpr int N = Tile<M>::vectors;
+  // What is neither a load nor a multiplication costs time where another thread shares the core: four units at a time
+  // have their offsets in the instructions, and an address is one of few pointers and up to twice the row stride.
+  constexpr int unrolled = R * N > 8 ? 4 : 1;
+  const typename M::Unit* row[(R + 2) / 3];
+  for (int r = 0; r < R; r += 3) row[r / 3] = b + r * b_row;
   V acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) acc[r][n] = V::set(0);
-  for (ptrdiff_t k = 0; k < units; ++k) {
+  const auto multiply = [&](int k) {
     decltype(M::load(a)) lanes[N];
-    for (int n = 0; n < N; ++n) lanes[n] = M::load(a + n * V::lanes);
+    for (int n = 0; n < N; ++n) lanes[n] = M::load(a + (k * N + n) * V::lanes);
     for (int r = 0; r < R; ++r) {
-      auto unit = M::spread(b + r * b_row);
+      auto unit = M::spread(row[r / 3] + r % 3 * b_row + k * Step);
       for (int n = 0; n < N; ++n) acc[r][n] = M::multiply_add(lanes[n], unit, acc[r][n]);
     }
-    a += Tile<M>::lanes;
-    b += b_unit;
+  };
+  const auto advance = [&](int by) {
+    a += by * N * V::lanes;
+    for (int r = 0; r < R; r += 3) row[r / 3] += by * Step;
+  };
+  ptrdiff_t k = 0;
+  for (; k + unrolled <= units; k += unrolled) {
+    for (int j = 0; j < unrolled; ++j) multiply(j);
+    advance(unrolled);
+  }
+  for (; k < units; ++k) {
+    multiply(0);
+    advance(1);
   }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) {
@@ -109,37 +136,54 @@ inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const type
     }
 }
 
-// All `rows` of one panel of `Tile::lanes` lanes and `units` stored units; c has room for all lanes. A chain of units at
-// a time: its part of the panel stays in the first cache for all rows.
-template <typename M>
+// What a product does between two register tiles: nothing.
+struct Nothing {
+  void operator()() const {}
+};
+
+// The same by any number of rows, R at a time and those left over by halves of R.
+template <typename M, int R, int N, int Step, typename Between>
+inline void multiply_rows(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b,
+                          ptrdiff_t b_row, typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate,
+                          Between& between) {
+  ptrdiff_t r = 0;
+  for (; r + R <= rows; r += R) {
+    between();
+    multiply_tile<M, R, N, Step>(units, a, b + r * b_row, b_row, c + r * c_row, c_row, accumulate);
+  }
+  if constexpr (R > 1)
+    if (r < rows)
+      multiply_rows<M, R / 2, N, Step>(rows - r, units, a, b + r * b_row, b_row, c + r * c_row, c_row, accumulate,
+                                       between);
+}
+
+// All `rows` of one panel of N vectors of lanes and `units` stored units; c has room for all lanes. A chain of units at
+// a time: its part of the panel stays in the first cache for all rows. A narrow panel has more rows in its tile.
+template <typename M, int Step, int N = Tile<M>::vectors, typename Between = const Nothing>
 inline void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b,
-                           ptrdiff_t b_row, ptrdiff_t b_unit, typename M::Vec::Real* c, ptrdiff_t c_row,
-                           bool accumulate) {
+                           ptrdiff_t b_row, typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate,
+                           Between& between = Nothing()) {
   if constexpr (M::contiguous_rows) {
+    static_assert(N == Tile<M>::vectors && Step == 1, "tiles are whole, and their rows contiguous");
     M::multiply_panel(rows, units, a, b, b_row, c, c_row, accumulate);
   } else {
-    constexpr int R = Tile<M>::rows;
+    constexpr int R = Tile<M>::rows * Tile<M>::vectors / N;
     constexpr ptrdiff_t chain = Tile<M>::chain;
     ptrdiff_t first = 0;
     do {  // once for no units, too: that writes zeros
       const ptrdiff_t count = first + chain < units ? chain : units - first;
-      const typename M::Unit *a_part = a + first * Tile<M>::lanes, *b_part = b + first * b_unit;
-      const bool add = accumulate || first > 0;
-      ptrdiff_t r = 0;
-      for (; r + R <= rows; r += R)
-        multiply_tile<M, R>(count, a_part, b_part + r * b_row, b_row, b_unit, c + r * c_row, c_row, add);
-      for (; r < rows; ++r)
-        multiply_tile<M, 1>(count, a_part, b_part + r * b_row, b_row, b_unit, c + r * c_row, c_row, add);
+      multiply_rows<M, R, N, Step>(rows, count, a + first * N * M::Vec::lanes, b + first * Step, b_row, c, c_row,
+                                   accumulate || first > 0, between);
       first += chain;
     } while (first < units);
   }
 }
 
 // The same where only the first `lanes` of the panel exist in c.
-template <typename M>
+template <typename M, int Step>
 inline void multiply_panel_edge(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a,
-                                const typename M::Unit* b, ptrdiff_t b_row, ptrdiff_t b_unit,
-                                typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate, ptrdiff_t lanes) {
+                                const typename M::Unit* b, ptrdiff_t b_row, typename M::Vec::Real* c, ptrdiff_t c_row,
+                                bool accumulate, ptrdiff_t lanes) {
   using Real = typename M::Vec::Real;
   constexpr int L = Tile<M>::lanes, R = Tile<M>::rows;
   Real whole[R * L];
@@ -147,7 +191,7 @@ inline void multiply_panel_edge(ptrdiff_t rows, ptrdiff_t units, const typename 
     ptrdiff_t count = rows - first < R ? rows - first : R;
     for (ptrdiff_t r = 0; r < count; ++r)
       for (ptrdiff_t l = 0; l < L; ++l) whole[r * L + l] = accumulate && l < lanes ? c[(first + r) * c_row + l] : Real(0);
-    multiply_panel<M>(count, units, a, b + first * b_row, b_row, b_unit, whole, L, true);
+    multiply_panel<M, Step>(count, units, a, b + first * b_row, b_row, whole, L, true);
     for (ptrdiff_t r = 0; r < count; ++r)
       for (ptrdiff_t l = 0; l < lanes; ++l) c[(first + r) * c_row + l] = whole[r * L + l];
   }

@@ -9,38 +9,11 @@
 
 #include <math.h>
 
-#include "amx.h"
-#include "buffer.h"
-#include "gemm.h"
 #include "kernels.h"
 #include "narrow.h"
+#include "pack.h"
 
 namespace FASTRL_ISA {
-
-// Writes `pair` neighbouring values of a row as one unit.
-inline void put(float* unit, float a, float) { *unit = a; }
-inline void put(double* unit, double a, double) { *unit = a; }
-inline void put(uint32_t* unit, Bf16 a, Bf16 b) { *unit = uint32_t(a.bits) | uint32_t(b.bits) << 16; }
-inline void put(float* unit, Bf16 a, Bf16) { *unit = widen(a); }
-inline void put(float* unit, Fp16 a, Fp16) { *unit = widen(a); }
-
-// One unit for each lane of a panel: of the values a, or where a unit is a pair, of a and b.
-template <typename M, typename In>
-inline void put_lanes(typename M::Unit* to, const In* a, const In* b) {
-  if constexpr (M::pieces > 1) M::put_lanes(to, a, b);
-  else
-    for (ptrdiff_t l = 0; l < Tile<M>::lanes; ++l) put(to + l, a[l], b[l]);
-}
-
-// A row of values as units, one after the other; zeros fill up the last, and the last group.
-template <typename M, typename In>
-inline void put_row(typename M::Unit* to, const In* from, ptrdiff_t width) {
-  constexpr ptrdiff_t pair = M::pair;
-  if constexpr (M::pieces > 1) M::put_row(to, from, width);
-  else
-    for (ptrdiff_t u = 0; u < (width + pair - 1) / pair; ++u)
-      put(to + u, from[u * pair], u * pair + 1 < width ? from[u * pair + 1] : In{});
-}
 
 // M: how units multiply. In: the element type of hidden, weight and bias.
 template <typename M, typename In>
@@ -102,24 +75,13 @@ struct HeadKernel {
             M::transpose(V::lanes, rows + u, units, panel + u * L + lane, L);
         }
       } else {
-        for (int lane = 0; lane < L; ++lane) {
-          const In* from = token(p * L + lane);
-          for (ptrdiff_t u = 0; u < units; ++u) {
-            In a = from ? from[u * pair] : In{};
-            In b = from && u * pair + 1 < width ? from[u * pair + 1] : In{};
-            put(panel + u * L + lane, a, b);
-          }
+        for (int lane = 0; lane < L; lane += V::lanes) {
+          const In* from[V::lanes];
+          for (int k = 0; k < V::lanes; ++k) from[k] = token(p * L + lane + k);
+          turn_rows<M>(from, width, panel + lane, L);
         }
       }
     }
-  }
-
-  // Columns [p L, p L + L) of a row: where they are if all exist, else in `room`, with zeros for those that do not.
-  const In* columns_of(const In* row, ptrdiff_t p, In* room) const {
-    const ptrdiff_t left = row ? least(width - p * L, L) : 0;
-    if (left == L) return row + p * L;
-    for (ptrdiff_t l = 0; l < L; ++l) room[l] = l < left ? row[p * L + l] : In{};
-    return room;
   }
 
   // Rows [first, first + count) of a matrix with one lane per column, `pair` rows in a unit: panels of L columns with
@@ -131,7 +93,8 @@ struct HeadKernel {
       const In* odd = pair > 1 && i + 1 < count ? row(i + 1) : nullptr;
       for (ptrdiff_t p = 0; p < width_panels; ++p) {
         In room[2][L];
-        const In *a = columns_of(even, p, room[0]), *b = pair > 1 ? columns_of(odd, p, room[1]) : a;
+        const In* a = columns_of(even, p * L, L, width, room[0]);
+        const In* b = pair > 1 ? columns_of(odd, p * L, L, width, room[1]) : a;
         put_lanes<M>(out + (p * panel_units + place<M>(at + i / pair)) * L, a, b);
       }
     }
@@ -196,7 +159,7 @@ struct HeadKernel {
           for (ptrdiff_t t = 0; t < padded; t += L) {
             Real* z = out.logits ? static_cast<Real*>(out.logits) + v * padded + t : static_cast<Real*>(tile);
             const ptrdiff_t z_row = out.logits ? padded : L;
-            multiply_panel<M>(count, units, tokens + t * units, w, stride, 1, z, z_row, false);
+            multiply_panel<M, 1>(count, units, tokens + t * units, w, stride, z, z_row, false);
             for (ptrdiff_t l = 0; l < L; l += V::lanes)
               fold(z + l, z_row, v, count, warmth + t + l, target + t + l, top + t + l, sum + t + l, moment + t + l,
                    at_target + t + l, entropy);
@@ -296,7 +259,8 @@ struct HeadKernel {
     Buffer<Unit> weights(needs_hidden ? width_panels * stripe_units * L : 0);
     // Panels of L tokens: one unit of entries after the other, or where M wants its rows so, one token after the other.
     Buffer<Unit> by_entry(stripe_units * padded);
-    const ptrdiff_t entry_row = M::contiguous_rows ? stripe_units : 1, entry_unit = M::contiguous_rows ? 1 : L;
+    const ptrdiff_t entry_row = M::contiguous_rows ? stripe_units : 1;
+    constexpr ptrdiff_t entry_unit = M::contiguous_rows ? 1 : L;
     Buffer<Real> d_hidden(needs_hidden ? padded * width : 0);
     Buffer<Real> row(8 * padded);
     Buffer<int32_t> target(padded);
@@ -363,7 +327,7 @@ struct HeadKernel {
                     for (ptrdiff_t l = 0; l < V::lanes; ++l) to[l] = i + l < n ? widen(from[h.rows[i + l]]) : 0;
                 }
               }
-            if (recompute) multiply_panel<M>(count, units, tokens + t * units, w, stride, 1, tile, L, false);
+            if (recompute) multiply_panel<M, 1>(count, units, tokens + t * units, w, stride, tile, L, false);
             for (ptrdiff_t l = 0; l < L; l += V::lanes) {
               const ptrdiff_t i = t + l;
               const V heat = V::load(warmth + i), shift = V::load(lse + i), shift_rest = V::load(lse_rest + i),
@@ -411,8 +375,8 @@ struct HeadKernel {
           if (needs_weight) {
             Real* to = out.round_weight ? whole : static_cast<Real*>(out.grad_weight) + v * width;
             for (ptrdiff_t p = 0; p < width_panels; ++p)
-              product(count, token_units, columns + p * token_units * L, by_token, token_units, 1, to + p * L,
-                      out.add_weight, p);
+              product<1>(count, token_units, columns + p * token_units * L, by_token, token_units, to + p * L,
+                         out.add_weight, p);
             if (out.round_weight) round(whole, count * width, static_cast<In*>(out.grad_weight) + v * width);
           }
           if (needs_hidden)
@@ -424,8 +388,8 @@ struct HeadKernel {
 #pragma omp for collapse(2) schedule(dynamic, 1)
           for (ptrdiff_t t = 0; t < padded; t += L)
             for (ptrdiff_t p = 0; p < width_panels; ++p)
-              product(least(L, n - t), contracted, weights + p * stripe_units * L, by_entry + t * stripe_units,
-                      entry_row, entry_unit, d_hidden + t * width + p * L, first > 0, p);
+              product<entry_unit>(least(L, n - t), contracted, weights + p * stripe_units * L, by_entry + t * stripe_units,
+                                  entry_row, d_hidden + t * width + p * L, first > 0, p);
         }
       }
       if (needs_hidden) {
@@ -445,13 +409,14 @@ struct HeadKernel {
   }
 
   // One panel of columns of d weight or d hidden.
-  void product(ptrdiff_t rows, ptrdiff_t steps, const Unit* a, const Unit* b, ptrdiff_t b_row, ptrdiff_t b_unit,
-               Real* c, bool add, ptrdiff_t panel) const {
+  template <int Step>
+  void product(ptrdiff_t rows, ptrdiff_t steps, const Unit* a, const Unit* b, ptrdiff_t b_row, Real* c, bool add,
+               ptrdiff_t panel) const {
     const ptrdiff_t lanes = least(L, width - panel * L);
     if (lanes == L)
-      multiply_panel<M>(rows, steps, a, b, b_row, b_unit, c, width, add);
+      multiply_panel<M, Step>(rows, steps, a, b, b_row, c, width, add);
     else
-      multiply_panel_edge<M>(rows, steps, a, b, b_row, b_unit, c, width, add, lanes);
+      multiply_panel_edge<M, Step>(rows, steps, a, b, b_row, c, width, add, lanes);
   }
 };
 

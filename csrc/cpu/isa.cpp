@@ -3,6 +3,7 @@
 #include "gae.h"
 #include "group_advantages.h"
 #include "head.h"
+#include "linear.h"
 #include "logprob.h"
 #include "policy_loss.h"
 
@@ -19,6 +20,9 @@ const Kernels* JOIN(kernels_, FASTRL_ISA)() {
       head_forward,
       head_keep,
       head_backward,
+      linear_forward,
+      linear_grad_input,
+      linear_grad_weight,
       decode_attention,
       logprob_forward,
       logprob_backward,

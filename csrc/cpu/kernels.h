@@ -65,6 +65,43 @@ struct HeadBackward {
   bool round_weight;         // round d weight once to the dtype of weight; never with add_weight
 };
 
+// y = x W^T + bias, x (rows, width), W (outputs, width), y (rows, outputs), all of one dtype, which is float32 or
+// bfloat16; rows may be any stride apart, their values lie side by side. No size is 0. `add`: to what is there.
+struct LinearShape {
+  Dtype dtype;
+  int64_t rows, width, outputs;
+  int threads;
+  double products() const { return double(rows) * double(width) * double(outputs); }
+};
+
+struct LinearForward {
+  LinearShape shape;
+  const void* x;
+  const void* weight;
+  const void* bias;  // (outputs) or null
+  void* y;
+  int64_t x_stride, weight_stride, y_stride;
+  bool add;
+};
+
+struct LinearGradInput {
+  LinearShape shape;
+  const void* dy;
+  const void* weight;
+  void* dx;
+  int64_t dy_stride, weight_stride, dx_stride;
+  bool add;
+};
+
+struct LinearGradWeight {
+  LinearShape shape;
+  const void* dy;
+  const void* x;
+  void* dw;  // (outputs, width), dense: float, or with `round` the dtype of x
+  int64_t dy_stride, x_stride;
+  bool add, round;
+};
+
 // Attention of one query token per row over cached keys and values, (rows, key_heads, seen, width) with equal strides.
 struct DecodeAttention {
   Dtype dtype;  // of query, keys, values and out; not float64
@@ -149,6 +186,9 @@ struct Kernels {
   void (*head_forward)(const HeadForward&);
   void (*head_keep)(const HeadKeep&);
   void (*head_backward)(const HeadBackward&);
+  void (*linear_forward)(const LinearForward&);
+  void (*linear_grad_input)(const LinearGradInput&);
+  void (*linear_grad_weight)(const LinearGradWeight&);
   void (*decode_attention)(const DecodeAttention&);
   void (*logprob_forward)(const LogprobForward&);
   void (*logprob_backward)(const LogprobBackward&);

@@ -47,6 +47,11 @@ struct Array {
   static Array exp(Array a) { for (int i = 0; i < lanes; ++i) a.x[i] = real_exp(a.x[i]); return a; }
   T total() const { T sum = 0; for (int i = 0; i < lanes; ++i) sum += x[i]; return sum; }
   static Array tanh(Array a) { for (int i = 0; i < lanes; ++i) a.x[i] = real_tanh(a.x[i]); return a; }
+  // Lane i of vector k and lane k of vector i change places, in every vector type as bits: no lane is looked at.
+  static void transpose(Array* v) {
+    for (int i = 0; i < lanes; ++i)
+      for (int k = 0; k < i; ++k) { T other = v[i].x[k]; v[i].x[k] = v[k].x[i]; v[k].x[i] = other; }
+  }
 
  private:
   static float real_exp(float v) { return __builtin_expf(v); }
@@ -122,6 +127,27 @@ struct Float {
     return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(high, _mm512_castps_si512(sign.x), _mm512_castps_si512(a.x), 0xCA))};
   }
   float total() const { return _mm512_reduce_add_ps(x); }
+  static void transpose(Float* v) {
+    __m512i x[16], y[16];
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_castps_si512(v[i].x);
+    for (int i = 0; i < 16; i += 2) {  // 2 by 2 lanes within each quarter
+      y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+      y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)  // 4 by 4: x[i + j] has lane j of each quarter, of vectors i to i + 3
+      for (int j = 0; j < 2; ++j) {
+        x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + 2 + j]);
+        x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + 2 + j]);
+      }
+    for (int j = 0; j < 4; ++j) {  // the quarters themselves
+      __m512i a = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), b = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
+      __m512i c = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd), d = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
+      v[j].x = _mm512_castsi512_ps(_mm512_shuffle_i32x4(a, b, 0x88));
+      v[4 + j].x = _mm512_castsi512_ps(_mm512_shuffle_i32x4(c, d, 0x88));
+      v[8 + j].x = _mm512_castsi512_ps(_mm512_shuffle_i32x4(a, b, 0xdd));
+      v[12 + j].x = _mm512_castsi512_ps(_mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+  }
   static Float exp(Float a) { return exp_lanes(a); }
   static Float tanh(Float a) { return tanh_lanes(a); }
 };
@@ -167,6 +193,22 @@ struct Float {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static void transpose(Float* v) {
+    __m256 x[8], y[8];
+    for (int i = 0; i < 8; i += 2) {  // 2 by 2 lanes within each half
+      y[i] = _mm256_unpacklo_ps(v[i].x, v[i + 1].x);
+      y[i + 1] = _mm256_unpackhi_ps(v[i].x, v[i + 1].x);
+    }
+    for (int i = 0; i < 8; i += 4)  // 4 by 4: x[i + j] has lane j of each half, of vectors i to i + 3
+      for (int j = 0; j < 2; ++j) {
+        x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + 2 + j], 0x44);
+        x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + 2 + j], 0xee);
+      }
+    for (int j = 0; j < 4; ++j) {  // the halves themselves
+      v[j].x = _mm256_permute2f128_ps(x[j], x[4 + j], 0x20);
+      v[4 + j].x = _mm256_permute2f128_ps(x[j], x[4 + j], 0x31);
+    }
   }
   static Float exp(Float a) { return exp_lanes(a); }
   static Float tanh(Float a) { return tanh_lanes(a); }
