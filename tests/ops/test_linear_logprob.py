@@ -727,6 +727,11 @@ def test_statistics_inside_the_matmul_pass_over_masked_and_report_broken_vocabul
 
 def test_statistics_inside_the_matmul_depend_on_no_other_row(inside_the_matmul):
     inputs = gaussian(140, 48, 300).leaves(dtype=torch.bfloat16)
+    if DEVICE == "cpu":
+        # Triton's interpreter multiplies tiles with numpy's BLAS, which may round a row by its place in the tile or in
+        # memory. Products of quarters are summed without rounding.
+        for tensor in (inputs.hidden, inputs.weight):
+            tensor.mul_(4).round_().div_(4)
     whole = without_gradient(inputs, "triton")
     part = Inputs(inputs.hidden[97:105], inputs.weight, inputs.targets[97:105], inputs.bias)
     for among_others, alone in zip(whole, without_gradient(part, "triton"), strict=True):
