@@ -18,6 +18,7 @@ _EXPORTS = {
     "group_advantages": "fastrl.ops.group_advantages",
     "gae": "fastrl.ops.gae",
     "FusedLMHead": "fastrl.ops.fused_lm_head",
+    "accelerate_cpu": "fastrl.model.accelerate",
     "policy_loss": "fastrl.losses.policy",
     "linear_policy_loss": "fastrl.losses.linear_policy",
     "preference_loss": "fastrl.losses.preference",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from fastrl.losses.reward_model import reward_model_loss as reward_model_loss
     from fastrl.losses.unpaired import unpaired_preference_loss as unpaired_preference_loss
     from fastrl.losses.value import value_loss as value_loss
+    from fastrl.model.accelerate import accelerate_cpu as accelerate_cpu
     from fastrl.ops.fused_lm_head import FusedLMHead as FusedLMHead
     from fastrl.ops.gae import gae as gae
     from fastrl.ops.group_advantages import group_advantages as group_advantages

@@ -46,6 +46,7 @@ class Kernel:
 
 
 HEAD_OPS = ("linear_logprob", "linear_policy_loss")  # matmuls and kernels between them
+CPU_OPS = ("linear",)  # torch's matmul is as good as any elsewhere
 
 
 def _backends(op: str) -> dict[str, Kernel]:
@@ -54,6 +55,8 @@ def _backends(op: str) -> dict[str, Kernel]:
     cuda_kernel = Kernel(f"{folder}.cuda_impl", cuda.refuses, "cuda", only_in_torch)
     triton_kernel = Kernel(f"{folder}.triton_impl", triton_jit.refuses, "cuda", only_in_torch)
     backends = {"native": Kernel(f"{folder}.native", native.refuses, lacks=only_in_torch)}
+    if op in CPU_OPS:
+        return backends | {"reference": Kernel(f"{folder}.reference")}
     # Triton has a kernel with the first matmul inside; which of the others are quicker is unmeasured.
     if op in HEAD_OPS:
         backends |= {"triton": triton_kernel, "cuda": cuda_kernel}
@@ -69,6 +72,7 @@ OPS = (
     "linear_policy_loss",
     "group_advantages",
     "gae",
+    "linear",
 )
 # In order of preference: "auto" takes the first that does not refuse.
 TABLE: dict[str, dict[str, Kernel]] = {op: _backends(op) for op in OPS}

@@ -5,7 +5,11 @@ attention over sequences laid end to end.
 from __future__ import annotations
 
 import inspect
+import time
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -17,6 +21,7 @@ from fastrl.model.masks import FULL, SLIDING
 from fastrl.types import MicroBatch
 
 NAME = "fastrl_varlen"
+IN_FLOAT32 = "fastrl_sdpa"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -55,7 +60,7 @@ def prepare_attention(model: nn.Module, layout: str, *, dtype: torch.dtype) -> s
         kernel = varlen_attention_backend(next(model.parameters()).device)
         layout = "varlen" if kernel is not None and dtype in FLASH_DTYPES else "auto"
     if layout == "varlen":
-        _register()
+        _register(NAME, _attention_forward)
         model.set_attn_implementation(NAME)
     return layout
 
@@ -63,7 +68,7 @@ def prepare_attention(model: nn.Module, layout: str, *, dtype: torch.dtype) -> s
 def _refusal(model: nn.Module) -> tuple[str, str] | None:
     """Why several sequences cannot share a row of this model, as (expected, got)."""
     config: Any = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", NAME):
+    if config._attn_implementation not in ("sdpa", IN_FLOAT32, NAME):
         return "SDPA attention where sequences share a row", repr(config._attn_implementation)
     other = sorted(set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING})
     if other or getattr(model, "_is_stateful", False):  # a recurrent state would run from one sequence into the next
@@ -192,9 +197,70 @@ def _attention_forward(
     return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=sliding_window)[None], None
 
 
-def _register() -> None:
+def in_float32(model: nn.Module) -> Callable[[], None]:
+    """Makes a transformers model's SDPA compute in float32 what is bfloat16, where a CPU is slow at that.
+
+    On processors without bfloat16 products torch has no fast ones: forward and backward take 6 times as long as in
+    float32. Returns the call that undoes it. A model with another attention is left as it is.
+    """
+    config: Any = getattr(model, "config", None)
+    configs = [] if config is None or not hasattr(config, "get_text_config") else [config, config.get_text_config()]
+    found = [one for one in configs if getattr(one, "_attn_implementation", None) == "sdpa"]
+    if found:
+        _register(IN_FLOAT32, _sdpa_in_float32)
+    for one in found:
+        one._attn_implementation = IN_FLOAT32
+
+    def undo() -> None:
+        for one in found:
+            if one._attn_implementation == IN_FLOAT32:
+                one._attn_implementation = "sdpa"
+
+    return undo
+
+
+def _sdpa_in_float32(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA, of float32 copies where bfloat16 is slow."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    dtype, kind = query.dtype, query.device.type
+    if kind != "cpu" or torch.bfloat16 not in (dtype, key.dtype, value.dtype) or not slow_bfloat16():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    query, key, value = (x.float() for x in (query, key, value))
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    with torch.autocast(kind, enabled=False):
+        out, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return out.to(dtype), weights
+
+
+@cache
+def slow_bfloat16() -> bool:
+    """Whether torch's attention on this CPU takes clearly longer in bfloat16 than in float32, by a race."""
+    calls = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.linspace(-1, 1, 4 * 192 * 64, device="cpu").view(1, 4, 192, 64).to(dtype).requires_grad_()
+        calls[dtype] = lambda x=x: torch.autograd.grad(scaled_dot_product_attention(x, x, x, is_causal=True).sum(), x)
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in calls}
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(7):
+            for dtype, call in calls.items():
+                began = time.perf_counter()
+                call()
+                seconds[dtype].append(time.perf_counter() - began)
+    return median(seconds[torch.bfloat16]) > 1.5 * median(seconds[torch.float32])
+
+
+def _register(name: str, forward: Callable[..., tuple[torch.Tensor, None]]) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, sdpa_mask)

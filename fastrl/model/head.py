@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastrl import check
+from fastrl.model.accelerate import is_linear
 from fastrl.model.masks import dense_masks
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def last_hidden(
 
 def is_adapted(layer: nn.Module | None) -> bool:
     """Whether a linear layer carries an adapter."""
-    return type(getattr(layer, "base_layer", None)) is nn.Linear and hasattr(layer, "get_delta_weight")
+    return is_linear(getattr(layer, "base_layer", None)) and hasattr(layer, "get_delta_weight")
 
 
 def adapted_weight(layer: Any) -> torch.Tensor:
@@ -130,7 +131,7 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
         "Cut the model before sharding it.",
     )
     check.require(
-        type(head) is nn.Linear or is_adapted(head),
+        is_linear(head) or is_adapted(head),
         "cut",
         "head",
         "a torch.nn.Linear",

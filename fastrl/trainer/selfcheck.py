@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 import fastrl
+from fastrl.ops.linear import linear
 
 ROWS, HIDDEN, VOCABULARY = 24, 32, 211  # a vocabulary that is no multiple of any vector width
 TOLERANCE = 1e-4  # of float32 results, relative to 1 + |value|
@@ -130,6 +131,13 @@ def _gae(backend: str, device: torch.device) -> tuple[Results, Results]:
     return [advantages, returns], [want, want + v]
 
 
+def _linear(backend: str, device: torch.device) -> tuple[Results, Results]:
+    hidden, weight = _head(device, double=False)
+    h, w = _head(device, double=True)
+    got = _with_gradients([linear(hidden, weight, backend=backend)], [hidden, weight])
+    return got, _with_gradients([h @ w.T], [h, w])
+
+
 CHECKS: dict[str, Check] = {
     "linear_logprob": _linear_logprob,
     "logprob": _logprob,
@@ -137,4 +145,5 @@ CHECKS: dict[str, Check] = {
     "linear_policy_loss": _linear_policy_loss,
     "group_advantages": _group_advantages,
     "gae": _gae,
+    "linear": _linear,
 }

@@ -1,0 +1,281 @@
+"""A model's linear layers on fastrl's CPU products, wherever a probe finds them no slower than torch's."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cache
+from statistics import median
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastrl.check import choice
+from fastrl.model.attention import in_float32
+from fastrl.ops.linear import native_linear, native_lora_linear, refusal
+
+log = logging.getLogger(__name__)
+
+ROWS = (8, 64, 256)  # what the probe multiplies: a few rows decoded, many, and a micro-batch with its gradients
+WIDEST = 2048  # of a layer that the probe multiplies: a part tells as much about a larger one
+ROUNDS = 5
+CLEARLY = 1.05  # torch is taken only where it is quicker by more than noise: a choice must not change by itself
+HOPELESS = 3.0  # a factor that one round is enough for
+
+Shape = tuple[int, int]  # outputs, width
+Choices = dict[torch.dtype, dict[Shape, tuple[bool, ...]]]  # whether native serves each of ROWS
+
+
+def accelerate_cpu(model: nn.Module, *, linear: str = "auto", known: Choices | None = None) -> Acceleration:
+    """Makes a model's layers compute with fastrl's CPU products, in place; `undo` of what it returns ends it.
+
+    y = x W^T + b and its gradients, as `fastrl.ops.linear`. The layers and their parameters stay the same objects, and
+    so do state_dict, optimizers, hooks and names: a layer is given a class of its own, whose forward picks the quicker
+    of native and torch for its shape, dtype and number of rows. Adapters (LoRA, of peft) and frozen layers compute the
+    products that they need and no others. Where torch's attention is slow in bfloat16, that of a transformers model is
+    computed in float32. Layers of another kind, on another device, or of a dtype that native does not take stay
+    torch's; the log names the kinds once. Applied twice, the second time changes nothing.
+
+    Args:
+        model: on a CPU, whole or with adapters.
+        linear: auto measures, some 100 ms for each dtype; native takes the native products for every shape, so that two
+            processes compute the same bits.
+        known: what was measured before, as the `choices` of an earlier call; what is missing is added.
+
+    Returns:
+        Acceleration: what was covered; `undo()`, and a context manager that undoes on leaving.
+
+    Raises:
+        ValueError: there is no such choice of products.
+    """
+    choice("accelerate_cpu", "linear", linear, ("auto", "native"))
+    layers, others = [], Counter()
+    for module in model.modules():
+        reason = _refuses(module.weight) if type(module) is nn.Linear else None
+        if reason is not None:
+            others[f"Linear ({reason})"] += 1
+        elif type(module) in (nn.Linear, _lora_linear()):
+            layers.append(module)
+        elif _multiplies(module):
+            others[type(module).__name__] += 1
+    choices = None if linear == "native" else {} if known is None else known
+    for layer in layers if choices is not None else ():
+        if isinstance(layer, nn.Linear):
+            _chosen(choices, layer.weight.dtype, tuple(layer.weight.shape))
+    if others:
+        log.info("accelerate_cpu: torch's own: %s", ", ".join(f"{count} {name}" for name, count in others.items()))
+    return Acceleration(model, layers, dict(others), choices)
+
+
+class Acceleration:
+    """What `accelerate_cpu` changed.
+
+    covered: layers that compute natively where that is quicker. others: kinds of layers that stay torch's, and how many
+    of each. choices: what was measured, by dtype and shape; None where nothing was.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: list[nn.Module], others: dict[str, int], choices: Choices | None
+    ) -> None:
+        self.covered, self.others, self.choices = len(layers), others, choices
+        self._layers, self._attention = layers, in_float32(model)
+        for layer in layers:
+            layer.choices = choices
+            layer.__class__ = NativeLinear if isinstance(layer, nn.Linear) else _native_lora(type(layer))
+
+    def undo(self) -> None:
+        """Each layer is what it was; a second time does nothing."""
+        for layer in self._layers:
+            layer.__class__ = layer.former
+            del layer.choices
+        self._layers = []
+        self._attention()
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
+
+class NativeLinear(nn.Linear):
+    """A `torch.nn.Linear` on the quicker of two products."""
+
+    choices: Choices | None  # None: native for every shape
+    former = nn.Linear
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if _native_serves(self, input):
+            return native_linear(input, self.weight, self.bias)
+        return functional.linear(input, self.weight, self.bias)
+
+
+@cache
+def _native_lora(former: type[nn.Module]) -> type[nn.Module]:
+    """peft's LoRA layer with the products of its one plain adapter fused."""
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        """As peft's."""
+        adapter, base = None if args or named else _one_plain_adapter(self), self.base_layer
+        if adapter is None or x.dtype != base.weight.dtype or not _native_serves(base, x):
+            return former.forward(self, x, *args, **named)
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return native_lora_linear(x, base.weight, base.bias, down, up, self.scaling[adapter])
+
+    about = {"forward": forward, "former": former, "__doc__": _native_lora.__doc__, "__module__": __name__}
+    return type("NativeLoraLinear", (former,), about)
+
+
+class Probe(NamedTuple):
+    """Seconds of a layer's products, a number a round, of both ways to compute them."""
+
+    native: list[float]
+    torch: list[float]
+
+    def prefers_native(self) -> bool:
+        """Whether native is not clearly slower."""
+        return median(self.native) <= CLEARLY * median(self.torch)
+
+
+@cache
+def choose(shape: Shape, dtype: torch.dtype) -> tuple[bool, ...]:
+    """Whether native serves a layer of this shape, for each of ROWS; in one process always the same."""
+    return tuple(probe(shape, (dtype,), rows)[dtype].prefers_native() for rows in ROWS)
+
+
+def probe(shape: Shape, dtypes: Iterable[torch.dtype], rows: int, *, rounds: int = ROUNDS) -> dict[torch.dtype, Probe]:
+    """Times a layer's products in turns, all dtypes and both ways in each round: y, and dx and dW for most rows.
+
+    What is slower than another by a factor that no noise explains is timed once.
+    """
+    outputs, width = (min(size, WIDEST) for size in shape)
+    calls: dict[tuple[torch.dtype, str], Callable[[], object]] = {}
+    with torch.device("cpu"):
+        for dtype in dtypes:
+            # Any values will do, but for zeros and denormals; a generator of its own leaves the run's alone.
+            x, weight, dy = (
+                torch.linspace(0.5, 1.5, a * b).view(a, b).to(dtype)
+                for a, b in ((rows, width), (outputs, width), (rows, outputs))
+            )
+            inputs = (x.requires_grad_(), weight.requires_grad_()) if rows == max(ROWS) else ()
+            for name, product in (("native", native_linear), ("torch", functional.linear)):
+                calls[dtype, name] = _step(product, x, weight, dy, inputs)
+    seconds: dict[tuple[torch.dtype, str], list[float]] = {key: [] for key in calls}
+    best = float("inf")
+    for turn in range(rounds + 1):
+        for key, call in calls.items():
+            if turn > 1 and median(seconds[key]) > HOPELESS * best:
+                continue
+            began = time.perf_counter()
+            call()
+            if turn:  # the first pages memory in, and wakes threads
+                seconds[key].append(time.perf_counter() - began)
+        if turn:
+            best = min(map(median, seconds.values()))
+    return {dtype: Probe(seconds[dtype, "native"], seconds[dtype, "torch"]) for dtype in dtypes}
+
+
+def is_linear(module: object) -> bool:
+    """Whether a module is a `torch.nn.Linear` and nothing more, accelerated or not."""
+    return type(module) in (nn.Linear, NativeLinear)
+
+
+def served(layer: NativeLinear, dtype: torch.dtype, rows: int) -> bool:
+    """Whether the layer computes so many rows of this dtype natively."""
+    return layer.choices is None or _chosen(layer.choices, dtype, tuple(layer.weight.shape))[_size(rows)]
+
+
+def _step(
+    product: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dy: torch.Tensor,
+    inputs: tuple[torch.Tensor, ...],
+) -> Callable[[], object]:
+    """A call that multiplies once, with the gradient of `inputs`."""
+
+    def call() -> object:
+        with torch.autocast("cpu", enabled=False), torch.set_grad_enabled(bool(inputs)):
+            y = product(x, weight, None)
+            return torch.autograd.grad(y, inputs, dy) if inputs else y
+
+    return call
+
+
+def _native_serves(layer: NativeLinear, x: torch.Tensor) -> bool:
+    """Whether the layer's product with these rows is native."""
+    if refusal(x, layer.weight, layer.bias) is not None:
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return served(layer, dtype, x.numel() // x.shape[-1])
+
+
+def _chosen(choices: Choices, dtype: torch.dtype, shape: Shape) -> tuple[bool, ...]:
+    """What was chosen for a shape; measured at the first use of a dtype that is new to the model."""
+    known = choices.setdefault(dtype, {})
+    if shape not in known:
+        known[shape] = choose(shape, dtype)
+    return known[shape]
+
+
+def _size(rows: int) -> int:
+    """Which of ROWS stands for so many rows."""
+    return sum(rows >= 2 * least for least in ROWS[:-1])
+
+
+def _lora_linear() -> type[nn.Module] | None:
+    """peft's LoRA layer around a linear one; None where peft was not imported, so that no model has any."""
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    return None if layer is None else layer.Linear
+
+
+def __getattr__(name: str) -> object:
+    """The class of accelerated adapters, under which a whole model of them is pickled."""
+    if name == "NativeLoraLinear" and _lora_linear() is not None:
+        return _native_lora(_lora_linear())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _one_plain_adapter(layer: Any) -> str | None:
+    """The name of the only adapter in a LoRA layer that is at work, where its formula is the plain one."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(active) != 1:
+        return None
+    (name,) = active
+    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    parts = (layer.base_layer, down, up)
+    plain = (
+        name not in layer.lora_variant
+        and all(type(part) is NativeLinear and not _hooked(part) for part in parts)
+        and up.bias is None
+        and {down.weight.dtype, up.weight.dtype} == {layer.base_layer.weight.dtype}
+        and not layer.base_layer.weight.requires_grad
+        and (isinstance(dropout, nn.Identity) or not dropout.training or not getattr(dropout, "p", 1.0))
+    )
+    return name if plain else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody watches the module, which a fused product would pass by."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _refuses(weight: torch.Tensor) -> str | None:
+    """Why native does not take a layer with this weight, or None."""
+    return refusal(weight[:1] if weight.dim() == 2 else weight, weight, None)
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module that is no plain linear layer multiplies a weight of its own with its input."""
+    weight = vars(module).get("_parameters", {}).get("weight")
+    own = weight is not None and weight.dim() >= 2 and not isinstance(module, nn.Embedding)
+    return own and not isinstance(module, NativeLinear)
