@@ -93,6 +93,7 @@ class Verifier:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            start_new_session=True,  # or Ctrl-C would end it in the middle of a call, which then judges wrongly
         )
         if self._ask({"gold": "1", "text": "1"}, STARTING_S) is None:
             raise RuntimeError("math_answer: math-verify could not be started; its error is above.")

@@ -350,6 +350,14 @@ def test_an_expression_that_takes_forever_is_wrong_and_the_next_one_is_judged(co
     assert compared("7", "7") == 1.0
 
 
+def test_ctrl_c_in_a_terminal_does_not_reach_the_verifier(compared):
+    """A terminal signals every process of the foreground group."""
+    from fastrl.rewards.math_answer import _verifier
+
+    assert compared("7", "7") == 1.0
+    assert os.getpgid(_verifier()._process.pid) != os.getpgrp()
+
+
 def test_a_verifier_that_was_killed_is_started_again(compared):
     from fastrl.rewards.math_answer import _verifier
 
