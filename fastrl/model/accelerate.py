@@ -26,7 +26,7 @@ ROWS = (8, 64, 256)  # what the probe multiplies: a few rows decoded, many, and 
 WIDEST = 2048  # of a layer that the probe multiplies: a part tells as much about a larger one
 ROUNDS = 5
 CLEARLY = 1.05  # torch is taken only where it is quicker by more than noise: a choice must not change by itself
-HOPELESS = 3.0  # a factor that one round is enough for
+HOPELESS = 4.0  # a factor that one round is enough for
 
 Shape = tuple[int, int]  # outputs, width
 Choices = dict[torch.dtype, dict[Shape, tuple[bool, ...]]]  # whether native serves each of ROWS
@@ -171,14 +171,14 @@ def probe(shape: Shape, dtypes: Iterable[torch.dtype], rows: int, *, rounds: int
     best = float("inf")
     for turn in range(rounds + 1):
         for key, call in calls.items():
-            if turn > 1 and median(seconds[key]) > HOPELESS * best:
+            if turn and median(seconds[key]) > HOPELESS * best:
                 continue
             began = time.perf_counter()
             call()
-            if turn:  # the first pages memory in, and wakes threads
-                seconds[key].append(time.perf_counter() - began)
-        if turn:
-            best = min(map(median, seconds.values()))
+            took = time.perf_counter() - began
+            # The first turn pages memory in and wakes threads: it counts only where it is the only one.
+            seconds[key] = [took] if turn < 2 else [*seconds[key], took]
+        best = min(map(median, seconds.values()))
     return {dtype: Probe(seconds[dtype, "native"], seconds[dtype, "torch"]) for dtype in dtypes}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -88,6 +89,24 @@ def load_pretrained(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer, sorted(loading["missing_keys"])
+
+
+def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
+    """(outputs, width) of a model's linear layers -> how many there are, from its configuration alone.
+
+    Empty where there is no such model, or its configuration makes no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(name_or_path)
+    try:
+        source = str(converted(PACKAGED[name])) if name in PACKAGED else name
+        with quiet_progress(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError):  # who loads the model says it better
+        return Counter()
+    return Counter(tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear))
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
