@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 # `model` may have another name, if its weights are the same.
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
-    "device", "backend", "tokens_per_batch", "layout", "gradient_checkpointing", "threads", "max_failure_fraction",
-    "adapter.save", "log_to",
+    "device", "backend", "linear", "tokens_per_batch", "layout", "gradient_checkpointing", "threads",
+    "max_failure_fraction", "adapter.save", "log_to",
 }  # fmt: skip
 
 
@@ -221,8 +221,12 @@ class RunConfig:
     seed: int = 0
     run_dir: str = "runs/{algorithm}"
     """Everything the run writes goes here; if it exists, -2, -3, ... is appended."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the model's weights and activations; the optimizer's are float32 in any case."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the model's weights and activations; the optimizer's are float32 in any case. auto: bfloat16 on a GPU that has
+    it, and on a CPU where a short race shows that it is quicker."""
+    linear: Literal["auto", "native", "torch"] = "auto"
+    """On a CPU, whose products the linear layers take. auto: the quicker for each shape, by a short race, which a
+    resumed run does not repeat; native and torch give two runs the same bits."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU when there is one."""
     backend: str = "auto"
@@ -246,6 +250,11 @@ class RunConfig:
     """Trackers that get the metrics too; metrics.jsonl is always written."""
     adapter: AdapterConfig = AdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the model's layers are held in fewer bits."""
+        return self.adapter.quantize != "none"
 
     def __post_init__(self) -> None:
         op = type(self).__name__

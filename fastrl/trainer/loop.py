@@ -63,14 +63,18 @@ def train(config: TrainConfig) -> Outcome:
         ValueError: something in the configuration cannot work; the message says what.
     """
     run = prepare(config)
+    config = run.config  # with what `auto` stands for
     with only_writer(run.directory, config) as directory:
         run = replace(run, directory=directory)
         optimizers = make_optimizers(run)
         done, batch = restore(run, optimizers) if run.resumed else (0, None)
         log = RunLog(directory, total_steps=config.steps, show_every=config.show_every)
-        log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=done)
+        about = environment() | {"speed": run.speed.about()}
+        log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=done)
         if run.resumed:
             resume_log(run, log, done, batch)
+        for message in run.speed.warnings():
+            log.warn(message)
         with interruptible() as interrupt:
             status, steps = _steps(run, log, optimizers, interrupt, done, batch)
         return conclude(run, log, status, steps)

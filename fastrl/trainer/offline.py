@@ -51,11 +51,13 @@ def train(config: OfflineConfig) -> Outcome:
         ValueError: something in the configuration cannot work; the message says what.
     """
     run = prepare(config)
+    config = run.config  # with what `auto` stands for
     with only_writer(run.directory, config) as directory:
         run = replace(run, directory=directory)
         columns = COLUMNS.get(config.algorithm, COLUMNS[run.objective.kind]) + EVERY_RUN
         log = RunLog(directory, total_steps=config.steps, columns=columns)
-        log.start(asdict(replace(config, resume="")), environment(), trackers=config.log_to, done=_steps_done(run))
+        about = environment() | {"speed": run.speed.about()}
+        log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=_steps_done(run))
         if run.reference:
             with log.stage("reference"):
                 fill_in(run, [*run.to_be_drawn(), *run.held_out])

@@ -23,9 +23,9 @@ from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel, load_scalar_model
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.offline_config import OfflineConfig, build_objective
+from fastrl.trainer.precision import DTYPES, Speed
 from fastrl.trainer.resume import require_same_model
 from fastrl.trainer.setup import (
-    DTYPES,
     begin,
     checkpoint_activations,
     free_directory,
@@ -61,6 +61,7 @@ class OfflineRun:
     fingerprint: str  # of the model's weights before training
     skipped: tuple[str, ...]  # what was said about rows that were left out
     resumed: Checkpoint | None  # where the run goes on from, instead of the model's own weights
+    speed: Speed
 
     def models(self) -> dict[str, PreTrainedModel]:
         """What is trained, by the name of its folder."""
@@ -118,7 +119,8 @@ def prepare(config: OfflineConfig, *, trains: bool = True) -> OfflineRun:
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
     """
-    (resumed, device), dtype = begin(config), DTYPES[config.dtype]
+    config, resumed, device, speed = begin(config)
+    dtype = DTYPES[config.dtype]
     objective = build_objective(config)
     scalar = isinstance(objective, RewardModelling)
     if scalar:
@@ -132,8 +134,9 @@ def prepare(config: OfflineConfig, *, trains: bool = True) -> OfflineRun:
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     adapted = with_adapter(model, config.adapter) if trains else None
+    speed.up(model, config)
     policy = ScalarModel(model) if scalar else Policy(model, backend=config.backend)
-    reference = _reference(config, policy, tokenizer, device) if objective.needs_ref else None
+    reference = _reference(config, policy, tokenizer, device, speed) if objective.needs_ref else None
 
     models = [policy.model] + ([reference.model] if reference else [])
     groups, skipped = _load(config, objective, tokenizer, min(config.data.max_tokens, positions(*models)))
@@ -169,11 +172,12 @@ def prepare(config: OfflineConfig, *, trains: bool = True) -> OfflineRun:
         fingerprint=began,
         skipped=skipped,
         resumed=resumed,
+        speed=speed,
     )
 
 
 def _reference(
-    config: OfflineConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: OfflineConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, device: torch.device, speed: Speed
 ) -> Policy:
     """The policy itself, which is not trained yet, or another model of the same vocabulary, in 4 bits as it is."""
     if not config.reference:
@@ -185,6 +189,7 @@ def _reference(
     do = "Its log-probabilities would be of other tokens."
     require(same, "OfflineConfig", "reference", f"a model with the vocabulary of {config.model!r}", got, do)
     require_same_rows("OfflineConfig", "reference", model, policy.model, len(tokenizer))
+    speed.up(model, config)
     prepare_attention(model.requires_grad_(False), config.layout, dtype=dtype)
     return Policy(model, backend=config.backend)
 

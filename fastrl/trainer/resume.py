@@ -6,7 +6,7 @@ import json
 import random
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig, config_class, 
 from fastrl.trainer.files import clear_leftovers
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.optimizer import MasterOptimizer
+from fastrl.trainer.precision import to_json
 
 if TYPE_CHECKING:
     from fastrl.trainer.offline_config import OfflineConfig
@@ -64,6 +65,7 @@ def save(
         **(at or position(run)),
         "log": log.state(),
         "batch": batch.values() if batch else None,
+        "linear": to_json(run.speed.choices),
     }
 
     def contents(folder: Path) -> None:
@@ -170,6 +172,8 @@ def _newest_run(wanted: Path) -> Path:
 def _changes(found: Checkpoint, config: AnyConfig) -> list[tuple[str, Any, Any]]:
     """(field, its value in the checkpoint, its value in `config`) of every field that differs."""
     saved = from_dict(type(config), found.manifest["recipe"], f"resume: {found.folder}")  # fills in newer fields
+    if config.dtype == "auto":
+        config = replace(config, dtype=saved.dtype)  # as it was resolved then
     was, now = dict(_leaves(_plain(saved))), dict(_leaves(_plain(config)))
     return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
 

@@ -247,6 +247,7 @@ def _header_rows(config: dict[str, Any], environment: dict[str, Any], run_dir: P
         ("algorithm", f"{config.get('algorithm', '-')}, {config.get('steps', '-')} steps of {batch}"),
         ("device", f"{device} on {where}"),
         ("threads", f"{threads.get('torch', '-')} of {threads.get('cores', '-')} cores"),
+        *environment.get("speed", {}).items(),
         ("layout", f"{config.get('layout', '-')}, {config.get('tokens_per_batch', '-')} tokens per micro-batch"),
         ("files", str(run_dir)),
     ]

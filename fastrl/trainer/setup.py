@@ -32,14 +32,17 @@ from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.config import AdapterConfig, RunConfig, TrainConfig, build_algorithm
 from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
+from fastrl.trainer.precision import DTYPES, Speed, from_json, resolve_dtype
 from fastrl.trainer.resume import require_same_model, resumable
 from fastrl.trainer.trackers import require_installed
 from fastrl.types import Group, MicroBatch, Prompt
 
 if TYPE_CHECKING:
+    from typing import TypeVar
+
     from peft import PeftModel
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Run:
     shape: ModelShape
     fingerprint: str  # of the model's weights before training
     resumed: Checkpoint | None  # where the run goes on from, instead of the model's own weights
+    speed: Speed
 
     def sampling(self, *, seed: int) -> SamplingParams:
         """How this run samples, with one step's seed."""
@@ -134,7 +138,7 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
     """
-    resumed, device = begin(config)
+    config, resumed, device, speed = begin(config)
     rewards = RewardSuite(
         [resolve_reward(reward.name, **reward.options) for reward in config.rewards],
         [reward.weight for reward in config.rewards],
@@ -150,16 +154,20 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     adapted = with_adapter(model, config.adapter) if trains else None
+    speed.up(model, config)
     policy = Policy(model, backend=config.backend)
     reference = None
     if algorithm.needs_ref and adapted:
         reference = WithoutAdapter(policy, adapted)
     elif algorithm.needs_ref:
         frozen, _ = load_model(config.model, DTYPES[config.dtype])
+        speed.up(frozen, config)
         prepare_attention(frozen.to(device).requires_grad_(False), config.layout, dtype=DTYPES[config.dtype])
         reference = Policy(frozen, backend=config.backend)
 
     critic = load_critic(config, policy, tokenizer, layout) if algorithm.needs_critic else None
+    if isinstance(critic, ScalarModel):
+        speed.up(critic.model, config)
 
     prompts, held_out = load_task(config, tokenizer)
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
@@ -201,13 +209,17 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         shape=ModelShape.of(model),
         fingerprint=began,
         resumed=resumed,
+        speed=speed,
     )
     run.sampling(seed=config.seed)  # refuses here what the first rollout would refuse
     return run
 
 
-def begin(config: RunConfig) -> tuple[Checkpoint | None, torch.device]:
-    """What every run does first; returns the checkpoint that it goes on from, if any, and its device.
+def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Speed]:
+    """What every run does first.
+
+    Returns the configuration with its dtype resolved, the checkpoint that it goes on from, its device, and how it
+    computes there.
 
     Raises:
         ModuleNotFoundError: a tracker is not installed.
@@ -221,7 +233,9 @@ def begin(config: RunConfig) -> tuple[Checkpoint | None, torch.device]:
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     resolve("linear_logprob", config.backend, device)  # refuses here what a step would refuse
-    return resumed, device
+    resolved, precision = resolve_dtype(config, device, resumed)
+    known = from_json(resumed.json("state.json").get("linear", {})) if resumed else {}
+    return resolved, resumed, device, Speed(precision, config.dtype, known)
 
 
 def make_optimizers(run: Run) -> dict[str, MasterOptimizer]:

@@ -1,0 +1,145 @@
+"""Which dtype a run computes in, and on which products: what this machine is quick at, found out by a race."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+
+from fastrl.model.accelerate import Choices, Probe, Shape, accelerate_cpu, probe
+from fastrl.model.load import linear_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fastrl.trainer.checkpoint import Checkpoint
+    from fastrl.trainer.config import RunConfig
+
+    Config = TypeVar("Config", bound=RunConfig)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CLEARLY = 0.9  # bfloat16 must take at most this share of float32's time: less tells it from noise
+SLOW = 1.1  # from which factor on bfloat16 asked for by name is worth a warning
+DECODED, TRAINED = 64, 256  # rows of the race: a forward alone, and one with its gradients
+MOST_SHAPES = 3  # those that a token spends most of its products in
+
+
+class Precision(NamedTuple):
+    """A dtype, and what bfloat16's time is as a multiple of float32's; None where that was not measured."""
+
+    dtype: str
+    ratio: float | None = None
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return self.dtype
+        return f"{self.dtype} (bfloat16 takes {self.ratio:.2f} times as long as float32 here)"
+
+
+def resolve_dtype(config: Config, device: torch.device, resumed: Checkpoint | None = None) -> tuple[Config, Precision]:
+    """The configuration with a dtype in the place of auto, and why that one.
+
+    On a GPU bfloat16 where it has it. On a CPU bfloat16 only where a race at the model's own shapes, on the products
+    that will run, shows that it takes at most CLEARLY of float32's time. A resumed run keeps its own.
+    """
+    if resumed and config.dtype == "auto":
+        return replace(config, dtype=resumed.manifest["recipe"]["dtype"]), Precision(
+            resumed.manifest["recipe"]["dtype"]
+        )
+    if device.type == "cuda":
+        chosen = Precision("bfloat16" if torch.cuda.is_bf16_supported() else "float32")
+    elif device.type == "cpu":
+        shapes = linear_shapes(config.model)
+        ratio = bfloat16_ratio(shapes, native=config.linear != "torch" and not config.quantized) if shapes else None
+        chosen = Precision("bfloat16" if ratio is not None and ratio <= CLEARLY else "float32", ratio)
+    else:
+        chosen = Precision("float32")
+    return (
+        (config, chosen._replace(dtype=config.dtype))
+        if config.dtype != "auto"
+        else (replace(config, dtype=chosen.dtype), chosen)
+    )
+
+
+def bfloat16_ratio(shapes: Mapping[Shape, int], *, native: bool = True) -> float:
+    """bfloat16's time over float32's for the linear layers of a model: (outputs, width) -> how many of them.
+
+    Of a decoded and of a trained batch, each with the same say. `native`: whether fastrl's products may be taken.
+    """
+    heaviest = tuple(sorted(shapes.items(), key=lambda item: -item[0][0] * item[0][1] * item[1])[:MOST_SHAPES])
+    return _ratio(heaviest, native)
+
+
+@cache
+def _ratio(shapes: tuple[tuple[Shape, int], ...], native: bool) -> float:
+    ratios = []
+    for rows in (DECODED, TRAINED):
+        total: Counter[torch.dtype] = Counter()
+        for shape, count in shapes:
+            for dtype, race in probe(shape, tuple(DTYPES.values()), rows).items():
+                total[dtype] += count * _seconds(race, native)
+        ratios.append(total[torch.bfloat16] / total[torch.float32])
+    return sum(ratios) / len(ratios)
+
+
+def _seconds(race: Probe, native: bool) -> float:
+    return median(race.native if native and race.prefers_native() else race.torch)
+
+
+@dataclass
+class Speed:
+    """How a run computes: its dtype, and the products of its linear layers."""
+
+    precision: Precision
+    asked: str  # the dtype of the recipe
+    choices: Choices  # a checkpoint keeps them, so that a resumed run computes the same bits
+    layers: int = 0  # on fastrl's products, of all models of the run
+    others: Counter[str] = field(default_factory=Counter)  # kinds of layers that stay torch's
+
+    def up(self, model: PreTrainedModel, config: RunConfig) -> None:
+        """`accelerate_cpu`, as the configuration has it."""
+        if config.linear == "torch" or next(model.parameters()).device.type != "cpu":
+            return
+        made = accelerate_cpu(model, linear=config.linear, known=self.choices)
+        self.layers += made.covered
+        self.others += Counter(made.others)
+
+    def about(self) -> dict[str, str]:
+        """For the first lines of a run, and its env.json."""
+        lines = {"dtype": str(self.precision)}
+        if self.layers:
+            torchs = ", ".join(f"{count} {name}" for name, count in self.others.items())
+            lines["linear"] = f"{self.layers} layers on fastrl's products" + (
+                f"; torch's own: {torchs}" if torchs else ""
+            )
+        return lines
+
+    def warnings(self) -> list[str]:
+        """What to say to somebody who asked for a slow dtype."""
+        ratio = self.precision.ratio
+        if self.asked != "bfloat16" or ratio is None or ratio < SLOW:
+            return []
+        return [f"dtype: bfloat16 takes {ratio:.1f} times as long as float32 on this machine; auto takes float32."]
+
+
+def to_json(choices: Choices) -> dict[str, dict[str, list[bool]]]:
+    """Choices as a checkpoint holds them."""
+    return {
+        str(dtype).removeprefix("torch."): {
+            f"{outputs}x{width}": list(native) for (outputs, width), native in of.items()
+        }
+        for dtype, of in choices.items()
+    }
+
+
+def from_json(saved: Mapping[str, Any]) -> Choices:
+    """The inverse of `to_json`."""
+    return {
+        getattr(torch, dtype): {tuple(map(int, shape.split("x"))): tuple(native) for shape, native in of.items()}
+        for dtype, of in saved.items()
+    }
