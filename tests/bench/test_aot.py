@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[2]
 COUNTS = {"registers": 32, "spills": 0, "shared": 1024, "instructions": 500}
 
 
+@pytest.mark.timeout(1500)  # the longest of the tests: 180 s on two idle cores, and three times that on busy ones
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_every_kernel_compiles_for_each_architecture_within_its_limits_and_no_larger_than_recorded():
     compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.aot", "--check", "--kernels", "triton"]
-    result = subprocess.run(command, cwd=ROOT, env=compiled, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(command, cwd=ROOT, env=compiled, capture_output=True, text=True, timeout=1440)
     assert result.returncode == 0, result.stdout + result.stderr
     for build in ("gae.triton_impl: tokens", "policy_loss.triton_impl: total"):
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{build}  ")]

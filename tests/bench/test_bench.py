@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import platform
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,14 +70,17 @@ def test_each_round_runs_every_provider_and_another_one_starts(monkeypatch):
     assert "".join(order[-9:]) == "abcbcacab"
 
 
-def test_a_time_is_that_of_one_call_however_many_a_sample_holds():
-    def sleepy():
-        time.sleep(0.001)
+def test_a_time_is_that_of_one_call_however_many_a_sample_holds(monkeypatch):
+    clock = [0.0]  # of its own: a real one also counts what else the machine does
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def takes_a_millisecond():
+        clock[0] += 0.001
         return ones()
 
-    (result,) = timing.measure(case({"sleepy": sleepy}), 3, CPU)
-    assert result.samples > 3
-    assert 0.001 <= result.low <= result.median <= result.high < 0.02
+    (result,) = timing.measure(case({"slow": takes_a_millisecond}), 3, CPU)
+    assert result.samples == 3 * round(timing.SAMPLE_SECONDS / 0.001)
+    assert (result.low, result.median, result.high) == pytest.approx((0.001, 0.001, 0.001))
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the high-water mark is Linux's")

@@ -3,7 +3,6 @@ import math
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -158,7 +157,7 @@ def test_nothing_to_score_is_no_failure():
 
 
 def test_async_rewards_run_concurrently_with_each_other_and_with_sync_ones():
-    meeting = threading.Barrier(2, timeout=5)
+    meeting = threading.Barrier(2, timeout=60)
     met = []
 
     async def first(completions, **kwargs):
@@ -166,7 +165,7 @@ def test_async_rewards_run_concurrently_with_each_other_and_with_sync_ones():
         return [1.0] * len(completions)
 
     async def second(completions, **kwargs):
-        await asyncio.wait_for(event.wait(), 5)
+        await asyncio.wait_for(event.wait(), 60)
         await asyncio.get_running_loop().run_in_executor(None, meeting.wait)
         return [2.0] * len(completions)
 
@@ -301,7 +300,7 @@ def test_format_wants_each_tag_once_and_nothing_else(text, expected):
 @pytest.fixture
 def compared():
     """math_answer of one completion against one gold answer."""
-    reward = resolve_reward("math_answer", timeout_s=1.0)
+    reward = resolve_reward("math_answer", timeout_s=100.0)  # a busy machine is no wrong answer
     return lambda gold, text: reward(completions=[text], answer=[gold])[0]
 
 
@@ -343,10 +342,12 @@ def test_math_answers_are_compared_off_the_main_thread_and_leave_the_alarm_alone
 
 
 def test_an_expression_that_takes_forever_is_wrong_and_the_next_one_is_judged(compared):
+    from fastrl.rewards.math_answer import _verifier
+
     assert compared("7", "7") == 1.0
-    start = time.monotonic()
-    assert compared("7", "$9^{9^{9^{9}}}$") == 0.0
-    assert time.monotonic() - start < 10
+    impatient = resolve_reward("math_answer", timeout_s=1.0)
+    assert impatient(completions=["$9^{9^{9^{9}}}$"], answer=["7"]) == [0.0]
+    assert _verifier()._process is None  # it was stopped
     assert compared("7", "7") == 1.0
 
 
