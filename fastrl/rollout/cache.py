@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastrl.check import require
 from fastrl.kernels import native
 
 DECODE_ATTENTION = "fastrl_decode"
 _OP = "TransformersSampler"
+
+
+def passed_as(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The cache as the keyword argument that the model's forward takes."""
+    return {_cache_name(type(model)): cache}
+
+
+@lru_cache
+def _cache_name(kind: type) -> str:
+    """transformers renamed `past_key_values` to `cache`; models that bring code of their own may keep the old name."""
+    taken = inspect.signature(kind.forward).parameters
+    # A forward that names neither hands it on to one of transformers' own, which is named as what that returns.
+    default = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
+    return next((name for name in ("cache", "past_key_values") if name in taken), default)
 
 
 class RolloutLayer(CacheLayerMixin):
@@ -67,8 +86,9 @@ class RolloutLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the constructor allocates."""
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of what `update` will return."""
+    def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
+        """(length, offset) of what `update` will return for so many tokens; older transformers give their positions."""
+        query_length = query if isinstance(query, int) else len(query)
         length = min(self.cursor + query_length, self.window)
         return length, self.cursor + query_length - length
 
@@ -79,6 +99,8 @@ class RolloutLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Tokens the layer can hold."""
         return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length  # its name before
 
 
 class RolloutCache(Cache):

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastrl.check import require
 from fastrl.rollout.base import SamplingParams
-from fastrl.rollout.cache import DECODE_ATTENTION, RolloutCache, decode_attention
+from fastrl.rollout.cache import DECODE_ATTENTION, RolloutCache, decode_attention, passed_as
 from fastrl.rollout.draw import draw, uniforms
 from fastrl.rollout.prepack import prepacked
 from fastrl.types import Sample
@@ -114,7 +113,8 @@ class TransformersSampler:
         source = torch.tensor([place[tuple(prompt)] for prompt in prompts]).repeat_interleave(num_samples)
         cache, logits = self._prefill(distinct, source.to(self.model.device), params.max_new_tokens)
         lengths = torch.tensor([len(prompt) for prompt in distinct])[source].to(logits.device)
-        rows = _first_rows(lengths, cache.get_max_length(), cache.get_seq_length(), cache.layers[0].keys.dtype)
+        layer = cache.layers[0]
+        rows = _first_rows(lengths, layer.get_max_length(), layer.get_seq_length(), layer.keys.dtype)
         return self._decode(cache, logits, rows, params, u.to(logits.device))
 
     def _prefill(
@@ -128,11 +128,10 @@ class TransformersSampler:
         prefix = (longest - lengths)[:, None] + torch.arange(shared.get_seq_length(), device=source.device)
         logits = None
         for batch in _batches_by_length(prompts, _PREFILL_TOKENS):
-            out = self._forward_prompts([prompts[i] for i in batch], shared)
+            last, prefilled = self._forward_prompts([prompts[i] for i in batch], shared)
             members = torch.tensor(batch, device=source.device)
             rows, local = (source[:, None] == members).nonzero(as_tuple=True)
-            cache.fill(out.past_key_values, rows, local, prefix[source[rows]])
-            last = out.logits[:, -1]
+            cache.fill(prefilled, rows, local, prefix[source[rows]])
             logits = last.new_empty(len(source), last.shape[-1]) if logits is None else logits
             logits[rows] = last[local]
         return cache, logits
@@ -147,14 +146,16 @@ class TransformersSampler:
         if common and max(map(len, prompts)) < min(remembered, default=math.inf):
             self.model(
                 input_ids=torch.tensor([common], device=self.model.device),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **passed_as(self.model, cache),
             )
         return cache
 
-    def _forward_prompts(self, prompts: list[tuple[int, ...]], prefix: DynamicCache) -> CausalLMOutputWithPast:
-        """One forward over what follows the prefix in left-padded prompts; logits of the last position only."""
+    def _forward_prompts(
+        self, prompts: list[tuple[int, ...]], prefix: DynamicCache
+    ) -> tuple[torch.Tensor, DynamicCache]:
+        """One forward over what follows the prefix in left-padded prompts; last logits `(prompts, V)` and the cache."""
         shared, longest = prefix.get_seq_length(), max(map(len, prompts))
         # Any id will do as padding: the mask comes from lengths.
         ids = [(0,) * (longest - len(prompt)) + prompt[shared:] for prompt in prompts]
@@ -165,14 +166,15 @@ class TransformersSampler:
         for i, layer in enumerate(prefix.layers if shared else ()):
             states = (x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values))
             cache.update(*states, i)
-        return self.model(
+        out = self.model(
             input_ids=torch.tensor(ids, device=self.model.device),
             attention_mask=mask,
             position_ids=position.clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **passed_as(self.model, cache),
         )
+        return out.logits[:, -1], cache
 
     def _decode(
         self, cache: RolloutCache, logits: torch.Tensor, rows: _Rows, params: SamplingParams, u: torch.Tensor
@@ -208,9 +210,9 @@ class TransformersSampler:
                 input_ids=tokens[:, None],
                 attention_mask=None if rows.mask is None else rows.mask[..., : cache.get_seq_length() + 1],
                 position_ids=(rows.position + step)[:, None],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **passed_as(self.model, cache),
             )
         return out.logits[:, -1]
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from fastrl.rollout import SamplingParams
 from fastrl.rollout import transformers_sampler as module
-from fastrl.rollout.cache import decode_attention
+from fastrl.rollout.cache import decode_attention, passed_as
 from fastrl.rollout.draw import inverse_cdf, truncate, uniforms
 from fastrl.rollout.prepack import can_prepack, prepacked
 from fastrl.rollout.transformers_sampler import TransformersSampler
@@ -112,6 +112,31 @@ def test_greedy_equals_generate_of_each_unpadded_prompt(model, prompts):
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, eos_token_id=None
         )
         assert [s.token_ids for s in group] == [expected[0, prompt.shape[1] :].tolist()] * 2
+
+
+class OldName(LlamaForCausalLM):
+    """What a model that brings its own code may look like, whatever transformers is installed."""
+
+    def forward(self, input_ids=None, past_key_values=None, **kwargs):
+        return super().forward(input_ids, **passed_as(build("llama"), past_key_values), **kwargs)
+
+
+class NewName(LlamaForCausalLM):
+    def forward(self, input_ids=None, cache=None, **kwargs):
+        return super().forward(input_ids, **passed_as(build("llama"), cache), **kwargs)
+
+
+class NoName(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [OldName, NewName, NoName])
+def test_the_cache_is_passed_by_the_name_that_the_models_forward_takes(llama, kind):
+    other = kind(llama.config).eval()
+    other.load_state_dict(llama.state_dict())
+    results = [TransformersSampler(model).sample(SHARED, 2, SamplingParams(8, seed=6)) for model in (llama, other)]
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize(
