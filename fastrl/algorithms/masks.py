@@ -21,6 +21,7 @@ from fastrl.losses.token_masks import (
     top_threshold,
 )
 from fastrl.model.policy import Policy
+from fastrl.progress import Progress, tracked, unseen
 from fastrl.rollout.draw import uniforms
 from fastrl.spec import Clip, Dppo, Gmpo, PolicyLoss
 from fastrl.types import MicroBatch
@@ -107,12 +108,14 @@ def masked(
     temperature: float,
     to_sampler: bool,
     seed: int,
+    progress: Progress = unseen,
 ) -> tuple[list[MicroBatch], Metrics]:
     """The micro-batches of one optimizer step with token advantages, 0 where `masks` take a token out, and with `held`.
 
     Args:
         to_sampler: as in `policy_gradient_loss`, of the old policy that the ratio and KL-Cov compare with.
         seed: of Clip-Cov's draw, another one for each optimizer step.
+        progress: told of the micro-batches, before each, as of the first of two passes over them.
 
     Returns:
         (micro-batches, metrics): `masks/kept_fraction`, of the tokens with an advantage those that keep it, and for
@@ -123,7 +126,7 @@ def masked(
     needs_entropy = masks.top_entropy is not None
     outputs = [
         policy.outputs(policy.hidden(batch), batch.targets, temperature=temperature, entropy=needs_entropy)
-        for batch in batches
+        for batch in tracked(batches, progress, after=len(batches))
     ]
     logps = torch.cat([out.logps for out in outputs])
     sampling = torch.cat([batch.sampling_logps for batch in batches])

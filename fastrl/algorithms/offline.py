@@ -13,7 +13,7 @@ float32 `main_grad`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -32,6 +32,7 @@ from fastrl.losses.unpaired import mismatched_kl, unpaired_preference_loss
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel
 from fastrl.preference_spec import PreferenceLoss, PreferenceMix, UnpairedPreferenceLoss
+from fastrl.progress import Progress, tracked, unseen
 from fastrl.spec import PolicyLoss, Reinforce
 from fastrl.types import LossOutput, MicroBatch
 
@@ -76,11 +77,16 @@ class Objective(Protocol):
         """Whether it can read `Answers.soft_labels`."""
         ...
 
-    def accumulate(self, model: Any, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
-        """Adds the gradient of the loss to the parameters; returns the loss, a scalar, and metrics to merge."""
+    def accumulate(
+        self, model: Any, answers: Answers, progress: Progress = unseen
+    ) -> tuple[torch.Tensor, list[Metrics]]:
+        """Adds the gradient of the loss to the parameters; returns the loss, a scalar, and metrics to merge.
+
+        `progress` is told of the micro-batches, before each, also below.
+        """
         ...
 
-    def measure(self, model: Any, answers: Answers) -> dict[str, float]:
+    def measure(self, model: Any, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
         """Numbers that say how good the model is on these answers, without gradient; `loss` is among them."""
         ...
 
@@ -121,21 +127,26 @@ class PairedPreference:
         """As every pair loss of the spec."""
         return all(term.takes_soft_labels for term in self._pair_losses)
 
-    def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+    def accumulate(
+        self, policy: Policy, answers: Answers, progress: Progress = unseen
+    ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`. A loss that sorts the batch (AOT) takes a forward pass of its own over all of it first."""
         loss = partial(self._loss, answers=answers)
         if not self._sorts:
-            return _accumulate(policy, answers.batches, loss, self._weighs)
-        scored = [_scored(policy, _hidden(policy, batch), batch, self._weighs) for batch in answers.batches]
+            return _accumulate(policy, tracked(answers.batches, progress), loss, self._weighs)
+        number = len(answers.batches)
+        first = tracked(answers.batches, progress, after=number)
+        scored = [_scored(policy, _hidden(policy, batch), batch, self._weighs) for batch in first]
         out, gradient = _value_and_gradient(loss, _joined(scored))
         parts = gradient.split([len(batch.targets) for batch in answers.batches])
-        for batch, part in zip(answers.batches, parts, strict=True):
+        for batch, part in zip(tracked(answers.batches, progress, before=number), parts, strict=True):
             _pull_back(policy, policy.hidden(batch), batch, part)
         return out.loss, [out.metrics]
 
-    def measure(self, policy: Policy, answers: Answers) -> dict[str, float]:
+    def measure(self, policy: Policy, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
         """Share of pairs whose chosen answer has the higher reward, equal rewards counting half; margin; loss."""
-        scored = _joined([_scored(policy, _hidden(policy, b), b, self._weighs) for b in answers.batches])
+        batches = tracked(answers.batches, progress)
+        scored = _joined([_scored(policy, _hidden(policy, batch), batch, self._weighs) for batch in batches])
         arguments = self._arguments(scored)
         other = {"chosen": "rejected", "rejected": "chosen"}
         swapped = {
@@ -188,15 +199,18 @@ class UnpairedPreference:
     takes_margins: ClassVar[bool] = False
     takes_soft_labels: ClassVar[bool] = False
 
-    def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+    def accumulate(
+        self, policy: Policy, answers: Answers, progress: Progress = unseen
+    ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`. KTO's baseline is that of the whole step, from a forward pass over `answers.mismatched`."""
-        loss = partial(self._loss, answers=answers, kl=self._kl(policy, answers))
-        return _accumulate(policy, answers.batches, loss)
+        loss = partial(self._loss, answers=answers, kl=self._kl(policy, answers, progress))
+        return _accumulate(policy, self._tracked(answers, progress), loss)
 
-    def measure(self, policy: Policy, answers: Answers) -> dict[str, float]:
+    def measure(self, policy: Policy, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
         """Mean reward of the desirable answers less that of the others, and the loss."""
-        scored = _joined([_scored(policy, _hidden(policy, batch), batch) for batch in answers.batches])
-        out = self._loss(scored, answers, self._kl(policy, answers))
+        kl = self._kl(policy, answers, progress)
+        scored = _joined([_scored(policy, _hidden(policy, batch), batch) for batch in self._tracked(answers, progress)])
+        out = self._loss(scored, answers, kl)
         values = finish(out.metrics)
         gap = values.get("rewards/chosen", float("nan")) - values.get("rewards/rejected", float("nan"))
         return {"margin": gap, "loss": out.loss.item()}
@@ -212,12 +226,16 @@ class UnpairedPreference:
             normalizer=answers.groups,
         )
 
-    def _kl(self, policy: Policy, answers: Answers) -> torch.Tensor | None:
+    def _tracked(self, answers: Answers, progress: Progress) -> Iterator[MicroBatch]:
+        """The micro-batches to learn from, behind those that `_kl` has taken."""
+        return tracked(answers.batches, progress, before=len(answers.mismatched))
+
+    def _kl(self, policy: Policy, answers: Answers, progress: Progress) -> torch.Tensor | None:
         if self.spec.baseline != "kl":
             return None
         parts = [
             mismatched_kl(policy.score(batch, temperature=1.0), batch.ref_logps, cu_seqlens=batch.cu_seqlens)
-            for batch in answers.mismatched
+            for batch in tracked(answers.mismatched, progress, after=len(answers.batches))
         ]
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
@@ -231,10 +249,12 @@ class SupervisedTuning:
     takes_margins: ClassVar[bool] = False
     takes_soft_labels: ClassVar[bool] = False
 
-    def accumulate(self, policy: Policy, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+    def accumulate(
+        self, policy: Policy, answers: Answers, progress: Progress = unseen
+    ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`; one pass over the head."""
         total, metrics = 0.0, []
-        for batch in answers.batches:
+        for batch in tracked(answers.batches, progress):
             weights = torch.full_like(batch.sampling_logps, 1.0 / answers.tokens)
             out = _linear_loss(policy, policy.hidden(batch), batch, weights, entropy=True)
             out.loss.backward()
@@ -243,11 +263,11 @@ class SupervisedTuning:
         return total, metrics
 
     @torch.no_grad()
-    def measure(self, policy: Policy, answers: Answers) -> dict[str, float]:
+    def measure(self, policy: Policy, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
         """Loss and share of right greedy predictions, both per token."""
         nats, right = 0.0, 0
         rows = max(1, ARGMAX_ELEMENTS // policy.head.weight.shape[0])
-        for batch in answers.batches:
+        for batch in tracked(answers.batches, progress):
             hidden = policy.hidden(batch)
             nats -= policy.read(hidden, batch).double().sum().item()
             for states, targets in zip(hidden.split(rows), batch.targets.split(rows), strict=True):
@@ -273,10 +293,12 @@ class RewardModelling:
         finite = 0 <= self.center_coef < math.inf
         require(finite, "RewardModelling", "center_coef", "a finite number of at least 0", self.center_coef)
 
-    def accumulate(self, model: ScalarModel, answers: Answers) -> tuple[torch.Tensor, list[Metrics]]:
+    def accumulate(
+        self, model: ScalarModel, answers: Answers, progress: Progress = unseen
+    ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`; the scores are read at the target that `fastrl.data.preferences.with_end` appends."""
         total, metrics = 0.0, []
-        for batch in answers.batches:
+        for batch in tracked(answers.batches, progress):
             out = self._loss(model.scores(batch), batch, answers)
             out.loss.backward()
             total = total + out.loss.detach()
@@ -284,10 +306,10 @@ class RewardModelling:
         return total, metrics
 
     @torch.no_grad()
-    def measure(self, model: ScalarModel, answers: Answers) -> dict[str, float]:
+    def measure(self, model: ScalarModel, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
         """Share of pairs whose better answer has the higher score, equal scores counting half; margin; loss."""
         loss, right, wrong = 0.0, [], []
-        for batch in answers.batches:
+        for batch in tracked(answers.batches, progress):
             scores = model.scores(batch)
             out = self._loss(scores, batch, answers)
             loss += out.loss.item()
@@ -356,7 +378,7 @@ def _joined(parts: Sequence[Scored]) -> Scored:
 
 
 def _accumulate(
-    policy: Policy, batches: Sequence[MicroBatch], loss: Loss, weighs: bool = False
+    policy: Policy, batches: Iterable[MicroBatch], loss: Loss, weighs: bool = False
 ) -> tuple[torch.Tensor, list[Metrics]]:
     """(loss, metrics) of a loss that adds up over micro-batches; their gradients are added to the parameters'."""
     total, metrics = 0.0, []

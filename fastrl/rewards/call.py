@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastrl import check
+from fastrl.progress import Progress, tracked, unseen
 
 
 def call_rewards(
@@ -17,6 +18,7 @@ def call_rewards(
     names: Sequence[str],
     columns: Mapping[str, list[Any]],
     extras: Mapping[str, Any],
+    progress: Progress = unseen,
 ) -> list[list[Any]]:
     """One list per function, with each completion's value, or the exception that the function raised on it.
 
@@ -26,12 +28,14 @@ def call_rewards(
     Args:
         columns: keyword arguments that are lists with one value per completion; each function gets its own copy.
         extras: further keyword arguments; `log_extra` and `log_metric` are silenced in repeated calls.
+        progress: told of the functions, before each is waited for; what it raises ends the call.
 
     Raises:
         ValueError: a function returned another number of values than there are completions.
     """
     started = [_start(func, columns, extras) for func in funcs]
-    return [_finish(func, name, wait, columns, extras) for func, name, wait in zip(funcs, names, started, strict=True)]
+    calls = list(zip(funcs, names, started, strict=True))
+    return [_finish(func, name, wait, columns, extras) for func, name, wait in tracked(calls, progress)]
 
 
 def is_async(func: Callable[..., Any]) -> bool:

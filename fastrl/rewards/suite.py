@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastrl import check
+from fastrl.progress import Progress, unseen
 from fastrl.rewards.call import call_rewards, silent
 from fastrl.types import Group, Sample
 
@@ -88,12 +89,14 @@ class RewardSuite:
         trainer_state: Any = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
+        progress: Progress = unseen,
     ) -> list[Failure]:
         """Fill `rewards` and `reward` of every sample, and return what failed.
 
         A reward that raises on the batch is asked about each completion by itself, without logging, so that only those
         on which it raises are lost; so are values that are not finite numbers. `Sample.reward` is None where a reward
         failed, since a sum that lacks a term cannot be compared with one that has it, and where none applies.
+        `progress` is told of the rewards, before each.
 
         Raises:
             RewardFailure: a reward failed on more than `max_failure_fraction` of the completions.
@@ -108,7 +111,7 @@ class RewardSuite:
             "log_extra": log_extra or silent,
             "log_metric": log_metric or silent,
         }
-        results = call_rewards(self.funcs, self.names, arguments, extras)
+        results = call_rewards(self.funcs, self.names, arguments, extras, progress)
         failures, failed = [], [False] * len(pairs)
         for _, sample in pairs:
             sample.rewards = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fastrl.check import require
+from fastrl.progress import Progress, unseen
 from fastrl.types import Sample
 
 _OP = "SamplingParams"
@@ -40,6 +41,16 @@ class SamplingParams:
 class Sampler(Protocol):
     """Anything that completes prompts under the current policy."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], num_samples: int, params: SamplingParams) -> list[list[Sample]]:
-        """`num_samples` completions of each prompt's token ids: one inner list per prompt, `Sample.text` left empty."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        params: SamplingParams,
+        progress: Progress = unseen,
+    ) -> list[list[Sample]]:
+        """`num_samples` completions of each prompt's token ids: one inner list per prompt, `Sample.text` left empty.
+
+        Args:
+            progress: told of the tokens of a completion, before each; what it raises ends the call.
+        """
         ...

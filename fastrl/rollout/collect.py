@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from fastrl.progress import Progress, unseen
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.types import Group, Prompt
 
@@ -16,9 +17,10 @@ def collect(
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     params: SamplingParams,
+    progress: Progress = unseen,
 ) -> list[Group]:
     """`num_samples` completions of each prompt, decoded without special tokens."""
-    samples = sampler.sample([prompt.token_ids for prompt in prompts], num_samples, params)
+    samples = sampler.sample([prompt.token_ids for prompt in prompts], num_samples, params, progress)
     for group in samples:
         texts = tokenizer.batch_decode([sample.token_ids for sample in group], skip_special_tokens=True)
         for sample, text in zip(group, texts, strict=True):

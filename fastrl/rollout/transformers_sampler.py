@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from fastrl.check import require
+from fastrl.progress import Progress, tracked, unseen
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.cache import DECODE_ATTENTION, RolloutCache, decode_attention, passed_as
 from fastrl.rollout.draw import draw, uniforms
@@ -67,7 +68,13 @@ class TransformersSampler:
         self.prepack = prepack
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Sequence[int]], num_samples: int, params: SamplingParams) -> list[list[Sample]]:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        params: SamplingParams,
+        progress: Progress = unseen,
+    ) -> list[list[Sample]]:
         """Draw `num_samples` completions of each prompt; see `Sampler.sample`.
 
         Raises:
@@ -77,9 +84,8 @@ class TransformersSampler:
         self._check(prompts, num_samples, params)
         streams = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
         with _eval_mode(self.model), prepacked(self.model) if self.prepack else nullcontext():
-            tokens, logps = self._complete(
-                prompts, num_samples, params, uniforms(params.seed, streams, params.max_new_tokens)
-            )
+            u = uniforms(params.seed, streams, params.max_new_tokens)
+            tokens, logps = self._complete(prompts, num_samples, params, u, progress)
         if not bool(logps.isfinite().all()):
             raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. Check the weights.")
         samples = _collect(tokens, logps, params.stop_token_ids)
@@ -105,20 +111,25 @@ class TransformersSampler:
         )
 
     def _complete(
-        self, prompts: Sequence[Sequence[int]], num_samples: int, params: SamplingParams, u: torch.Tensor
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        params: SamplingParams,
+        u: torch.Tensor,
+        progress: Progress,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and log-probabilities `(completions, max_new_tokens)`; what follows a stop token means nothing."""
         distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
         place = {prompt: i for i, prompt in enumerate(distinct)}
         source = torch.tensor([place[tuple(prompt)] for prompt in prompts]).repeat_interleave(num_samples)
-        cache, logits = self._prefill(distinct, source.to(self.model.device), params.max_new_tokens)
+        cache, logits = self._prefill(distinct, source.to(self.model.device), params.max_new_tokens, progress)
         lengths = torch.tensor([len(prompt) for prompt in distinct])[source].to(logits.device)
         layer = cache.layers[0]
         rows = _first_rows(lengths, layer.get_max_length(), layer.get_seq_length(), layer.keys.dtype)
-        return self._decode(cache, logits, rows, params, u.to(logits.device))
+        return self._decode(cache, logits, rows, params, u.to(logits.device), progress)
 
     def _prefill(
-        self, prompts: list[tuple[int, ...]], source: torch.Tensor, max_new_tokens: int
+        self, prompts: list[tuple[int, ...]], source: torch.Tensor, max_new_tokens: int, progress: Progress
     ) -> tuple[RolloutCache, torch.Tensor]:
         """Run each prompt once; row `i` of the cache and of the next-token logits belongs to `prompts[source[i]]`."""
         longest = max(map(len, prompts))
@@ -128,6 +139,7 @@ class TransformersSampler:
         prefix = (longest - lengths)[:, None] + torch.arange(shared.get_seq_length(), device=source.device)
         logits = None
         for batch in _batches_by_length(prompts, _PREFILL_TOKENS):
+            progress(0, max_new_tokens)
             last, prefilled = self._forward_prompts([prompts[i] for i in batch], shared)
             members = torch.tensor(batch, device=source.device)
             rows, local = (source[:, None] == members).nonzero(as_tuple=True)
@@ -177,7 +189,13 @@ class TransformersSampler:
         return out.logits[:, -1], cache
 
     def _decode(
-        self, cache: RolloutCache, logits: torch.Tensor, rows: _Rows, params: SamplingParams, u: torch.Tensor
+        self,
+        cache: RolloutCache,
+        logits: torch.Tensor,
+        rows: _Rows,
+        params: SamplingParams,
+        u: torch.Tensor,
+        progress: Progress,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw, drop finished rows when it pays, feed the tokens back; one column of the result per step."""
         tokens = torch.zeros(u.shape, dtype=torch.int64, device=u.device)
@@ -185,7 +203,7 @@ class TransformersSampler:
         stop = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=u.device)
         every = 1 if u.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
         wasted = 0.0  # steps' worth of work spent on finished rows since the last compaction
-        for step in range(params.max_new_tokens):
+        for step in tracked(range(params.max_new_tokens), progress):
             drawn, logps[rows.index, step] = draw(logits, u[rows.index, step], params)
             tokens[rows.index, step] = drawn
             if step + 1 == params.max_new_tokens:

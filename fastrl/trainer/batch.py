@@ -17,13 +17,14 @@ Update = tuple[Metrics, dict[str, float]]  # what an optimizer step reports
 
 @dataclass
 class RolloutBatch:
-    """One step's completions, scored under the weights that sampled them, and how far training on them has come."""
+    """One step's completions and their rewards, and how far training on them has come."""
 
     groups: list[Group]
     contributing: list[Group]  # those of `groups` whose gradient is not zero
     parts: list[Part]  # not trained on yet
     numbers: dict[str, float] = field(default_factory=dict)  # what the algorithm's estimates report
     updates: list[Update] = field(default_factory=list)  # of the optimizer steps that are done
+    scored: bool = False  # whether `parts` hold what is read of the weights that sampled the completions
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that is a tensor, by name, in memory of its own."""
@@ -62,6 +63,7 @@ class RolloutBatch:
                 for batches, normalizer in self.parts
             ],
             "numbers": self.numbers,
+            "scored": self.scored,
             "updates": [{"numbers": numbers, "metrics": list(metrics)} for metrics, numbers in self.updates],
         }
 
@@ -94,7 +96,8 @@ class RolloutBatch:
             for u, update in enumerate(values["updates"])
         ]
         contributing = [group for group, saved in zip(groups, values["groups"], strict=True) if saved["contributes"]]
-        return cls(groups, contributing, parts, values["numbers"], updates)
+        scored = values.get("scored", True)  # older checkpoints are of scored ones
+        return cls(groups, contributing, parts, values["numbers"], updates, scored)
 
 
 def _micro_batch(rest: dict[str, Any], tensors: dict[str, torch.Tensor], prefix: str) -> MicroBatch:

@@ -44,12 +44,12 @@ def rewards_differ(group: Group) -> bool:
 
 def _draw(run: Run, log: RunLog, step: int, turn: int, number: int) -> list[Group]:
     """Scored groups of new prompts, from other random numbers than those of the step's other rounds."""
-    with log.stage("rollout"):
+    with log.stage("rollout", f"tokens of round {turn + 1}") as progress:
         params = run.sampling(seed=run.config.seed + step + (turn << 32))
         prompts = run.prompts.next(number)
-        groups = collect(prompts, run.sampler, run.tokenizer, run.config.rollout.samples, params)
+        groups = collect(prompts, run.sampler, run.tokenizer, run.config.rollout.samples, params, progress)
         env.return_freed_memory()
-    with log.stage("reward"):
-        for failure in run.rewards.score(groups):
+    with log.stage("reward", "rewards") as progress:
+        for failure in run.rewards.score(groups, progress=progress):
             log.warn(f"Step {step}: {failure}")
     return groups

@@ -26,9 +26,10 @@ def evaluate(run: Run, log: RunLog, *, step: int) -> dict[str, float]:
         return {}
     results = {}
     for name, params, samples in _modes(run):
-        with log.stage("eval"):
-            groups = collect(run.held_out, run.sampler, run.tokenizer, samples, params)
-            for failure in run.rewards.score(groups):
+        with log.stage("eval", f"tokens, {name}") as progress:
+            groups = collect(run.held_out, run.sampler, run.tokenizer, samples, params, progress)
+        with log.stage("eval", f"rewards, {name}") as progress:
+            for failure in run.rewards.score(groups, progress=progress):
                 log.warn(f"Evaluation at step {step}: {failure}")
         results[name] = mean_reward(groups)
         log.evaluation(step, name, {"reward": results[name], "prompts": float(len(groups))}, groups)

@@ -14,16 +14,17 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from fastrl.progress import Progress
 from fastrl.trainer.alarms import Alarms
 from fastrl.trainer.files import replace_text, sync
+from fastrl.trainer.interrupt import Interrupt
 from fastrl.trainer.records import lines, measured
-from fastrl.trainer.screen import COLUMNS, Column, Screen
+from fastrl.trainer.screen import BETWEEN_STEPS, COLUMNS, Column, Screen
 from fastrl.trainer.trackers import TRACKERS, Tracker, numbers
 from fastrl.trainer.untrusted import question
 from fastrl.types import Group
 
 FILES = ("metrics", "completions", "evaluations", "evaluation_completions", "warnings")  # .jsonl
-BETWEEN_STEPS = ("reference", "setup", "eval", "save")  # stages that no step pays for
 
 
 def encode(record: dict[str, Any]) -> str:
@@ -53,6 +54,7 @@ class RunLog:
         warnings.jsonl                      one line a warning
 
     Each line holds `time`, the seconds that the run has taken, and is flushed as it is written. `clock` counts seconds.
+    Once `interrupt` was asked to stop the run, a stage that reports its progress ends there.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class RunLog:
     ) -> None:
         self.run_dir = Path(run_dir)
         self.show_every = show_every
+        self.interrupt = Interrupt()
         self._clock = clock
         self._began = self._mark = clock()
         self._seconds: dict[str, float] = {}
@@ -91,13 +94,16 @@ class RunLog:
             self._trackers[name] = TRACKERS[name](self.run_dir, _plain(config), done)
 
     def state(self) -> dict[str, Any]:
-        """Where the log is, as JSON can hold it; what was logged until now is on the disk when this returns."""
-        paths = [path for name in FILES if (path := self._path(name)).is_file()]
-        for path in paths:
+        """`position`; what was logged until now is on the disk when this returns."""
+        for path in self._paths():
             sync(path)
+        return self.position()
+
+    def position(self) -> dict[str, Any]:
+        """Where the log is, as JSON can hold it."""
         now = self._clock()
         return {
-            "bytes": {path.name: path.stat().st_size for path in paths},
+            "bytes": {path.name: path.stat().st_size for path in self._paths()},
             "seconds": now - self._began,
             "seconds_of_step": now - self._mark,
             "stages": dict(self._seconds),
@@ -108,18 +114,8 @@ class RunLog:
 
         Alarms, rolling means and evaluations are read back from the lines that stay.
         """
-        short = []
-        for path in map(self._path, FILES):
-            size = state["bytes"].get(path.name, 0)
-            if path.is_file() and path.stat().st_size > size:
-                os.truncate(path, size)
-            elif size and not (path.is_file() and path.stat().st_size == size):
-                short.append(path.name)
-        now = self._clock()
-        self._began, self._mark = now - state["seconds"], now - state["seconds_of_step"]
-        self._seconds = dict(state["stages"])
-        for record in lines(self._path("evaluations")):
-            self._evaluated.setdefault(record["step"], {}).update(measured(record))
+        self._began = self._clock() - state["seconds"]
+        short = self.rewind(state)
         for record in lines(self._path("metrics")):
             record = {name: float(value) for name, value in record.items()} | {"step": record["step"]}
             list(self._alarms.check(record["step"], record))  # these warnings were given
@@ -128,17 +124,43 @@ class RunLog:
         for name in short:
             self.warn(f"{name} is shorter than it was when the checkpoint was written: lines are missing.")
 
+    def rewind(self, state: dict[str, Any]) -> list[str]:
+        """Takes back what was logged after `state`, and the stages' time; returns the files that lack lines before it.
+
+        The run's own clock goes on: the time was taken, for nothing.
+        """
+        short = []
+        for path in map(self._path, FILES):
+            size = state["bytes"].get(path.name, 0)
+            if path.is_file() and path.stat().st_size > size:
+                os.truncate(path, size)
+            elif size and not (path.is_file() and path.stat().st_size == size):
+                short.append(path.name)
+        self._mark, self._seconds = self._clock() - state["seconds_of_step"], dict(state["stages"])
+        self._evaluated = {}
+        for record in lines(self._path("evaluations")):
+            self._evaluated.setdefault(record["step"], {}).update(measured(record))
+        return short
+
     def evaluated(self, step: int) -> dict[str, float]:
         """Evaluation name -> mean reward of the evaluations logged at `step`; or, without rewards, each number."""
         return self._evaluated.get(step, {})
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the time inside to stage `name` of the current step. Those `BETWEEN_STEPS` are no part of it."""
+    def stage(self, name: str, unit: str = "") -> Iterator[Progress]:
+        """Adds the time inside to stage `name` of the current step. Those `BETWEEN_STEPS` are no part of it.
+
+        Yields what shows how many `unit`s of it are done, and raises `Interrupted` once the run was asked to stop.
+        """
+
+        def progress(done: int, total: int) -> None:
+            self.interrupt.check()
+            self._screen.progress(done, total, unit)
+
         begin = self._clock()
         self._screen.stage(name)
         try:
-            yield
+            yield progress
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - begin
             self._screen.stage(None)
@@ -204,6 +226,10 @@ class RunLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with self._path(name).open("a", encoding="utf-8") as handle:
             handle.write("".join(encode(record) + "\n" for record in records))
+
+    def _paths(self) -> list[Path]:
+        """The files that there are."""
+        return [path for name in FILES if (path := self._path(name)).is_file()]
 
     def _path(self, name: str) -> Path:
         return self.run_dir / f"{name}.jsonl"

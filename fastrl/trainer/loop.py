@@ -6,12 +6,10 @@ prompts -> rollout -> rewards -> advantages -> drop what cannot contribute -> pa
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +17,7 @@ import torch
 from fastrl import env
 from fastrl.data.pack import minibatches
 from fastrl.model.adapter import merged
+from fastrl.progress import tracked
 from fastrl.rewards import RewardFailure
 from fastrl.rollout.collect import collect
 from fastrl.trainer.batch import RolloutBatch
@@ -27,11 +26,12 @@ from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.doctor import environment
 from fastrl.trainer.dynamic_sampling import refill
 from fastrl.trainer.evaluate import evaluate, mean_reward
+from fastrl.trainer.interrupt import Interrupted
 from fastrl.trainer.lock import only_writer
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.report import write_report
-from fastrl.trainer.resume import how_to, position, reached, restore, resume_log, save
+from fastrl.trainer.resume import back_to, how_to, position, reached, restore, resume_log, save
 from fastrl.trainer.setup import Run, make_optimizers, prepare
 from fastrl.trainer.step import NonFiniteLoss, optimise
 from fastrl.trainer.summary import step_metrics
@@ -73,10 +73,10 @@ def train(config: TrainConfig) -> Outcome:
         log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=done)
         if run.resumed:
             resume_log(run, log, done, batch)
-        for message in run.speed.warnings():
+        for message in [] if run.resumed else run.speed.warnings():
             log.warn(message)
-        with interruptible() as interrupt:
-            status, steps = _steps(run, log, optimizers, interrupt, done, batch)
+        with log.interrupt.listening():
+            status, steps = _steps(run, log, optimizers, done, batch)
         return conclude(run, log, status, steps)
 
 
@@ -99,47 +99,41 @@ def save_result(run: AnyRun) -> None:
         save_model(merged(run.adapted) if whole else model, run.tokenizer, run.directory / name)
 
 
-def _steps(
-    run: Run, log: RunLog, optimizers: Optimizers, interrupt: list[int], done: int, batch: RolloutBatch | None
-) -> tuple[str, int]:
+def _steps(run: Run, log: RunLog, optimizers: Optimizers, done: int, batch: RolloutBatch | None) -> tuple[str, int]:
     """Every step after the first `done`, of which `batch` is the next one's when it has begun.
 
     Returns (status, completed steps).
     """
     config = run.config
     while True:
-        before = position(run)
+        trains, at, start = False, f"Evaluation after step {done}", position(run, log)
         try:
-            if not interrupt and evaluates(config, done) and not log.evaluated(done):
+            log.interrupt.check()
+            if evaluates(config, done) and not log.evaluated(done):
                 evaluate(run, log, step=done)
-        except FloatingPointError as error:  # the sampler met logits that are not finite
-            log.warn(f"Evaluation after step {done}: {error}")
-            return "diverged", done
-        except RewardFailure as error:
-            if not done:
-                raise  # nothing was trained that could be lost
-            log.warn(f"Evaluation after step {done}: {error}")
-            save_or_warn(run, log, optimizers, done, batch=batch, at=before)
-            return "rewards failed", done
-        if interrupt:
-            log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after {reached(done, batch)}; saving.")
+            log.interrupt.check()
+            if done == config.steps:
+                return "finished", done
+            trains, at, start = True, f"Step {done + 1}", position(run, log)
+            batch = _step(run, log, optimizers, done + 1, batch)
+        except Interrupted as signal:
+            back_to(run, log, start)
+            log.warn(f"Stopped by {signal} after {reached(done, batch)}; saving.")
             save_or_warn(run, log, optimizers, done, batch=batch)
             return "interrupted", done
-        if done == config.steps:
-            return "finished", done
-        before = position(run)
-        try:
-            batch = _step(run, log, optimizers, done + 1, interrupt, batch)
         except NonFiniteLoss as error:
             path = error.save(run.directory)
-            log.warn(f"Step {done + 1}: {error}. Nothing was updated; the batch is in {path}.")
+            log.warn(f"{at}: {error}. Nothing was updated; the batch is in {path}.")
             return "diverged", done
         except FloatingPointError as error:  # the sampler met logits that are not finite
-            log.warn(f"Step {done + 1}: {error}")
+            log.warn(f"{at}: {error}")
             return "diverged", done
         except RewardFailure as error:  # the weights are those of the step before, and a judge may be repaired
-            log.warn(f"Step {done + 1}: {error}")
-            save_or_warn(run, log, optimizers, done, at=before)
+            if not trains and not done:
+                raise  # nothing was trained that could be lost
+            back_to(run, log, start)
+            log.warn(f"{at}: {error}")
+            save_or_warn(run, log, optimizers, done, batch=batch)
             return "rewards failed", done
         if batch is None:
             done += 1
@@ -162,30 +156,22 @@ def save_or_warn(run: AnyRun, log: RunLog, optimizers: Optimizers, step: int, **
         log.warn(f"The checkpoint after step {step} could not be written: {error}. Earlier ones are as they were.")
 
 
-def _step(
-    run: Run, log: RunLog, optimizers: Optimizers, step: int, interrupt: list[int], batch: RolloutBatch | None
-) -> RolloutBatch | None:
+def _step(run: Run, log: RunLog, optimizers: Optimizers, step: int, batch: RolloutBatch | None) -> RolloutBatch | None:
     """One rollout batch, from prompts to updated weights, or the rest of one that an interrupt had cut short.
 
-    Returns the batch if it is interrupted between two of its optimizer steps.
+    Returns the batch if it is interrupted once its completions have their rewards: what it lacks is done again.
     """
-    batch, temperature = batch or _rollout(run, log, step), run.config.rollout.temperature
-    with log.stage("train"):
-        while batch.parts and not (interrupt and batch.updates):
-            batches, normalizer = batch.parts.pop(0)
-            update = optimise(
-                run.policy,
-                run.critic,
-                optimizers,
-                run.algorithm,
-                batches,
-                normalizer,
-                temperature=temperature,
-                only_critic=step <= run.config.ppo.critic_warmup,
-            )
-            batch.updates.append(update)
-    if batch.parts:
-        return batch
+    batch = batch or _rollout(run, log, step)
+    while batch.parts or not batch.scored:
+        start = position(run, log)
+        try:
+            if batch.scored:
+                _update(run, log, optimizers, step, batch)
+            else:
+                _score(run, log, batch)
+        except Interrupted:
+            back_to(run, log, start)
+            return batch
     # The sampler runs the very weights that were just updated, so there is nothing to publish.
     log.step(step, step_metrics(batch.groups, batch.contributing, batch.updates) | batch.numbers)
     log.completions(step, batch.groups)
@@ -193,17 +179,17 @@ def _step(
 
 
 def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
-    """Completions of the next prompts, scored and packed."""
-    config, algorithm, temperature = run.config, run.algorithm, run.config.rollout.temperature
+    """Completions of the next prompts, with rewards, and packed."""
+    config, algorithm = run.config, run.algorithm
 
-    with log.stage("rollout"):
+    with log.stage("rollout", "tokens") as progress:
         env.return_freed_memory()  # neither are the activations of training a shape for the rollout
         prompts = run.prompts.next(config.rollout.prompts)
         params = run.sampling(seed=config.seed + step)
-        groups = collect(prompts, run.sampler, run.tokenizer, config.rollout.samples, params)
+        groups = collect(prompts, run.sampler, run.tokenizer, config.rollout.samples, params, progress)
         env.return_freed_memory()  # nor the caches of the rollout one for training
-    with log.stage("reward"):
-        for failure in run.rewards.score(groups):
+    with log.stage("reward", "rewards") as progress:
+        for failure in run.rewards.score(groups, progress=progress):
             log.warn(f"Step {step}: {failure}")
     groups, sampled = refill(run, log, step, groups)
     if algorithm.needs_greedy:
@@ -217,46 +203,55 @@ def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
             (run.pack(algorithm.contributing(part)), algorithm.normalizer(run.count(part)))
             for part in minibatches(counted, config.optimizer.steps_per_rollout, order)
         ]
-    epochs = config.optimizer.epochs_per_rollout
-    with log.stage("score"):
+    return RolloutBatch(groups, contributing, parts, sampled)
+
+
+def _score(run: Run, log: RunLog, batch: RolloutBatch) -> None:
+    """What the algorithm reads of the weights that sampled the completions, and what it estimates from it."""
+    config, algorithm, epochs = run.config, run.algorithm, run.config.optimizer.epochs_per_rollout
+    with log.stage("score", "micro-batches") as progress:
         # With one update the policy is that of the rollout, and a ratio to the sampler has its numbers from it.
-        old = (len(parts) * epochs > 1 and not algorithm.to_sampler) or algorithm.needs_old
+        old = (len(batch.parts) * epochs > 1 and not algorithm.to_sampler) or algorithm.needs_old
+        options = {"old": old, "temperature": config.rollout.temperature}
+        rest = tracked([one for batches, _ in batch.parts for one in batches], progress)
         parts = [
-            ([run.score(batch, old=old, temperature=temperature) for batch in batches], normalizer)
-            for batches, normalizer in parts
+            ([run.score(one, **options) for one in islice(rest, len(batches))], normalizer)
+            for batches, normalizer in batch.parts
             if batches
         ]
         parts, numbers = algorithm.estimate(parts)
-    return RolloutBatch(groups, contributing, parts * epochs, sampled | numbers)
+    batch.parts, batch.numbers, batch.scored = parts * epochs, batch.numbers | numbers, True
+
+
+def _update(run: Run, log: RunLog, optimizers: Optimizers, step: int, batch: RolloutBatch) -> None:
+    """One optimizer step, on the first of the batch's parts."""
+    done, total = len(batch.updates), len(batch.updates) + len(batch.parts)
+    with log.stage("train", "micro-batches" + (f" of update {done + 1}/{total}" if total > 1 else "")) as progress:
+        batches, normalizer = batch.parts[0]
+        update = optimise(
+            run.policy,
+            run.critic,
+            optimizers,
+            run.algorithm,
+            batches,
+            normalizer,
+            temperature=run.config.rollout.temperature,
+            only_critic=step <= run.config.ppo.critic_warmup,
+            progress=progress,
+        )
+        batch.updates.append(update)
+        del batch.parts[0]
 
 
 def _score_greedy(run: Run, log: RunLog, step: int, groups: Sequence[Group]) -> dict[str, float]:
     """Fills in `greedy_reward`, the reward of the prompt's greedy completion, of each group; returns their mean."""
-    with log.stage("rollout"):
+    with log.stage("rollout", "tokens of greedy completions") as progress:
         prompts, params = [group.prompt for group in groups], run.greedy(seed=run.config.seed + step)
-        greedy = collect(prompts, run.sampler, run.tokenizer, 1, params)
+        greedy = collect(prompts, run.sampler, run.tokenizer, 1, params, progress)
         env.return_freed_memory()
-    with log.stage("reward"):
-        for failure in run.rewards.score(greedy):
+    with log.stage("reward", "rewards") as progress:
+        for failure in run.rewards.score(greedy, progress=progress):
             log.warn(f"Step {step}, greedy: {failure}")
     for group, other in zip(groups, greedy, strict=True):
         group.greedy_reward = other.samples[0].reward
     return {"greedy/reward": mean_reward(greedy)}
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM asks the loop to stop after the current step; the second stops at once."""
-    asked: list[int] = []
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -6,22 +6,24 @@ next groups -> pack (the reference scored all of them once, before training) -> 
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 from fastrl import env
 from fastrl.check import require
 from fastrl.losses.metrics import finish, merge
+from fastrl.progress import tracked
 from fastrl.trainer.doctor import environment
+from fastrl.trainer.interrupt import Interrupted
 from fastrl.trainer.lock import only_writer
 from fastrl.trainer.log import RunLog
-from fastrl.trainer.loop import Optimizers, Outcome, conclude, evaluates, interruptible, save_or_warn
+from fastrl.trainer.loop import Optimizers, Outcome, conclude, evaluates, save_or_warn
 from fastrl.trainer.offline_config import OfflineConfig, build_objective
 from fastrl.trainer.offline_setup import OfflineRun, prepare
-from fastrl.trainer.optimizer import POLICY, MasterOptimizer
+from fastrl.trainer.optimizer import POLICY, MasterOptimizer, whole_step
 from fastrl.trainer.reference import fill_in
-from fastrl.trainer.resume import reached, restore, resume_log
+from fastrl.trainer.resume import back_to, position, reached, restore, resume_log
 from fastrl.trainer.screen import Column
 from fastrl.trainer.step import NonFiniteLoss
 from fastrl.types import Group
@@ -58,22 +60,23 @@ def train(config: OfflineConfig) -> Outcome:
         log = RunLog(directory, total_steps=config.steps, columns=columns)
         about = environment() | {"speed": run.speed.about()}
         log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=_steps_done(run))
-        if run.reference:
-            with log.stage("reference"):
-                fill_in(run, [*run.to_be_drawn(), *run.held_out])
-            run = replace(run, reference=None)  # gives its memory back where it is a model of its own
-        with log.stage("setup"):
-            optimizers = {POLICY: MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)}
-            env.return_freed_memory()  # its buffers took the weights' place; what is left has no use in a step
-        done = 0
-        if run.resumed:
-            done, _ = restore(run, optimizers)
-            resume_log(run, log, done, None)
-        else:
-            for message in run.skipped:
-                log.warn(message)
-        with interruptible() as interrupt:
-            status, steps = _steps(run, log, optimizers, interrupt, done)
+        with log.interrupt.listening():
+            if run.reference:
+                # An interrupt is met again before the first step, where there is something to go on from.
+                with suppress(Interrupted), log.stage("reference", "answers") as progress:
+                    fill_in(run, [*run.to_be_drawn(), *run.held_out], progress=progress)
+                run = replace(run, reference=None)  # gives its memory back where it is a model of its own
+            with log.stage("setup"):
+                optimizers = {POLICY: MasterOptimizer(run.policy.model.parameters(), config.optimizer, config.steps)}
+                env.return_freed_memory()  # its buffers took the weights' place; what is left has no use in a step
+            done = 0
+            if run.resumed:
+                done, _ = restore(run, optimizers)
+                resume_log(run, log, done, None)
+            else:
+                for message in (*run.speed.warnings(), *run.skipped):
+                    log.warn(message)
+            status, steps = _steps(run, log, optimizers, done)
         return conclude(run, log, status, steps)
 
 
@@ -97,20 +100,25 @@ def evaluate_model(config: OfflineConfig, model: str) -> dict[str, float]:
     return values
 
 
-def _steps(run: OfflineRun, log: RunLog, optimizers: Optimizers, interrupt: list[int], done: int) -> tuple[str, int]:
+def _steps(run: OfflineRun, log: RunLog, optimizers: Optimizers, done: int) -> tuple[str, int]:
     """Every step after the first `done`. Returns (status, completed steps)."""
     config = run.config
     while True:
-        if not interrupt and evaluates(config, done) and not log.evaluated(done):
-            _evaluate(run, log, done)
-        if interrupt:
-            log.warn(f"Stopped by {signal.Signals(interrupt[0]).name} after {reached(done, None)}; saving.")
+        start = position(run, log)
+        try:
+            log.interrupt.check()
+            if evaluates(config, done) and not log.evaluated(done):
+                _evaluate(run, log, done)
+            log.interrupt.check()
+            if done == config.steps:
+                return "finished", done
+            start = position(run, log)
+            _step(run, log, optimizers, done + 1)
+        except Interrupted as signal:
+            back_to(run, log, start)
+            log.warn(f"Stopped by {signal} after {reached(done, None)}; saving.")
             save_or_warn(run, log, optimizers, done)
             return "interrupted", done
-        if done == config.steps:
-            return "finished", done
-        try:
-            _step(run, log, optimizers, done + 1)
         except NonFiniteLoss as error:
             path = error.save(run.directory)
             log.warn(f"Step {done + 1}: {error}. Nothing was updated; the batch is in {path}.")
@@ -125,8 +133,9 @@ def _step(run: OfflineRun, log: RunLog, optimizers: Optimizers, step: int) -> No
     groups = run.prompts.next(run.config.batch)
     with log.stage("pack"):
         answers = run.answers(groups)
-    with log.stage("train"):
-        loss, metrics = run.objective.accumulate(run.policy, answers)
+    with log.stage("train", "micro-batches") as progress:
+        with whole_step(optimizers.values()):
+            loss, metrics = run.objective.accumulate(run.policy, answers, progress)
         loss = float(loss)
         if not math.isfinite(loss):
             raise NonFiniteLoss("the loss", loss, answers.batches)
@@ -151,10 +160,11 @@ def _tokens(groups: Sequence[Group]) -> int:
 def _evaluate(run: OfflineRun, log: RunLog, step: int) -> None:
     """What the objective measures on the held-out rows; nothing where there are none."""
     if run.held_out:
-        with log.stage("eval"):
+        with log.stage("eval", "micro-batches") as progress:
             env.return_freed_memory()
-            values = run.objective.measure(run.policy, run.answers(run.held_out))
-            shown = [_judged(run, group) for group in run.held_out[:SHOWN_ROWS]]
+            values = run.objective.measure(run.policy, run.answers(run.held_out), progress)
+        with log.stage("eval", "rows by themselves") as progress:
+            shown = [_judged(run, group) for group in tracked(run.held_out[:SHOWN_ROWS], progress)]
         kind = "ranked" if run.config.data.ranked else run.objective.kind
         log.evaluation(step, kind, values | {"rows": float(len(run.held_out))}, shown)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.optim.adamw import adamw
@@ -84,6 +85,13 @@ class MasterOptimizer:
         self.grad.zero_()
         return norm
 
+    def discard(self) -> None:
+        """Clears the gradients of micro-batches whose step is not taken."""
+        self.grad.zero_()
+        if self.rest is not None:
+            for param in self.params:
+                param.grad = None  # there is one where a backward pass was cut short
+
     def masters(self) -> list[torch.Tensor]:
         """The float32 weights, one tensor per parameter: views when the model is float32, copies when it is not."""
         return self._views(self.weights if self.rest is None else join(self.weights, self.rest))
@@ -136,6 +144,17 @@ class MasterOptimizer:
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
 
+@contextmanager
+def whole_step(optimizers: Iterable[MasterOptimizer]) -> Iterator[None]:
+    """Inside, gradients are added; of a block that raises, none are left for the next step."""
+    try:
+        yield
+    except BaseException:
+        for optimizer in optimizers:
+            optimizer.discard()
+        raise
+
+
 def join(weights: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     """float32 masters from bfloat16 weights and int16 rests: their bits are (weight's bits << 16) + rest."""
     return (weights.view(torch.int16).int().bitwise_left_shift_(16)).add_(rest).view(torch.float32)
@@ -155,6 +174,8 @@ def _add_to(grad: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:
     """A hook that adds a complete 16-bit gradient to its float32 buffer and frees it."""
 
     def hook(param: torch.nn.Parameter) -> None:
+        if param.grad is None:  # an op has added all of it already
+            return
         # torch widens a 16-bit addend before it adds: piece by piece, the wide copy stays in the cache.
         for total, part in zip(grad.flatten().split(PIECE), param.grad.flatten().split(PIECE), strict=True):
             total.add_(part)

@@ -32,13 +32,20 @@ if TYPE_CHECKING:
     AnyRun = Run | OfflineRun
 
 
-def position(run: AnyRun) -> dict[str, Any]:
-    """Where the run is between two steps, besides weights and optimizer: the prompts drawn and the random numbers.
+def position(run: AnyRun, log: RunLog) -> dict[str, Any]:
+    """Where the run is, besides weights and optimizer: the prompts drawn, the random numbers and the log.
 
     What a step samples and in which order it trains is seeded by the step's number; the global generators are for
     what others draw from them, rewards above all.
     """
-    return {"prompts": run.prompts.state_dict(), "random": _random_state(), "run": run.state()}
+    where = {"prompts": run.prompts.state_dict(), "random": _random_state(), "run": run.state()}
+    return where | {"log": log.position()}
+
+
+def back_to(run: AnyRun, log: RunLog, where: dict[str, Any]) -> None:
+    """Undoes what was drawn and logged since `position` gave `where`: of work that will be done again."""
+    _go_to(run, where)
+    log.rewind(where["log"])
 
 
 def save(
@@ -48,13 +55,11 @@ def save(
     step: int,
     *,
     batch: RolloutBatch | None = None,
-    at: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the checkpoint after `step` steps, and deletes those that are no longer kept; returns its folder.
 
     Args:
         batch: the rollout batch of the next step, when the run stops inside it.
-        at: an earlier `position`, from which to go on instead of the present one.
 
     Raises:
         OSError: it cannot be written; nothing of it is left, and the checkpoints before it are as they were.
@@ -62,7 +67,7 @@ def save(
     state = {
         "step": step,
         "optimizer_steps": {name: optimizer.steps for name, optimizer in optimizers.items()},
-        **(at or position(run)),
+        **position(run, log),
         "log": log.state(),
         "batch": batch.values() if batch else None,
         "linear": to_json(run.speed.choices),
@@ -98,15 +103,13 @@ def restore(run: AnyRun, optimizers: Mapping[str, MasterOptimizer]) -> tuple[int
     """
     found = run.resumed
     state = found.json("state.json")
-    run.prompts.load_state_dict(state["prompts"])
     for name, optimizer in optimizers.items():
         optimizer.load_tensors(found.tensors(f"{name}.safetensors"), steps=state["optimizer_steps"][name])
-    run.load_state(state["run"])
     batch = None
     if state["batch"]:
         tensors = found.tensors("rollout.safetensors")
         batch = RolloutBatch.load(state["batch"], tensors, run.prompts.prompts, run.device)
-    _set_random_state(state["random"])
+    _go_to(run, state)
     return state["step"], batch
 
 
@@ -121,7 +124,10 @@ def resume_log(run: AnyRun, log: RunLog, step: int, batch: RolloutBatch | None) 
 
 def reached(step: int, batch: RolloutBatch | None) -> str:
     """How far a run is, in words."""
-    return f"step {step}" + (f" and {len(batch.updates)} optimizer steps of the next" if batch else "")
+    if batch is None:
+        return f"step {step}"
+    begun = f"{len(batch.updates)} optimizer steps" if batch.updates else "the rollout"
+    return f"step {step} and {begun} of the next"
 
 
 def resumable(config: AnyConfig) -> Checkpoint:
@@ -208,6 +214,12 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}.{name}" if prefix else name)
     else:
         yield prefix, values
+
+
+def _go_to(run: AnyRun, where: dict[str, Any]) -> None:
+    run.prompts.load_state_dict(where["prompts"])
+    run.load_state(where["run"])
+    _set_random_state(where["random"])
 
 
 def _random_state() -> dict[str, Any]:

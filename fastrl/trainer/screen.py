@@ -27,6 +27,7 @@ from fastrl.types import Group, Sample
 WIDTH = 110  # of a line where no terminal says how wide it is
 WINDOW = 10  # steps in a rolling mean
 HEADINGS_EVERY = 20  # lines
+BETWEEN_STEPS = ("reference", "setup", "eval", "save")  # stages that no step pays for
 SHOWN_PROMPTS = 2  # per table of completions, with the best and the worst completion of each
 
 
@@ -66,6 +67,7 @@ class Screen:
         self._done, self._lines = 0, 0
         self._began = clock()
         self._stage: tuple[str, float] | None = None
+        self._far = ""
         self._stages: dict[str, float] = {}
         self._live: Live | None = None
 
@@ -80,11 +82,16 @@ class Screen:
 
     def stage(self, name: str | None) -> None:
         """The stage that has begun, or None between stages."""
+        self._far = ""
         self._stage = None if name is None else (name, self._clock())
         if self._live is None and self.console.is_terminal:
             self._live = Live(console=self.console, get_renderable=self._status, refresh_per_second=4, transient=True)
             self._live.start()
             atexit.register(self._stop)  # a run that dies must not leave the terminal without its cursor
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """How far the stage is; the live display reads it a few times a second, however often it is told."""
+        self._far = f"{done}/{total} {unit}"
 
     def step(self, record: dict[str, Any], stages: dict[str, float]) -> None:
         """One line; headings now and then."""
@@ -193,17 +200,23 @@ class Screen:
         return line
 
     def _status(self) -> RenderableType:
-        """The live display: bar, time gone and left; last reward and stages; what runs now."""
+        """The live display: bar, time gone and left; what runs now and how far it is; last reward and stages."""
         top = Table.grid(padding=(0, 1))
         percent = f"{100 * self._done / max(self._total, 1):3.0f} %"
         left = f"about {as_clock(self.eta())} left" if self._step_times else ""
         times = f"{as_clock(self._clock() - self._began)} gone  {left}"
         bar = ProgressBar(total=self._total, completed=self._done, width=min(40, max(10, self.console.width - 55)))
         top.add_row(f"step {self._done}/{self._total}", bar, percent, Text(times, style="dim"))
-        now = Text(f"{self._stage[0]} {self._clock() - self._stage[1]:.1f}s", style="bold") if self._stage else Text("")
-        bottom = Text("  ").join([*self._last(), now])
+        bottom = Text("  ").join([*self._now(), *self._last()])
         bottom.truncate(self.console.width)
         return Stack(Text(""), top, bottom)
+
+    def _now(self) -> list[Text]:
+        if self._stage is None:
+            return []
+        name, began = self._stage
+        where = name if name in BETWEEN_STEPS else f"step {self._done + 1}: {name}"
+        return [Text(" ".join(filter(None, (where, self._far, f"{self._clock() - began:.1f}s"))), style="bold")]
 
     def _last(self) -> list[Text]:
         if not self._rewards:

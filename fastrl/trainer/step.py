@@ -14,7 +14,8 @@ from fastrl.algorithms.masks import masked
 from fastrl.losses.metrics import Metrics, merge
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic
-from fastrl.trainer.optimizer import POLICY, MasterOptimizer
+from fastrl.progress import Progress, tracked, unseen
+from fastrl.trainer.optimizer import POLICY, MasterOptimizer, whole_step
 from fastrl.types import MicroBatch
 
 
@@ -49,26 +50,31 @@ def optimise(
     *,
     temperature: float,
     only_critic: bool = False,
+    progress: Progress = unseen,
 ) -> tuple[Metrics, dict[str, float]]:
     """Accumulates the gradient of every micro-batch, then steps; returns token metrics, and loss and gradient norms.
 
     The normaliser belongs to the whole step, so any split into micro-batches gives the same gradient. Norm and learning
     rate of an optimizer but the policy's have its name in front. With `only_critic` the policy stays as it is.
+
+    `progress` is told of the micro-batches, before each; when it raises, nothing was updated and no gradient is left.
     """
     # The optimizer's steps are saved with a checkpoint, so a resumed run draws what it would have drawn.
     seed, metrics = optimizers[POLICY].steps, []
+    selects = algorithm.masks.on and not only_critic  # in a pass of its own
     if only_critic:
         policy, optimizers = None, {name: optimizer for name, optimizer in optimizers.items() if name != POLICY}
     else:
         options = {"temperature": temperature, "to_sampler": algorithm.to_sampler, "seed": seed}
-        batches, noted = masked(policy, batches, algorithm.masks, algorithm.spec, **options)
+        batches, noted = masked(policy, batches, algorithm.masks, algorithm.spec, **options, progress=progress)
         metrics.append(noted)
     loss = 0.0
-    for batch in batches:
-        for out in algorithm.losses(policy, critic, batch, normalizer, temperature=temperature, entropy=True):
-            out.loss.backward()
-            loss = loss + out.loss.detach()
-            metrics.append(out.metrics)
+    with whole_step(optimizers.values()):
+        for batch in tracked(batches, progress, before=len(batches) if selects else 0):
+            for out in algorithm.losses(policy, critic, batch, normalizer, temperature=temperature, entropy=True):
+                out.loss.backward()
+                loss = loss + out.loss.detach()
+                metrics.append(out.metrics)
     loss = float(loss)
     if not math.isfinite(loss):
         raise NonFiniteLoss("the loss", loss, batches)

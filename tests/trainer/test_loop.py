@@ -20,6 +20,7 @@ from fastrl.rollout.collect import collect
 from fastrl.trainer import loop
 from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, build_algorithm
 from fastrl.trainer.dynamic_sampling import refill, rewards_differ
+from fastrl.trainer.interrupt import Interrupt, Interrupted
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.loop import train
 from fastrl.trainer.setup import prepare
@@ -157,7 +158,7 @@ def test_gradient_checkpointing_does_not_change_the_run(tmp_path):
     assert rewards[0] == [(pytest.approx(r, abs=1e-6), pytest.approx(n, rel=1e-4)) for r, n in rewards[1]]
 
 
-def test_interrupt_stops_after_the_step_with_everything_saved(tmp_path, monkeypatch):
+def test_interrupt_stops_inside_the_step_with_everything_before_it_saved(tmp_path, monkeypatch):
     original = loop._step
 
     def interrupted(run, log, optimizer, step, *rest):
@@ -168,17 +169,20 @@ def test_interrupt_stops_after_the_step_with_everything_saved(tmp_path, monkeypa
     monkeypatch.setattr(loop, "_step", interrupted)
     before = signal.getsignal(signal.SIGINT)
     outcome = train(tiny_config(tmp_path, steps=50))
-    assert (outcome.status, outcome.steps) == ("interrupted", 2)
-    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert (outcome.status, outcome.steps) == ("interrupted", 1)
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert outcome.report.is_file()
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_second_interrupt_stops_at_once():
-    with loop.interruptible() as asked:
+    interrupt = Interrupt()
+    with interrupt.listening():
+        interrupt.check()
         os.kill(os.getpid(), signal.SIGINT)
-        assert asked == [signal.SIGINT]
+        with pytest.raises(Interrupted, match="SIGINT"):
+            interrupt.check()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

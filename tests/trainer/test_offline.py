@@ -440,7 +440,7 @@ def test_ctrl_c_saves_and_the_command_it_prints_goes_on(tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(offline, "_step", interrupt_in_step(2))
         outcome = train(replace(config, run_dir=str(tmp_path / "stopped")))
-    assert (outcome.status, outcome.steps) == ("interrupted", 2)
+    assert (outcome.status, outcome.steps) == ("interrupted", 1)
     stopped = tmp_path / "stopped"
     assert f"fastrl train {stopped / 'config.yaml'} --resume {stopped}" in capsys.readouterr().out
     assert main(["train", str(stopped / "config.yaml"), "--resume", str(stopped)]) == 0
@@ -470,7 +470,7 @@ def test_a_reference_of_its_own_is_what_answers_are_compared_with(tmp_path):
 
 def test_no_step_pays_for_the_reference_or_the_optimizers_buffers(tmp_path, monkeypatch):
     def slow(function):
-        return lambda *args: time.sleep(1) or function(*args)
+        return lambda *args, **named: time.sleep(1) or function(*args, **named)
 
     for name in ("fill_in", "MasterOptimizer"):
         monkeypatch.setattr(offline, name, slow(getattr(offline, name)))

@@ -124,10 +124,11 @@ def test_sigterm_between_two_optimizer_steps_of_a_rollout_saves_the_rest_of_it(t
     calls, original = [], loop.optimise
 
     def optimise(*args, **kwargs):
+        update = original(*args, **kwargs)
         calls.append(1)
         if len(calls) == 3 + updates:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
+        return update
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "optimise", optimise)
@@ -138,7 +139,9 @@ def test_sigterm_between_two_optimizer_steps_of_a_rollout_saves_the_rest_of_it(t
     assert len({name.split(".")[1] for name in old}) == 3 - updates  # what is left, scored before the first update
     assert train(replace(config, resume=config.run_dir)).status == "finished"
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
-    (warning,) = resumed[0].pop("warnings.jsonl")
+    # The other one, of both runs, is of a machine that is slow at bfloat16.
+    whole[0].pop("warnings.jsonl", None)
+    *_, warning = resumed[0].pop("warnings.jsonl")
     assert warning["message"] == f"Stopped by SIGTERM after step 1 and {updates} optimizer steps of the next; saving."
     assert resumed == whole
 
@@ -154,12 +157,12 @@ def test_ctrl_c_saves_a_checkpoint_and_the_command_it_prints_goes_on(tmp_path, w
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", interrupted)
         outcome = train(config_for(tmp_path, "stopped", save_every=0, eval=EvalConfig()))
-    assert (outcome.status, outcome.steps) == ("interrupted", 3)
+    assert (outcome.status, outcome.steps) == ("interrupted", 2)
     stopped = tmp_path / "stopped"
     command = shlex.join(["fastrl", "train", str(stopped / "config.yaml"), "--resume", str(stopped)])
     assert f"To go on: {command}\n" in capsys.readouterr().out
     assert main(shlex.split(command)[1:]) == 0
-    assert f"resumed after step 3, from {stopped / 'checkpoints' / 'step_000003'}" in capsys.readouterr().out
+    assert f"resumed after step 2, from {stopped / 'checkpoints' / 'step_000002'}" in capsys.readouterr().out
     logged, _, model = whole
     assert lines(stopped / "completions.jsonl") == logged["completions.jsonl"]
     assert (stopped / "model" / "model.safetensors").read_bytes() == model

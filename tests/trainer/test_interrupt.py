@@ -1,0 +1,324 @@
+"""A signal takes effect at the next token or micro-batch, and nothing of what it cut short is left.
+
+It arrives from inside the run, in a chosen call of a chosen function, so that no test depends on the time.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from trainer.test_resume import config_for, everything, lines
+from trainer.tiny import offline_config
+
+from fastrl.algorithms.masks import TokenMasks
+from fastrl.model.policy import Policy
+from fastrl.model.scalar import ScalarModel
+from fastrl.rewards import RewardFailure, call
+from fastrl.rollout.transformers_sampler import TransformersSampler
+from fastrl.trainer import loop, offline, reference
+from fastrl.trainer.config import LossConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig
+from fastrl.trainer.offline_config import OfflineEvalConfig
+
+REWARDS = (RewardConfig("trainer.tiny:noisy_words"), RewardConfig("trainer.tiny:short"))
+PPO = {
+    "algorithm": "ppo",
+    "ppo": PPOConfig(critic="separate", critic_lr=1e-2, kl_coef=0.05, kl_target=0.5, kl_horizon=50),
+}
+
+
+@pytest.fixture(autouse=True)
+def _report_without_pictures(monkeypatch):
+    """They would take half of the time."""
+    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """Those of every run of the test, in order."""
+    made = []
+
+    class Kept(loop.MasterOptimizer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    for module in ("setup", "offline"):
+        monkeypatch.setattr(f"fastrl.trainer.{module}.MasterOptimizer", Kept)
+    return made
+
+
+def arrives_in(patch, owner, name, at, number=signal.SIGINT):
+    """The signal arrives in call `at` of a function, counted from now; returns the calls."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == at:
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, counted)
+    return calls
+
+
+def in_step(patch, module, number, arm):
+    """Calls `arm` when step `number` begins, and counts from there."""
+    original = module._step
+
+    def step(run, log, optimizers, step, *rest):
+        if step == number:
+            arm()
+        return original(run, log, optimizers, step, *rest)
+
+    patch.setattr(module, "_step", step)
+
+
+def interrupted(train, config, patching):
+    """(outcome, calls) of a run in which a signal arrives; `patching` has a monkeypatch and gives the list of calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = patching(patch)
+        return train(config), calls
+
+
+def in_third_step(patch, owner, name, at, module=loop):
+    calls = []
+    in_step(patch, module, 3, lambda: calls.append(arrives_in(patch, owner, name, at)))
+    return calls
+
+
+def what_stopped(resumed, whole):
+    """The only warning that the resumed run has and the whole one has not; takes those of both away."""
+    usual = [line["message"] for line in whole[0].pop("warnings.jsonl", [])]
+    (message,) = [line["message"] for line in resumed[0].pop("warnings.jsonl") if line["message"] not in usual]
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "hook", "at", "saved"),
+    [
+        ({}, (TransformersSampler, "_forward_prompts"), 1, "step_000002"),
+        ({}, (TransformersSampler, "_step"), 2, "step_000002"),
+        ({"algorithm": "remax"}, (TransformersSampler, "_decode"), 2, "step_000002"),
+        ({"rewards": REWARDS}, (call, "_finish"), 1, "step_000002"),
+        ({"loss": LossConfig(kl="k3")}, (Policy, "score"), 2, "step_000002_update_0"),
+        ({"masks": TokenMasks(top_entropy=0.5)}, (Policy, "outputs"), 2, "step_000002_update_0"),
+        ({}, (Policy, "hidden"), 1, "step_000002_update_0"),
+        ({"dtype": "bfloat16"}, (Policy, "hidden"), 1, "step_000002_update_0"),
+        (PPO, (ScalarModel, "values"), 1, "step_000002_update_0"),
+    ],
+    ids=["prefill", "decode", "greedy", "rewards", "score", "masks", "train", "bfloat16", "critic"],
+)
+def test_a_run_goes_on_bit_for_bit_from_where_a_signal_cut_its_step_short(
+    tmp_path, optimizers, changes, hook, at, saved
+):
+    config = config_for(tmp_path, "whole", **({"steps": 4} | changes))
+    loop.train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    optimizers.clear()
+    outcome, (calls,) = interrupted(loop.train, stopped, lambda patch: in_third_step(patch, *hook, at))
+    assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 2, at)
+    assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == f"{saved}\n"
+    assert optimizers
+    assert all(not optimizer.grad.any() for optimizer in optimizers)
+    assert loop.train(replace(stopped, resume=stopped.run_dir)).status == "finished"
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    begun = " and the rollout of the next" if "update" in saved else ""
+    assert what_stopped(resumed, whole) == f"Stopped by SIGINT after step 2{begun}; saving."
+    assert resumed == whole
+
+
+def test_the_second_of_three_updates_that_is_cut_short_is_done_again(tmp_path, optimizers):
+    config = config_for(tmp_path, "whole", steps=4, optimizer=OptimizerConfig(lr=1e-2, epochs_per_rollout=3))
+    loop.train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    optimizers.clear()
+
+    def second_update(patch):
+        calls, original, updates = [], loop.optimise, []
+
+        def optimise(*args, **kwargs):
+            updates.append(1)
+            if len(updates) == 3 + 2:
+                calls.append(arrives_in(patch, Policy, "hidden", 1))
+            return original(*args, **kwargs)
+
+        patch.setattr(loop, "optimise", optimise)
+        return calls
+
+    outcome, (calls,) = interrupted(loop.train, stopped, second_update)
+    assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 1, 1)
+    assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == "step_000001_update_1\n"
+    assert not optimizers[0].grad.any()
+    assert optimizers[0].steps == 3 + 1
+    loop.train(replace(stopped, resume=stopped.run_dir))
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 1 and 1 optimizer steps of the next; saving."
+    assert resumed == whole
+
+
+def test_prompts_drawn_for_a_round_of_dynamic_sampling_that_is_cut_short_are_drawn_again(tmp_path):
+    rollout = RolloutConfig(prompts=6, samples=2, max_new_tokens=2, dynamic_sampling=3)
+    rewards = (RewardConfig("trainer.tiny:wanted_words"),)
+    config = config_for(tmp_path, "whole", steps=4, rollout=rollout, rewards=rewards)
+    loop.train(config)
+    assert lines(tmp_path / "whole" / "metrics.jsonl")[2]["dynamic_sampling/rounds"] >= 2
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    arm = partial(in_third_step, owner=TransformersSampler, name="_decode", at=3)  # the rollout's, and two rounds
+    outcome, (calls,) = interrupted(loop.train, stopped, arm)
+    assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 2, 3)
+    loop.train(replace(stopped, resume=stopped.run_dir))
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 2; saving."
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_an_evaluation_that_is_cut_short_is_done_again_as_a_whole(tmp_path, step):
+    """The signal arrives in the sampled part: the greedy one was logged by then, and drew from the random numbers."""
+    config = config_for(tmp_path, "whole", steps=4)
+    loop.train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+
+    def in_evaluation(patch):
+        calls, original = [], loop.evaluate
+
+        def evaluate(run, log, **at):
+            if at["step"] == step:
+                calls.append(arrives_in(patch, TransformersSampler, "_decode", 2, signal.SIGTERM))
+            return original(run, log, **at)
+
+        patch.setattr(loop, "evaluate", evaluate)
+        return calls
+
+    outcome, (calls,) = interrupted(loop.train, stopped, in_evaluation)
+    assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", step, 2)
+    kept = [line["step"] for line in lines(tmp_path / "stopped" / "evaluations.jsonl")] if step else []
+    assert sorted(set(kept)) == list(range(0, step, 2))
+    assert loop.train(replace(stopped, resume=stopped.run_dir)).status == "finished"
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    assert what_stopped(resumed, whole) == f"Stopped by SIGTERM after step {step}; saving."
+    assert resumed == whole
+
+
+def test_rewards_that_fail_in_the_second_part_of_an_evaluation_leave_nothing_of_the_first(tmp_path, monkeypatch):
+    config = config_for(tmp_path, "whole", steps=4)
+    loop.train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+
+    def failing(patch):
+        original, calls = loop.evaluate, []
+
+        def finish(*args):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RewardFailure("no judge at home")
+            return finished(*args)
+
+        def evaluate(run, log, *, step):
+            if step == 2:
+                patch.setattr(call, "_finish", finish)
+            return original(run, log, step=step)
+
+        finished = call._finish
+        patch.setattr(loop, "evaluate", evaluate)
+        return calls
+
+    outcome, _ = interrupted(loop.train, stopped, failing)
+    assert (outcome.status, outcome.steps) == ("rewards failed", 2)
+    loop.train(replace(stopped, resume=stopped.run_dir))
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    assert what_stopped(resumed, whole) == "Evaluation after step 2: no judge at home"
+    assert resumed == whole
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "hook", "at"),
+    [
+        ("dpo", (Policy, "hidden"), 2),
+        ("aot", (Policy, "hidden"), 5),  # in the second pass
+        ("kto", (Policy, "score"), 2),  # in the pass over other prompts' answers
+        ("kto", (Policy, "hidden"), 5),
+        ("sft", (Policy, "hidden"), 1),
+        ("reward_model", (ScalarModel, "scores"), 2),
+    ],
+)
+def test_an_offline_step_that_is_cut_short_is_done_again_bit_for_bit(tmp_path, optimizers, algorithm, hook, at):
+    changes = {"dtype": "bfloat16", "save_every": 4, "batch": 6, "tokens_per_batch": 24}
+    config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
+    offline.train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    optimizers.clear()
+    patching = partial(in_third_step, owner=hook[0], name=hook[1], at=at, module=offline)
+    outcome, (calls,) = interrupted(offline.train, stopped, patching)
+    assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 2, at)
+    assert len(optimizers) == 1
+    assert not optimizers[0].grad.any()
+    assert offline.train(replace(stopped, resume=stopped.run_dir)).status == "finished"
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 2; saving."
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "kto", "sft", "reward_model"])
+def test_an_offline_evaluation_that_is_cut_short_is_done_again(tmp_path, algorithm):
+    changes = {"save_every": 4, "eval": OfflineEvalConfig(every=2), "tokens_per_batch": 24}
+    config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
+    offline.train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+
+    def in_evaluation(patch):
+        calls, original = [], offline._evaluate
+
+        def evaluate(run, log, step):
+            if step == 2:
+                owner, name = (ScalarModel, "scores") if algorithm == "reward_model" else (Policy, "hidden")
+                calls.append(arrives_in(patch, owner, name, 2))
+            original(run, log, step)
+
+        patch.setattr(offline, "_evaluate", evaluate)
+        return calls
+
+    outcome, (calls,) = interrupted(offline.train, stopped, in_evaluation)
+    assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 2, 2)
+    offline.train(replace(stopped, resume=stopped.run_dir))
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 2; saving."
+    assert resumed == whole
+
+
+def test_a_reference_that_is_cut_short_is_asked_again_and_the_run_goes_on_from_its_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "AT_ONCE", 4)
+    config = offline_config(tmp_path, "dpo", run_dir=str(tmp_path / "whole"), save_every=4)
+    offline.train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    outcome, calls = interrupted(offline.train, stopped, lambda patch: arrives_in(patch, Policy, "score", 3))
+    assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 0, 3)
+    assert not (tmp_path / "stopped" / "reference").exists()
+    offline.train(replace(stopped, resume=stopped.run_dir))
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 0; saving."
+    assert resumed == whole
+
+
+def test_the_next_step_does_not_pay_for_what_was_cut_short(tmp_path):
+    """A run whose clock moves by an hour in the rollout that is discarded."""
+    config = config_for(tmp_path, steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        now, original = [0.0], TransformersSampler._step
+
+        def slow(*args):
+            now[0] += 3600.0
+            signal.raise_signal(signal.SIGINT)
+            return original(*args)
+
+        patch.setattr(loop, "RunLog", partial(loop.RunLog, clock=lambda: now[0]))
+        in_step(patch, loop, 3, lambda: patch.setattr(TransformersSampler, "_step", slow))
+        assert loop.train(config).status == "interrupted"
+    loop.train(replace(config, resume=config.run_dir))
+    third = lines(tmp_path / "run" / "metrics.jsonl")[2]
+    assert third["time"] > 3600.0
+    assert third["step_time"] < 600.0
+    assert third["time/rollout"] < 600.0
