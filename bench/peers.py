@@ -333,7 +333,35 @@ LOGPS = {
     "quack": _quack,
     "verl": _verl,
 }
+
+
+def layer_steps(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], layers: Any) -> Provider:
+    """A provider of y, dx and dW of every layer; of y alone where nothing trains."""
+
+    def run() -> Outputs:
+        out: Outputs = {}
+        for index, (x, weight, dy) in enumerate(zip(layers.xs, layers.weights, layers.dys, strict=True)):
+            y = product(x, weight)
+            out[f"y{index}"] = y.detach()
+            if layers.trains:
+                out[f"dx{index}"], out[f"dW{index}"] = torch.autograd.grad(y, (x, weight), dy)
+        return out
+
+    return run
+
+
+def _torch_linear(layers: Any) -> Provider:
+    return layer_steps(F.linear, layers)
+
+
+def _torch_linear_float32(layers: Any) -> Provider:
+    """The same layers held in float32: what somebody would do whose processor has no fast bfloat16."""
+    parts = (tuple(t.detach().float().requires_grad_(t.requires_grad) for t in of) for of in layers[:3])
+    return layer_steps(F.linear, type(layers)(*parts, layers.trains))
+
+
 PEERS: dict[str, dict[str, Callable[..., Provider]]] = {
+    "linear": {"torch": _torch_linear, "torch-float32": _torch_linear_float32},
     "linear_logprob": {name: _linear_logprob(make) for name, make in LOGPS.items()},
     "linear_policy_loss": {name: _linear_policy_loss(make) for name, make in LOGPS.items()}
     | {"liger": _liger_linear_policy_loss},

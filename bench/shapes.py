@@ -48,6 +48,33 @@ HEADS = {
     "16k x 1024": HeadShape(16_384, 1_024, 151_936, 512, padded=False),
 }
 
+
+@dataclass(frozen=True)
+class LayerShape:
+    """`tokens` rows through each distinct linear layer of a decoder block: (outputs, width)."""
+
+    tokens: int
+    sizes: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {' '.join(f'{outputs}x{width}' for outputs, width in self.sizes)}"
+
+
+# q and o, k and v, gate and up, down.
+SMOLLM2 = ((576, 576), (192, 576), (1_536, 576), (576, 1_536))
+QWEN3_600M = ((2_048, 1_024), (1_024, 1_024), (3_072, 1_024), (1_024, 3_072))
+LAYERS = {
+    "tiny": LayerShape(48, ((40, 24), (24, 40))),
+    "smollm2-8": LayerShape(8, SMOLLM2),
+    "smollm2-64": LayerShape(64, SMOLLM2),
+    "smollm2-512": LayerShape(512, SMOLLM2),
+    "smollm2-1k": LayerShape(1_024, SMOLLM2),
+    "smollm2-2k": LayerShape(2_048, SMOLLM2),
+    "smollm2-4k": LayerShape(4_096, SMOLLM2),
+    "qwen3-0.6b-64": LayerShape(64, QWEN3_600M),
+    "qwen3-0.6b-1k": LayerShape(1_024, QWEN3_600M),
+}
+
 # Sequences x tokens of each, for the ops without a vocabulary; `demo` is one step of the demo recipe.
 BATCHES = {
     "tiny": (8, 16),
