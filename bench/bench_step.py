@@ -1,6 +1,7 @@
 """Whole training steps on the demo task: fastrl, TRL and a plain loop, each in a process of its own, in turns.
 
 python -m bench.run step --against trl,naive
+python -m bench.run step --against trl --dtype auto --trl-dtype float32
 python -m bench.run step --algorithm ppo --against naive-ppo
 """
 
@@ -25,7 +26,7 @@ from rich.table import Table
 
 from bench.step_child import STAGES, StepRecord, read
 from bench.timing import environment, quantiles
-from bench.workload import ALGORITHMS, REWARDS, Workload, model_folder, write_questions
+from bench.workload import ALGORITHMS, DTYPES, REWARDS, Workload, model_folder, write_questions
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="", help="JSON lines; default results/<machine>/<date>.jsonl")
     for name, default in asdict(Workload()).items():
         if name != "folder":
-            choices = {"reward": tuple(REWARDS), "algorithm": ALGORITHMS}.get(name)
+            choices = {"reward": tuple(REWARDS), "algorithm": ALGORITHMS, "dtype": DTYPES, "trl_dtype": DTYPES}.get(name)
             parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, choices=choices)
     return parser
 
@@ -176,7 +177,7 @@ def table(workload: Workload, results: list[Measured]) -> Table:
     """Markdown: one column per provider, fastrl first; in brackets the ratio to fastrl."""
     title = (
         f"{workload.algorithm}, {workload.model}, {workload.prompts} prompts x {workload.samples} completions, up to "
-        f"{workload.max_new_tokens} tokens; median of {workload.steps} steps a process"
+        f"{workload.max_new_tokens} tokens{_dtypes(workload)}; median of {workload.steps} steps a process"
     )
     shown = Table(title=title, box=MARKDOWN, title_justify="left")
     shown.add_column("")
@@ -189,6 +190,11 @@ def table(workload: Workload, results: list[Measured]) -> Table:
     states = [result.status for result in results]
     shown.add_row("status", *(": ".join(filter(None, pair)) for pair in zip(states, notes, strict=True)))
     return shown
+
+
+def _dtypes(workload: Workload) -> str:
+    named = {"dtype": workload.dtype, "TRL's": workload.trl_dtype}
+    return "".join(f", {name} {dtype}" for name, dtype in named.items() if dtype)
 
 
 Number = Callable[[Measured], float]

@@ -2,6 +2,7 @@
 
 fastrl bench                                              every op
 fastrl bench linear_logprob --against torch,trl,liger
+fastrl bench linear_policy_loss --dtype float32 bfloat16 --against all
 fastrl bench step --against trl,naive
 fastrl bench dpo --against trl
 fastrl bench rollout
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from bench.shapes import find
 from bench.timing import Case, Provider, Result, environment, machine, matmul_rate, measure
 
 HEAD_OPS = ("linear_logprob", "linear_policy_loss", "logprob")  # the others work in float32 whatever --dtype
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -61,15 +64,19 @@ def _micro(arguments: list[str]) -> None:
         prog="fastrl bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("op", nargs="?", choices=(*PEERS, "step", "dpo", "rollout"), help="all ops by default")
-    parser.add_argument("--against", default="", help="comma-separated peers, or none; all by default")
+    parser.add_argument("--against", default="all", help="comma-separated peers, all, or none")
     parser.add_argument("--backends", default="auto", help="comma-separated fastrl backends, or an op's VARIANTS")
     parser.add_argument("--shapes", default="", help="comma-separated names from bench/shapes.py")
     parser.add_argument("--device", default=here, help="a GPU where torch sees one, by default")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], help="one or more, each with a table of its own")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice")
     parser.add_argument("--out", default="", help=f"JSON lines; default {RESULTS.name}/<machine>/<date>.jsonl")
     args = parser.parse_args(arguments)
+    dtypes = names(",".join(args.dtype))
+    unknown = [name for name in dtypes if name not in DTYPES]
+    if unknown or not dtypes:
+        raise ValueError(f"--dtype: expected some of {', '.join(DTYPES)}, got {', '.join(unknown) or 'none'}.")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -77,7 +84,7 @@ def _micro(arguments: list[str]) -> None:
     about = environment(device)
     show_environment(console, about)
     for op in [args.op] if args.op else PEERS:
-        for case in _cases(op, args, device):
+        for case in _cases(op, args, dtypes, device):
             results = measure(case, args.rounds, device)
             rate = matmul_rate(case.dtype, device) if case.flops else 0.0
             console.print(table(case, results, rate))
@@ -85,16 +92,18 @@ def _micro(arguments: list[str]) -> None:
             append(out_file(args.out, device), rows)
 
 
-def _cases(op: str, args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+def _cases(op: str, args: argparse.Namespace, dtypes: list[str], device: torch.device) -> Iterator[Case]:
     module = import_module(f"bench.bench_{op}")
-    dtype = getattr(torch, args.dtype) if op in HEAD_OPS else torch.float32
-    for name, shape in find(module.SHAPES, names(args.shapes) or module.DEFAULT).items():
+    against = [] if args.against == "all" else names(args.against)
+    shapes = find(module.SHAPES, names(args.shapes) or module.DEFAULT)
+    kinds = [getattr(torch, name) for name in dtypes] if op in HEAD_OPS else [torch.float32]
+    for dtype, (name, shape) in product(kinds, shapes.items()):
         for mode, tensors in module.tensors(shape, dtype, device).items():
             ours = {
                 "fastrl" if backend == "auto" else f"fastrl/{backend}": ours_on(module, backend, *tensors)
                 for backend in names(args.backends)
             }
-            peers, absent = build(op, names(args.against), *tensors)
+            peers, absent = build(op, against, *tensors)
             label = label_of(op, name, shape, mode, dtype)
             flops = module.matmul_flops(*tensors) if hasattr(module, "matmul_flops") else 0.0
             yield Case(label, dtype, lambda t=tensors: module.truth(*t), ours | peers, absent, flops)

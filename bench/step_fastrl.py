@@ -23,6 +23,7 @@ def run(workload: Workload) -> list[StepRecord]:
         steps=workload.total_steps,
         seed=workload.seed,
         device=workload.device,
+        dtype=workload.dtype or recipe.dtype,
         run_dir=f"{workload.folder}/fastrl",
         show_every=0,
         task=TaskConfig(source=str(workload.questions), held_out=0),

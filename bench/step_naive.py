@@ -1,7 +1,7 @@
 """A GRPO loop in plain torch and transformers, as someone who knows what costs time writes it in an afternoon.
 
-bf16 model for the matmuls, float32 master weights by hand for fused AdamW, groups of equal rewards dropped, logits of
-the completion only.
+A bf16 model for the matmuls where the hardware has them, float32 master weights by hand for fused AdamW, groups of equal
+rewards dropped, logits of the completion only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.step_child import StepRecord, child
-from bench.workload import REWARDS, Workload, model_folder
+from bench.workload import REWARDS, Workload, compute_dtype, model_folder
 
 
 class Loop:
@@ -26,7 +26,8 @@ class Loop:
         self.reward = REWARDS[workload.reward]
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(workload.device).eval()
+        dtype = compute_dtype(workload.dtype, workload.device)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(workload.device).eval()
         stops = self.model.generation_config.eos_token_id
         stops = [*(stops if isinstance(stops, list) else [stops]), self.tokenizer.eos_token_id]
         self.stops = torch.tensor(stops, device=workload.device)

@@ -21,9 +21,9 @@ class PPOLoop(Loop):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         folder = model_folder(workload.model)
-        self.reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(workload.device).eval()
+        self.reference = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).to(workload.device).eval()
         kind = AutoModelForSequenceClassification
-        self.critic = kind.from_pretrained(folder, num_labels=1, dtype=torch.bfloat16).to(workload.device).eval()
+        self.critic = kind.from_pretrained(folder, num_labels=1, dtype=self.model.dtype).to(workload.device).eval()
         torch.nn.init.zeros_(self.critic.score.weight)
         self.critic_masters = [parameter.detach().float() for parameter in self.critic.parameters()]
         self.critic_optimizer = torch.optim.AdamW(

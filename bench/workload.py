@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastrl.model.packaged import PACKAGED, converted
 from fastrl.rewards.extract import completion_text, last_number
 
@@ -26,6 +28,8 @@ class Workload:
     warm_up: int = 1
     micro_batch: int = 16  # sequences; fastrl's recipe counts tokens instead
     reward: str = "last_number"  # or alternating, see `REWARDS`
+    dtype: str = ""  # the model computes in; "" is the recipe's for fastrl, and auto for the others
+    trl_dtype: str = ""  # where TRL's is another
     seed: int = 0
     device: str = "cpu"
     folder: str = ""  # where the questions are and a provider may write
@@ -93,4 +97,16 @@ def alternating_reward(completions: Sequence[Any], **_: Any) -> list[float]:
 
 
 ALGORITHMS = ("grpo", "ppo")
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+def compute_dtype(name: str, device: str) -> torch.dtype:
+    """What a plain torch model computes in: "auto" or "" is the quicker of the two, bfloat16 where the hardware has it.
+
+    Without such instructions a CPU widens every bfloat16 first, and torch's matmuls take ten times as long.
+    """
+    if name not in ("", "auto"):
+        return getattr(torch, name)
+    quick = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if quick else torch.float32
 REWARDS = {"last_number": last_number_reward, "alternating": alternating_reward}

@@ -128,9 +128,9 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release unlocked;
     chosen->head_forward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(logits)});
   });
-  m.def("head_keep", [](const Head& h, Address lse, Address logits, Address kept, int64_t kept_stride) {
+  m.def("head_keep", [](const Head& h, Address lse, Address logits, Address kept) {
     py::gil_scoped_release unlocked;
-    chosen->head_keep({h, at<void>(lse), at<void>(logits), at<void>(kept), kept_stride});
+    chosen->head_keep({h, at<void>(lse), at<void>(logits), at<void>(kept)});
   });
   m.def("decode_attention",
         [](int dtype, Address query, Address keys, Address values, Address mask, Address out, int64_t rows, int64_t heads,
@@ -143,12 +143,12 @@ PYBIND11_MODULE(_cpu, m) {
         });
   m.def("head_backward",
         [](const Head& h, Address logps, Address lse, Address entropy, Address grad_logps, Address grad_entropy,
-           Address logits, Address kept, int64_t kept_stride, Address grad_hidden, Address grad_weight,
+           Address logits, Address kept, Address places, int64_t stored, Address grad_hidden, Address grad_weight,
            Address grad_bias, bool add_weight, bool round_weight) {
           py::gil_scoped_release unlocked;
           chosen->head_backward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(grad_logps),
-                                 at<void>(grad_entropy), at<void>(logits), at<void>(kept), kept_stride,
-                                 at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), add_weight,
+                                 at<void>(grad_entropy), at<void>(logits), at<void>(kept),
+                                 at<int64_t>(places), stored, at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias), add_weight,
                                  round_weight});
         });
 

@@ -1,7 +1,7 @@
 // The LM head, its log-softmax and their derivatives, without ever storing more logits than a tile or than was asked.
 //
 //   forward    z = h W^T tile by tile: running maximum, sum of exp, and sum of exp times z, one lane per row
-//   backward   dz tile by tile from z, then d weight = dz^T h and d hidden = dz W
+//   backward   dz tile by tile from z, computed again or stored, then d weight = dz^T h and d hidden = dz W
 //
 // Lanes are rows (tokens), so no sum ever runs across a vector. The vocabulary is cut into segments whose statistics
 // are merged in order, in double: neither the number of threads nor the other rows change a bit of a row's result.
@@ -23,6 +23,8 @@ struct HeadKernel {
   using Unit = typename M::Unit;
   static constexpr int pair = M::pair, L = Tile<M>::lanes;
   static constexpr ptrdiff_t block = Tile<M>::block, segment = Tile<M>::segment;
+  // Tokens that lie side by side where the product that contracts over entries reads them: its tiles of rows are whole.
+  static constexpr int together = M::contiguous_rows ? L : least_common_multiple(L, Tile<M>::rows);
   static_assert(segment / pair % Tile<M>::chain == 0, "stripes of entries must end where partial sums end");
   static_assert(block % (pair * M::group) == 0, "blocks of entries must end where groups of units end");
 
@@ -111,8 +113,29 @@ struct HeadKernel {
     return scratch;
   }
 
-  // Whether a vector of tokens, from the i-th, lies side by side in arrays of all rows.
-  bool neighbours(ptrdiff_t i) const { return i + V::lanes <= n && h.rows[i + V::lanes - 1] - h.rows[i] == V::lanes - 1; }
+  // Where a value of the i-th of `count` tokens is stored at entry 0, and how far it is to the next entry: panels of L
+  // tokens, one entry after the other; the last panel is as narrow as what is left.
+  struct Stored {
+    ptrdiff_t first, stride;
+  };
+  Stored stored_at(ptrdiff_t i, ptrdiff_t count) const {
+    const ptrdiff_t t = i / L * L;
+    return {t * vocabulary + i - t, least(L, count - t)};
+  }
+
+  // Copies entries [v, v + count) of the stored values of tokens [t, t + L), of which `out.places` tells where they are,
+  // to a tile; zeros where there is no token.
+  template <typename T>
+  void gather(const HeadBackward& out, const T* from, ptrdiff_t v, ptrdiff_t count, ptrdiff_t t, Real* tile) const {
+    for (ptrdiff_t l = 0; l < L; ++l) {
+      if (t + l >= n) {
+        for (ptrdiff_t r = 0; r < count; ++r) tile[r * L + l] = 0;
+        continue;
+      }
+      const Stored at = stored_at(out.places ? out.places[t + l] : t + l, out.places ? out.stored : n);
+      for (ptrdiff_t r = 0; r < count; ++r) tile[r * L + l] = widen(from[at.first + (v + r) * at.stride]);
+    }
+  }
 
   Real temperature_of(ptrdiff_t i) const { return temperature[h.temperature_per_row ? h.rows[i] : 0]; }
 
@@ -157,12 +180,15 @@ struct HeadKernel {
           ptrdiff_t stride;
           const Unit* w = weight_units(v, count, scratch, &stride);
           for (ptrdiff_t t = 0; t < padded; t += L) {
-            Real* z = out.logits ? static_cast<Real*>(out.logits) + v * padded + t : static_cast<Real*>(tile);
-            const ptrdiff_t z_row = out.logits ? padded : L;
-            multiply_panel<M, 1>(count, units, tokens + t * units, w, stride, z, z_row, false);
+            Real* kept = out.logits ? static_cast<Real*>(out.logits) + stored_at(t, n).first : nullptr;
+            Real* z = kept && t + L <= n ? kept + v * L : static_cast<Real*>(tile);
+            multiply_panel<M, 1>(count, units, tokens + t * units, w, stride, z, L, false);
             for (ptrdiff_t l = 0; l < L; l += V::lanes)
-              fold(z + l, z_row, v, count, warmth + t + l, target + t + l, top + t + l, sum + t + l, moment + t + l,
+              fold(z + l, v, count, warmth + t + l, target + t + l, top + t + l, sum + t + l, moment + t + l,
                    at_target + t + l, entropy);
+            if (kept && z == tile)
+              for (ptrdiff_t r = 0; r < count; ++r)
+                for (ptrdiff_t l = 0; l < n - t; ++l) kept[(v + r) * (n - t) + l] = tile[r * L + l];
           }
         }
       }
@@ -190,20 +216,20 @@ struct HeadKernel {
   }
 
   // Finishes the logits of one vector of tokens over `count` entries, in place, and folds them into its statistics.
-  void fold(Real* z, ptrdiff_t z_row, ptrdiff_t v, ptrdiff_t count, const Real* warmth, const int32_t* target,
-            Real* top, Real* sum, Real* moment, Real* at_target, bool entropy) const {
+  void fold(Real* z, ptrdiff_t v, ptrdiff_t count, const Real* warmth, const int32_t* target, Real* top, Real* sum,
+            Real* moment, Real* at_target, bool entropy) const {
     const V heat = V::load(warmth), before = V::load(top);
     const auto wanted = V::load_int(target);
     V most = before, found = V::load(at_target);
     for (ptrdiff_t r = 0; r < count; ++r) {
-      const V x = finish(V::load(z + r * z_row), v + r, heat);
-      x.store(z + r * z_row);
+      const V x = finish(V::load(z + r * L), v + r, heat);
+      x.store(z + r * L);
       most = V::max(x, most);
       found = V::select(V::equal(wanted, int32_t(v + r)), x, found);
     }
     V total = V::set(0), weighted = V::set(0);
     for (ptrdiff_t r = 0; r < count; ++r) {
-      const V shifted = V::load(z + r * z_row) - most, e = V::exp(shifted);
+      const V shifted = V::load(z + r * L) - most, e = V::exp(shifted);
       total = total + e;
       if (entropy) weighted = weighted + V::select(V::is_zero(e), V::set(0), e * shifted);
     }
@@ -229,18 +255,23 @@ struct HeadKernel {
     Buffer<Real> lse(2 * padded);
     gather_lse(out.lse, lse);
     In* kept = static_cast<In*>(out.kept);
-#pragma omp parallel for num_threads(h.threads) schedule(static)
-    for (ptrdiff_t v = 0; v < vocabulary; ++v)
-      for (ptrdiff_t i = 0; i < padded; i += V::lanes) {
-        const V p = V::exp(V::load(z + v * padded + i) - V::load(lse + i) - V::load(lse + padded + i));
-        In* to = kept + v * out.kept_stride;
-        if (neighbours(i)) {
-          store_narrow(to + h.rows[i], p);
-          continue;
+#pragma omp parallel for collapse(2) num_threads(h.threads) schedule(static)
+    for (ptrdiff_t t = 0; t < n; t += L)
+      for (ptrdiff_t v = 0; v < vocabulary; ++v) {
+        const Stored at = stored_at(t, n);
+        for (ptrdiff_t l = 0; l < at.stride; l += V::lanes) {
+          const ptrdiff_t i = at.first + v * at.stride + l, some = least(V::lanes, at.stride - l);
+          Real room[V::lanes] = {};
+          for (ptrdiff_t k = 0; k < (some < V::lanes ? some : 0); ++k) room[k] = z[i + k];
+          const V x = V::load(some < V::lanes ? room : z + i);
+          const V p = V::exp(x - V::load(lse + t + l) - V::load(lse + padded + t + l));
+          if (some == V::lanes) {
+            store_narrow(kept + i, p);
+            continue;
+          }
+          p.store(room);
+          for (ptrdiff_t k = 0; k < some; ++k) narrow(room[k], kept + i + k);
         }
-        Real lanes[V::lanes];
-        p.store(lanes);
-        for (ptrdiff_t l = 0; l < least(V::lanes, n - i); ++l) narrow(lanes[l], to + h.rows[i + l]);
       }
   }
 
@@ -249,7 +280,7 @@ struct HeadKernel {
     const Real* grad_entropy = static_cast<const Real*>(out.grad_entropy);
     const bool needs_hidden = out.grad_hidden != nullptr, needs_weight = out.grad_weight != nullptr;
     const bool kept = out.kept != nullptr, recompute = !kept && out.logits == nullptr;
-    const ptrdiff_t token_units = stored<M>(padded / pair);
+    const ptrdiff_t token_units = stored<M>(padded / pair), token_room = token_units + 64 / ptrdiff_t(sizeof(Unit));
     // Entries whose dz all threads finish before the product that contracts over them.
     const ptrdiff_t stripe = least(segment * (h.threads > 4 ? h.threads : 4), round_up(vocabulary, block));
     const ptrdiff_t stripe_units = row_room(stored<M>(round_up(stripe, pair) / pair));
@@ -257,10 +288,11 @@ struct HeadKernel {
     Buffer<Unit> tokens(recompute ? padded * units : 0);
     Buffer<Unit> columns(needs_weight ? width_panels * token_units * L : 0);
     Buffer<Unit> weights(needs_hidden ? width_panels * stripe_units * L : 0);
-    // Panels of L tokens: one unit of entries after the other, or where M wants its rows so, one token after the other.
-    Buffer<Unit> by_entry(stripe_units * padded);
+    // Groups of tokens: one unit of entries after the other, or where M wants its rows so, one token after the other.
+    Buffer<Unit> by_entry(stripe_units * round_up(padded, together));
     const ptrdiff_t entry_row = M::contiguous_rows ? stripe_units : 1;
-    constexpr ptrdiff_t entry_unit = M::contiguous_rows ? 1 : L;
+    constexpr ptrdiff_t entry_unit = M::contiguous_rows ? 1 : together;
+    constexpr ptrdiff_t entry_step = M::contiguous_rows ? L : together;  // before it is turned
     Buffer<Real> d_hidden(needs_hidden ? padded * width : 0);
     Buffer<Real> row(8 * padded);
     Buffer<int32_t> target(padded);
@@ -295,11 +327,10 @@ struct HeadKernel {
           });
       }
       Buffer<Unit> scratch(direct ? 0 : block * row_room(units));
-      Buffer<Real> tile(kept || recompute ? block * L : 0);
-      Buffer<Unit> by_token(block * token_units);
+      Buffer<Real> tile(block * L), sums(block * L);
+      Buffer<Unit> by_token(block * token_room);
       Buffer<Unit> unturned(M::contiguous_rows ? stored<M>(block / pair) * L : 0);
       Buffer<V> bias_sum(out.grad_bias ? block : 0);
-      Buffer<Real> whole(needs_weight && out.round_weight ? block * width : 0);  // d weight before it is rounded
 
       for (ptrdiff_t first = 0; first < vocabulary; first += stripe) {
         const ptrdiff_t last = least(first + stripe, vocabulary);
@@ -314,19 +345,11 @@ struct HeadKernel {
             for (ptrdiff_t r = 0; r < count; ++r) bias_sum[r] = V::set(0);
           for (ptrdiff_t t = 0; t < padded; t += L) {
             const Real* z = tile;
-            if (out.logits) z = static_cast<const Real*>(out.logits) + v * padded + t;
-            const ptrdiff_t z_row = out.logits ? padded : L;
-            if (kept)
-              for (ptrdiff_t r = 0; r < count; ++r) {
-                const In* from = static_cast<const In*>(out.kept) + (v + r) * out.kept_stride;
-                for (ptrdiff_t i = t; i < t + L; i += V::lanes) {
-                  Real* to = tile + r * L + i - t;
-                  if (neighbours(i))
-                    load_wide(from + h.rows[i]).store(to);
-                  else
-                    for (ptrdiff_t l = 0; l < V::lanes; ++l) to[l] = i + l < n ? widen(from[h.rows[i + l]]) : 0;
-                }
-              }
+            if (out.logits && !out.places && t + L <= n)
+              z = static_cast<const Real*>(out.logits) + stored_at(t, n).first + v * L;
+            else if (out.logits)
+              gather(out, static_cast<const Real*>(out.logits), v, count, t, tile);
+            if (kept) gather(out, static_cast<const In*>(out.kept), v, count, t, tile);
             if (recompute) multiply_panel<M, 1>(count, units, tokens + t * units, w, stride, tile, L, false);
             for (ptrdiff_t l = 0; l < L; l += V::lanes) {
               const ptrdiff_t i = t + l;
@@ -338,7 +361,7 @@ struct HeadKernel {
               const auto no_entropy = V::is_zero(up_entropy);
               auto derivative = [&](ptrdiff_t r) {
                 if (r >= count) return V::set(0);
-                V x = V::load(z + r * z_row + l);
+                V x = V::load(z + r * L + l);
                 if (recompute) x = finish(x, v + r, heat);
                 const V logp = x - shift - shift_rest, p = kept ? x : V::exp(logp);
                 V dz = V::select(no_logp, V::set(0), V::set(0) - up * p);
@@ -354,13 +377,15 @@ struct HeadKernel {
                 if (out.grad_bias) bias_sum[r] = bias_sum[r] + dz;
                 return dz;
               };
-              Unit* turned = by_entry + t * stripe_units + l * entry_row + place<M>(at) * entry_unit;
+              const ptrdiff_t in_group = i % together;
+              Unit* turned =
+                  by_entry + (i - in_group) * stripe_units + in_group * entry_row + place<M>(at) * entry_unit;
               Unit* entry = M::contiguous_rows ? unturned + l : turned;
               Unit* even_row = by_token + place<M>(i / pair);
               for (ptrdiff_t r = 0; r < even; r += 2) {
                 const V a = derivative(r), b = derivative(r + 1);
-                Unit* to = even_row + r * token_units;
-                M::put_dz(entry + place<M>(r / pair) * L, L, to, to + token_units, a, b);
+                Unit* to = even_row + r * token_room;
+                M::put_dz(entry + place<M>(r / pair) * entry_step, entry_step, to, to + token_room, a, b);
               }
               if constexpr (M::contiguous_rows) M::transpose(stored<M>(even / pair), entry, L, turned, entry_row);
             }
@@ -373,11 +398,16 @@ struct HeadKernel {
               static_cast<Real*>(out.grad_bias)[v + r] = total;
             }
           if (needs_weight) {
-            Real* to = out.round_weight ? whole : static_cast<Real*>(out.grad_weight) + v * width;
-            for (ptrdiff_t p = 0; p < width_panels; ++p)
-              product<1>(count, token_units, columns + p * token_units * L, by_token, token_units, to + p * L,
-                         out.add_weight, p);
-            if (out.round_weight) round(whole, count * width, static_cast<In*>(out.grad_weight) + v * width);
+            Real* real = static_cast<Real*>(out.grad_weight) + v * width;
+            In* rounded = static_cast<In*>(out.grad_weight) + v * width;
+            for (ptrdiff_t p = 0; p < width_panels; ++p) {
+              const auto multiply = [&](bool add) {
+                multiply_panel<M, 1>(count, token_units, columns + p * token_units * L, by_token, token_room, sums, L, add);
+              };
+              if (out.round_weight) with_tile<false>(count, p, rounded, multiply, sums);
+              else if (out.add_weight) with_tile<true>(count, p, real, multiply, sums);
+              else with_tile<false>(count, p, real, multiply, sums);
+            }
           }
           if (needs_hidden)
             pack_columns(weights, stripe_units, at, count,
@@ -386,10 +416,17 @@ struct HeadKernel {
         if (needs_hidden) {
           const ptrdiff_t contracted = stored<M>((last - first + pair - 1) / pair);
 #pragma omp for collapse(2) schedule(dynamic, 1)
-          for (ptrdiff_t t = 0; t < padded; t += L)
-            for (ptrdiff_t p = 0; p < width_panels; ++p)
-              product<entry_unit>(least(L, n - t), contracted, weights + p * stripe_units * L, by_entry + t * stripe_units,
-                                  entry_row, d_hidden + t * width + p * L, first > 0, p);
+          for (ptrdiff_t t = 0; t < n; t += together)
+            for (ptrdiff_t p = 0; p < width_panels; ++p) {
+              const ptrdiff_t count = least(together, n - t);
+              const auto multiply = [&](bool add) {
+                multiply_panel<M, entry_unit>(count, contracted, weights + p * stripe_units * L,
+                                              by_entry + t * stripe_units, entry_row, sums, L, add);
+              };
+              Real* to = d_hidden + t * width;
+              if (first > 0) with_tile<true>(count, p, to, multiply, sums);
+              else with_tile<false>(count, p, to, multiply, sums);
+            }
         }
       }
       if (needs_hidden) {
@@ -402,21 +439,26 @@ struct HeadKernel {
     }
   }
 
-  static void round(const Real* from, ptrdiff_t count, In* to) {
-    ptrdiff_t i = 0;
-    for (; i + V::lanes <= count; i += V::lanes) store_narrow(to + i, V::load(from + i));
-    for (; i < count; ++i) narrow(from[i], to + i);
-  }
-
-  // One panel of columns of d weight or d hidden.
-  template <int Step>
-  void product(ptrdiff_t rows, ptrdiff_t steps, const Unit* a, const Unit* b, ptrdiff_t b_row, Real* c, bool add,
-               ptrdiff_t panel) const {
-    const ptrdiff_t lanes = least(L, width - panel * L);
-    if (lanes == L)
-      multiply_panel<M, Step>(rows, steps, a, b, b_row, c, width, add);
-    else
-      multiply_panel_edge<M, Step>(rows, steps, a, b, b_row, c, width, add, lanes);
+  // Runs `multiply` on a tile of `rows` of panel p of a matrix of `width` columns, and writes it where it belongs, rounded
+  // once. Add: the tile starts from what is there. A tile's rows are neighbours, unlike those of the matrix, which the
+  // product would come back to for every partial sum; the next panel's are fetched while there is something to multiply.
+  template <bool Add, typename Out, typename Multiply>
+  void with_tile(ptrdiff_t rows, ptrdiff_t p, Out* matrix, Multiply multiply, Real* tile) const {
+    const ptrdiff_t used = least(L, width - p * L);
+    Out* to = matrix + p * L;
+    for (ptrdiff_t r = 0; Add && r < rows; ++r) {
+      for (ptrdiff_t l = 0; l < used; ++l) tile[r * L + l] = widen(to[r * width + l]);
+      for (ptrdiff_t l = used; l < L; ++l) tile[r * L + l] = 0;
+    }
+    for (ptrdiff_t r = 0; r < rows; ++r) __builtin_prefetch(to + r * width + L, 1, 3);
+    multiply(Add);
+    for (ptrdiff_t r = 0; r < rows; ++r) {
+      const Real* from = tile + r * L;
+      if (used == L)
+        for (ptrdiff_t l = 0; l < L; l += V::lanes) store_narrow(to + r * width + l, V::load(from + l));
+      else
+        for (ptrdiff_t l = 0; l < used; ++l) narrow(from[l], to + r * width + l);
+    }
   }
 };
 

@@ -34,16 +34,18 @@ struct HeadForward {
   void* logps;    // Real (N)
   void* lse;      // Real (2, N): the largest logit, and log sum exp of the logits minus it
   void* entropy;  // Real (N) or null
-  void* logits;   // Real (V, padded n): the finished logits, or null
+  void* logits;   // Real, n V of them: the finished logits, or null
 };
 
 // Probabilities of the listed rows, in hidden's dtype, from the logits that HeadForward left.
+//
+// Stored logits and probabilities lie in panels of `lane_tile` rows: a value for each of them, entry after entry. The
+// last panel is as narrow as what is left of the rows.
 struct HeadKeep {
   Head head;
   const void* lse;     // Real (2, N)
-  const void* logits;  // Real (V, padded n)
-  void* kept;          // (V, N): a column per row of hidden, row stride kept_stride
-  int64_t kept_stride;
+  const void* logits;  // Real, n V
+  void* kept;          // n V
 };
 
 // d hidden, d weight and d bias of sum_n grad_logps[n] logps[n] + grad_entropy[n] entropy[n].
@@ -55,9 +57,10 @@ struct HeadBackward {
   const void* entropy;       // Real (N), read where grad_entropy is given
   const void* grad_logps;    // Real (N)
   const void* grad_entropy;  // Real (N) or null
-  const void* logits;        // from HeadForward, for the same rows; or null
+  const void* logits;        // from HeadForward; or null
   const void* kept;          // from HeadKeep, without softcap and grad_entropy only; or null. Neither: computed again
-  int64_t kept_stride;
+  const int64_t* places;     // (n): which of the rows that were stored each listed one is; null: they are the same rows
+  int64_t stored;            // how many were, where there are places
   void* grad_hidden;         // Real (N, H), the listed rows are written; or null
   void* grad_weight;         // Real (V, H), or with round_weight the dtype of weight; or null
   void* grad_bias;           // Real (V) or null

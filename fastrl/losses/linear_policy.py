@@ -9,7 +9,7 @@ from fastrl.kernels.linear_policy_loss.reference import silent_rows
 from fastrl.losses.aggregate import check_layout
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import flatten_tokens
-from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save
+from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save, logit_budget
 from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
 from fastrl.ops.linear_policy_loss import in_one_pass
 from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
@@ -102,15 +102,22 @@ def linear_policy_loss(
         check.device(OP, "main_grad", main_grad, weight.device, "weight")
         check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
     entropy = entropy or spec.needs_entropy
-    save = choose_save(OP, head, memory, entropy=spec.needs_entropy)
-    if memory == "auto" and spec.separable:
-        save = "stream"  # where a backend takes the two ops because that is quicker than to store logits
+    save = choose_save(OP, head, memory, entropy=spec.needs_entropy, backend=backend)
+    logit_bytes = logit_budget(OP, memory, hidden.device)
     live = tokens.mask
     if spec.separable and not metrics:
         live = live & ~silent_rows(tokens.advantages, tokens.weights, spec)
     constants = (tokens.advantages, tokens.weights, live, tokens.old_logps, tokens.ref_logps, tokens.sampling_logps)
-    if spec.separable and in_one_pass(head, main_grad, backend):
-        out = linear_policy_loss_op(head, *constants, spec, main_grad=main_grad, entropy=entropy, backend=backend)
+    if spec.separable and in_one_pass(head, main_grad, logit_bytes, backend):
+        out = linear_policy_loss_op(
+            head,
+            *constants,
+            spec,
+            main_grad=main_grad,
+            entropy=entropy,
+            logit_bytes=logit_bytes,
+            backend=backend,
+        )
         loss, table = out.loss, out.metrics
     else:
         logps, entropies = _logps(head, live, entropy, save, backend)

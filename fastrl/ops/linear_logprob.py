@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrl import check, env
+from fastrl.kernels.linear_logprob.storage import KEEP_BYTES, stored_rows
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
 from fastrl.types import LogprobOutput
@@ -172,21 +173,18 @@ def linear_logprob(
     inputs = check_head(
         "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index
     )
-    save = choose_save("linear_logprob", inputs, memory, entropy=entropy)
+    save = choose_save("linear_logprob", inputs, memory, entropy=entropy, backend=backend)
     logps, entropies, _, _, _ = _op(*inputs, entropy, save, backend)
     return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
 
 
-def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool) -> str:
+def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool, backend: str) -> str:
     """What the forward pass keeps: none, frozen, keep or stream.
 
-    16-bit probabilities lose digits of log p + H, the entropy's gradient, where the distribution is nearly uniform:
+    A budget is filled only where that is the quicker way, by the rule that `stores_logits` asks. 16-bit probabilities lose digits of log p + H, the entropy's gradient, where the distribution is nearly uniform:
     only an explicit "keep" takes that.
     """
-    if isinstance(memory, str):
-        check.choice(op, "memory", memory, MEMORY)
-    else:
-        check.require(isinstance(memory, int) and memory >= 0, op, "memory", "a byte budget of at least 0", memory)
+    budget = logit_budget(op, memory, inputs.hidden.device)
     needs_hidden, *needs_head = needs_grad(inputs)
     if not any(needs_head):
         return "frozen" if needs_hidden else "none"
@@ -194,9 +192,34 @@ def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool
         return str(memory)
     if entropy and inputs.hidden.element_size() < 4:
         return "stream"
-    budget = memory if isinstance(memory, int) else keep_budget(inputs.hidden.device)
-    kept = inputs.hidden.shape[0] * inputs.weight.shape[0] * inputs.hidden.element_size()
-    return "keep" if kept <= budget else "stream"
+    logits = inputs.hidden.shape[0] * inputs.weight.shape[0]
+    kept = logits * inputs.hidden.element_size()
+    if inputs.hidden.element_size() < 4 and native_isa("linear_logprob", backend, inputs.hidden.device):
+        kept += min(KEEP_BYTES, 4 * logits)  # the float32 logits that these come from
+    return "keep" if kept <= budget and stores_logits("linear_logprob", inputs, budget, backend) else "stream"
+
+
+def logit_budget(op: str, memory: str | int, device: torch.device) -> int:
+    """Bytes of logits or probabilities that `memory` allows; "keep" has no bound."""
+    if isinstance(memory, str):
+        check.choice(op, "memory", memory, MEMORY)
+        return {"keep": 1 << 62, "stream": 0}.get(memory, keep_budget(device))
+    check.require(isinstance(memory, int) and memory >= 0, op, "memory", "a byte budget of at least 0", memory)
+    return memory
+
+
+def stores_logits(op: str, inputs: HeadInputs, budget: int, backend: str) -> bool:
+    """Whether a backend had better store logits than compute them twice; torch's and the GPU's do in any case."""
+    isa = native_isa(op, backend, inputs.hidden.device)
+    rows, width, vocabulary = inputs.hidden.shape[0], inputs.hidden.shape[1], inputs.weight.shape[0]
+    return not isa or stored_rows(inputs.hidden.dtype, isa, rows, width, vocabulary, budget) > 0
+
+
+@torch.compiler.assume_constant_result
+def native_isa(op: str, backend: str, device: torch.device) -> str:
+    """The instruction set of the native backend, "" for another one."""
+    kernel = resolve(op, backend, device)
+    return kernel.isa() if hasattr(kernel, "isa") else ""
 
 
 def keep_budget(device: torch.device) -> int:

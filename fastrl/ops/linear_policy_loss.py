@@ -10,7 +10,7 @@ from fastrl.kernels.policy_loss import METRICS
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
-from fastrl.ops.linear_logprob import HeadInputs, needs_grad
+from fastrl.ops.linear_logprob import HeadInputs, needs_grad, stores_logits
 from fastrl.spec import PolicyLoss, decode
 
 
@@ -35,13 +35,14 @@ def linear_policy_loss(
     *,
     main_grad: torch.Tensor | None,
     entropy: bool,
+    logit_bytes: int,
     backend: str,
 ) -> LinearPolicyLoss:
     """loss = sum_n weights_n l_n(logps_n) for checked, flat (N,) inputs and a spec that separates per token.
 
     hidden, weight and bias of `head` get gradients, but that of the weight goes to `main_grad`, (V, H) in the
-    accumulation dtype, where it is given: added in this call, before any backward. The public form, with the arguments
-    users have, is `fastrl.losses.linear_policy_loss`.
+    accumulation dtype, where it is given: added in this call, before any backward. `logit_bytes` bounds what the native
+    backend stores of logits. The public form, with the arguments users have, is `fastrl.losses.linear_policy_loss`.
     """
     needs = needs_grad(head)
     loss, logps, entropies, *gradients, metrics = _op(
@@ -55,6 +56,7 @@ def linear_policy_loss(
         main_grad if needs[1] else None,
         spec.code,
         entropy,
+        logit_bytes,
         *needs,
         backend,
     )
@@ -64,19 +66,16 @@ def linear_policy_loss(
     return LinearPolicyLoss(loss, logps, entropies, metrics)
 
 
-def in_one_pass(head: HeadInputs, main_grad: torch.Tensor | None, backend: str) -> bool:
+def in_one_pass(head: HeadInputs, main_grad: torch.Tensor | None, logit_bytes: int, backend: str) -> bool:
     """Whether forming gradients in the forward pass saves something over `linear_logprob`, then `policy_loss`.
 
-    A matmul, or with `main_grad` a buffer for d weight. A backend that computes the logits of a trainable head twice
-    in any case saves neither without: there d weight had better wait for the factor that backward brings, since it is
+    A matmul, or with `main_grad` a buffer for d weight. Where the native backend had better compute the logits of a
+    trainable head twice it saves neither without: there d weight waits for the factor that backward brings, since it is
     then rounded while it is formed, and no float32 copy of it exists.
     """
-    return main_grad is not None or not head.weight.requires_grad or not _recomputes(backend, head.hidden.device)
-
-
-@torch.compiler.assume_constant_result
-def _recomputes(backend: str, device: torch.device) -> bool:
-    return getattr(resolve("linear_policy_loss", backend, device), "RECOMPUTES", False)
+    if main_grad is not None or not head.weight.requires_grad:
+        return True
+    return stores_logits("linear_policy_loss", head, logit_bytes, backend)
 
 
 @torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=("main_grad",))
@@ -98,6 +97,7 @@ def _op(
     main_grad: torch.Tensor | None,
     spec: str,
     entropy: bool,
+    logit_bytes: int,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -122,6 +122,7 @@ def _op(
             logit_scale=logit_scale,
             ignore_index=ignore_index,
             entropy=entropy,
+            logit_bytes=logit_bytes,
             needs_hidden=needs_hidden,
             needs_weight=needs_weight,
             needs_bias=needs_bias,
@@ -132,7 +133,7 @@ def _op(
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    main_grad, _spec, entropy, needs_hidden, needs_weight, needs_bias, _backend = rest[-7:]
+    main_grad, _spec, entropy, _logit_bytes, needs_hidden, needs_weight, needs_bias, _backend = rest[-8:]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),

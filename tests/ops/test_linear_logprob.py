@@ -529,9 +529,9 @@ def test_chunks_and_row_order_change_no_result(seed, rows, per_chunk, tile):
 def test_what_is_kept_follows_the_budget(memory, requires, expected):
     inputs = gaussian(11, 8, 37).leaves(*requires)
     head = module.check_head("op", inputs.hidden, inputs.weight, inputs.targets, inputs.bias, 1.0, None, 1.0, IGNORE)
-    assert module.choose_save("op", head, memory, entropy=False) == expected
+    assert module.choose_save("op", head, memory, entropy=False, backend="chunked") == expected
     with torch.no_grad():
-        assert module.choose_save("op", head, memory, entropy=False) == "none"
+        assert module.choose_save("op", head, memory, entropy=False, backend="chunked") == "none"
 
 
 @pytest.mark.parametrize(("value", "expected"), [("0", 0), ("12345", 12345), ("", 256 << 20)])
@@ -636,7 +636,7 @@ def test_sixteen_bit_entropy_is_recomputed_unless_keep_is_asked_for():
         weight = torch.randn(5, 3, dtype=dtype).requires_grad_()
         hidden, targets = torch.randn(2, 3, dtype=dtype), torch.tensor([1, 2])
         head = module.check_head("op", hidden, weight, targets, None, 1.0, None, 1.0, IGNORE)
-        return module.choose_save("op", head, memory, entropy=entropy)
+        return module.choose_save("op", head, memory, entropy=entropy, backend="chunked")
 
     assert save(torch.bfloat16, "auto", True) == "stream"
     assert save(torch.bfloat16, "keep", True) == "keep"

@@ -9,7 +9,7 @@ from ops.cases import IGNORE, ORDERS, SHAPES, Inputs, dense, gaussian, peaked
 from tolerance import assert_exact, assert_no_worse
 
 from fastrl import linear_logprob, linear_policy_loss, policy_loss
-from fastrl.kernels.linear_logprob import chunked, native
+from fastrl.kernels.linear_logprob import chunked, storage
 from fastrl.kernels.policy_loss import METRICS
 from fastrl.ops import attach
 from fastrl.ops import linear_policy_loss as module
@@ -53,8 +53,9 @@ def small_chunks(monkeypatch):
     """Five rows of a float64 vocabulary of 37 at a time, and 16-bit weights widened 100 rows at a time."""
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 5 * 37 * 8)
     monkeypatch.setattr(chunked, "VOCABULARY_TILE", 100)
-    monkeypatch.setattr(native, "LOGIT_BYTES", 5 * 37 * 8)
-    monkeypatch.setattr(native, "FEWEST_ROWS", 5)
+    monkeypatch.setattr(storage, "LOGIT_BYTES", 5 * 37 * 8)
+    monkeypatch.setattr(storage, "FEWEST_ROWS", 5)
+    monkeypatch.setattr(storage, "FEWEST_WIDTH", 1)
 
 
 # The definition, by autograd.
@@ -466,7 +467,7 @@ def test_the_operator_passes_opcheck(backend, needs, layout, into_main_grad):
     spec = SPECS["masked weights"].code
     head = (hidden, inputs.weight, inputs.targets, inputs.bias, torch.ones(1), 3.0, 0.5, IGNORE)
     main_grad = torch.zeros_like(inputs.weight) if into_main_grad and needs[1] else None
-    torch.library.opcheck(module._op, (*head, *tokens, main_grad, spec, True, *needs, backend))
+    torch.library.opcheck(module._op, (*head, *tokens, main_grad, spec, True, 1 << 20, *needs, backend))
 
 
 @pytest.mark.parametrize("requires", [EVERYTHING, ("hidden",), ("weight",)], ids="+".join)

@@ -102,8 +102,7 @@ def run(isa, case, *, keep_logits, threads=1, add_to=None):
             address(case.targets), address(case.temperature), len(case.temperature) > 1, case.softcap, 1.0,
             case.reduced, threads,
         )  # fmt: skip
-        padded = -(-n // EXTENSION.lane_tile(False)) * EXTENSION.lane_tile(False)
-        logits = torch.empty(vocabulary, padded) if keep_logits else None
+        logits = torch.empty(vocabulary * n) if keep_logits else None
         logps, lse, entropy = torch.zeros(total), torch.zeros(2, total), torch.zeros(total)
         EXTENSION.head_forward(head, address(logps), address(lse), address(entropy), address(logits))
         grad_hidden = torch.zeros(total, width)
@@ -111,7 +110,7 @@ def run(isa, case, *, keep_logits, threads=1, add_to=None):
         grad_bias = torch.zeros(vocabulary)
         EXTENSION.head_backward(
             head, address(logps), address(lse), address(entropy), address(case.grad_logps), address(case.grad_entropy),
-            address(logits), 0, 0, address(grad_hidden), address(grad_weight),
+            address(logits), 0, 0, 0, address(grad_hidden), address(grad_weight),
             address(grad_bias) if case.bias is not None else 0, add_to is not None, False,
         )  # fmt: skip
     finally:
@@ -217,9 +216,9 @@ def head_logits(hidden, weight):
     targets, rows = torch.zeros(len(hidden), dtype=torch.int64), torch.arange(len(hidden))
     with using(f"native-{TILES}"):
         head = NativeHead(hidden, weight, targets, None, torch.ones(1), 0.0, 1.0)
-        logits = head.logits_buffer(rows)
+        logits, panel = head.logits_buffer(rows), EXTENSION.lane_tile(False)
         head.forward(rows, torch.empty(len(rows)), torch.empty(2, len(rows)), None, logits)
-    return logits[:, : len(rows)].T
+    return torch.cat([part.view(len(weight), -1).T for part in logits.split(panel * len(weight))])
 
 
 def every_magnitude():

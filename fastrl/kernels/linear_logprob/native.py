@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from fastrl.kernels import native
+from fastrl.kernels.linear_logprob import storage
 from fastrl.kernels.native import address
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype, check_targets, scale_rows
 
-LOGIT_BYTES = 48 << 20  # of logits stored at a time; packed rows and tiles of the gradients come on top
-FEWEST_ROWS = 128  # with fewer at a time, a pass over the head for each chunk costs more than computing logits again
+
+def isa() -> str:
+    """The instruction set in use, by which `storage.stored_rows` decides."""
+    return native.extension().isa()
 
 
 class NativeHead:
@@ -67,21 +69,22 @@ class NativeHead:
             torch.get_num_threads(),
         )
 
-    def chunks(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Row indices in pieces whose stored logits fit `LOGIT_BYTES`."""
-        most = max(1, LOGIT_BYTES // (self.vocabulary * self.dtype.itemsize))
-        pieces = -(-len(rows) // most)
-        return iter(torch.tensor_split(rows, pieces)) if pieces else iter(())
+    def stored_rows(self, rows: torch.Tensor, budget: int) -> int:
+        """How many of these rows have their logits stored at a time; 0: computing them twice is quicker."""
+        return storage.stored_rows(self.hidden.dtype, isa(), len(rows), self.width, self.vocabulary, budget)
 
-    def stores(self, rows: torch.Tensor) -> bool:
-        """Whether storing these rows' logits is quicker than computing them twice."""
-        most = LOGIT_BYTES // (self.vocabulary * self.dtype.itemsize)
-        return most >= min(len(rows), FEWEST_ROWS)
+    def chunks(self, rows: torch.Tensor, most: int) -> list[torch.Tensor]:
+        """Row indices in pieces of about one length, at most `most`; whole panels but for the last."""
+        if len(rows) == 0:
+            return []
+        panel = self.extension.lane_tile(self.dtype == torch.float64)
+        pieces = -(-len(rows) // max(panel, most // panel * panel))
+        size = -(-len(rows) // pieces)
+        return list(rows.split(-(-size // panel) * panel))
 
     def logits_buffer(self, rows: torch.Tensor) -> torch.Tensor:
-        """Room for the finished logits of these rows, one lane per row: (V, rows padded to whole tiles)."""
-        tile = self.extension.lane_tile(self.dtype == torch.float64)
-        return torch.empty(self.vocabulary, -(-len(rows) // tile) * tile, dtype=self.dtype)
+        """Room for the finished logits of these rows, in the extension's own order."""
+        return torch.empty(len(rows) * self.vocabulary, dtype=self.dtype)
 
     def forward(
         self,
@@ -95,8 +98,8 @@ class NativeHead:
         self.extension.head_forward(self.at(rows), *map(address, (logps, lse, entropy, logits)))
 
     def keep(self, rows: torch.Tensor, lse: torch.Tensor, logits: torch.Tensor, kept: torch.Tensor) -> None:
-        """Writes the probabilities of these rows to columns of `kept` (V, N)."""
-        self.extension.head_keep(self.at(rows), address(lse), address(logits), address(kept), kept.shape[1])
+        """Writes the probabilities of these rows to `kept`, in the order of `logits`."""
+        self.extension.head_keep(self.at(rows), *map(address, (lse, logits, kept)))
 
     def backward(
         self,
@@ -112,18 +115,20 @@ class NativeHead:
         *,
         logits: torch.Tensor | None = None,
         kept: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+        stored: int = 0,
         add_weight: bool = False,
     ) -> None:
         """Writes d hidden at these rows and d bias of them all, and writes or adds d weight of them all.
 
-        A 16-bit `grad_weight` is written only, rounded once from the sum over all rows.
+        A 16-bit `grad_weight` is written only, rounded once from the sum over all rows. `logits` or `kept` are those of
+        `stored` rows, among which these have `places`; of these rows where that is None.
         """
         round_weight = grad_weight is not None and grad_weight.dtype != self.dtype
         upstream = (logps, lse, entropy, grad_logps, grad_entropy, logits, kept)
-        stride = 0 if kept is None else kept.shape[1]
         outputs = (grad_hidden, grad_weight, grad_bias)
         self.extension.head_backward(
-            self.at(rows), *map(address, upstream), stride, *map(address, outputs), add_weight, round_weight
+            self.at(rows), *map(address, (*upstream, places)), stored, *map(address, outputs), add_weight, round_weight
         )
 
 
@@ -149,16 +154,22 @@ def forward(
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     wanted = entropies if entropy else None
-    stores = save == "keep" or (save == "frozen" and head.stores(rows))
-    chunks = list(head.chunks(rows)) if stores else [rows]
-    # The first chunk is the longest: the others reuse its pages.
-    logits = head.logits_buffer(chunks[0]) if stores and chunks else None
     if save == "keep":
-        saved = hidden.new_zeros(count, vocabulary)  # read as (V, N): a column per row
-        for chunk in chunks:
-            head.forward(chunk, logps, lse, wanted, logits)
-            head.keep(chunk, lse, logits, saved.view(vocabulary, count))
+        saved = hidden.new_empty(count, vocabulary)
+        kept, used = saved.view(-1), len(rows) * vocabulary
+        if hidden.dtype == head.dtype:
+            head.forward(rows, logps, lse, wanted, kept)
+        else:
+            chunks = head.chunks(rows, storage.KEEP_BYTES // (vocabulary * head.dtype.itemsize))
+            logits = head.logits_buffer(chunks[0]) if chunks else None  # the first chunk is the longest
+            for chunk, to in zip(chunks, kept[:used].split(logits.numel()) if chunks else (), strict=True):
+                head.forward(chunk, logps, lse, wanted, logits)
+                head.keep(chunk, lse, logits, to)
+        kept[used:].zero_()
     elif save == "frozen":
+        most = head.stored_rows(rows, storage.LOGIT_BYTES)
+        chunks = head.chunks(rows, most) if most else [rows]
+        logits = head.logits_buffer(chunks[0]) if most and chunks else None
         saved = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         saved_entropy = torch.zeros_like(saved) if entropy else saved_entropy
         zeros, ones = torch.zeros_like(logps), torch.ones_like(logps)
@@ -211,8 +222,16 @@ def backward(
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
     grad_weight = make(weight.shape if needs_weight else (0,), dtype=weight.dtype if rounded else head.dtype)
     grad_bias = make(vocabulary if needs_bias else 0, dtype=head.dtype)
-    # Probabilities alone do not tell the slope of a softcap, nor log p where p has no digits left.
-    usable = save == "keep" and softcap == NO_SOFTCAP and grad_entropy is None
+    # What `forward` kept: logits, or in 16 bits probabilities, which alone tell neither the slope of a softcap nor log p
+    # where p has no digits left.
+    logits, kept, places = None, None, None
+    if save == "keep" and hidden.dtype == head.dtype:
+        logits = saved
+    elif save == "keep" and softcap == NO_SOFTCAP and grad_entropy is None:
+        kept = saved
+    stored = targets != ignore_index
+    if save == "keep" and len(rows) < stored.sum():
+        places = (stored.cumsum(0) - 1)[rows]
     head.backward(
         rows,
         logps,
@@ -223,6 +242,9 @@ def backward(
         grad_hidden if needs_hidden else None,
         grad_weight if needs_weight else None,
         grad_bias if needs_bias else None,
-        kept=saved.view(vocabulary, len(targets)) if usable else None,
+        logits=logits,
+        kept=kept,
+        places=places,
+        stored=int(stored.sum()),
     )
     return grad_hidden, grad_weight, grad_bias

@@ -76,6 +76,7 @@ def forward_in_chunks(
     logit_scale: float,
     ignore_index: int,
     entropy: bool,
+    logit_bytes: int,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,

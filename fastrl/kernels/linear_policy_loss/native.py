@@ -1,21 +1,21 @@
 """`linear_policy_loss` in C++.
 
-With a trainable head logits are computed twice, tile by tile in the cache: a fourth matmul costs less than storing
-them, which takes a buffer, and a pass over d weight for each piece of it. With a frozen head they are stored where
-enough rows fit a bounded buffer.
+Chunk by chunk, logits are stored in one buffer, and the gradient is formed from them: three matmuls with a trainable
+head, two with a frozen one. Where `storage.stored_rows` says so, they are computed again instead, tile by tile in the
+cache, over all rows at once.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fastrl.kernels.linear_logprob.native import NativeHead
+from fastrl.kernels.linear_logprob.native import NativeHead, isa
 from fastrl.kernels.linear_policy_loss.reference import silent_rows
 from fastrl.kernels.policy_loss import native as policy_loss
 from fastrl.kernels.softmax_row import check_targets
 from fastrl.spec import PolicyLoss
 
-RECOMPUTES = True  # so d weight may as well wait for its factor, and be rounded without a float32 copy
+__all__ = ["forward", "isa"]
 
 
 def forward(
@@ -37,6 +37,7 @@ def forward(
     logit_scale: float,
     ignore_index: int,
     entropy: bool,
+    logit_bytes: int,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -51,15 +52,24 @@ def forward(
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
     direct = main_grad is not None and main_grad.is_contiguous()
     grad_weight = hidden.new_empty(weight.shape if needs_weight and not direct else (0,), dtype=head.dtype)
-    grad_bias = hidden.new_empty(weight.shape[0] if needs_bias else 0, dtype=head.dtype)
+    grad_bias = hidden.new_zeros(weight.shape[0] if needs_bias else 0, dtype=head.dtype)
+    bias_part = torch.empty_like(grad_bias)
+    written = direct
 
     def losses(rows: torch.Tensor | slice) -> tuple[torch.Tensor, ...]:
         context = (advantages, weights, live, old_logps, ref_logps, sampling_logps, entropies if entropy else None)
         return policy_loss.forward(logps[rows], *(None if x is None else x[rows] for x in context), None, 0, spec)
 
     def backward(rows: torch.Tensor, logits: torch.Tensor | None) -> None:
+        nonlocal written
+        active = dlogps[rows] != 0
+        if spec.needs_entropy:
+            active |= dentropy[rows] != 0
+        places = None if active.all() else active.nonzero().squeeze(-1)
+        if places is not None and len(places) == 0:
+            return
         head.backward(
-            rows,
+            rows if places is None else rows[places],
             logps,
             lse,
             entropies,
@@ -67,17 +77,23 @@ def forward(
             dentropy if spec.needs_entropy else None,
             grad_hidden if needs_hidden else None,
             (main_grad if direct else grad_weight) if needs_weight else None,
-            grad_bias if needs_bias else None,
+            bias_part if needs_bias else None,
             logits=logits,
-            add_weight=direct,
+            places=places,
+            stored=len(rows),
+            add_weight=written,
         )
+        written = True
+        grad_bias.add_(bias_part)
 
     rows, chunks = live.nonzero().squeeze(-1), []
-    if needs_hidden and not needs_weight and not needs_bias:
+    needs_grad = needs_hidden or needs_weight or needs_bias
+    if needs_grad:
         silent = silent_rows(advantages, weights, spec)
         trains = (live & ~silent).nonzero().squeeze(-1)
-        if head.stores(trains):
-            rows, chunks = (live & silent).nonzero().squeeze(-1), list(head.chunks(trains))
+        most = head.stored_rows(trains, logit_bytes)
+        if most:
+            rows, chunks = (live & silent).nonzero().squeeze(-1), head.chunks(trains, most)
     wanted = entropies if entropy else None
     logits = head.logits_buffer(chunks[0]) if chunks else None  # the first chunk is the longest
     for chunk in chunks:
@@ -87,13 +103,10 @@ def forward(
     head.forward(rows, logps, lse, wanted)
     # All rows in one call, so that the sums have one order whatever needs a gradient.
     loss, dlogps, dentropy, metrics = losses(slice(None))
-    if not chunks and (needs_hidden or needs_weight or needs_bias):
-        rows = ((dlogps != 0) | (dentropy != 0)).nonzero().squeeze(-1)
-        if len(rows):
-            backward(rows, None)
-        else:
-            grad_weight.zero_()
-            grad_bias.zero_()
+    if not chunks and needs_grad:
+        backward(rows, None)
+    if not written:
+        grad_weight.zero_()
     if needs_weight and main_grad is not None and not direct:
         main_grad.add_(grad_weight)
         grad_weight = grad_weight.new_empty(0)

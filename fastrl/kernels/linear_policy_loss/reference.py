@@ -28,6 +28,7 @@ def forward(
     logit_scale: float,
     ignore_index: int,
     entropy: bool,
+    logit_bytes: int,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -38,6 +39,7 @@ def forward(
         hidden (N, H), weight (V, H), targets (N,), bias (V,) or None, temperature (1,) or (N,); advantages, weights,
         old_logps, ref_logps, sampling_logps (N,), mask (N,) bool. `entropy`: compute it, for the loss or the metrics.
         `main_grad`: (V, H) in the accumulation dtype or None; d weight is added to it instead of being returned.
+        `logit_bytes`: of logits that the native backend may store; the others store chunks of their own size.
     Returns:
         loss (), logps (N,), entropy (N,) or (0,), d hidden, d weight, d bias in the accumulation dtype ((0,) where not
         needed), metrics (K, 2). Rows outside the mask have logps and entropy exactly 0.
