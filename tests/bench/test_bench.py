@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import bench_step, goals, peers, run, timing
+from bench import bench_step, goals, peers, run, step_fastrl, timing
 from bench.shapes import GROUP
 from bench.step_child import StepRecord
 from bench.step_naive import Loop
-from bench.workload import Workload, alternating_reward, last_number_reward, write_questions
+from bench.workload import Workload, alternating_reward, compute_dtype, last_number_reward, write_questions
+from fastrl.trainer.config import load_recipe
 
 CPU = torch.device("cpu")
 
@@ -128,6 +129,33 @@ def test_the_command_writes_one_line_per_provider_with_where_it_ran(tmp_path, ca
     assert "| fastrl " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("written", [["float32", "bfloat16"], ["float32,bfloat16"]], ids=str)
+def test_every_dtype_has_a_table_of_its_own_against_all_peers(written, tmp_path, capsys, monkeypatch):
+    logprob = {name: peers.PEERS["logprob"][name] for name in ("torch", "trl")}
+    monkeypatch.setitem(peers.PEERS, "logprob", logprob)
+    out = tmp_path / "results.jsonl"
+    arguments = ["logprob", "--shapes", "tiny", "--rounds", "1", "--against", "all", "--dtype", *written]
+    run.main([*arguments, "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    providers = {dtype: {x["provider"] for x in lines if x["case"].endswith(dtype)} for dtype in ("float32", "bfloat16")}
+    assert providers == {"float32": {"fastrl", *logprob}, "bfloat16": {"fastrl", *logprob}}
+    shown = capsys.readouterr().out
+    assert shown.index(", float32") < shown.index(", bfloat16")
+    assert {"isa", "native"} <= lines[0]["environment"].keys()
+
+
+def test_an_op_in_float32_alone_is_measured_once_whatever_dtypes_are_named(tmp_path):
+    out = tmp_path / "results.jsonl"
+    run.main(["gae", "--shapes", "tiny", "--rounds", "1", "--against", "none", "--dtype", "bfloat16", "float32", "--out",
+              str(out)])  # fmt: skip
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_a_dtype_that_is_none_is_refused_by_name():
+    with pytest.raises(ValueError, match="--dtype: expected some of bfloat16, float16, .* got float23"):
+        run.main(["gae", "--dtype", "float32", "float23"])
+
+
 def line(op: str, shape: str, mode: str, provider: str, **measured: object) -> dict:
     module = importlib.import_module(f"bench.bench_{op}")
     label = run.label_of(op, shape, module.SHAPES[shape], mode, torch.bfloat16)
@@ -199,6 +227,41 @@ def test_the_rewards_score_the_last_number_and_leave_no_prompt_with_equal_ones()
     assert last_number_reward(texts, answer=["5", "4", "1"]) == [1.0, 0.0, 0.0]
     rewards = torch.tensor(alternating_reward(["x"] * 4 * GROUP)).view(-1, GROUP)
     assert (rewards.std(1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("device", "instructions", "expected"),
+    [("cpu", False, torch.float32), ("cpu", True, torch.bfloat16), ("cuda", False, torch.bfloat16)],
+)
+def test_a_plain_model_computes_in_the_dtype_named_else_in_the_quicker(monkeypatch, device, instructions, expected):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions)
+    for name in ("", "auto"):
+        assert compute_dtype(name, device) == expected
+    assert compute_dtype("bfloat16", device) == torch.bfloat16
+    assert compute_dtype("float32", device) == torch.float32
+
+
+def test_the_dtypes_of_a_step_are_its_arguments_and_reach_every_provider(monkeypatch):
+    args = bench_step._parser().parse_args(["--dtype", "auto", "--trl-dtype", "float32"])
+    assert (args.dtype, args.trl_dtype) == ("auto", "float32")
+    assert bench_step._parser().parse_args([]).dtype == ""
+    with pytest.raises(SystemExit):
+        bench_step._parser().parse_args(["--dtype", "float16"])
+    given = []
+    monkeypatch.setattr(step_fastrl, "train", lambda config: given.append(config.dtype) or exit())
+    for dtype in ("float32", "bfloat16", ""):
+        with pytest.raises(SystemExit):
+            step_fastrl.run(Workload(dtype=dtype, folder="."))
+    assert given == ["float32", "bfloat16", load_recipe(step_fastrl.RECIPES / "grpo.yaml").dtype]
+
+
+def test_trl_computes_in_its_own_dtype_where_one_is_named(tmp_path):
+    step_trl = pytest.importorskip("bench.step_trl")
+    for dtype, own, autocast in (("bfloat16", "", True), ("float32", "", False), ("bfloat16", "float32", False)):
+        workload = Workload(dtype=dtype, trl_dtype=own, folder=str(tmp_path))
+        settings = step_trl.settings(workload, "float32")
+        assert settings.bf16 == autocast
+        assert settings.model_init_kwargs == {"dtype": "float32"}
 
 
 def fake(tmp_path, monkeypatch, body: str) -> bench_step.Provider:
