@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="", help="JSON lines; default results/<machine>/<date>.jsonl")
     for name, default in asdict(Workload()).items():
         if name != "folder":
-            choices = {"reward": tuple(REWARDS), "algorithm": ALGORITHMS, "dtype": DTYPES, "trl_dtype": DTYPES}.get(name)
+            named = {"reward": tuple(REWARDS), "algorithm": ALGORITHMS, "dtype": DTYPES, "trl_dtype": DTYPES}
+            choices = named.get(name)
             parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, choices=choices)
     return parser
 

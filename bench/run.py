@@ -33,7 +33,7 @@ from bench.peers import PEERS, build
 from bench.shapes import find
 from bench.timing import Case, Provider, Result, environment, machine, matmul_rate, measure
 
-HEAD_OPS = ("linear_logprob", "linear_policy_loss", "logprob")  # the others work in float32 whatever --dtype
+HEAD_OPS = ("linear_logprob", "linear_policy_loss", "logprob", "linear")  # the others work in float32 whatever --dtype
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,7 +1,7 @@
 """A GRPO loop in plain torch and transformers, as someone who knows what costs time writes it in an afternoon.
 
-A bf16 model for the matmuls where the hardware has them, float32 master weights by hand for fused AdamW, groups of equal
-rewards dropped, logits of the completion only.
+A bf16 model for the matmuls where the hardware has them, float32 master weights by hand for fused AdamW, groups of
+equal rewards dropped, logits of the completion only.
 """
 
 from __future__ import annotations

@@ -109,4 +109,6 @@ def compute_dtype(name: str, device: str) -> torch.dtype:
         return getattr(torch, name)
     quick = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if quick else torch.float32
+
+
 REWARDS = {"last_number": last_number_reward, "alternating": alternating_reward}

@@ -8,6 +8,8 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from fastrl import env
+
 USAGE = """fastrl: reinforcement learning of language models.
 
   fastrl train RECIPE.yaml [--field value ...]   train as the recipe says; with --help, list its fields
@@ -25,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
     130 is what a shell gives a process that Ctrl-C stopped: where there is nothing to save yet, or at the second one.
     """
+    env.wait_briefly()
     args = sys.argv[1:] if argv is None else argv
     commands = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor}
     if not args or args[0] in ("-h", "--help"):

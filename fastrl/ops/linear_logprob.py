@@ -181,8 +181,9 @@ def linear_logprob(
 def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool, backend: str) -> str:
     """What the forward pass keeps: none, frozen, keep or stream.
 
-    A budget is filled only where that is the quicker way, by the rule that `stores_logits` asks. 16-bit probabilities lose digits of log p + H, the entropy's gradient, where the distribution is nearly uniform:
-    only an explicit "keep" takes that.
+    A budget is filled only where that is the quicker way, by the rule that `stores_logits` asks. 16-bit probabilities
+    lose digits of log p + H, the entropy's gradient, where the distribution is nearly uniform: only an explicit "keep"
+    takes that.
     """
     budget = logit_budget(op, memory, inputs.hidden.device)
     needs_hidden, *needs_head = needs_grad(inputs)

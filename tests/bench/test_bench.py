@@ -137,7 +137,9 @@ def test_every_dtype_has_a_table_of_its_own_against_all_peers(written, tmp_path,
     arguments = ["logprob", "--shapes", "tiny", "--rounds", "1", "--against", "all", "--dtype", *written]
     run.main([*arguments, "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    providers = {dtype: {x["provider"] for x in lines if x["case"].endswith(dtype)} for dtype in ("float32", "bfloat16")}
+    providers = {
+        dtype: {x["provider"] for x in lines if x["case"].endswith(dtype)} for dtype in ("float32", "bfloat16")
+    }
     assert providers == {"float32": {"fastrl", *logprob}, "bfloat16": {"fastrl", *logprob}}
     shown = capsys.readouterr().out
     assert shown.index(", float32") < shown.index(", bfloat16")
@@ -146,13 +148,13 @@ def test_every_dtype_has_a_table_of_its_own_against_all_peers(written, tmp_path,
 
 def test_an_op_in_float32_alone_is_measured_once_whatever_dtypes_are_named(tmp_path):
     out = tmp_path / "results.jsonl"
-    run.main(["gae", "--shapes", "tiny", "--rounds", "1", "--against", "none", "--dtype", "bfloat16", "float32", "--out",
-              str(out)])  # fmt: skip
+    both = ["--dtype", "bfloat16", "float32"]
+    run.main(["gae", "--shapes", "tiny", "--rounds", "1", "--against", "none", *both, "--out", str(out)])
     assert len(out.read_text().splitlines()) == 1
 
 
 def test_a_dtype_that_is_none_is_refused_by_name():
-    with pytest.raises(ValueError, match="--dtype: expected some of bfloat16, float16, .* got float23"):
+    with pytest.raises(ValueError, match=r"--dtype: expected some of bfloat16, float16, .* got float23"):
         run.main(["gae", "--dtype", "float32", "float23"])
 
 

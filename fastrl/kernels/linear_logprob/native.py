@@ -222,8 +222,8 @@ def backward(
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
     grad_weight = make(weight.shape if needs_weight else (0,), dtype=weight.dtype if rounded else head.dtype)
     grad_bias = make(vocabulary if needs_bias else 0, dtype=head.dtype)
-    # What `forward` kept: logits, or in 16 bits probabilities, which alone tell neither the slope of a softcap nor log p
-    # where p has no digits left.
+    # What `forward` kept: logits, or in 16 bits probabilities, which alone tell neither the slope of a softcap nor
+    # log p where p has no digits left.
     logits, kept, places = None, None, None
     if save == "keep" and hidden.dtype == head.dtype:
         logits = saved
