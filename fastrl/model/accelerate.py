@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastrl.check import choice
 from fastrl.model.attention import in_float32
-from fastrl.ops.linear import native_linear, native_lora_linear, refusal
+from fastrl.ops.linear import main_grad, native_linear, native_lora_linear, refusal
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def accelerate_cpu(model: nn.Module, *, linear: str = "auto", known: Choices | N
         reason = _refuses(module.weight) if type(module) is nn.Linear else None
         if reason is not None:
             others[f"Linear ({reason})"] += 1
-        elif type(module) in (nn.Linear, _lora_linear()):
+        elif type(module) in (nn.Linear, nn.Embedding, _lora_linear()):
             layers.append(module)
         elif _multiplies(module):
             others[type(module).__name__] += 1
@@ -83,11 +84,12 @@ class Acceleration:
     def __init__(
         self, model: nn.Module, layers: list[nn.Module], others: dict[str, int], choices: Choices | None
     ) -> None:
-        self.covered, self.others, self.choices = len(layers), others, choices
+        self.covered = sum(not isinstance(layer, nn.Embedding) for layer in layers)
+        self.others, self.choices = others, choices
         self._layers, self._attention = layers, in_float32(model)
         for layer in layers:
             layer.choices = choices
-            layer.__class__ = NativeLinear if isinstance(layer, nn.Linear) else _native_lora(type(layer))
+            layer.__class__ = _FASTER.get(type(layer)) or _native_lora(type(layer))
 
     def undo(self) -> None:
         """Each layer is what it was; a second time does nothing."""
@@ -131,6 +133,47 @@ def _native_lora(former: type[nn.Module]) -> type[nn.Module]:
 
     about = {"forward": forward, "former": former, "__doc__": _native_lora.__doc__, "__module__": __name__}
     return type("NativeLoraLinear", (former,), about)
+
+
+class NativeEmbedding(nn.Embedding):
+    """A `torch.nn.Embedding` whose gradient touches the rows that were read, where the weight has a `main_grad`.
+
+    torch's is a dense matrix of zeros with a few rows in it, made and added up for every micro-batch.
+    """
+
+    former = nn.Embedding
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(...) ids to (..., embedding_dim)."""
+        place = main_grad(self.weight)
+        plain = type(input) is torch.Tensor and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        if place is None or not plain or not torch.is_grad_enabled() or self.max_norm or self.scale_grad_by_freq:
+            return super().forward(input)
+        return _Embedding.apply(input, self.weight, place, self.padding_idx)
+
+
+_FASTER = {nn.Linear: NativeLinear, nn.Embedding: NativeEmbedding}
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, ids: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, padding: int | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.place, ctx.padding = place, padding
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, ...]:
+        (ids,) = ctx.saved_tensors
+        ids, dy = ids.flatten(), dy.reshape(-1, dy.shape[-1])
+        if ctx.padding is not None:
+            kept = (ids != ctx.padding).nonzero().squeeze(1)
+            ids, dy = ids[kept], dy[kept]
+        ctx.place.index_add_(0, ids, dy.to(ctx.place.dtype))
+        return None, None, None, None
 
 
 class Probe(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from fastrl import check
 from fastrl.rewards.extract import completion_text
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float32")
 
 
 class ModelReward:
@@ -29,21 +29,23 @@ class ModelReward:
         path: str,
         *,
         label: str = "model",
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         device: str = "auto",
         tokens_per_batch: int = 4096,
     ) -> None:
         # Here and not above: who asks for another reward need not wait for, or have, what models need.
         import torch
 
-        from fastrl.model.attention import prepare_attention
+        from fastrl.model.attention import prepare_attention, slow_bfloat16
         from fastrl.model.scalar import ScalarModel, load_scalar_model
 
         check.choice("model", "dtype", dtype, DTYPES)
         self.__name__ = label
         self.tokens_per_batch = tokens_per_batch
-        model, self.tokenizer = load_scalar_model(path, getattr(torch, dtype))
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if dtype == "auto":  # a forward alone: what its attention is slow at, its layers are too
+            dtype = "float32" if torch.device(place).type == "cpu" and slow_bfloat16() else "bfloat16"
+        model, self.tokenizer = load_scalar_model(path, getattr(torch, dtype))
         self.model = ScalarModel(model.to(place).requires_grad_(False))
         do = "Train one with algorithm: reward_model."
         trained = bool(self.model.head.weight.any())

@@ -19,14 +19,17 @@ import fastrl
 from fastrl import env
 from fastrl.kernels import cuda, native
 from fastrl.kernels.registry import OPS, TABLE, explain
-from fastrl.model.attention import varlen_attention_backend
+from fastrl.model.accelerate import ROWS, choose
+from fastrl.model.attention import slow_bfloat16, varlen_attention_backend
 from fastrl.trainer import machine
+from fastrl.trainer.precision import CLEARLY, DTYPES, bfloat16_ratio
 from fastrl.trainer.selfcheck import TOLERANCE, self_check
 
 EXIT_OK, EXIT_ENVIRONMENT = 0, 3
 MINIMUM_TORCH = (2, 6)
 LOW_DISK = 5 * machine.GIB
 Level = Literal["ok", "missing", "warning", "failed"]
+SMALL_MODEL = {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30}  # SmolLM2-135M's layers, and how many
 STYLES: dict[Level, str] = {"ok": "green", "missing": "dim", "warning": "yellow", "failed": "bold red"}
 
 
@@ -194,7 +197,29 @@ def _devices() -> list[Fact]:
         "torch": "sequences laid end to end go through torch's variable-length attention",
         None: "torch's SDPA, on padded rows or on groups that share their prompt",
     }[kernel]
-    return [*found, Fact("devices", "attention", kernel or "sdpa", note)]
+    found.append(Fact("devices", "attention", kernel or "sdpa", note))
+    return [*found, *(_speed() if native.load()[0] else [])]
+
+
+def _speed() -> list[Fact]:
+    """What `dtype: auto` and `linear: auto` come to on this CPU, for a model of the size of the recipes'."""
+    ratio = bfloat16_ratio(SMALL_MODEL)
+    chosen = "bfloat16" if ratio <= CLEARLY else "float32"
+    model = "the layers of SmolLM2-135M, whose other shapes may differ"
+    found = [Fact("devices", "dtype: auto", chosen, f"bfloat16 takes {ratio:.2f} times as long as float32 in {model}")]
+    for dtype in DTYPES.values():
+        served = [choose(shape, dtype) for shape in SMALL_MODEL]
+        sizes = ", ".join(
+            f"{sum(of[i] for of in served)} of {len(served)} at {rows} rows" for i, rows in enumerate(ROWS)
+        )
+        found.append(Fact("devices", "linear: auto", str(dtype).removeprefix("torch."), f"native products: {sizes}"))
+    slow = slow_bfloat16()
+    note = (
+        "computed in float32 where a model is in bfloat16: torch is slow at that here"
+        if slow
+        else "as the model's dtype"
+    )
+    return [*found, Fact("devices", "attention dtype", "float32" if slow else "any", note)]
 
 
 def _native() -> Fact:

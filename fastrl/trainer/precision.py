@@ -119,6 +119,13 @@ class Speed:
             )
         return lines
 
+    def show(self) -> None:
+        """Prints both, for a command that keeps no log."""
+        for name, line in self.about().items():
+            print(f"{name}: {line}")
+        for message in self.warnings():
+            print(f"warning: {message}")
+
     def warnings(self) -> list[str]:
         """What to say to somebody who asked for a slow dtype."""
         ratio = self.precision.ratio

@@ -355,7 +355,7 @@ def test_layers_that_are_not_covered_are_named_once_and_stay(caplog):
     model = nn.ModuleDict(layers)
     classes = {name: type(module) for name, module in layers.items()}
     with caplog.at_level(logging.INFO, "fastrl"), accelerate_cpu(model) as handle:
-        assert {name for name, module in layers.items() if type(module) is not classes[name]} == {"plain"}
+        assert {name for name, module in layers.items() if type(module) is not classes[name]} == {"plain", "embedding"}
         assert layers["fp16"](torch.ones(1, 4).half()).dtype == torch.float16
     assert handle.covered == 1
     assert handle.others == {
@@ -378,6 +378,29 @@ def test_models_without_linear_layers_or_attention_of_their_own_are_left_alone()
         want = model(input_ids=IDS)[0]
         with accelerate_cpu(model, linear="native"):
             torch.testing.assert_close(model(input_ids=IDS)[0], want, rtol=1e-4, atol=1e-5)
+
+
+@each_dtype
+@pytest.mark.parametrize("padding", [None, 3])
+def test_an_embeddings_gradient_goes_straight_into_main_grad(dtype, padding):
+    torch.manual_seed(0)
+    layer = nn.Embedding(16, 8, padding_idx=padding).to(dtype)
+    ids, dy = torch.tensor([[3, 5, 3], [0, 15, 5]]), torch.randn(2, 3, 8).to(dtype)
+    whole = nn.Embedding(16, 8, padding_idx=padding)
+    whole(ids).backward(dy.float())
+    layer.weight.main_grad = torch.ones(16, 8)
+    with accelerate_cpu(layer):
+        layer(ids).backward(dy)
+        assert not layer(ids).isnan().any()
+    assert layer.weight.grad is None
+    torch.testing.assert_close(layer.weight.main_grad, 1 + whole.weight.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_an_embedding_without_main_grad_is_torchs():
+    layer, ids = nn.Embedding(16, 8), torch.tensor([1, 2, 1])
+    with accelerate_cpu(layer):
+        layer(ids).sum().backward()
+    assert layer.weight.grad[:3].tolist() == [[0.0] * 8, [2.0] * 8, [1.0] * 8]
 
 
 @pytest.mark.parametrize("slow", [True, False])
