@@ -330,3 +330,15 @@ def test_a_deep_copy_of_a_layer_with_main_grad_has_its_own():
     other = copy.deepcopy(module)
     native_linear(draw(3, 4), other.weight, None).sum().backward()
     assert not module.weight.main_grad.any()
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["grad", "main_grad"])
+def test_layers_that_share_a_weight_add_their_gradients(direct):
+    """https://github.com/NVIDIA/TransformerEngine/issues/3437: of two tied layers, the first one's gradient was lost."""
+    x, weight = draw(9, 8), torch.nn.Parameter(draw(8, 8))
+    plain = torch.nn.Parameter(weight.detach().clone())
+    if direct:
+        weight.main_grad = torch.zeros(8, 8)
+    native_linear(native_linear(x, weight, None), weight, None).sum().backward()
+    functional.linear(functional.linear(x, plain), plain).sum().backward()
+    torch.testing.assert_close(weight.main_grad if direct else weight.grad, plain.grad, rtol=1e-5, atol=1e-5)
