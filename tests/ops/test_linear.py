@@ -334,7 +334,7 @@ def test_a_deep_copy_of_a_layer_with_main_grad_has_its_own():
 
 @pytest.mark.parametrize("direct", [False, True], ids=["grad", "main_grad"])
 def test_layers_that_share_a_weight_add_their_gradients(direct):
-    """https://github.com/NVIDIA/TransformerEngine/issues/3437: of two tied layers, the first one's gradient was lost."""
+    """https://github.com/NVIDIA/TransformerEngine/issues/3437: one of two tied gradients was lost."""
     x, weight = draw(9, 8), torch.nn.Parameter(draw(8, 8))
     plain = torch.nn.Parameter(weight.detach().clone())
     if direct:
