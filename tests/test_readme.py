@@ -6,15 +6,23 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import fastrl
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_drop_in_example_runs_and_gives_a_gradient():
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+LOSS, ACCELERATION = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def tiny_model():
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def test_the_drop_in_example_runs_and_gives_a_gradient():
+    model = tiny_model()
     ids = torch.randint(0, 40, (16, 9))
     completion_mask = torch.arange(9).expand(16, 9) >= 4
     names = {
@@ -24,10 +32,25 @@ def test_the_drop_in_example_runs_and_gives_a_gradient():
         "rewards": torch.rand(16),
         "old_logps": torch.randn(16, 8) - 3,
     }
-    exec(example, names)
+    exec(LOSS, names)
     assert model.lm_head.weight.grad.abs().max() > 0
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
     assert names["out"].metrics["ratio/mean"][1] == completion_mask[:, 1:].sum()
+
+
+def test_the_acceleration_example_gives_the_same_gradient_and_is_undone():
+    model, ids = tiny_model(), torch.arange(12)[None]
+    classes, gradients = [type(module) for module in model.modules()], []
+
+    def train(model):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+
+    train(model)
+    exec(ACCELERATION, {"fastrl": fastrl, "model": model, "train": train})
+    assert [type(module) for module in model.modules()] == classes
+    torch.testing.assert_close(*gradients)
 
 
 def test_every_preset_that_the_readme_names_exists():
