@@ -6,10 +6,11 @@ import asyncio
 import functools
 import inspect
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from fastrl import check
 from fastrl.progress import Progress, tracked, unseen
 
 
@@ -29,9 +30,6 @@ def call_rewards(
         columns: keyword arguments that are lists with one value per completion; each function gets its own copy.
         extras: further keyword arguments; `log_extra` and `log_metric` are silenced in repeated calls.
         progress: told of the functions, before each is waited for; what it raises ends the call.
-
-    Raises:
-        ValueError: a function returned another number of values than there are completions.
     """
     started = [_start(func, columns, extras) for func in funcs]
     calls = list(zip(funcs, names, started, strict=True))
@@ -41,6 +39,45 @@ def call_rewards(
 def is_async(func: Callable[..., Any]) -> bool:
     """True for an `async def` function, and for an object whose `__call__` is one."""
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
+
+
+class BadReturn(Exception):
+    """A function did not return one value per completion."""
+
+
+class Ended(Exception):
+    """A function tried to end the process or its thread."""
+
+
+def told(error: BaseException, func: Callable[..., Any]) -> str:
+    """An exception's type, text and place: the innermost line of the function's own file, else the innermost of all."""
+    home, _ = defined(func)
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [place for place in frames if place[0] == home] or [place for place in frames if place[0] != __file__]
+    what = str(error) if isinstance(error, (BadReturn, Ended)) else f"{type(error).__name__}: {error}"
+    return f"{what} ({spot(*(own[-1] if own else defined(func)))})"
+
+
+def defined(func: Callable[..., Any]) -> tuple[str | None, int]:
+    """The file and line where a function, or the class of a callable object, is written; None for built-in ones."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    func = inspect.unwrap(func)
+    code = getattr(func, "__code__", None) or getattr(getattr(type(func), "__call__", None), "__code__", None)  # noqa: B004
+    return (code.co_filename, code.co_firstlineno) if code else (None, 0)
+
+
+def spot(file: str | None, line: int) -> str:
+    """A place in a program, as a person reads it."""
+    return f"{Path(file).name}, line {line}" if file else "not written in Python"
+
+
+def shown(value: Any) -> str:
+    """The start of a value's `repr`, which is a user's code too."""
+    try:
+        return f"{value!r:.80}"
+    except Exception as error:
+        return f"a {type(value).__name__} that cannot be printed ({type(error).__name__})"
 
 
 def silent(*_: Any) -> None:
@@ -64,11 +101,15 @@ def _finish(
 ) -> list[Any]:
     total = len(columns["completions"])
     try:
-        values = wait()
-    # Whatever a user's function raises is about its completions, and is reported with them.
-    except Exception as error:
+        return _as_list(wait(), total)
+    except BadReturn as error:  # about the function, not about a completion
+        return [error] * total
+    # Whatever a user's function raises is about its completions, and is reported with them: sys.exit too, which would
+    # end the run as if it were done.
+    except (Exception, SystemExit) as error:
+        failure = Ended(f"{type(error).__name__}({error})") if isinstance(error, SystemExit) else error
         if total == 1:
-            return [error]
+            return [failure.with_traceback(error.__traceback__)]
         quiet = dict(extras) | {"log_extra": silent, "log_metric": silent}
         singles = [{key: values[place : place + 1] for key, values in columns.items()} for place in range(total)]
         started = [_start(func, single, quiet) for single in singles]
@@ -77,19 +118,29 @@ def _finish(
             for single, again in zip(singles, started, strict=True)
             for value in _finish(func, name, again, single, quiet)
         ]
-    check.require(
-        hasattr(values, "__len__") and len(values) == total,
-        f"reward {name!r}",
-        "return value",
-        f"a list of {total}, one per completion",
-        f"{len(values)} values" if hasattr(values, "__len__") else repr(values),
-        "Return None in the place of a completion that it does not apply to.",
+
+
+def _as_list(values: Any, total: int) -> list[Any]:
+    """What a function returned as a list of `total`: a list, a tuple, or a one-dimensional array, tensor or series."""
+    got = None
+    if hasattr(values, "tolist") and len(getattr(values, "shape", ())) == 1:
+        values = values.tolist()
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        if len(values) == total:
+            return list(values)
+        got = f"{len(values)} values"
+    raise BadReturn(
+        f"return value: expected a list of {total}, one per completion, got {got or shown(values)}. Return None in the "
+        "place of a completion that it does not apply to."
     )
-    return list(values)
 
 
 async def _awaited(func: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    return await func(**arguments)
+    try:
+        return await func(**arguments)
+    except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
+        # These would end the loop's thread, and everybody who waits for it would wait for ever.
+        raise Ended(f"{type(error).__name__}({error})").with_traceback(error.__traceback__) from None
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastrl import check
 from fastrl.progress import Progress, unseen
-from fastrl.rewards.call import call_rewards, silent
+from fastrl.rewards.call import call_rewards, defined, shown, silent, spot, told
 from fastrl.types import Group, Sample
 
 Values = Sequence[float | None]
@@ -24,6 +24,9 @@ RewardFunc = Callable[..., Values] | Callable[..., Awaitable[Values]]
 RESERVED = frozenset(
     ("prompt", "completion", "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 )
+
+
+LARGEST = 3.4028234663852886e38  # of float32, in which rewards and advantages are trained on
 
 
 class RewardFailure(RuntimeError):
@@ -94,13 +97,13 @@ class RewardSuite:
         """Fill `rewards` and `reward` of every sample, and return what failed.
 
         A reward that raises on the batch is asked about each completion by itself, without logging, so that only those
-        on which it raises are lost; so are values that are not finite numbers. `Sample.reward` is None where a reward
-        failed, since a sum that lacks a term cannot be compared with one that has it, and where none applies.
-        `progress` is told of the rewards, before each.
+        on which it raises are lost; so are values that are not finite float32 numbers, and sums. A reward that does not
+        return one value per completion fails on all. `Sample.reward` is None where a reward failed, since a sum that
+        lacks a term cannot be compared with one that has it, and where none applies. `progress` is told of the rewards,
+        before each.
 
         Raises:
             RewardFailure: a reward failed on more than `max_failure_fraction` of the completions.
-            ValueError: a reward returned another number of values than there are completions.
         """
         pairs = [(group, sample) for group in groups for sample in group.samples]
         if not pairs:
@@ -115,23 +118,32 @@ class RewardSuite:
         failures, failed = [], [False] * len(pairs)
         for _, sample in pairs:
             sample.rewards = {}
-        for name, result in zip(self.names, results, strict=True):
-            errors = [_record(sample, name, value) for (_, sample), value in zip(pairs, result, strict=True)]
+        for func, name, result in zip(self.funcs, self.names, results, strict=True):
+            errors = [_record(sample, func, name, value) for (_, sample), value in zip(pairs, result, strict=True)]
             failed = [before or error is not None for before, error in zip(failed, errors, strict=True)]
             found = _grouped(name, errors, pairs)
             self._require_few(name, found, len(pairs))
             failures += found
-        for (_, sample), lost in zip(pairs, failed, strict=True):
-            sample.reward = None if lost else self._weighted(sample)
-        return failures
+        errors = [self._add_up(sample, lost) for (_, sample), lost in zip(pairs, failed, strict=True)]
+        found = _grouped(" + ".join(self.names), errors, pairs)
+        self._require_few(" + ".join(self.names), found, len(pairs))
+        return failures + found
 
-    def _weighted(self, sample: Sample) -> float | None:
+    def _add_up(self, sample: Sample, lost: bool) -> str | None:
+        """Set the sample's reward; returns what is wrong with the sum, if anything."""
         terms = [
             weight * value
             for name, weight in zip(self.names, self.weights, strict=True)
             if (value := sample.rewards[name]) is not None
         ]
-        return math.fsum(terms) if terms else None
+        sample.reward = None
+        if lost or not terms:
+            return None
+        total = sum(terms) if max(map(abs, terms)) > LARGEST else math.fsum(terms)  # fsum raises where sum overflows
+        if not abs(total) <= LARGEST:
+            return f"expected a weighted sum that float32 holds, got {total:g}"
+        sample.reward = total
+        return None
 
     def _require_few(self, name: str, failures: list[Failure], total: int) -> None:
         count = sum(len(failure.prompts) for failure in failures)
@@ -164,19 +176,22 @@ def _arguments(pairs: Sequence[tuple[Group, Sample]]) -> dict[str, list[Any]]:
     } | {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
-def _record(sample: Sample, name: str, value: Any) -> str | None:
+def _record(sample: Sample, func: RewardFunc, name: str, value: Any) -> str | None:
     """Store a reward's value in its sample; returns what is wrong with it, if anything."""
     sample.rewards[name] = None
     if value is None:
         return None
     if isinstance(value, Exception):
-        return f"{type(value).__name__}: {value}"
+        return told(value, func)
+    where = f"({spot(*defined(func))})"
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return f"expected a number or None, got {value!r}"
-    if not math.isfinite(number):
-        return f"expected a finite number, got {number}"
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except OverflowError:
+        return f"expected a number that float32 holds, got one of type {type(value).__name__} beyond it {where}"
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
+        number = math.nan
+    if not abs(number) <= LARGEST:
+        return f"expected a finite number that float32 holds, or None, got {shown(value)} {where}"
     sample.rewards[name] = number
     return None
 

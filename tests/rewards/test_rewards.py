@@ -1,9 +1,16 @@
 import asyncio
+import functools
+import json
 import math
 import os
+import re
 import signal
+import sys
 import threading
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +27,10 @@ def group(*texts, index=0, content="q", **columns):
 
 def rewards(groups):
     return [sample.reward for one in groups for sample in one.samples]
+
+
+def line_of(func):
+    return func.__code__.co_firstlineno
 
 
 def length(completions, **kwargs):
@@ -82,28 +93,88 @@ def test_a_reward_that_raises_loses_only_the_completions_on_which_it_raises():
     assert groups[0].samples[1].rewards == {"careful": None, "length": 0.0}
     assert (failure.reward, failure.prompts, failure.total) == ("careful", (4, 7), 4)
     assert str(failure) == (
-        "reward 'careful' failed on 2 of 4 completions (first on prompt 4): ZeroDivisionError: float division by zero"
+        "reward 'careful' failed on 2 of 4 completions (first on prompt 4): ZeroDivisionError: float division by zero "
+        f"(test_rewards.py, line {line_of(careful) + 1})"
     )
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, "good", [1.0]])
-def test_values_that_are_no_finite_numbers_are_failures(bad):
+def test_a_failure_in_a_library_is_told_with_the_line_of_the_reward_that_called_it():
+    def parsing(completions, **kwargs):
+        return [json.loads(text) for text in completions]
+
+    (failure,) = RewardSuite([functools.partial(parsing)], max_failure_fraction=1.0).score([group("{")])
+    assert failure.error.startswith("JSONDecodeError: Expecting property name")
+    assert failure.error.endswith(f"(test_rewards.py, line {line_of(parsing) + 1})")
+
+
+@pytest.mark.parametrize(
+    "bad", [math.nan, math.inf, "good", "1", [1.0], 1e39, -1e39, 1 + 1j, torch.ones(2)], ids=lambda bad: f"{bad}"
+)
+def test_values_that_are_no_finite_float32_numbers_are_failures(bad):
     def sometimes(completions, **kwargs):
         return [bad, *[1.0] * (len(completions) - 1)]
 
     groups = [group("a", "b")]
     (failure,) = RewardSuite([sometimes]).score(groups)
     assert rewards(groups) == [None, 1.0]
-    assert "number" in failure.error
-    assert str(bad) in failure.error
+    assert failure.error.startswith(f"expected a finite number that float32 holds, or None, got {bad!r:.80} (")
+    assert failure.error.endswith(f"(test_rewards.py, line {line_of(sometimes)})")
 
 
-def test_numbers_of_any_kind_are_taken():
-    def kinds(completions, **kwargs):
-        return torch.tensor([True, False])
-
+@pytest.mark.parametrize("bad", [10**400, 10**5000, Fraction(10) ** 400], ids=["400 digits", "5000 digits", "fraction"])
+def test_numbers_beyond_float_are_failures(bad):
     groups = [group("a", "b")]
-    assert RewardSuite([kinds]).score(groups) == []
+    (failure,) = RewardSuite([lambda completions, **kwargs: [1.0, bad]]).score(groups)
+    assert rewards(groups) == [1.0, None]
+    assert f"of type {type(bad).__name__} beyond it" in failure.error
+
+
+@pytest.mark.parametrize("value", [2e38, 3e38])
+def test_a_sum_beyond_float32_is_a_failure_of_the_sum(value):
+    def one(completions, **kwargs):
+        return [value, 1.0, value]
+
+    def two(completions, **kwargs):
+        return [value, 1.0, -value]
+
+    groups = [group("a", "b", "c")]
+    (failure,) = RewardSuite([one, two]).score(groups)
+    assert rewards(groups) == [None, 2.0, 0.0]
+    assert (failure.reward, failure.prompts) == ("one + two", (0,))
+    assert failure.error == f"expected a weighted sum that float32 holds, got {2 * value:g}"
+
+
+def test_a_reward_that_calls_exit_fails_and_the_run_goes_on():
+    def quits(completions, **kwargs):
+        if "bad" in completions:
+            sys.exit("no key")
+        return [1.0] * len(completions)
+
+    async def quits_late(completions, **kwargs):
+        await asyncio.sleep(0)
+        return quits(completions)
+
+    for reward in (quits, quits_late, quits_late):  # the last: the loop of async rewards lives
+        groups = [group("a", "bad")]
+        (failure,) = RewardSuite([reward]).score(groups)
+        assert rewards(groups) == [1.0, None]
+        assert failure.error == f"SystemExit(no key) (test_rewards.py, line {line_of(quits) + 2})"
+
+
+def test_an_async_reward_that_is_cancelled_fails():
+    async def cancelled(completions, **kwargs):
+        raise asyncio.CancelledError("by its client")
+
+    (failure,) = RewardSuite([cancelled], max_failure_fraction=1.0).score([group("a")])
+    assert failure.error.startswith("CancelledError(by its client) (")
+
+
+@pytest.mark.parametrize(
+    "values", [torch.tensor([True, False]), np.array([1, 0]), (np.float16(1), torch.tensor(0)), [1, Decimal(0)]]
+)
+def test_numbers_of_any_kind_are_taken(values):
+    groups = [group("a", "b")]
+    assert RewardSuite([lambda completions, **kwargs: values]).score(groups) == []
     assert rewards(groups) == [1.0, 0.0]
 
 
@@ -128,13 +199,30 @@ def test_exactly_the_allowed_share_may_fail():
         RewardSuite([half], max_failure_fraction=0.49).score([group("a", "b")])
 
 
-@pytest.mark.parametrize(("result", "got"), [([1.0], "1 values"), (None, "None"), ([1.0] * 3, "3 values")])
-def test_a_wrong_number_of_values_is_refused_with_the_rewards_name(result, got):
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        ([1.0], "1 values"),
+        (None, "None"),
+        ([1.0] * 3, "3 values"),
+        ("11", "'11'"),
+        (b"11", "b'11'"),
+        ({"a": 1.0, "b": 2.0}, "{'a': 1.0, 'b': 2.0}"),
+        (torch.tensor(1.0), "tensor(1.)"),
+        (torch.ones(2, 1), "tensor([[1.],"),
+        (1.0, "1.0"),
+    ],
+)
+def test_what_is_not_one_value_per_completion_fails_on_all_with_the_rewards_name_and_place(result, got):
     def short(**kwargs):
         return result
 
-    with pytest.raises(ValueError, match=rf"reward 'short': return value: expected a list of 2, .* got {got}\. Return"):
+    error = rf"return value: expected a list of 2, .* got {re.escape(got)}.*\. Return None .*"
+    place = rf"\(test_rewards.py, line {line_of(short)}\)"
+    with pytest.raises(RewardFailure, match=rf"(?s)reward 'short' failed on 2 of 2 .* with {error} {place}"):
         RewardSuite([short]).score([group("a", "b")])
+    (failure,) = RewardSuite([short], max_failure_fraction=1.0).score([group("a", "b")])
+    assert failure.prompts == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +280,8 @@ def test_async_rewards_fail_completion_by_completion_too():
     groups = [group("a", "bad", "c")]
     (failure,) = RewardSuite([Judge()]).score(groups)
     assert rewards(groups) == [1.0, None, 1.0]
-    assert (failure.reward, failure.error) == ("Judge", "RuntimeError: refused")
+    assert failure.reward == "Judge"
+    assert failure.error == f"RuntimeError: refused (test_rewards.py, line {line_of(Judge.__call__) + 3})"
 
 
 def test_async_rewards_work_inside_a_running_event_loop():
