@@ -164,7 +164,10 @@ class KL:
     | `k1+`      | -d                  | reverse KL                                     |
     | `k3+`      | e^d - d - 1         | reverse KL                                     |
 
-    A plus is the straight-through form of verl: the value of the estimate, the derivative of k2.
+    rho is the ratio of the loss, the token's or the sequence's, as in TRL; with GMPO and VESPO the token's. The table's
+    gradient is that of the token's. A plus is the straight-through form of verl:
+    the value of the estimate, the derivative of k2. Where d is above 20, e^d is held at e^20, a constant; the
+    derivative of `k3_ratio` with the token's rho is -rho d, everywhere.
     """
 
     kind: KLKind

@@ -44,9 +44,10 @@ FASTRL_HD PolicyTerm<T> policy_token(const PolicySpec& spec, const PolicyToken<T
   }
   if (spec.kl != KLKind::none) {
     const T coef = constant<T>(spec.kl_coef);
-    const KLTerm<T> kl = kl_term<T>(spec.kl, d, own);
+    const KLTerm<T> kl = kl_term<T>(spec.kl, d, log_ratio.value, spec.sequence_ratio);
     out.loss = out.loss + coef * kl.loss;
     out.dlogp = out.dlogp + coef * kl.dlogp;
+    out.dlog_ratio = out.dlog_ratio + (log_ratio.beyond ? zero : coef * kl.dlog_ratio);
     beyond = beyond | kl.beyond;
   }
   out.dentropy = zero;

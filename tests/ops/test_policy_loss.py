@@ -102,16 +102,19 @@ def surrogate_value(spec, ratio, logps, advantages, old):
     return -advantages * logps
 
 
-def kl_value(kind, logps, ref_logps, ratio):
+def kl_value(kind, logps, ref_logps, ratio, of_sequence):
     d = ref_logps - logps
-    k3 = d.clamp(-20, 20).exp() - d.clamp(-20, 20) - 1
+    k3 = d.clamp(max=20).exp() - d.clamp(max=20) - 1
+    weighted = torch.where(d > 20, (ratio * k3).detach(), ratio * k3)
+    if not of_sequence:  # the derivative as it is on paper, where the two exponentials cancel
+        weighted = (ratio * k3).detach() - (ratio * d).detach() * (logps - logps.detach())
     k2 = d * d / 2
     through = k2 - k2.detach()  # nothing, with the derivative of k2
     return {
         "k1": -d,
         "k2": k2,
         "k3": k3,
-        "k3_ratio": ratio * k3,
+        "k3_ratio": weighted,
         "k1+": through - d.detach(),
         "k3+": through + k3.detach(),
     }[kind]
@@ -122,8 +125,7 @@ def sequence_losses(spec, data):
     for i, row in enumerate(data["mask"]):
         names = ("logps", "advantages", "old_logps", "ref_logps", "sampling_logps", "entropy")
         logps, advantages, old, ref, sampling, entropy = (data[name][i][row] for name in names)
-        token_ratio = (logps - old).clamp(-20, 20).exp()
-        ratio = token_ratio
+        ratio = (logps - old).clamp(-20, 20).exp()
         if spec.ratio == "sequence":
             ratio = (logps - old).mean().clamp(-20, 20).exp().expand(len(logps))
         elif spec.ratio == "sequence_token":
@@ -136,7 +138,10 @@ def sequence_losses(spec, data):
             truncated = weight.clamp(max=c.high)
             loss = loss * (truncated if c.kind == "truncate" else weight * ((weight >= c.low) & (weight <= c.high)))
         if spec.kl is not None:
-            loss = loss + spec.kl.coef * kl_value(spec.kl.kind, logps, ref, token_ratio)
+            own = isinstance(spec.surrogate, (Gmpo, Vespo))
+            rho = (logps - old).clamp(-20, 20).exp() if own else ratio
+            of_sequence = spec.ratio == "sequence" and not own
+            loss = loss + spec.kl.coef * kl_value(spec.kl.kind, logps, ref, rho, of_sequence)
         yield loss - spec.entropy_coef * entropy
 
 
@@ -306,7 +311,8 @@ def test_every_term_matches_finite_differences():
             if not isinstance(surrogate, Cispo):  # its ratio is a constant, so its value does not tell its derivative
                 yield reference.surrogate_term(surrogate, log_ratio, tokens)
         for kind in ("k1", "k2", "k3", "k3_ratio"):
-            yield reference.kl_term(kind, logps, ref, log_ratio)
+            for of_sequence in (False, True):
+                yield reference.kl_term(kind, ref - logps, log_ratio, of_sequence=of_sequence)
 
     for here, up, down in zip(terms(logps), terms(logps + h), terms(logps - h), strict=True):
         numeric = (up.loss - down.loss) / (2 * h)
@@ -377,8 +383,10 @@ def test_a_log_ratio_exactly_at_the_bound_keeps_its_gradient_and_is_not_counted(
 @pytest.mark.parametrize(("kind", "share"), [("k1", 0.0), ("k2", 0.0), ("k3", 1.0), ("k3_ratio", 1.0)])
 def test_only_an_exponentiated_kl_counts_as_clamped(kind, share):
     spec = PolicyLoss(kl=KL(kind, 0.1), aggregate="token_mean")
-    arguments = {"mask": torch.ones(1, dtype=torch.bool), "ref_logps": torch.full((1,), -30.0)}
-    assert finish(policy_loss(torch.zeros(1), torch.ones(1), spec, **arguments).metrics)["log_ratio_clamped"] == share
+    far, near, mask = torch.full((1,), -30.0), torch.zeros(1), torch.ones(1, dtype=torch.bool)
+    for logps, ref, expected in ((far, near, share), (near, far, 0.0)):  # e^d overflows on one side alone
+        out = policy_loss(logps, torch.ones(1), spec, mask=mask, ref_logps=ref)
+        assert finish(out.metrics)["log_ratio_clamped"] == expected
 
 
 def test_an_infinite_log_probability_is_counted_even_where_the_loss_is_finite():
@@ -399,9 +407,56 @@ def test_a_correction_weight_exactly_at_its_bounds_is_kept(level):
 
 def test_k3_keeps_its_digits_where_policy_and_reference_nearly_agree():
     d = torch.tensor([1e-4], dtype=torch.float32)
-    term = reference.kl_term("k3", torch.zeros(1), d, torch.zeros(1))
+    term = reference.kl_term("k3", d, torch.zeros(1))
     assert term.loss.item() == pytest.approx(5.000166e-9, rel=2e-3)  # e^d - d - 1 in float32 gives 0 or 1.2e-7
     assert term.dlogp.item() == pytest.approx(-1.00005e-4, rel=1e-6)
+
+
+GAPS = torch.tensor([1e-3, 0.1, 1.0, 10.0, 18.0, 19.9, 20.1, 60.0, 1e4], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "k3_ratio", "k1+", "k3+"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_gradient_of_a_kl_keeps_its_sign_and_its_digits_at_every_distance(name, kind, dtype):
+    """On policy, by paper: k1 1, k2 -d, k3 1 - e^d, k3_ratio -d; only k3 is held, at 0, where e^d would overflow.
+
+    The sum of rho k3 and rho (1 - e^d) lost its digits below the bound, and turned its sign beyond it.
+    https://github.com/OpenRLHF/OpenRLHF/issues/1335
+    """
+    d = torch.cat([GAPS, -GAPS]).to(dtype).double()  # ref - logp
+    logps = torch.where(d > 0, -d, 0).to(dtype).requires_grad_()
+    spec = PolicyLoss(surrogate=Reinforce(), kl=KL(kind, 1.0), aggregate="token_sum")
+    arguments = {"mask": torch.ones(len(d), dtype=torch.bool), "normalizer": 1.0}
+    with using(name) as backend:
+        out = policy_loss(
+            logps, torch.zeros(len(d)), spec, ref_logps=torch.where(d > 0, 0, d).to(dtype), backend=backend, **arguments
+        )
+    out.loss.backward()
+    by_paper = {"k1": torch.ones_like(d), "k3": torch.where(d > 20, 0, -torch.expm1(d))}.get(kind, -d)
+    rounding = {torch.bfloat16: 2**-8, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(logps.grad.double(), by_paper, rtol=rounding, atol=0)
+    values = {"k1": -d, "k1+": -d, "k2": d * d / 2}.get(kind, torch.expm1(d.clamp(max=20)) - d.clamp(max=20))
+    assert out.loss.item() == pytest.approx(values.sum().item(), rel=1e-6, abs=1e-6 * values.abs().max().item())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_kl_weighted_by_the_ratio_takes_the_loss_s_ratio_which_may_be_the_sequence_s(name):
+    """As TRL's default with sequence-level sampling: https://github.com/huggingface/trl/pull/6549."""
+    data, spec = batch(), PolicyLoss("sequence", SURROGATES["clip"], KL("k3_ratio", 0.04), "token_mean")
+    g = torch.Generator().manual_seed(0)
+    near = 0.2 * torch.randn(2, 5, 7, generator=g, dtype=torch.float64)
+    advantages = torch.randn(5, 1, generator=g, dtype=torch.float64)
+    logps = data["logps"].detach().nan_to_num(-1.0, -1.0, -1.0).requires_grad_()
+    old, ref, mask = logps.detach() + near[0], logps.detach() + near[1], torch.ones(5, 7, dtype=torch.bool)
+    with using(name) as backend:
+        out = policy_loss(logps, advantages[:, 0], spec, mask=mask, old_logps=old, ref_logps=ref, backend=backend)
+    ratio, d = (logps - old).mean(1, keepdim=True).exp(), ref - logps
+    surrogate = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    expected = (surrogate + 0.04 * ratio * (d.exp() - d - 1)).mean()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+    ours, theirs = (torch.autograd.grad(loss, logps)[0] for loss in (out.loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-15)
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
@@ -439,7 +494,7 @@ def test_metrics_are_what_their_names_say():
     mask = data["mask"]
     names = ("logps", "advantages", "old_logps", "ref_logps", "sampling_logps", "entropy")
     logps, advantages, old, ref, sampling, entropy = (data[name].detach()[mask] for name in names)
-    log_ratio, d = (logps - old).clamp(-20, 20), (ref - logps).clamp(-20, 20)
+    log_ratio, d, moved = (logps - old).clamp(-20, 20), (ref - logps).clamp(max=20), (logps - old).clamp(max=20)
     ratio, weight = log_ratio.exp(), (old - sampling).clamp(-20, 20).exp()
     kept = (weight >= 0.8) & (weight <= 1.3)
     expected = {
@@ -448,13 +503,13 @@ def test_metrics_are_what_their_names_say():
         "ratio/mean": ratio.mean(),
         "ratio/max": ratio.max(),
         "kl": (d.exp() - d - 1).mean(),
-        "old_kl": (ratio - log_ratio - 1).mean(),
+        "old_kl": (moved.exp() - moved - 1).mean(),
         "entropy": entropy.mean(),
         "sampling/sampling_logp_difference/mean": (old - sampling).abs().mean(),
         "sampling/sampling_logp_difference/max": (old - sampling).abs().max(),
         "sampling/importance_sampling_ratio/mean": (weight * kept).mean(),
         "sampling/kept_fraction": kept.double().mean(),
-        "log_ratio_clamped": torch.tensor(4 / 17, dtype=torch.float64),
+        "log_ratio_clamped": torch.tensor(3 / 17, dtype=torch.float64),
         "nonfinite_rows": torch.tensor(0.0),
     }
     grad = torch.autograd.grad(run(spec, data).loss, data["logps"])[0][mask]

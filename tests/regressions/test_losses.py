@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -209,19 +210,23 @@ def test_a_ratio_of_one_still_changes_the_gradient_of_the_kl_term():
     torch.testing.assert_close(k3_ratio_grad, -d / 2, rtol=1e-12, atol=1e-15)
 
 
-def test_kl_of_a_token_sends_no_gradient_to_other_tokens_under_a_sequence_ratio():
-    """Multiplying each token's KL by the sequence's ratio spread its gradient over the whole sequence.
+@pytest.mark.parametrize("ratio", ["sequence", "sequence_token"])
+def test_the_kl_is_weighted_by_the_ratio_of_the_loss_which_shares_its_gradient_as_the_loss_does(ratio):
+    """A sequence's ratio is a function of all its tokens, that of GSPO-token of one: its own.
 
-    https://github.com/huggingface/trl/pull/6594
+    https://github.com/huggingface/trl/issues/6586, whose default this is
     """
     logps, old = tokens(1, 4)
     ref = logps.clone()
     ref[0, 2] += 0.7  # only this token differs from the reference
-    spec = PolicyLoss("sequence", Reinforce(), KL("k3_ratio", 1.0), "token_sum")
+    spec = PolicyLoss(ratio, Reinforce(), KL("k3_ratio", 1.0), "token_sum")
     arguments = {"mask": torch.ones(1, 4, dtype=torch.bool), "old_logps": old, "ref_logps": ref, "normalizer": 1.0}
     _, grad = gradient(spec, logps, torch.zeros(1, dtype=torch.float64), **arguments)
-    assert grad[0, [0, 1, 3]].tolist() == [0.0, 0.0, 0.0]
-    torch.testing.assert_close(grad[0, 2], (logps - old)[0, 2].exp() * -0.7, rtol=1e-12, atol=0)
+    mean = (logps - old).mean().exp()
+    shared = mean * (math.exp(0.7) - 0.7 - 1) / 4 if ratio == "sequence" else torch.zeros((), dtype=torch.float64)
+    own = mean * (1 - math.exp(0.7)) if ratio == "sequence" else mean * -0.7
+    torch.testing.assert_close(grad[0, [0, 1, 3]], shared.expand(3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad[0, 2], own + shared, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3", "k3_ratio"])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics, metric_table
-from fastrl.spec import KL, Cispo, Clip, Correction, Dppo, Gmpo, KLKind, PolicyLoss, Sapo, Surrogate, Vespo
+from fastrl.spec import Cispo, Clip, Correction, Dppo, Gmpo, KLKind, PolicyLoss, Sapo, Surrogate, Vespo
 
 __all__ = ["METRICS", "forward", "merge_metrics"]
 
@@ -144,27 +144,30 @@ def bound(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return raw.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND), raw.abs() > LOG_RATIO_BOUND
 
 
-def kl_term(kind: KLKind, logps: torch.Tensor, ref_logps: torch.Tensor, log_ratio: torch.Tensor) -> TokenTerm:
+def kl_term(kind: KLKind, d: torch.Tensor, log_ratio: torch.Tensor, *, of_sequence: bool = False) -> TokenTerm:
     """An estimate of KL(pi || pi_ref) with d = ref_logps - logps, of a kind that `fastrl.spec.KL` lists.
 
-    expm1 keeps the digits that e^d - 1 loses where policy and reference nearly agree. `log_ratio` is the token's, also
-    when the surrogate's ratio is the sequence's.
+    expm1 keeps the digits that e^d - 1 loses where policy and reference nearly agree. Where e^d would overflow it is
+    held, and a constant. `log_ratio` is that of the loss, the token's or the sequence's.
     """
-    raw = ref_logps - logps
-    zeros = torch.zeros_like(raw)
+    zeros = torch.zeros_like(d)
     if kind.endswith("+"):  # straight through: the derivative of k2
-        return kl_term(kind[:-1], logps, ref_logps, log_ratio)._replace(dlogp=-raw)
+        return kl_term(kind[:-1], d, log_ratio)._replace(dlogp=-d)
     if kind == "k1":
-        return TokenTerm(-raw, zeros, torch.ones_like(raw))
+        return TokenTerm(-d, zeros, torch.ones_like(d))
     if kind == "k2":
-        return TokenTerm(raw.square() / 2, zeros, -raw)
-    d, beyond = bound(raw)
-    k3 = torch.expm1(d) - d
-    dlogp = torch.where(beyond, 0, -torch.expm1(d))
+        return TokenTerm(d.square() / 2, zeros, -d)
+    beyond = d > LOG_RATIO_BOUND
+    held = d.clamp(max=LOG_RATIO_BOUND)
+    growth = torch.expm1(held)
+    k3, dlogp = growth - held, torch.where(beyond, 0, -growth)
     if kind == "k3":
         return TokenTerm(k3, zeros, dlogp)
     ratio = log_ratio.exp()
-    return TokenTerm(ratio * k3, ratio * k3, ratio * dlogp)
+    if of_sequence:
+        return TokenTerm(ratio * k3, torch.where(beyond, 0, ratio * k3), ratio * dlogp)
+    # rho (e^d - d - 1) + rho (1 - e^d), a sum of two large numbers, is the small one -rho d: right at any d.
+    return TokenTerm(ratio * k3, zeros, -ratio * d)
 
 
 def correction_weight(correction: Correction, log_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,8 +253,15 @@ def token_terms(tokens: Tokens, spec: PolicyLoss, sums: torch.Tensor | None, seq
         rows |= {"sampling/importance_sampling_ratio/mean": weight, "sampling/kept_fraction": kept}
         loss, dlogp, dlog_ratio = weight * loss, weight * dlogp, weight * dlog_ratio
     if spec.needs_ref:
-        kl, kl_beyond = _bounded_kl(spec.kl, tokens)
-        loss, dlogp, beyond = loss + kl.loss, dlogp + kl.dlogp, beyond | kl_beyond
+        coef, d = spec.kl.coef, tokens.ref_logps - tokens.logps
+        # What GMPO and VESPO make of a sequence is no ratio of its probabilities: there the token's own is taken.
+        own = isinstance(spec.surrogate, (Gmpo, Vespo))
+        ratio = bound(tokens.logps - tokens.old_logps)[0] if own else log_ratio
+        kl = kl_term(spec.kl.kind, d, ratio, of_sequence=spec.ratio == "sequence" and not own)
+        loss, dlogp = loss + coef * kl.loss, dlogp + coef * kl.dlogp
+        dlog_ratio = dlog_ratio + torch.where(beyond, 0, coef * kl.dlog_ratio)
+        if spec.kl.kind.startswith("k3"):
+            beyond = beyond | (d > LOG_RATIO_BOUND)
     if spec.needs_entropy:
         loss = loss - spec.entropy_coef * tokens.entropy
 
@@ -274,25 +284,15 @@ def _log_ratio(
     return sums[1][seq_ids] if isinstance(spec.surrogate, Vespo) else sequence_mean(sums[1], sums[0], seq_ids)
 
 
-def _bounded_kl(kl: KL, tokens: Tokens) -> tuple[TokenTerm, torch.Tensor]:
-    """coef times the estimate, its whole derivative as `dlogp`, and the tokens where a log-ratio in it was held."""
-    log_ratio, ratio_beyond = bound(tokens.logps - tokens.old_logps)
-    term = kl_term(kl.kind, tokens.logps, tokens.ref_logps, log_ratio)
-    dlogp = term.dlogp + torch.where(ratio_beyond, 0, term.dlog_ratio)
-    exponential = kl.kind in ("k3", "k3_ratio", "k3+")
-    beyond = bound(tokens.ref_logps - tokens.logps)[1] & exponential
-    return TokenTerm(kl.coef * term.loss, torch.zeros_like(dlogp), kl.coef * dlogp), beyond
-
-
 def _observed(tokens: Tokens, surrogate: TokenTerm) -> dict[str, torch.Tensor]:
     """Per-token values to report that are no part of the loss."""
     rows = {}
     if surrogate.low is not None:
         rows |= {"clip_ratio/low_mean": surrogate.low, "clip_ratio/high_mean": surrogate.high}
     # k3 of the old policy against this one, from the old policy's own samples
-    rows["old_kl"] = kl_term("k3", tokens.old_logps, tokens.logps, tokens.old_logps).loss
+    rows["old_kl"] = kl_term("k3", tokens.logps - tokens.old_logps, tokens.logps).loss
     if tokens.ref_logps is not None:
-        rows["kl"] = kl_term("k3", tokens.logps, tokens.ref_logps, tokens.logps).loss
+        rows["kl"] = kl_term("k3", tokens.ref_logps - tokens.logps, tokens.logps).loss
     if tokens.entropy is not None:
         rows["entropy"] = tokens.entropy
     if tokens.sampling_logps is not None:

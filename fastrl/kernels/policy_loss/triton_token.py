@@ -119,18 +119,20 @@ def surrogate_term(
 @device_function
 def k3(raw: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """e^d - d - 1, its derivative by -d, and where d is held at its bound and a constant."""
-    d, beyond = bound(raw)
+    beyond = raw > BOUND
+    d = tl.where(beyond, BOUND, raw)
     growth = expm1(d)
     return growth - d, tl.where(beyond, 0.0, -growth), beyond
 
 
 @device_function
 def kl_term(
-    d: tl.tensor, own: tl.tensor, own_beyond: tl.tensor, KL: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1 or k3_ratio = rho k3, with d = ref_logp - logp; its whole derivative by
-    logp, which k1+ and k3+ take from k2; and where it exponentiates a d beyond the bound. `own` is the token's own
-    bounded log-ratio."""
+    d: tl.tensor, ratio: tl.tensor, KL: tl.constexpr, OF_SEQUENCE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1 or k3_ratio = rho k3, with d = ref_logp - logp and the loss's own rho;
+    its derivatives through the ratio, where that is a sequence's, and by the token's logp, which k1+ and k3+ take from
+    k2; and where it exponentiates a d beyond the bound. With the token's rho, d (rho k3) is -rho d, at any d."""
+    dlog_ratio = tl.full(d.shape, 0.0, d.dtype)
     if KL == "k1":
         loss, dlogp, beyond = -d, tl.full(d.shape, 1.0, d.dtype), d < d
     elif KL == "k1+":
@@ -140,14 +142,17 @@ def kl_term(
     else:
         loss, dlogp, beyond = k3(d)
         if KL == "k3_ratio":
-            ratio = exp(own)
             loss = ratio * loss
-            dlogp = ratio * dlogp + tl.where(own_beyond, 0.0, loss)
+            if OF_SEQUENCE:
+                dlog_ratio = tl.where(beyond, 0.0, loss)
+                dlogp = ratio * dlogp
+            else:
+                dlogp = -ratio * d
         elif KL == "k3+":
             dlogp = -d
         else:
             tl.static_assert(KL == "k3")
-    return loss, dlogp, beyond
+    return loss, dlog_ratio, dlogp, beyond
 
 
 @device_function
@@ -195,8 +200,7 @@ def policy_token(
     The means are those of the token's sequence, read where the spec asks for them.
     """
     own_raw, mismatch, d = logp - old_logp, old_logp - sampling_logp, ref_logp - logp
-    own, own_beyond = bound(own_raw)
-    log_ratio, beyond = own, own_beyond
+    log_ratio, beyond = bound(own_raw)
     if SEQUENCE_RATIO:
         log_ratio, beyond = bound(mean_log_ratio)
     ratio = exp(log_ratio)
@@ -212,8 +216,10 @@ def policy_token(
         importance = exp(held)
     if KL != "":
         coef = tl.load(params + KL_COEF).to(logp.dtype)
-        kl_loss, kl_dlogp, kl_beyond = kl_term(d, own, own_beyond, KL)
-        loss, dlogp, beyond = loss + coef * kl_loss, dlogp + coef * kl_dlogp, beyond | kl_beyond
+        kl_loss, kl_dlog_ratio, kl_dlogp, kl_beyond = kl_term(d, ratio, KL, SEQUENCE_RATIO)
+        loss, dlogp = loss + coef * kl_loss, dlogp + coef * kl_dlogp
+        dlog_ratio = dlog_ratio + tl.where(beyond, 0.0, coef * kl_dlog_ratio)
+        beyond = beyond | kl_beyond
     dentropy = tl.full(logp.shape, 0.0, logp.dtype)
     if WITH_ENTROPY:
         entropy_coef = tl.load(params + ENTROPY_COEF).to(logp.dtype)
