@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  # each with role and content, and whatever else the chat template reads
 
 
 class LogprobOutput(NamedTuple):
@@ -93,6 +93,8 @@ class MicroBatch:
     nll_weights: torch.Tensor | None = None  # (N,) float32, of a negative log-likelihood beside the policy loss
     attention_cu_seqlens: torch.Tensor | None = None  # (S + 1,) int32, bounds in L of sequences laid end to end, R = 1
     attention_max_seqlen: int = 0  # length of the longest of them
+    token_mask: torch.Tensor | None = None  # (R, L) bool, where there is a token; the rest pads
+    share: float = 1.0  # of the tokens of all micro-batches that were packed together
 
     @property
     def num_tokens(self) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Literal, NamedTuple
 
@@ -111,7 +112,7 @@ def pack(
         require(largest <= max_tokens, "pack", "max_tokens", f"at least {largest}, a whole group", max_tokens, do)
         parts = fit(units, lambda unit: sum(row.length for row in unit), max_tokens)
         parts = [list(chain.from_iterable(part)) for part in parts]
-        return [_micro_batch(part, "varlen", torch.device(device), group_tokens) for part in parts]
+        return _micro_batches(parts, "varlen", torch.device(device), group_tokens)
 
     plans = {}
     if layout != "shared":
@@ -123,7 +124,7 @@ def pack(
         plans["shared"] = plan(groups_rows, max_tokens, lambda length: shape.row_cost(length, dense=True))
     name, (cost, parts) = min(plans.items(), key=lambda item: item[1][0])
     require(cost < math.inf, "pack", "max_tokens", "room for every whole group", max_tokens, do)
-    return [_micro_batch(part, name, torch.device(device), group_tokens) for part in parts]
+    return _micro_batches(parts, name, torch.device(device), group_tokens)
 
 
 def _plan_padded(units: list[list[Row]], max_tokens: int, shape: ModelShape) -> tuple[float, list[list[Row]]]:
@@ -156,6 +157,16 @@ def _check(rows: list[Row], max_tokens: int) -> None:
             max_tokens,
             "Raise max_tokens, or lower the limit on prompt or completion tokens.",
         )
+
+
+def _micro_batches(
+    parts: list[list[Row]], layout: str, device: torch.device, group_tokens: dict[int, int]
+) -> list[MicroBatch]:
+    tokens = [sum(row.length for row in part) for part in parts]
+    return [
+        replace(_micro_batch(part, layout, device, group_tokens), share=own / sum(tokens))
+        for part, own in zip(parts, tokens, strict=True)
+    ]
 
 
 def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_tokens: dict[int, int]) -> MicroBatch:
@@ -201,6 +212,7 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
         ref_logps=tensor(list(chain.from_iterable(s.ref_logps for s in samples)), torch.float32) if known else None,
         attention_cu_seqlens=tensor(starts, torch.int32) if varlen else None,
         attention_max_seqlen=longest if varlen else 0,
+        token_mask=owners >= 0,
     )
 
 

@@ -16,20 +16,26 @@ An answer has no sampler: its `sampling_logps` are NaN, so that a loss which rea
 from __future__ import annotations
 
 import math
-import random
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import accumulate, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from jinja2 import TemplateError
-
 from fastrl import check
-from fastrl.data.prompts import complete, is_messages, is_unicode, question
+from fastrl.chat import (
+    complete,
+    content_text,
+    end_of_turn,
+    is_unicode,
+    messages_of,
+    render,
+    template_arguments,
+    text_ids,
+)
+from fastrl.data.prompts import by_question, question
 from fastrl.data.sources import GYM, Row, gym_answers, read_rows
 from fastrl.types import Group, Messages, Prompt, Sample
 
@@ -55,6 +61,25 @@ class Limits(NamedTuple):
 
     prompt: int | None
     all: int | None
+
+
+class Writer(NamedTuple):
+    """What turns messages into tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_of_turn: int | None  # of its chat template
+    options: Mapping[str, Any]  # of its chat template
+
+    def render(self, row: Mapping[str, Any], messages: Messages, **options: Any) -> str:
+        """The messages of a row as the chat template writes them."""
+        try:
+            arguments = template_arguments(row, self.options)
+        except ValueError as error:
+            raise BadRow(f"whose {error}") from error
+        try:
+            return render(self.tokenizer, messages, **arguments, **options)
+        except ValueError as error:
+            raise BadRow(f"that the chat template refuses: {error}") from error
 
 
 class PairColumns(NamedTuple):
@@ -90,7 +115,9 @@ def load_preferences(
 
     Prompt and answer are cut where the prompt alone ends, so a model trained on them sees at generation what it saw
     here: the answer's tokens are those of the whole text where its tokens begin with the prompt's, and else those of
-    the answer by itself. What a template puts behind the end-of-turn token is not trained on. Nothing is truncated.
+    the answer by itself. The last token of a chat answer is the one that the template ends turns with; what is behind
+    it is not trained on. Nothing is truncated. Messages keep all their fields, tool calls and the like, and a row's
+    columns `tools`, `documents` and `chat_template_kwargs` reach the template.
 
     Args:
         source: a `.jsonl` file, a folder written by `save_to_disk`, a hub id, a `datasets` dataset, or an iterable of
@@ -122,20 +149,21 @@ def load_preferences(
         rows = read_rows(source, size=size, seed=seed, options=dict(options or {}))
     _require_columns(rows, kind, columns)
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    template_options = template_options or {}
-    render = partial(_render, tokenizer, **template_options) if has_template else None
+    options = template_options or {}
+    writer = Writer(tokenizer, end_of_turn(tokenizer, **options), options)
     limits = Limits(max_prompt_tokens, max_tokens)
     groups, bad = [], {}
     for index, row in enumerate(rows):
         try:
             prompt, answers = _parts(row.values, kind, chat and has_template)
-            group = _group(index, row.values, kind, _complete(prompt, system), answers, tokenizer, render, limits)
+            group = _group(index, row.values, kind, _complete(prompt, system), answers, writer, limits)
             group.margin = _number(row.values, columns.margin, "a finite number of at least 0", math.inf)
             group.soft_label = _number(row.values, columns.soft_label, "a number from 0 to 1", 1.0)
             groups.append(group)
         except BadRow as reason:
             bad.setdefault(str(reason), []).append(row.where)
     _report(len(rows), bad)
+    _report_endless(groups, tokenizer, writer)
     return groups
 
 
@@ -145,40 +173,22 @@ def answered(prompt: str | Messages, answer: str, tokenizer: PreTrainedTokenizer
     Raises:
         ValueError: the prompt is chat messages and the tokenizer has no chat template, or renders them otherwise.
     """
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    render = partial(_render, tokenizer) if has_template else None
     content = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
     try:
-        return _group(0, {}, "completions", prompt, [content], tokenizer, render, Limits(None, None))
+        return _group(
+            0, {}, "completions", prompt, [content], Writer(tokenizer, end_of_turn(tokenizer), {}), Limits(None, None)
+        )
     except BadRow as reason:
         raise ValueError(f"answered: got a prompt {reason}.") from reason
 
 
 def split_groups(groups: Sequence[Group], held_out: int, seed: int) -> tuple[list[Group], list[Group]]:
-    """Two random parts of the groups, (train, held out): all groups of a question are in one of them.
-
-    Questions are held out until at least `held_out` groups are.
+    """Two random parts of the groups, (train, held out), as `fastrl.data.prompts.by_question` makes them.
 
     Raises:
         ValueError: `held_out` leaves nothing to train on.
     """
-    by_question: dict[str, list[Group]] = {}
-    for group in groups:
-        by_question.setdefault(question(group.prompt), []).append(group)
-    questions = list(by_question.values())
-    random.Random(seed).shuffle(questions)
-    before = [0, *accumulate(map(len, questions))]  # groups in the first 0, 1, 2, ... questions
-    taken = next((n for n, groups_in in enumerate(before) if groups_in >= held_out), len(questions))
-    check.require(
-        held_out >= 0 and taken < len(questions),
-        "split_groups",
-        "held_out",
-        f"at least 0, and fewer than the {len(groups)} rows of {len(questions)} questions",
-        held_out,
-        "Use more rows, or hold out fewer.",
-    )
-    parts = (questions[taken:], questions[:taken])
-    return tuple([group for same in part for group in same] for part in parts)
+    return by_question(groups, held_out, seed, lambda group: question(group.prompt))
 
 
 def with_end(groups: Sequence[Group], token_id: int) -> list[Group]:
@@ -264,7 +274,7 @@ def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Mes
     for name, answer in zip(names, answers, strict=True):
         if isinstance(answer, list) and answer[-1]["role"] != "assistant":
             raise BadRow(f"whose {name!r} does not end with the assistant")
-        if not (answer if isinstance(answer, str) else answer[-1]["content"]).strip():
+        if _is_empty(answer):
             raise BadRow(f"with an empty {name!r}")
     if not (chat or isinstance(prompt, list) or isinstance(answers[0], list)):
         return prompt, answers
@@ -314,9 +324,17 @@ def _content(values: Mapping[str, Any], name: str) -> str | Messages:
         if not is_unicode(content):
             raise BadRow(f"whose {name!r} is no text in Unicode")
         return content
-    if not (is_messages(content) and content):
+    messages = messages_of(content)
+    if not messages:
         raise BadRow(f"whose {name!r} is neither text nor chat messages")
-    return [{"role": message["role"], "content": message["content"]} for message in content]
+    return messages
+
+
+def _is_empty(answer: str | Messages) -> bool:
+    """Whether an answer says nothing: no text, and no tool call or other field that a template may write."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    return not content_text(answer[-1]).strip() and set(answer[-1]) <= {"role", "content", "name"}
 
 
 def _shared_text(chosen: str, rejected: str) -> tuple[str, list[str]]:
@@ -340,36 +358,28 @@ def _complete(prompt: str | Messages, system: str) -> str | Messages:
     return complete(prompt, system, "")
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except TemplateError as error:
-        raise BadRow(f"that the chat template refuses: {error}") from error
-
-
 def _group(
     index: int,
     values: Mapping[str, Any],
     kind: Kind,
     prompt: str | Messages,
     answers: list[str | Messages],
-    tokenizer: PreTrainedTokenizerBase,
-    render: Any,
+    writer: Writer,
     limits: Limits,
 ) -> Group:
-    if isinstance(prompt, list) and render is None:
+    chat, tokenizer = isinstance(prompt, list), writer.tokenizer
+    if chat and getattr(tokenizer, "chat_template", None) is None:
         raise BadRow("of chat messages, for which the tokenizer has no chat template")
-    chat = isinstance(prompt, list)
-    prompt_text = render(prompt, add_generation_prompt=True) if chat else prompt
-    prompt_ids = tokenizer(prompt_text, add_special_tokens=not chat)["input_ids"]
+    prompt_text = writer.render(values, prompt, add_generation_prompt=True) if chat else prompt
+    prompt_ids = tokenizer(prompt_text, add_special_tokens=False)["input_ids"] if chat else text_ids(tokenizer, prompt)
     if limits.prompt is not None and len(prompt_ids) > limits.prompt:
         raise BadRow(f"with a prompt longer than {limits.prompt} tokens")
     signs = _advantages(values, kind, len(answers))
     samples = []
     for answer, sign in zip(answers, signs, strict=True):
-        text = answer if isinstance(answer, str) else answer[-1]["content"]
-        whole = render([*prompt, *answer]) if chat else prompt + answer
-        ids = _answer_ids(tokenizer, prompt_text, prompt_ids, whole, chat)
+        text = answer if isinstance(answer, str) else content_text(answer[-1])
+        whole = writer.render(values, [*prompt, *answer]) if chat else prompt + answer
+        ids = _answer_ids(writer, prompt_text, prompt_ids, whole, chat)
         if limits.all is not None and len(prompt_ids) + len(ids) > limits.all:
             raise BadRow(f"longer than {limits.all} tokens")
         reward = sign if kind == "ranked" else float(sign > 0)
@@ -381,22 +391,24 @@ def _group(
     return Group(Prompt(index, prompt, tuple(prompt_ids), columns), samples)
 
 
-def _answer_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt_text: str, prompt_ids: list[int], whole: str, chat: bool
-) -> list[int]:
+def _answer_ids(writer: Writer, prompt_text: str, prompt_ids: list[int], whole: str, chat: bool) -> list[int]:
     """The tokens that follow `prompt_ids`, up to and with the one that ends the answer."""
     if not whole.startswith(prompt_text):
         raise BadRow("whose prompt the chat template renders otherwise once it is answered")
-    ids = tokenizer(whole, add_special_tokens=not chat)["input_ids"]
+    tokenizer = writer.tokenizer
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"] if chat else text_ids(tokenizer, whole)
     if ids[: len(prompt_ids)] == prompt_ids:
         ids = ids[len(prompt_ids) :]
     else:
         ids = tokenizer(whole[len(prompt_text) :], add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
-    if chat:
-        last = max((place for place, token in enumerate(ids) if token == end), default=len(ids))
-        return ids if tokenizer.decode(ids[last + 1 :]).strip() else ids[: last + 1]
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    if not chat:
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    for token in (writer.end_of_turn, end):
+        last = max((place for place, one in enumerate(ids) if one == token), default=len(ids))
+        if last < len(ids) and not tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():
+            return ids[: last + 1]
+    return ids
 
 
 def _advantages(values: Mapping[str, Any], kind: Kind, answers: int) -> list[float]:
@@ -412,6 +424,18 @@ def _label(values: Mapping[str, Any]) -> bool:
     if label not in (True, False):
         raise BadRow("whose 'label' is neither true nor false")
     return bool(label)
+
+
+def _report_endless(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase, writer: Writer) -> None:
+    """Say when answers are trained on that end with no token at which generation stops."""
+    ends = {tokenizer.eos_token_id, writer.end_of_turn}
+    endless = [s for group in groups for s in group.samples if s.token_ids[-1] not in ends]
+    if endless:
+        warnings.warn(
+            f"{OP}: {len(endless)} answers end with {tokenizer.decode(endless[0].token_ids[-1:])!r}, which is no end "
+            "of a turn or a text: a model that is trained on them learns no end, and generates on to the limit.",
+            stacklevel=3,
+        )
 
 
 def _report(total: int, bad: Mapping[str, Sequence[str]]) -> None:

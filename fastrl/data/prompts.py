@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastrl import check
+from fastrl.chat import complete, content_text, is_unicode, messages_of, render, template_arguments, text_ids
 from fastrl.data.sources import Row, read_rows
 from fastrl.types import Messages, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Kept = TypeVar("Kept")
 
 
 def load_prompts(
@@ -36,7 +37,9 @@ def load_prompts(
 
     A prompt is a string or a list of chat messages. Messages are rendered by the tokenizer's chat template; so is a
     string, as one user message, when `chat` is true and the tokenizer has a template. Any other string is tokenised as
-    it is, with the tokenizer's special tokens.
+    it is, behind the token that the tokenizer begins texts with. Messages keep all their fields, tool calls and the
+    like; where the last one is the assistant's, the model goes on with it. A row's columns `tools`, `documents` and
+    `chat_template_kwargs` reach the template.
 
     Args:
         source, size, seed: see `fastrl.data.sources.read_rows`.
@@ -60,17 +63,17 @@ def load_prompts(
             content = [{"role": "user", "content": content}]
         if isinstance(content, str):
             content += suffix
-            token_ids = tokenizer(content)["input_ids"]
+            token_ids = text_ids(tokenizer, content)
         else:
             check.require(
                 has_template, row.where, column, "text", "chat messages", "This tokenizer has no chat template."
             )
             content = complete(content, system, suffix)
+            unfinished = content[-1]["role"] == "assistant"
+            ends = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
             try:
-                text = tokenizer.apply_chat_template(
-                    content, add_generation_prompt=True, tokenize=False, **(template_options or {})
-                )
-            except TemplateError as error:
+                text = render(tokenizer, content, **template_arguments(row.values, template_options or {}), **ends)
+            except ValueError as error:
                 raise ValueError(
                     check.sentence(row.where, column, "messages that the chat template takes", str(error))
                 ) from error
@@ -81,31 +84,77 @@ def load_prompts(
 
 
 def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Two random parts of the distinct prompts, (train, held out): no question is in both, none is in either twice.
+    """Two random parts of the prompts, (train, held out): no question is in both, and no row is there twice.
 
-    Prompts are the same when they say the same, whatever their white space; the first of them stays.
+    Prompts that differ in their text or in any other column are different tasks. Those that ask the same, whatever
+    their white space, are one question, all of whose tasks are in one part. Of equal rows the first stays, and a
+    warning counts the others.
 
     Raises:
         ValueError: `held_out` leaves nothing to train on.
     """
-    distinct = list({question(prompt): prompt for prompt in reversed(prompts)}.values())[::-1]
+    distinct = list({_task(prompt): prompt for prompt in reversed(prompts)}.values())[::-1]
+    if len(distinct) < len(prompts):
+        left_out = len(prompts) - len(distinct)
+        warnings.warn(
+            f"{left_out} of {len(prompts)} prompts repeat an earlier row in every column; left out.", stacklevel=2
+        )
+    return by_question(distinct, held_out, seed, question)
+
+
+def by_question(
+    rows: Sequence[Kept], held_out: int, seed: int, question: Callable[[Kept], str]
+) -> tuple[list[Kept], list[Kept]]:
+    """Two random parts of the rows, (the rest, held out), each with all rows of its questions.
+
+    Questions are held out until `held_out` rows are; one with more rows than are still to hold out is passed over as
+    long as others come, and else taken whole.
+
+    Raises:
+        ValueError: `held_out` leaves nothing.
+    """
+    questions: dict[str, list[Kept]] = {}
+    for row in rows:
+        questions.setdefault(question(row), []).append(row)
+    order = list(questions.values())
+    random.Random(seed).shuffle(order)
+    out, lacking = set(), held_out
+    for size_matters in (True, False):
+        for place, same in enumerate(order):
+            if lacking > 0 and place not in out and (len(same) <= lacking or not size_matters):
+                out.add(place)
+                lacking -= len(same)
     check.require(
-        0 <= held_out < len(distinct),
+        held_out >= 0 and len(out) < len(order),
         "split",
         "held_out",
-        f"at least 0, and fewer than the {len(distinct)} distinct prompts (of {len(prompts)})",
+        f"at least 0, and fewer than the {len(rows)} distinct rows, with {len(order)} questions",
         held_out,
-        "Use more prompts, or hold out fewer.",
+        "Use more rows, or hold out fewer.",
     )
-    random.Random(seed).shuffle(distinct)
-    return distinct[held_out:], distinct[:held_out]
+    parts: tuple[list[Kept], list[Kept]] = ([], [])
+    for place, same in enumerate(order):
+        parts[place in out].extend(same)
+    return parts
 
 
 def question(prompt: Prompt) -> str:
     """What a prompt asks, with white space made equal: prompts with the same question are the same."""
     if isinstance(prompt.content, str):
         return " ".join(prompt.content.split())
-    return json.dumps([[message["role"], " ".join(message["content"].split())] for message in prompt.content])
+    return _json([message | {"content": " ".join(content_text(message).split())} for message in prompt.content])
+
+
+def _task(prompt: Prompt) -> str:
+    """Everything that makes a prompt a task of its own."""
+    return _json([prompt.content, prompt.columns])
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, default=repr)
+    except TypeError:  # keys that JSON does not have
+        return repr(value)
 
 
 def _content(row: Row, column: str) -> str | Messages:
@@ -122,43 +171,14 @@ def _content(row: Row, column: str) -> str | Messages:
         check.require(bool(content.strip()), row.where, column, "some text", repr(content))
         check.require(is_unicode(content), row.where, column, "text in Unicode", "half of a surrogate pair")
         return content
+    messages = messages_of(content)
     check.require(
-        is_messages(content) and any(message["role"] == "user" for message in content),
+        messages is not None and any(message["role"] == "user" for message in messages),
         row.where,
         column,
         "text, or chat messages with a role and text each, one of them the user's",
         repr(content)[:80],
     )
-    return [{"role": message["role"], "content": message["content"]} for message in content]
-
-
-def is_unicode(text: str) -> bool:
-    """False for text with half of a surrogate pair, which JSON can write and no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_messages(content: object) -> bool:
-    """True for a list of chat messages with a role and text each."""
-    return isinstance(content, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        and is_unicode(message["content"])
-        for message in content
-    )
-
-
-def complete(messages: Messages, system: str, suffix: str) -> Messages:
-    """The messages with a system message where they have none, and the suffix behind the user's last words."""
-    last = max(place for place, message in enumerate(messages) if message["role"] == "user")
-    asked = messages[last] | {"content": messages[last]["content"] + suffix}
-    messages = [*messages[:last], asked, *messages[last + 1 :]]
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
     return messages
 
 

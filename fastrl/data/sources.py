@@ -42,7 +42,11 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
         if isinstance(dataset, Mapping):
             dataset = _one_split(source, dataset, options)
         name = str(source) if isinstance(source, str | Path) else type(source).__name__
-        rows = [Row(f"{name} row {index}", values) for index, values in enumerate(dataset)]
+        filled = hasattr(dataset, "features")  # of `datasets`
+        rows = [
+            Row(f"{name} row {index}", _without_filling(values) if filled else values)
+            for index, values in enumerate(dataset)
+        ]
     check.require(len(rows) > 0, "load_prompts", "source", "at least one row", f"none in {source}")
     return rows
 
@@ -81,6 +85,15 @@ def _gym_wrong_answer(dataset: Any, entries: list[Any], entry: Any, rng: random.
     return None
 
 
+def _without_filling(value: Any, inside: bool = False) -> Any:
+    """Without the fields that are None only because another row has them: in `datasets`, all rows of a column have the
+    same fields at every depth. The content of a message, and a row's own columns, may be None."""
+    if isinstance(value, Mapping):
+        kept = {k: v for k, v in value.items() if v is not None or not inside or k == "content"}
+        return {name: _without_filling(one, True) for name, one in kept.items()}
+    return [_without_filling(one, inside) for one in value] if isinstance(value, list) else value
+
+
 def _gym_rows(task: str, size: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
     dataset = _gym_dataset(task, size, seed, options)
     return [
@@ -89,13 +102,18 @@ def _gym_rows(task: str, size: int, seed: int, options: Mapping[str, Any]) -> li
             {
                 "prompt": entry["question"],
                 "answer": entry["answer"],
-                "entry": entry,
+                "entry": entry | {"metadata": _without_number(entry["metadata"])},
                 "task": task,
                 "task_options": dict(options),
             },
         )
         for index, entry in enumerate(dataset)
     ]
+
+
+def _without_number(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the number of the draw, by which alone a task that was drawn twice would be two."""
+    return {name: value for name, value in metadata.items() if name != "source_index"}
 
 
 def _gym_dataset(task: str, size: int, seed: int, options: Mapping[str, Any]) -> Any:

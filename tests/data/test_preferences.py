@@ -9,7 +9,8 @@ import datasets
 import pytest
 import reasoning_gym
 import torch
-from test_prompts import tokenizer
+from test_prompts import AGENT, CONVERSATION, TOOLS, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl.data_utils import apply_chat_template, extract_prompt
 
 from fastrl.data import PromptSampler, load_preferences, sources
@@ -17,6 +18,7 @@ from fastrl.data.pack import pack
 from fastrl.data.preferences import answered, mismatched, split_groups, unpair, with_end
 from fastrl.data.sources import gym_answers
 from fastrl.losses.answer_rows import split_pairs
+from fastrl.model.load import stop_token_ids
 from fastrl.types import Group, Prompt, Sample
 
 TEMPLATE = (
@@ -73,6 +75,73 @@ def test_every_format_of_a_chat_pair_gives_the_same_tokens(row):
     (group,) = load_preferences([row], CHAT)
     assert seen(group) == RENDERED  # the template's newline behind the end of the turn is not trained on
     assert group.prompt.content == [user("Sky?")]
+
+
+def chat_tokenizer(behind, eos="<eos>"):
+    """One whose template puts `behind` after every turn; <turn> and <eos> are special."""
+    template = TEMPLATE.replace("<bos>\n", behind).replace("{% if m.role == 'assistant' %}", "{% if true %}")
+    it = tokenizer(template)
+    it.add_special_tokens({"additional_special_tokens": ["<turn>", "<eos>"]})
+    it.eos_token = eos
+    return it
+
+
+@pytest.mark.parametrize(
+    ("behind", "ends", "stops"),
+    [
+        ("<turn>\n", "<turn>", {"<eos>", "<turn>"}),  # Qwen's base models, SmolLM: eos is another token
+        ("<turn>", "<turn>", {"<eos>", "<turn>"}),  # Llama 3
+        ("<turn>\n<eos>", "<turn>", {"<eos>", "<turn>"}),  # Phi 3
+        ("#<turn>\n", "#<turn>", {"<eos>", "<turn>"}),
+        ("<eos>", "<eos>", {"<eos>"}),  # Mistral
+    ],
+)
+def test_the_last_token_of_a_chat_answer_is_the_end_of_turn_which_also_stops_a_rollout(behind, ends, stops):
+    it = chat_tokenizer(behind)
+    (group,) = load_preferences([{"messages": [user("Sky?"), assistant("blue")]}], it, kind="completions")
+    assert it.decode(group.samples[0].token_ids) == "blue" + ends
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=260, eos_token_id=it.convert_tokens_to_ids("<eos>"), **sizes)
+    assert set(map(it.decode, stop_token_ids(LlamaForCausalLM(config), it))) == stops
+    assert it.decode(answered([user("Sky?")], "blue", it).samples[0].token_ids) == "blue" + ends
+
+
+@pytest.mark.parametrize("behind", ["", "#", " ###"])
+def test_answers_that_no_token_ends_are_told(behind):
+    rows = [{"messages": [user("Sky?"), assistant("blue")]}] * 2
+    with pytest.warns(UserWarning, match=r"2 answers end with .*, which is no end of a turn or a text"):
+        (group, _) = load_preferences(rows, chat_tokenizer(behind), kind="completions")
+    assert chat_tokenizer(behind).decode(group.samples[0].token_ids) == "blue" + behind
+
+
+def test_tool_calls_and_reasoning_are_trained_on_and_tools_are_in_the_prompt():
+    row = {"messages": [*CONVERSATION[:2]], "tools": TOOLS}
+    (group,) = load_preferences([row], agent_tokenizer(), kind="completions")
+    call = '(ask)NONE{"name": "weather", "arguments": {"city": "Rome"}}<bos>'
+    assert seen(group) == ["[weather]<user>Rome?<assistant>", call]
+    row["messages"] = [*CONVERSATION, assistant("It is 21 C.")]
+    (group,) = load_preferences([row], agent_tokenizer(), kind="completions")
+    prompt = f"[weather]<user>Rome?<assistant>{call}<tool weather>21 C<assistant>"
+    assert seen(group) == [prompt, "It is 21 C.<bos>"]
+    assert group.prompt.columns == {"tools": TOOLS}  # for rewards
+
+
+def agent_tokenizer():
+    it = tokenizer(
+        AGENT.replace("{% endfor %}{% if add", "{% if m.role == 'assistant' %}<bos>{% endif %}{% endfor %}{% if add")
+    )
+    it.eos_token = "<bos>"
+    return it
+
+
+def test_an_answer_that_only_calls_a_tool_is_no_empty_one():
+    said = CONVERSATION[1] | {"content": ""}
+    row = {"prompt": CONVERSATION[:1], "chosen": [said], "rejected": [assistant("I do not know.")]}
+    (group,) = load_preferences([row], agent_tokenizer())
+    assert "weather" in seen(group)[1]
+    row["chosen"] = [assistant("")]
+    with pytest.raises(ValueError, match="with an empty 'chosen'"):
+        load_preferences([row], agent_tokenizer())
 
 
 def test_chat_pairs_render_as_trl_renders_them():
@@ -388,7 +457,9 @@ def test_no_question_is_both_trained_on_and_held_out(held_out):
 @pytest.mark.parametrize("held_out", [-1, 2, 3])
 def test_holding_everything_out_is_refused(held_out):
     groups = load_preferences([GOOD, GOOD | {"prompt": "Sea?"}], CHAT)
-    with pytest.raises(ValueError, match="held_out: expected at least 0, and fewer than the 2 rows of 2 questions"):
+    with pytest.raises(
+        ValueError, match="held_out: expected at least 0, and fewer than the 2 distinct rows, with 2 questions"
+    ):
         split_groups(groups, held_out, seed=0)
 
 

@@ -1,4 +1,5 @@
 import json
+import warnings
 from collections import Counter
 
 import datasets
@@ -67,13 +68,111 @@ def test_messages_keep_their_own_system_message_and_the_suffix_goes_to_the_last_
     turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     rows = [{"prompt": [{"role": role, "content": content} for role, content in turns]}]
     (prompt,) = load_prompts(rows, CHAT, chat=False, suffix="?", system="other")
-    assert seen(prompt) == "<system>S<user>a<assistant>b<user>c?<assistant>d<assistant>"
+    assert seen(prompt) == "<system>S<user>a<assistant>b<user>c?<assistant>d"
     assert rows[0]["prompt"][3]["content"] == "c", "the source's rows were changed"
 
 
 def test_template_options_reach_the_chat_template():
     (prompt,) = load_prompts([{"prompt": "a"}], CHAT, template_options={"shout": True})
     assert seen(prompt) == "<user>a<assistant>!"
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+AGENT = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}<{{ m.role }}"
+    "{% if m.name is defined %} {{ m.name }}{% endif %}>{% if m.reasoning_content is defined %}({{ m.reasoning_content "
+    "}}){% endif %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{{ m.content[0].text if m.content else 'NONE' }}{% endif %}"
+    "{% if m.tool_calls is defined %}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}{% if shout %}!{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+CONVERSATION = [
+    {"role": "user", "content": [{"type": "text", "text": "Rome?"}]},
+    {"role": "assistant", "content": None, "reasoning_content": "ask", "tool_calls": [CALL]},
+    {"role": "tool", "name": "weather", "content": "21 C"},
+]
+RENDERED = (
+    '[weather]<user>Rome?<assistant>(ask)NONE{"name": "weather", "arguments": {"city": "Rome"}}<tool weather>21 C'
+    "<assistant>!"
+)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_every_field_of_a_message_and_a_rows_own_tools_and_options_reach_the_template(tools, as_dataset):
+    rows = [{"prompt": CONVERSATION, "tools": tools, "chat_template_kwargs": {"shout": True}}]
+    if as_dataset:  # which fills every message with the fields of all others
+        rows[0]["prompt"] = [{**CONVERSATION[0], "content": "Rome?"}, *CONVERSATION[1:]]
+        rows = datasets.Dataset.from_list([*rows, {"prompt": [{"role": "user", "content": "?", "mood": "x"}]}])
+    prompt = load_prompts(rows, tokenizer(AGENT))[0]
+    assert seen(prompt) == RENDERED
+    assert prompt.content[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+
+
+def test_arguments_of_tool_calls_as_text_are_not_quoted_once_more():
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [CONVERSATION[0], CONVERSATION[1] | {"tool_calls": [call]}, CONVERSATION[2]]
+    (prompt,) = load_prompts([{"prompt": messages, "tools": TOOLS}], tokenizer(AGENT), template_options={"shout": 1})
+    assert seen(prompt) == RENDERED
+    as_text = AGENT.replace("c.function | tojson", "c.function.arguments")  # a template that wants the text
+    (prompt,) = load_prompts([{"prompt": messages}], tokenizer(as_text))
+    assert '<assistant>(ask)NONE{"city": "Rome"}<tool' in seen(prompt)
+
+
+@pytest.mark.parametrize(
+    ("message", "extra"),
+    [
+        ({"role": "user", "content": [{"type": "image"}]}, {}),
+        ({"role": "user", "content": None}, {}),
+        ({"role": "assistant", "tool_calls": None}, {}),
+        ({"role": "user", "content": "a", "name": "\ud800"}, {}),
+        ({"role": "user", "content": 3}, {}),
+    ],
+)
+def test_a_message_that_says_nothing_or_no_text_is_refused(message, extra):
+    rows = [{"prompt": [{"role": "user", "content": "a"}, message], **extra}]
+    with pytest.raises(ValueError, match="list row 0: prompt: expected text, or chat messages"):
+        load_prompts(rows, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("extra", "error"),
+    [
+        ({"tools": "weather"}, "'tools' is no JSON"),
+        ({"tools": {"a": 1}}, "'tools' is no list"),
+        ({"chat_template_kwargs": ["a"]}, "'chat_template_kwargs' is no dict"),
+    ],
+)
+def test_tools_that_are_no_list_are_refused_by_row(extra, error):
+    with pytest.raises(ValueError, match=f"list row 0: prompt: .* got {error}"):
+        load_prompts([{"prompt": "a", **extra}], CHAT)
+
+
+def with_special(single, template=None):
+    """The tokenizer with another way to frame texts, <bos> being 0 and <eos> 257."""
+    it = tokenizer(template)
+    it.add_special_tokens({"eos_token": "<eos>"})
+    ids = [(name, it.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    it.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return it
+
+
+@pytest.mark.parametrize("single", ["<bos> $A <eos>", "$A <eos>", "<bos> $A", "$A"])
+@pytest.mark.parametrize("text", ["hi", "<bos>hi", "a<eos>", "<eos>"])
+def test_bos_stands_once_before_a_prompt_and_no_eos_behind_it(single, text):
+    it = with_special(single)
+    (prompt,) = load_prompts([{"prompt": text}], it)
+    expected = "<bos>" * ("<bos>" in single and not text.startswith("<bos>")) + text
+    assert it.decode(prompt.token_ids) == expected
+
+
+def test_a_rendered_chat_gets_no_special_tokens_beside_its_own():
+    it = with_special("<bos> $A <eos>", "<bos>" + TEMPLATE)
+    (chat,) = load_prompts([{"prompt": "hi"}], it)
+    (text,) = load_prompts([{"prompt": "<bos><user>hi<assistant>"}], it, chat=False)
+    assert chat.token_ids == text.token_ids
+    assert it.decode(chat.token_ids) == "<bos><user>hi<assistant>"
 
 
 def test_messages_without_a_chat_template_are_refused():
@@ -188,14 +287,46 @@ def test_unknown_tasks_and_options_are_refused_with_the_nearest_name(source, opt
         load_prompts(source, PLAIN, options=options)
 
 
-def test_no_held_out_question_is_in_train_and_none_is_lost():
+def test_no_held_out_question_is_in_train_and_no_task_is_lost():
+    """Rows that ask the same, white space apart, and have another answer are other tasks of the same question."""
     doubled = [*QUESTIONS, *({"prompt": f" {row['prompt']}\n", "answer": -1} for row in QUESTIONS)]
     prompts = load_prompts(doubled, PLAIN)
     train, held_out = split(prompts, 10, seed=0)
-    questions = [question(prompt) for prompt in (*train, *held_out)]
-    assert (len(train), len(held_out)) == (26, 10)
-    assert sorted(questions) == sorted(row["prompt"] for row in QUESTIONS)
-    assert all(prompt.columns["answer"] >= 0 for prompt in (*train, *held_out)), "a later duplicate was kept"
+    assert (len(train), len(held_out)) == (62, 10)
+    assert sorted(prompt.index for prompt in (*train, *held_out)) == list(range(72))
+    assert not set(map(question, train)) & set(map(question, held_out))
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ([{"prompt": "Play.", "seed": 1}, {"prompt": "Play.", "seed": 2}], 2),
+        ([{"prompt": "Solve.", "tests": [1]}, {"prompt": "Solve.", "tests": [1, 2]}], 2),
+        ([{"prompt": "if a:\n    b\nc"}, {"prompt": "if a:\n    b\n    c"}], 2),
+        ([{"prompt": "x", "answer": 1, "level": 2}, {"level": 2, "prompt": "x", "answer": 1}], 1),
+        ([{"prompt": "x", "answer": {1: "a", "b": 2}}] * 2, 1),
+        ([{"prompt": [{"role": "user", "content": "x", "name": name}]} for name in "ab"], 2),
+        ([{"prompt": "x", "answer": "1"}, {"prompt": "x", "answer": 1}], 2),
+    ],
+)
+def test_rows_are_the_same_task_only_when_all_their_columns_are_equal_and_those_left_out_are_counted(rows, kept):
+    prompts = load_prompts([*rows, {"prompt": "another"}], CHAT)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train, _ = split(prompts, 0, seed=0)
+    assert sorted(prompt.index for prompt in train) == [*range(kept), len(rows)]
+    counted = [f"{len(rows) - kept} of {len(rows) + 1} prompts repeat an earlier row in every column; left out."]
+    assert [str(warning.message) for warning in said] == counted * (kept < len(rows))
+
+
+@pytest.mark.parametrize(("held_out", "expected"), [(2, 2), (5, 5), (6, 50)])
+def test_a_question_of_many_rows_is_held_out_whole_and_only_where_others_do_not_suffice(held_out, expected):
+    rows = [{"prompt": "Play.", "seed": seed} for seed in range(45)] + [{"prompt": f"q{n}"} for n in range(5)]
+    prompts = load_prompts([*rows, {"prompt": "Swim.", "a": 1}, {"prompt": "Swim.", "a": 2}], PLAIN)
+    _, held = split(prompts, held_out, seed=0)
+    assert len(held) in (expected, 7, 6)
+    for question_ in ("Play.", "Swim."):
+        assert sum(prompt.content == question_ for prompt in held) in (0, 45 if question_ == "Play." else 2)
 
 
 def test_split_is_random_and_repeatable():
@@ -208,11 +339,12 @@ def test_split_is_random_and_repeatable():
 def test_one_digit_sums_leave_a_hundred_prompts_to_hold_out_and_a_hundred_to_train_on():
     options = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
     prompts = load_prompts("reasoning_gym:chain_sum", PLAIN, size=2000, options=options)
-    train, held_out = split(prompts, 100, seed=0)
+    with pytest.warns(UserWarning, match=r"^1800 of 2000 prompts repeat an earlier row in every column; left out\.$"):
+        train, held_out = split(prompts, 100, seed=0)
     assert len(held_out) == 100
     assert len(train) == 100, "ten digits, two signs, ten digits"
-    with pytest.raises(ValueError, match=r"fewer than the 200 distinct prompts \(of 2000\), got 200\."):
-        split(prompts, 200, seed=0)
+    with pytest.raises(ValueError, match=r"fewer than the 200 distinct rows, with 200 questions, got 200\."):
+        split([*train, *held_out], 200, seed=0)
 
 
 def test_every_epoch_draws_every_prompt_once_in_another_order():

@@ -1,0 +1,161 @@
+"""From text and chat messages to tokens: what a tokenizer and its chat template add, and where a turn ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastrl.types import Messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ANSWER = "the answer"  # of a conversation that is rendered to see what follows
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of text that something follows: behind what the tokenizer begins texts with, which is there once even
+    where the text has it already, and without what it ends texts with."""
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text)["input_ids"]
+    starts = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
+    before = whole[: next(starts, 0)]
+    return plain if not before or plain[:1] == before[:1] else before + plain
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
+    """The messages as the chat template writes them; `options` are its further arguments.
+
+    Arguments of tool calls that are JSON text, as in OpenAI's format, become what they say where the template would
+    quote them once more.
+
+    Raises:
+        ValueError: the template refuses them.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        if any(json.dumps(arguments, ensure_ascii=ascii) in text for arguments in _texts(messages) for ascii in (0, 1)):
+            text = tokenizer.apply_chat_template(_parsed(messages), tokenize=False, **options)
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return text
+
+
+def template_arguments(row: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template is told beside the messages: the run's options, and a row's own `tools`, `documents` and
+    `chat_template_kwargs`, which may be JSON text.
+
+    Raises:
+        ValueError: one of them is neither a list, or a mapping, nor the JSON of one.
+    """
+    given = {}
+    for name, kind in (("tools", list), ("documents", list), ("chat_template_kwargs", dict)):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name!r} is no JSON: {error.msg}") from error
+        if not isinstance(value, (kind, type(None), str)):
+            raise ValueError(f"{name!r} is no {kind.__name__}")
+        if value:
+            given |= value if kind is dict else {name: value}
+    return {**options, **given}
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, **options: Any) -> int | None:
+    """The first special token that the chat template puts behind an answer.
+
+    None where there is no template, or where it puts none there. Generation has to stop at it and an answer that is
+    trained on has to end with it, whatever the tokenizer's end of sequence is.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        _, found, behind = render(tokenizer, messages, **options).rpartition(_ANSWER)
+    except ValueError:
+        return None
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else ()
+    return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
+
+
+def messages_of(content: object) -> Messages | None:
+    """Chat messages with all their fields, or None for what are no messages.
+
+    A message has a role, and a content that is text, a list of texts, or nothing beside another field, such as tool
+    calls. A field that is None, as `datasets` fills in where another row has it, is left out.
+    """
+    if not (isinstance(content, list) and all(map(_is_message, content))):
+        return None
+    return [
+        {name: value for name, value in message.items() if value is not None or name == "content"}
+        | {"content": message.get("content")}
+        for message in content
+    ]
+
+
+def content_text(message: Mapping[str, Any]) -> str:
+    """The text of a message; empty for one without."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def is_unicode(value: Any) -> bool:
+    """False for text with half of a surrogate pair, which JSON can write and no tokenizer can read; True for what holds
+    none."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(is_unicode, inside))
+
+
+def complete(messages: Messages, system: str, suffix: str) -> Messages:
+    """The messages with a system message where they have none, and the suffix behind the user's last words."""
+    last = max(place for place, message in enumerate(messages) if message["role"] == "user")
+    content = messages[last]["content"] or ""
+    longer = content + suffix if isinstance(content, str) else [*content, {"type": "text", "text": suffix}]
+    asked = messages[last] | {"content": longer if suffix else content}
+    messages = [*messages[:last], asked, *messages[last + 1 :]]
+    if system and messages[0]["role"] not in ("system", "developer"):
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _is_message(message: object) -> bool:
+    if not (isinstance(message, dict) and isinstance(message.get("role"), str) and is_unicode(message)):
+        return False
+    content = message.get("content")
+    if content is None:
+        return any(value is not None for name, value in message.items() if name not in ("role", "content"))
+    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_text_part, content)))
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _calls(messages: Messages) -> list[Any]:
+    return [call for message in messages for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+
+
+def _texts(messages: Messages) -> list[str]:
+    """Arguments of tool calls that are JSON text."""
+    found = (call.get("function", call).get("arguments") for call in _calls(messages))
+    return [arguments for arguments in found if isinstance(arguments, str) and arguments.strip()[:1] == "{"]
+
+
+def _parsed(messages: Messages) -> Messages:
+    messages = json.loads(json.dumps(messages))
+    for call in _calls(messages):
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = json.loads(function["arguments"])
+    return messages
