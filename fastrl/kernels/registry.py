@@ -85,7 +85,7 @@ def explain(op: str, device: torch.device) -> dict[str, str | None]:
 
 def as_written(device: torch.device) -> AbstractContextManager:
     """Switches autocast off around a kernel: it would round the kernel's float32 matmuls to 16 bits."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

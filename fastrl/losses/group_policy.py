@@ -7,6 +7,7 @@ import torch
 from fastrl import check
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import check_entropy, flat, flatten_tokens
+from fastrl.ops.derivatives import refuse_forward_mode
 from fastrl.ops.group_advantages import GroupAdvantage, check_groups
 from fastrl.ops.group_policy_loss import group_policy_loss as group_policy_loss_op
 from fastrl.spec import PolicyLoss
@@ -53,6 +54,7 @@ def group_policy_loss(
         ValueError, TypeError: as `policy_loss` and `group_advantages`.
     """
     check.floating(OP, "logps", logps)
+    refuse_forward_mode(OP, logps, entropy)
     check.require(logps.dim() in (1, 2), OP, "logps", "shape (B, T) or (N,)", tuple(logps.shape))
     packed = logps.dim() == 1
     do = "A reward is that of a sequence."

@@ -39,6 +39,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    vocab_size: int | None = None,
     main_grad: torch.Tensor | None = None,
     entropy: bool = False,
     metrics: bool = True,
@@ -55,8 +56,8 @@ def linear_policy_loss(
     every backend, with `memory` as in `linear_logprob`.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, backend: as `linear_logprob`,
-            with targets (B, T) or (N,). A token whose target is `ignore_index` is outside the mask.
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size, backend: as
+            `linear_logprob`, with targets (B, T) or (N,). A token whose target is `ignore_index` is outside the mask.
         advantages, spec, mask, old_logps, ref_logps, sampling_logps, group_ids, normalizer, cu_seqlens: as
             `policy_loss`.
         main_grad: (V, H), float32 (float64 for float64 inputs): the weight's gradient is added here in the forward
@@ -74,7 +75,7 @@ def linear_policy_loss(
     Raises:
         ValueError, TypeError, IndexError: as `linear_logprob` and `policy_loss`.
     """
-    head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
+    head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     check.shape(OP, "mask", mask, targets.shape, "as targets")  # before it meets targets, where it would broadcast
     check.device(OP, "mask", mask, targets.device, "targets")
@@ -101,6 +102,7 @@ def linear_policy_loss(
         check.shape(OP, "main_grad", main_grad, weight.shape, "as weight")
         check.device(OP, "main_grad", main_grad, weight.device, "weight")
         check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
+        main_grad = main_grad[: len(head.weight)]
     entropy = entropy or spec.needs_entropy
     save = choose_save(OP, head, memory, entropy=spec.needs_entropy, backend=backend)
     logit_bytes = logit_budget(OP, memory, hidden.device)

@@ -9,6 +9,7 @@ import torch
 from fastrl import check
 from fastrl.losses.aggregate import check_layout, check_normalizer, inside, sequence_ids, token_weights
 from fastrl.losses.metrics import available, named
+from fastrl.ops.derivatives import refuse_forward_mode
 from fastrl.ops.policy_loss import policy_loss as policy_loss_op
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput
@@ -79,6 +80,7 @@ def policy_loss(
         TypeError: a dtype is wrong, or the spec is no PolicyLoss.
     """
     check.floating(OP, "logps", logps)
+    refuse_forward_mode(OP, logps, entropy)
     check.require(logps.dim() in (1, 2), OP, "logps", "shape (B, T) or (N,)", tuple(logps.shape))
     check_entropy(OP, entropy, logps, spec)
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32

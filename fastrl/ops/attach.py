@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from fastrl.ops.derivatives import once_differentiable
 
 PIECE = 1 << 19  # elements scaled at a time: their product stays in the cache
 
@@ -39,7 +40,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.dtypes = (hidden.dtype, weight.dtype)
 
 
-@once_differentiable  # the gradients are constants here: a second derivative would be silently wrong
+@once_differentiable("a loss of fastrl whose gradient is formed in its forward pass")
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     needs = ctx.needs_input_grad[1:4]
     dtypes = (ctx.dtypes[0], ctx.dtypes[1], ctx.dtypes[1])

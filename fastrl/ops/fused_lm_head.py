@@ -16,10 +16,17 @@ class FusedLMHead(torch.nn.Module):
 
     Args:
         lm_head: the Linear that maps hidden states (..., H) to logits (..., V).
-        softcap, logit_scale: as `linear_logprob`; properties of the model.
+        softcap, logit_scale, vocab_size: as `linear_logprob`; properties of the model.
     """
 
-    def __init__(self, lm_head: torch.nn.Linear, *, softcap: float | None = None, logit_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        lm_head: torch.nn.Linear,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        vocab_size: int | None = None,
+    ) -> None:
         super().__init__()
         check.require(
             isinstance(lm_head, torch.nn.Linear),
@@ -33,6 +40,7 @@ class FusedLMHead(torch.nn.Module):
         self.lm_head = lm_head
         self.softcap = softcap
         self.logit_scale = logit_scale
+        self.vocab_size = vocab_size
 
     def forward(
         self,
@@ -55,6 +63,7 @@ class FusedLMHead(torch.nn.Module):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             ignore_index=ignore_index,
+            vocab_size=self.vocab_size,
             entropy=entropy,
             memory=memory,
             backend=backend,

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastrl.check import choice, require
 from fastrl.kernels import native
 from fastrl.kernels.linear import native as products
 from fastrl.kernels.registry import TABLE
+from fastrl.ops.derivatives import once_differentiable
 
 OP = "linear"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -111,7 +111,7 @@ class _Linear(torch.autograd.Function):
         return products.forward(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear")
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
@@ -141,7 +141,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear")
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_a, lora_b, low = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad

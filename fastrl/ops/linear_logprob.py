@@ -10,6 +10,7 @@ from fastrl import check, env
 from fastrl.kernels.linear_logprob.storage import KEEP_BYTES, stored_rows
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
+from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
 from fastrl.types import LogprobOutput
 
 MEMORY = ("auto", "keep", "stream")
@@ -45,6 +46,7 @@ def check_head(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    vocab_size: int | None = None,
 ) -> HeadInputs:
     """Checks the head's arguments once, at the door, and flattens the leading dimensions."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -59,8 +61,11 @@ def check_head(
             TypeError,
         )
     check.floating(op, "hidden", hidden)
+    refuse_forward_mode(op, hidden, weight, bias)
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):  # as torch's own linear does: a gradient reaches the uncast tensors
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(
+        kind
+    ):  # as torch's own linear does: a gradient reaches the uncast tensors
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     check.require(weight.dim() == 2, op, "weight", "shape (V, H)", tuple(weight.shape), "Pass lm_head.weight.")
@@ -88,6 +93,10 @@ def check_head(
             check.device(op, name, tensor, hidden.device, "hidden")
     if bias is not None:
         check.shape(op, "bias", bias, (weight.shape[0],), "as weight's rows")
+    if vocab_size is not None:
+        expected = f"1 to {weight.shape[0]}, the rows of weight"
+        check.require(0 < vocab_size <= weight.shape[0], op, "vocab_size", expected, vocab_size)
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     check.integer(op, "targets", targets)
     check.shape(op, "targets", targets, hidden.shape[:-1], "as hidden without its last dimension")
     check.device(op, "targets", targets, hidden.device, "hidden")
@@ -137,6 +146,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    vocab_size: int | None = None,
     entropy: bool = False,
     memory: str | int = "auto",
     backend: str = "auto",
@@ -154,6 +164,8 @@ def linear_logprob(
         bias: (V,) or None. temperature: a positive number, or one per token, shape (...); it gets no gradient.
         softcap: Gemma's final_logit_softcapping. logit_scale: Cohere's logit_scale, applied before the cap.
         ignore_index: targets with this id give exactly 0 and no gradient, whatever their hidden state holds.
+        vocab_size: rows of weight and bias that are tokens; those behind, which many models have as padding, have
+            probability 0: they are in neither logsumexp nor entropy, and their gradient is 0. None: all are tokens.
         entropy: also return the entropy, with its gradient.
         memory: what is kept for backward when the head is trainable: "keep" stores probabilities in the input dtype
             (2 matmuls in backward), "stream" stores nothing and recomputes (3), "auto" keeps what fits in a budget
@@ -171,7 +183,7 @@ def linear_logprob(
         outside [0, V); on a GPU that row is NaN instead.
     """
     inputs = check_head(
-        "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index
+        "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size
     )
     save = choose_save("linear_logprob", inputs, memory, entropy=entropy, backend=backend)
     logps, entropies, _, _, _ = _op(*inputs, entropy, save, backend)
@@ -218,7 +230,9 @@ def stores_logits(op: str, inputs: HeadInputs, budget: int, backend: str) -> boo
 
 @torch.compiler.assume_constant_result
 def native_isa(op: str, backend: str, device: torch.device) -> str:
-    """The instruction set of the native backend, "" for another one."""
+    """The instruction set of the native backend, "" for another one, and where there are only shapes."""
+    if device.type == "meta":
+        return ""
     kernel = resolve(op, backend, device)
     return kernel.isa() if hasattr(kernel, "isa") else ""
 
@@ -352,6 +366,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable("linear_logprob")
 def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any) -> tuple:
     nothing = (None,) * 11
     if grad_logps is None and grad_entropy is None:

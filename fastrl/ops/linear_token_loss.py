@@ -29,6 +29,7 @@ def linear_token_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    vocab_size: int | None = None,
     entropy: bool = False,
     memory: int | None = None,
     backend: str = "auto",
@@ -38,7 +39,8 @@ def linear_token_loss(
     Equals `(weights * token_loss(linear_logprob(hidden, weight, targets).logps, *context)).sum()`.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, backend: as `linear_logprob`.
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size, backend: as
+            `linear_logprob`.
         token_loss: a differentiable function of torch operations, called as `token_loss(logps, *context)`, or
             `token_loss(logps, entropy, *context)` with `entropy=True`, on flat (n,) chunks of tokens; returns (n,). A
             token's loss must not depend on the other tokens: the chunks are an implementation detail.
@@ -53,7 +55,7 @@ def linear_token_loss(
     Raises:
         ValueError, TypeError, IndexError: as `linear_logprob`, or token_loss returned another shape.
     """
-    head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
+    head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
     for name, tensor in (("weights", weights), *((f"context[{i}]", c) for i, c in enumerate(context))):
         check.shape(OP, name, tensor, targets.shape, "as targets")
         check.device(OP, name, tensor, targets.device, "targets")

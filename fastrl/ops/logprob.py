@@ -9,6 +9,7 @@ import torch
 from fastrl import check
 from fastrl.kernels.registry import resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
+from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
 from fastrl.ops.linear_logprob import check_temperature
 from fastrl.types import LogprobOutput
 
@@ -45,6 +46,7 @@ def logprob(
         outside [0, V); on a GPU that row is NaN instead.
     """
     check.floating("logprob", "logits", logits)
+    refuse_forward_mode("logprob", logits)
     check.require(
         logits.dim() >= 1 and logits.shape[-1] > 0, "logprob", "logits", "shape (..., V), V > 0", tuple(logits.shape)
     )
@@ -110,6 +112,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable("logprob")
 def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Tensor | None, _: Any) -> tuple:
     logits, targets, temperature, entropy, lse = ctx.saved_tensors
     if grad_logps is None and grad_entropy is None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastrl.kernels import registry
 from fastrl.kernels.policy_loss import METRICS
+from fastrl.ops.derivatives import once_differentiable
 from fastrl.spec import decode
 
 SCHEMA = (
@@ -65,7 +65,7 @@ def register_gradient(op: Any, *, logps: int, entropy: int, inputs: int) -> None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dlogps, dentropy)
 
-    @once_differentiable  # the derivatives are constants here: a second derivative would be silently wrong
+    @once_differentiable(op._name.rpartition("::")[2])
     def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         grads: list[torch.Tensor | None] = [None] * inputs
         if grad is not None:
