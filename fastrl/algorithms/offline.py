@@ -419,11 +419,9 @@ def _linear_loss(
         mask=batch.mask,
         normalizer=1.0,
         cu_seqlens=batch.cu_seqlens,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
         main_grad=getattr(head.weight, "main_grad", None),
         entropy=entropy,
         metrics=entropy,
         backend=policy.backend,
+        **head.options,
     )

@@ -51,13 +51,11 @@ def policy_gradient_loss(
         group_ids=batch.group_ids,
         normalizer=normalizer,
         cu_seqlens=batch.cu_seqlens,
-        bias=policy.head.bias,
         temperature=temperature,
-        softcap=policy.head.softcap,
-        logit_scale=policy.head.logit_scale,
         main_grad=getattr(weight, "main_grad", None) if spec.separable else None,
         entropy=entropy,
         backend=policy.backend,
+        **policy.head.options,
     )
     if batch.held is not None and old_logps is not None:  # else the distance is 0, and so is its gradient
         out = _plus(out, _held(policy, hidden, batch, spec, normalizer, old_logps, temperature))
@@ -100,11 +98,9 @@ def _nll(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, temperature: f
         batch.targets,
         torch.neg,
         weights=batch.nll_weights,
-        bias=head.bias,
         temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
         backend=policy.backend,
+        **head.options,
     )
     total, count = out.metrics["logps"]
     return LossOutput(out.loss, {"positive_nll": (-total, count.to(total.dtype))})

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastrl.check import choice
 from fastrl.model.attention import in_float32
+from fastrl.ops.derivatives import once_differentiable
 from fastrl.ops.linear import main_grad, native_linear, native_lora_linear, refusal
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class _Embedding(torch.autograd.Function):
         return functional.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("accelerate_cpu: the embedding")
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, ...]:
         (ids,) = ctx.saved_tensors
         ids, dy = ids.flatten(), dy.reshape(-1, dy.shape[-1])

@@ -191,7 +191,9 @@ def _attention_forward(
         dropout == 0.0, NAME, "attention dropout", "0", dropout, "Set attention_dropout to 0 in the model's config."
     )
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # rotary embeddings give back float32 under autocast
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(
+        kind
+    ):  # rotary embeddings give back float32 under autocast
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, heads, head size)
     return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=sliding_window)[None], None

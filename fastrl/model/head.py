@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,27 +35,81 @@ def last_hidden(
         position_ids: (R, L) int64; None counts from 0 along each row.
         attention: further arguments for the model's attention, as `fastrl.model.attention` makes them.
     """
+    return run_decoder(decoder, input_ids, attention_mask, position_ids, **attention).last_hidden_state
+
+
+def run_decoder(
+    decoder: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **named: Any,
+) -> Any:
+    """The outputs of which `last_hidden` is one; `named` may ask for `output_router_logits`."""
     mask: Any = attention_mask
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.numel() > 0:
         mask = dense_masks(decoder, input_ids, attention_mask, position_ids, next(decoder.parameters()))
-    outputs = decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **attention)
-    return outputs.last_hidden_state
+    return decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **named)
 
 
 def is_adapted(layer: nn.Module | None) -> bool:
-    """Whether a linear layer carries an adapter."""
-    return is_linear(getattr(layer, "base_layer", None)) and hasattr(layer, "get_delta_weight")
+    """Whether a linear layer carries low-rank adapters of peft."""
+    return is_linear(getattr(layer, "base_layer", None)) and hasattr(layer, "lora_A")
 
 
 def adapted_weight(layer: Any) -> torch.Tensor:
-    """(out, in): W + (alpha / rank) B A of the active adapters, with gradient to A and B; W where switched off."""
+    """(out, in): W + (alpha / rank) B A of the active adapters, with gradient to A and B; W where switched off.
+
+    DoRA (arXiv:2402.09353): m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|, by rows, the norm a constant, with
+    gradient to the magnitude m too.
+    """
     weight = layer.base_layer.weight
-    if layer.disable_adapters or layer.merged:
-        return weight
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    for name in _active(layer):
+        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+        if _variant(layer, name) == DORA:
+            scale = layer.lora_magnitude_vector[name].weight / weight.detach().norm(dim=1)
+            weight = scale[:, None].to(weight.dtype) * weight
     return weight
+
+
+def adapted_bias(layer: Any) -> torch.Tensor | None:
+    """(out,): b + (alpha / rank) b_B of the active adapters whose B has a bias; None where there is none at all."""
+    bias = layer.base_layer.bias
+    for name in _active(layer):
+        own = layer.lora_B[name].bias
+        if own is not None:
+            own = (layer.scaling[name] * own).to(layer.base_layer.weight.dtype)
+            bias = own if bias is None else bias + own
+    return bias
+
+
+def adapter_refusal(layer: Any) -> str | None:
+    """What a head's low-rank adapters do that no matrix does; None where `adapted_weight` is all of them."""
+    for name in _active(layer):
+        variant, dropout = _variant(layer, name), getattr(layer.lora_dropout[name], "p", 0.0)
+        if variant not in (None, DORA):
+            return f"LoRA of the kind {variant}"
+        if variant == DORA and len(_active(layer)) > 1:
+            return "DoRA beside another adapter"
+        if dropout > 0:
+            return f"LoRA with a dropout of {dropout:g}"
+    return None
+
+
+DORA = "DoraLinearVariant"
+
+
+def _active(layer: Any) -> list[str]:
+    if layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _variant(layer: Any, name: str) -> str | None:
+    """The name of peft's class for what is more than plain LoRA."""
+    if not hasattr(layer, "lora_variant"):  # peft before 0.16
+        return DORA if getattr(layer, "use_dora", {}).get(name) else None
+    return type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else None
 
 
 @dataclass(frozen=True)
@@ -69,6 +124,7 @@ class CutModel:
     head: nn.Linear  # or a low-rank adapter around one
     softcap: float | None
     logit_scale: float
+    vocab_size: int | None = None  # rows of the head that are tokens; the rest has probability 0; None: all
 
     @property
     def weight(self) -> torch.Tensor:
@@ -77,42 +133,94 @@ class CutModel:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """(V,) or None."""
-        return self.head.bias
+        """(V,) or None; `adapted_bias` under an adapter."""
+        return adapted_bias(self.head) if is_adapted(self.head) else self.head.bias
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the fused ops are told of the head beside its weight."""
+        return {
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "vocab_size": self.vocab_size,
+        }
 
     def trunk(self, *inputs: Any, **named: Any) -> torch.Tensor:
         """`last_hidden` of the model's own decoder."""
         return last_hidden(self.decoder, *inputs, **named)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's logits (..., V), in full; the fused ops compute what they need without them."""
-        logits = self.head(hidden) * self.logit_scale
+        """The tokens' logits (..., V), in full; the fused ops compute what they need without them."""
+        logits = self.head(hidden)[..., : self.vocab_size] * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def cut(model: PreTrainedModel) -> CutModel:
-    """Cut a causal language model at its head, after checking on four tokens that the halves give the model's logits.
+# What configurations call the constants between the head's product and the logits, in the order of `CutModel`.
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon H1; muP models
+DIVISORS = ("logits_scaling",)  # Granite
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_softcap")
+LARGE = 100.0  # of the logits on which a model is compared with its halves: a cap on small ones is nothing
 
-    `softcap` is the config's `final_logit_softcapping` (Gemma 2), `logit_scale` its `logit_scale` (Cohere) or the
-    inverse of its `logits_scaling` (Granite).
+
+def cut(
+    model: PreTrainedModel,
+    vocab_size: int | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+) -> CutModel:
+    """Cut a causal language model at its head, after checking on four tokens that the halves give the model's logits,
+    large ones and those that it has.
+
+    `softcap` and `logit_scale` are found in the model's configuration under the names that transformers' models use
+    (`SOFTCAPS`, `SCALES`, `DIVISORS`).
+
+    Args:
+        vocab_size: rows of the head that are tokens, as `linear_logprob`.
+        softcap, logit_scale: instead of the configuration's.
 
     Raises:
-        ValueError: the head is not a plain linear layer, or the model does more to its logits than the above.
+        ValueError: the head is not a plain linear layer, or the model does more to its logits than the above; where
+            other constants would do, they are in the message.
     """
+    _require_decoder_only(model)
     head = model.get_output_embeddings()
     _require_plain_head(model, head)
     config: Any = model.config.get_text_config()
-    scaling = getattr(config, "logits_scaling", None)
+    scales = [getattr(config, name, None) or 1.0 for name in SCALES]
+    scales += [1.0 / (getattr(config, name, None) or 1.0) for name in DIVISORS]
+    caps = [cap for name in SOFTCAPS if (cap := getattr(config, name, None))]
     halves = CutModel(
         model=model,
         decoder=model.get_decoder(),
         head=head,
-        softcap=getattr(config, "final_logit_softcapping", None) or None,
-        logit_scale=1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0),
+        softcap=softcap if softcap is not None else caps[0] if caps else None,
+        logit_scale=float(math.prod(scales)) if logit_scale is None else logit_scale,
     )
     with _evaluating(model), torch.no_grad():
         _require_same_logits(halves)
-    return halves
+    return replace(halves, vocab_size=vocab_size)
+
+
+def _require_decoder_only(model: PreTrainedModel) -> None:
+    name, config = type(model).__name__, getattr(model, "active_peft_config", None)
+    check.require(
+        not getattr(model.config, "is_encoder_decoder", False),
+        "cut",
+        "model",
+        "a decoder alone",
+        f"{name}, an encoder and a decoder",
+        "Its log-probabilities need the encoder's states, which fastrl does not keep.",
+    )
+    check.require(
+        not getattr(config, "is_prompt_learning", False),
+        "cut",
+        "model",
+        "adapters in the model's layers, or none",
+        f"prompt tuning ({getattr(config, 'peft_type', '')})",
+        "Use LoRA: its weights are in the layers, and no token is put before the prompt.",
+    )
 
 
 def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
@@ -130,34 +238,83 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
         "a DTensor",
         "Cut the model before sharding it.",
     )
+    kind, of_peft = type(head).__name__, type(head).__module__.startswith("peft.")
+    refused = adapter_refusal(head) if is_adapted(head) else None
     check.require(
-        is_linear(head) or is_adapted(head),
+        refused is None,
         "cut",
         "head",
-        "a torch.nn.Linear",
-        type(head).__name__,
-        "Leave the head out of quantisation.",
+        "a linear layer, or one with adapters that are a matrix",
+        f"one with {refused}",
+        "Set lora_dropout to 0, use LoRA or DoRA, or leave the head out of target_modules.",
     )
+    advice = "Leave the head out of quantisation."
+    if of_peft:
+        advice = "Give the head LoRA or DoRA, leave it out of the adapter, or call merge_and_unload() first."
+        kind = f"one with another adapter of peft ({kind})"
+    check.require(is_linear(head) or is_adapted(head), "cut", "head", "a torch.nn.Linear", kind, advice)
 
 
 def _require_same_logits(halves: CutModel) -> None:
     ids = torch.arange(4, device=halves.weight.device).unsqueeze(0) % halves.weight.shape[0]
-    expected = halves.model(input_ids=ids, use_cache=False).logits.float()
     hidden = halves.trunk(ids)
-    matches = hidden.shape[-1] == halves.weight.shape[1]
-    error, scale = float("inf"), expected.abs().max().item()
-    if matches:
-        error = (halves.logits(hidden).float() - expected).abs().max().item()
-    # Each of the few roundings after the matmul is at most half an epsilon of the largest logit.
+    if hidden.shape[-1] != halves.weight.shape[1]:
+        _refuse(halves, float("inf"), float("nan"), "")
+    largest = halves.head(hidden).abs().max().item()
+    for factor in (1.0, LARGE / largest) if largest else (1.0,):  # a head of zeros has no large logits
+        with _scaled_input(halves.head, factor):
+            expected = halves.model(input_ids=ids, use_cache=False).logits.float()
+            ours = halves.logits(hidden).float()
+        error, scale = (ours - expected).abs().max().item(), expected.abs().max().item()
+        # Each of the few roundings after the matmul is at most half an epsilon of the largest logit.
+        if not error <= 4 * torch.finfo(hidden.dtype).eps * scale:
+            _refuse(halves, error, scale, _would_do(halves, ids, hidden))
+
+
+def _refuse(halves: CutModel, error: float, scale: float, do: str) -> None:
     check.require(
-        error <= 4 * torch.finfo(hidden.dtype).eps * scale,
+        False,
         "cut",
         "model",
         f"logits that follow from the last hidden states and the head (softcap {halves.softcap}, "
         f"logit scale {halves.logit_scale:g})",
         f"a {type(halves.model).__name__} whose own differ by up to {error:.3g} (largest logit {scale:.3g})",
-        "This model's head cannot be cut.",
+        do or "This model's head cannot be cut.",
     )
+
+
+def _would_do(halves: CutModel, ids: torch.Tensor, hidden: torch.Tensor) -> str:
+    """The constants with which the halves would give the model's logits, as an advice; empty where none do."""
+    largest = halves.head(hidden).abs().max().item()
+    if not largest:
+        return ""
+    pairs = []
+    for size in (1e-3, LARGE, 1e4):  # where no cap shows; where it bends; where it is all that shows
+        with _scaled_input(halves.head, size / largest):
+            expected = halves.model(input_ids=ids, use_cache=False).logits.double()
+            pairs.append((expected, halves.head(hidden).double()))
+    (small, product), (large, large_product), (capped, _) = pairs
+    scale, cap = ((small * product).sum() / product.square().sum()).item(), capped.abs().max().item()
+    near = 64 * torch.finfo(hidden.dtype).eps * large.abs().max()
+    for softcap in (None, cap):
+        logits = scale * large_product
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        if bool((logits - large).abs().max() <= near):
+            too = "" if softcap is None else f" and softcap={softcap:.4g}"
+            return (
+                f"With logit_scale={scale:.4g}{too} they agree: pass them to cut or Policy, or set them in the recipe."
+            )
+    return ""
+
+
+@contextmanager
+def _scaled_input(head: nn.Module, factor: float) -> Iterator[None]:
+    """Inside, the head sees its input multiplied, whoever calls it."""
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fastrl import check
+from fastrl.chat import end_of_turn
 from fastrl.model.packaged import PACKAGED, converted
 
 if TYPE_CHECKING:
@@ -110,14 +111,13 @@ def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a completion: those of the model's generation config, then the tokenizer's end of sequence.
+    """The ids that end a completion: those of the model's generation config, then the tokenizer's end of sequence and
+    what its chat template ends an answer with.
 
     Raises:
         ValueError: neither names one, so that no completion would ever end.
     """
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, list | tuple) else [configured]
-    ids = tuple(dict.fromkeys(token for token in (*listed, tokenizer.eos_token_id) if token is not None))
+    ids = _ends(model, tokenizer)
     check.require(
         len(ids) > 0,
         "stop_token_ids",
@@ -127,6 +127,27 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         "Set model.generation_config.eos_token_id.",
     )
     return ids
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list | tuple) else [configured]
+    ends = (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer))
+    return tuple(dict.fromkeys(token for token in ends if token is not None))
+
+
+def vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many rows of the head are tokens, where it has more: the rest only pads it, and stands for no text."""
+    tokens = max(*tokenizer.get_vocab().values(), *_ends(model, tokenizer)) + 1
+    return tokens if tokens < model.get_output_embeddings().weight.shape[0] else None
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids a model can read; of embeddings with an adapter, those of the layer inside it."""
+    layer = model.get_input_embeddings()
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer.weight.shape[0]
 
 
 def fingerprint(model: torch.nn.Module) -> str:

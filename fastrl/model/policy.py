@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fastrl.model.attention import attention_inputs
-from fastrl.model.head import cut
+from fastrl.model.head import cut, run_decoder
+from fastrl.model.router import RouterLoss, router_loss
 from fastrl.ops.linear_logprob import linear_logprob
 from fastrl.types import LogprobOutput, MicroBatch
 
@@ -15,23 +16,33 @@ class Policy:
     """A causal language model cut before its head.
 
     Args:
-        model: a transformers model. Its dropout is switched off: with it the same weights would give two different
-            log-probabilities, and the ratio of an on-policy step would not be 1.
+        model: a transformers model. It runs in evaluation mode, whatever mode it is in, and its dropout is switched
+            off: with it the same weights would give two different log-probabilities, and the ratio of an on-policy step
+            would not be 1.
+        vocab_size, softcap, logit_scale: as `cut`.
+        router_aux_loss_coef: of a mixture of experts, as `router_loss`.
         backend: which backend the head's ops use.
     """
 
-    def __init__(self, model: PreTrainedModel, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        vocab_size: int | None = None,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+        router_aux_loss_coef: float | None = None,
+        backend: str = "auto",
+    ) -> None:
         switch_off_dropout(model)
         self.model = model
-        self.head = cut(model)
+        self.head = cut(model, vocab_size, softcap=softcap, logit_scale=logit_scale)
+        self.router = router_loss(model, router_aux_loss_coef)
         self.backend = backend
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
-        """(N, H): the hidden state that predicts each completion token, with gradient."""
-        states = self.head.trunk(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, **attention_inputs(batch)
-        )  # (R, L, H)
-        return states.reshape(-1, states.shape[-1]).index_select(0, batch.hidden_index)
+        """(N, H): the state that predicts each completion token, with gradient; the routers' loss rides on it."""
+        return token_states(self.model, self.head.decoder, self.router, batch)
 
     @torch.no_grad()
     def score(self, batch: MicroBatch, *, temperature: float) -> torch.Tensor:
@@ -51,16 +62,31 @@ class Policy:
             hidden,
             self.head.weight,
             targets,
-            bias=self.head.bias,
             temperature=temperature,
-            softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale,
             entropy=entropy,
             backend=self.backend,
+            **self.head.options,
         )
 
 
+def token_states(
+    model: PreTrainedModel, decoder: torch.nn.Module, router: RouterLoss | None, batch: MicroBatch
+) -> torch.Tensor:
+    """(N, H): a decoder's states before each completion token of the batch; with gradient, the routers' loss rides on
+    them."""
+    if model.training:  # whoever switched it on: functional dropout, layer drop and router noise look at nothing else
+        model.eval()
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **attention_inputs(batch)}
+    routed = router is not None and torch.is_grad_enabled()
+    outputs = run_decoder(decoder, **inputs, **({"output_router_logits": True} if routed else {}))
+    states = outputs.last_hidden_state  # (R, L, H)
+    states = states.reshape(-1, states.shape[-1]).index_select(0, batch.hidden_index)
+    return router.attach(states, outputs.router_logits, batch) if routed else states
+
+
 def switch_off_dropout(model: PreTrainedModel) -> None:
+    """Evaluation mode, and no dropout even where somebody leaves it."""
+    model.eval()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastrl import check
-from fastrl.model.attention import attention_inputs
-from fastrl.model.head import last_hidden
-from fastrl.model.load import load_pretrained
-from fastrl.model.policy import Policy, switch_off_dropout
+from fastrl.chat import end_of_turn
+from fastrl.model.load import embedding_rows, load_pretrained
+from fastrl.model.policy import Policy, switch_off_dropout, token_states
+from fastrl.model.router import router_loss
 from fastrl.types import MicroBatch
 
 if TYPE_CHECKING:
@@ -32,8 +32,40 @@ def load_scalar_model(
     head = scalar_head(model)
     if any(key.startswith("score.") for key in fresh):
         torch.nn.init.zeros_(head.weight)
+    tokenizer.pad_token = padding(tokenizer, embedding_rows(model)) or tokenizer.pad_token
     model.config.pad_token_id = tokenizer.pad_token_id  # transformers finds a row's last token with it
     return model, tokenizer
+
+
+def padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> str | None:
+    """A special token with which no text ends, to pad with; None where every one may be the last of a text.
+
+    transformers, and what follows it, scores a sequence at its last token that is not padding: where padding is the end
+    of sequence, at the token before the last.
+    """
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    special = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if id < rows and token.special}
+    free = {id: text for id, text in special.items() if id not in ends}
+    if tokenizer.pad_token_id in free:
+        return tokenizer.pad_token
+    used = str(tokenizer.chat_template or "")
+
+    def suits(item: tuple[int, str]) -> tuple[bool, bool, bool]:
+        _, text = item
+        known = any(word in text.lower() for word in ("pad", "reserved", "unused", "extra"))
+        return (not known, text in used or text == tokenizer.bos_token, text == tokenizer.unk_token)
+
+    return min(free.items(), key=suits)[1] if free else None
+
+
+def about_padding(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What whoever saves a scalar model should know of its padding; empty where there is nothing to know."""
+    if tokenizer.pad_token_id not in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
+        return ""
+    return (
+        f"The tokenizer pads with {tokenizer.pad_token!r}, which also ends texts, and has no other special token to "
+        "pad with: transformers and servers will score what is saved at the token before the last. Add a pad token."
+    )
 
 
 def scalar_head(model: PreTrainedModel) -> torch.nn.Linear:
@@ -59,16 +91,14 @@ class ScalarModel:
     def __init__(self, model: PreTrainedModel) -> None:
         switch_off_dropout(model)
         self.model, self.head = model, scalar_head(model)
+        self.router = router_loss(model)
 
     def values(self, batch: MicroBatch) -> torch.Tensor:
         """(N,) float32: v = head(h), h the state before each completion token; gradient to every weight.
 
         For a critic that is V(s_t), of the prompt and the tokens before token t.
         """
-        states = last_hidden(
-            self.model.base_model, batch.input_ids, position_ids=batch.position_ids, **attention_inputs(batch)
-        )  # (R, L, H)
-        states = states.reshape(-1, states.shape[-1]).index_select(0, batch.hidden_index)
+        states = token_states(self.model, self.model.base_model, self.router, batch)
         return self.head(states).squeeze(-1).float()
 
     def scores(self, batch: MicroBatch) -> torch.Tensor:

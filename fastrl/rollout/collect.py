@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +20,12 @@ def collect(
     params: SamplingParams,
     progress: Progress = unseen,
 ) -> list[Group]:
-    """`num_samples` completions of each prompt, decoded without special tokens."""
+    """`num_samples` completions of each prompt, decoded without special tokens.
+
+    Where `params` does not say how many ids are tokens, those are that the tokenizer knows, or that end a completion.
+    """
+    if params.vocab_size is None:
+        params = replace(params, vocab_size=1 + max(*tokenizer.get_vocab().values(), *params.stop_token_ids))
     samples = sampler.sample([prompt.token_ids for prompt in prompts], num_samples, params, progress)
     for group in samples:
         texts = tokenizer.batch_decode([sample.token_ids for sample in group], skip_special_tokens=True)

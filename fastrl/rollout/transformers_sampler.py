@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from fastrl.check import require
+from fastrl.model.load import embedding_rows
 from fastrl.progress import Progress, tracked, unseen
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.cache import DECODE_ATTENTION, RolloutCache, decode_attention, passed_as
@@ -97,7 +98,7 @@ class TransformersSampler:
         lengths = [len(prompt) for prompt in prompts]
         empty = f"an empty prompt at index {lengths.index(0)}" if 0 in lengths else ""
         require(not empty, _OP, "prompts", "at least one token in each", empty)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary = embedding_rows(self.model)
         low, high = min(map(min, prompts)), max(map(max, prompts))
         require(0 <= low <= high < vocabulary, _OP, "prompts", f"token ids in [0, {vocabulary})", f"[{low}, {high}]")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -204,7 +205,7 @@ class TransformersSampler:
         every = 1 if u.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
         wasted = 0.0  # steps' worth of work spent on finished rows since the last compaction
         for step in tracked(range(params.max_new_tokens), progress):
-            drawn, logps[rows.index, step] = draw(logits, u[rows.index, step], params)
+            drawn, logps[rows.index, step] = draw(logits[:, : params.vocab_size], u[rows.index, step], params)
             tokens[rows.index, step] = drawn
             if step + 1 == params.max_new_tokens:
                 break

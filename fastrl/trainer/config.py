@@ -231,6 +231,12 @@ class RunConfig:
     """cpu, cuda, ...; auto takes a GPU when there is one."""
     backend: str = "auto"
     """Backend of the fused ops, see `fastrl doctor`."""
+    softcap: float | None = None
+    """Of the model's logits, as Gemma's final_logit_softcapping; null takes what its configuration says."""
+    logit_scale: float | None = None
+    """Of the model's logits, as Cohere's; null takes what its configuration says."""
+    router_aux_loss_coef: float | None = None
+    """Of the load-balancing loss of a mixture of experts; null takes the model's own, 0 leaves it out."""
     tokens_per_batch: int = 2048
     """Model input tokens of a micro-batch, padding included; memory grows with it, the gradient does not change."""
     layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
@@ -256,8 +262,22 @@ class RunConfig:
         """Whether the model's layers are held in fewer bits."""
         return self.adapter.quantize != "none"
 
+    def of_policy(self) -> dict[str, Any]:
+        """What a `Policy` is told beside its model."""
+        return {
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
+            "backend": self.backend,
+        }
+
     def __post_init__(self) -> None:
         op = type(self).__name__
+        for name in ("softcap", "logit_scale"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < float("inf"), op, name, "a positive number, or null", value)
+        coef = self.router_aux_loss_coef
+        require(coef is None or 0 <= coef < float("inf"), op, "router_aux_loss_coef", "at least 0, or null", coef)
         for name in ("steps", "tokens_per_batch", "keep_last"):
             require(getattr(self, name) >= 1, op, name, "at least 1", getattr(self, name))
         for name in ("threads", "save_every", "keep_every"):

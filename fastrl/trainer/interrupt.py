@@ -1,11 +1,18 @@
-"""Ctrl-C and SIGTERM: the first is heeded where work can be given up without loss, the second at once."""
+"""Ctrl-C and what schedulers and closed terminals send: the first is heeded where work can be given up without loss,
+the second at once."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+# Ctrl-C; the end of a job; a terminal that is closed, or a connection that is lost; what schedulers send some time
+# before the end of a job. The last two are not there on Windows.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,16 +38,29 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first Ctrl-C or SIGTERM asks the run to stop; the second stops it at once."""
+        """Inside, the first of `SIGNALS` asks the run to stop; the second stops it at once. What was ignored before, as
+        under nohup, still is."""
 
         def handle(number: int, _: FrameType | None) -> None:
+            if number == getattr(signal, "SIGHUP", None):
+                _without_terminal()
             if self:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(number)
 
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, handle) for number in heard}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _without_terminal() -> None:
+    """Whatever still goes to a terminal goes nowhere: it is gone, and to write to it is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None and stream.isatty():
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> Outcome:
         log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=done)
         if run.resumed:
             resume_log(run, log, done, batch)
-        for message in [] if run.resumed else run.speed.warnings():
+        for message in [] if run.resumed else (*run.speed.warnings(), *run.said):
             log.warn(message)
         with log.interrupt.listening():
             status, steps = _steps(run, log, optimizers, done, batch)

@@ -137,6 +137,7 @@ def _step(run: OfflineRun, log: RunLog, optimizers: Optimizers, step: int) -> No
     with log.stage("train", "micro-batches") as progress:
         with whole_step(optimizers.values()):
             loss, metrics = run.objective.accumulate(run.policy, answers, progress)
+            metrics += run.policy.router.metrics() if run.policy.router else []
         loss = float(loss)
         if not math.isfinite(loss):
             raise NonFiniteLoss("the loss", loss, answers.batches)

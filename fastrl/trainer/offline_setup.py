@@ -18,9 +18,10 @@ from fastrl.data.plan import ModelShape
 from fastrl.data.preferences import load_preferences, mismatched, split_groups, unpair, with_end
 from fastrl.data.sampler import PromptSampler
 from fastrl.model.attention import prepare_attention
-from fastrl.model.load import fingerprint, load_model
+from fastrl.model.load import fingerprint, load_model, vocab_size
 from fastrl.model.policy import Policy
-from fastrl.model.scalar import ScalarModel, load_scalar_model
+from fastrl.model.router import about_router
+from fastrl.model.scalar import ScalarModel, about_padding, load_scalar_model
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.offline_config import OfflineConfig, build_objective
 from fastrl.trainer.precision import DTYPES, Speed
@@ -29,6 +30,7 @@ from fastrl.trainer.setup import (
     begin,
     checkpoint_activations,
     free_directory,
+    messages_of,
     positions,
     require_known_tokens,
     require_same_rows,
@@ -135,7 +137,9 @@ def prepare(config: OfflineConfig, *, trains: bool = True) -> OfflineRun:
         checkpoint_activations(model)
     adapted = with_adapter(model, config.adapter) if trains else None
     speed.up(model, config)
-    policy = ScalarModel(model) if scalar else Policy(model, backend=config.backend)
+    policy = (
+        ScalarModel(model) if scalar else Policy(model, vocab_size=vocab_size(model, tokenizer), **config.of_policy())
+    )
     reference = _reference(config, policy, tokenizer, device, speed) if objective.needs_ref else None
 
     models = [policy.model] + ([reference.model] if reference else [])
@@ -170,7 +174,10 @@ def prepare(config: OfflineConfig, *, trains: bool = True) -> OfflineRun:
         layout=layout,
         shape=ModelShape.of(model),
         fingerprint=began,
-        skipped=skipped,
+        skipped=(
+            *filter(None, [about_router(model, config.router_aux_loss_coef), scalar and about_padding(tokenizer)]),
+            *skipped,
+        ),
         resumed=resumed,
         speed=speed,
     )
@@ -191,7 +198,7 @@ def _reference(
     require_same_rows("OfflineConfig", "reference", model, policy.model, len(tokenizer))
     speed.up(model, config)
     prepare_attention(model.requires_grad_(False), config.layout, dtype=dtype)
-    return Policy(model, backend=config.backend)
+    return Policy(model, vocab_size=policy.head.vocab_size, **config.of_policy())
 
 
 def _load(
@@ -215,7 +222,7 @@ def _load(
             margin_column=data.margin_column,
             soft_label_column=data.soft_label_column,
         )
-    said = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+    said = messages_of(caught)
     if data.unpair:
         groups = [
             Group(replace(group.prompt, index=index), group.samples) for index, group in enumerate(unpair(groups))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
@@ -23,8 +26,9 @@ from fastrl.data.sampler import PromptSampler
 from fastrl.kernels.registry import resolve
 from fastrl.model.adapter import WithoutAdapter, add_adapter
 from fastrl.model.attention import prepare_attention
-from fastrl.model.load import fingerprint, load_model, stop_token_ids
+from fastrl.model.load import embedding_rows, fingerprint, load_model, stop_token_ids, vocab_size
 from fastrl.model.policy import Policy
+from fastrl.model.router import about_router
 from fastrl.model.scalar import Critic, ScalarModel, SharedCritic, load_scalar_model
 from fastrl.rewards import RewardSuite, resolve_reward
 from fastrl.rollout.base import Sampler, SamplingParams
@@ -68,6 +72,7 @@ class Run:
     fingerprint: str  # of the model's weights before training
     resumed: Checkpoint | None  # where the run goes on from, instead of the model's own weights
     speed: Speed
+    said: tuple[str, ...]  # of rows that were left out
 
     def sampling(self, *, seed: int) -> SamplingParams:
         """How this run samples, with one step's seed."""
@@ -79,6 +84,7 @@ class Run:
             top_k=rollout.top_k,
             stop_token_ids=self.stop_token_ids,
             seed=seed,
+            vocab_size=self.policy.head.vocab_size,
         )
 
     def greedy(self, *, seed: int) -> SamplingParams:
@@ -155,7 +161,8 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         checkpoint_activations(model)
     adapted = with_adapter(model, config.adapter) if trains else None
     speed.up(model, config)
-    policy = Policy(model, backend=config.backend)
+    tokens = vocab_size(model, tokenizer)
+    policy = Policy(model, vocab_size=tokens, **config.of_policy())
     reference = None
     if algorithm.needs_ref and adapted:
         reference = WithoutAdapter(policy, adapted)
@@ -163,13 +170,13 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         frozen, _ = load_model(config.model, DTYPES[config.dtype])
         speed.up(frozen, config)
         prepare_attention(frozen.to(device).requires_grad_(False), config.layout, dtype=DTYPES[config.dtype])
-        reference = Policy(frozen, backend=config.backend)
+        reference = Policy(frozen, vocab_size=tokens, **config.of_policy())
 
     critic = load_critic(config, policy, tokenizer, layout) if algorithm.needs_critic else None
     if isinstance(critic, ScalarModel):
         speed.up(critic.model, config)
 
-    prompts, held_out = load_task(config, tokenizer)
+    prompts, held_out, said = load_task(config, tokenizer)
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
     room = positions(model, *([critic.model] if isinstance(critic, ScalarModel) else []))
     require(
@@ -187,6 +194,9 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         f"at least {longest}, the longest prompt plus rollout.max_new_tokens",
         config.tokens_per_batch,
     )
+    stops = stop_token_ids(model, tokenizer)
+    if trains and model.generation_config is not None:  # whoever generates with what is saved stops where we did
+        model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
     # For rewards that draw from them; last, because libraries that are imported on first use draw from them too.
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
@@ -200,7 +210,7 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         critic=critic,
         tokenizer=tokenizer,
         sampler=TransformersSampler(model),
-        stop_token_ids=stop_token_ids(model, tokenizer),
+        stop_token_ids=stops,
         prompts=PromptSampler(prompts, seed=config.seed),
         held_out=held_out,
         rewards=rewards,
@@ -210,6 +220,7 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         fingerprint=began,
         resumed=resumed,
         speed=speed,
+        said=(*filter(None, [about_router(model, config.router_aux_loss_coef)]), *said),
     )
     run.sampling(seed=config.seed)  # refuses here what the first rollout would refuse
     return run
@@ -292,7 +303,7 @@ def require_known_tokens(model: PreTrainedModel, name: str, sequences: Iterable[
     Raises:
         ValueError: there are some.
     """
-    rows, highest = model.get_input_embeddings().num_embeddings, max(map(max, filter(None, sequences)), default=0)
+    rows, highest = embedding_rows(model), max(map(max, filter(None, sequences)), default=0)
     got = f"{highest} from the tokenizer"
     require(highest < rows, "prepare", "model", f"token ids below {rows}, the embeddings of {name!r}", got)
 
@@ -305,33 +316,66 @@ def require_same_rows(op: str, argument: str, model: PreTrainedModel, policy: Pr
     Raises:
         ValueError: they do.
     """
-    rows, its_rows = (one.get_input_embeddings().num_embeddings for one in (model, policy))
+    rows, its_rows = embedding_rows(model), embedding_rows(policy)
     needed = min(its_rows, tokens)
     require(rows >= needed, op, argument, f"embeddings of the policy's {needed} tokens", f"a model with {rows}")
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Makes the model compute its activations again in the backward pass instead of keeping them."""
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
-    model.train()  # transformers checkpoints only in this mode; dropout is off in any case
+    """Makes the model's layers compute their activations again in the backward pass instead of keeping them.
+
+    In evaluation mode: transformers' own way needs training mode, in which models drop and perturb what no module shows
+    (functional dropout, layer drop, router noise).
+
+    Raises:
+        ValueError: the model has no layers that transformers would checkpoint.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    got = f"{type(model).__name__}, whose layers are none that transformers checkpoints"
+    require(bool(layers), "checkpoint_activations", "model", "one with such layers", got, "Leave it off.")
+    for layer in layers:
+        layer.__class__ = _recomputed(type(layer))
 
 
-def load_task(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts); no question is in both."""
+@cache
+def _recomputed(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A kind of layer that keeps its inputs alone."""
+
+    def forward(self: torch.nn.Module, *args: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return kind.forward(self, *args, **named)
+        return checkpoint(partial(kind.forward, self, **named), *args, use_reentrant=False, preserve_rng_state=False)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": kind.__module__})
+
+
+def load_task(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
+    """(training prompts, held-out prompts, what was said about rows that were left out); no question is in both."""
     task = config.task
-    prompts = load_prompts(
-        task.source,
-        tokenizer,
-        size=task.size,
-        seed=config.seed,
-        options=task.options,
-        chat=task.chat,
-        system=task.system,
-        suffix=task.suffix,
-        max_prompt_tokens=task.max_prompt_tokens,
-    )
-    return split(prompts, task.held_out, config.seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prompts = load_prompts(
+            task.source,
+            tokenizer,
+            size=task.size,
+            seed=config.seed,
+            options=task.options,
+            chat=task.chat,
+            system=task.system,
+            suffix=task.suffix,
+            max_prompt_tokens=task.max_prompt_tokens,
+        )
+        train, held_out = split(prompts, task.held_out, config.seed)
+    return train, held_out, messages_of(caught)
+
+
+def messages_of(caught: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
+    """What warnings meant for the user say."""
+    return tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
 
 
 def pick_device(name: str) -> torch.device:

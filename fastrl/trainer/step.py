@@ -75,6 +75,8 @@ def optimise(
                 out.loss.backward()
                 loss = loss + out.loss.detach()
                 metrics.append(out.metrics)
+    routers = [model.router for model in (policy, critic) if getattr(model, "router", None)]
+    metrics += [noted for router in routers for noted in router.metrics()]
     loss = float(loss)
     if not math.isfinite(loss):
         raise NonFiniteLoss("the loss", loss, batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from fastrl.chat import content_text
 from fastrl.types import Messages
 
 # Terminal escape sequences: strings (OSC, DCS, SOS, PM, APC) up to their terminator, CSI, and two-byte ones.
@@ -34,4 +35,4 @@ def one_line(text: str, limit: int) -> str:
 
 def question(content: str | Messages) -> str:
     """What a prompt asks: plain text, or the last message of a chat."""
-    return content if isinstance(content, str) else (content[-1]["content"] if content else "")
+    return content if isinstance(content, str) else (content_text(content[-1]) if content else "")

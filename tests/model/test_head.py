@@ -10,11 +10,15 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    NanoChatConfig,
     OPTConfig,
     Qwen3Config,
+    RecurrentGemmaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from fastrl.model.head import cut
+from fastrl.model.head import LARGE, cut
 from fastrl.model.load import load_model
 
 VOCAB, LENGTH = 41, 11
@@ -198,12 +202,16 @@ def test_a_model_without_a_head_is_refused():
         cut(tiny("llama").model)
 
 
-def test_unknown_arithmetic_on_the_logits_is_refused():
-    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "mamba_d_ssm": 16, "mamba_n_heads": 2}
-    config = FalconH1Config(**sizes, **heads, mamba_d_head=8, mamba_d_state=4, lm_head_multiplier=0.5, pad_token_id=0)
-    with pytest.raises(ValueError, match=r"FalconH1ForCausalLM whose own differ .* This model's head cannot be cut\."):
-        cut(tiny(config))
+def test_unknown_arithmetic_on_the_logits_is_refused(monkeypatch):
+    model = tiny("llama")
+    halves = cut(model)
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **k: type("Output", (), {"logits": forward(*a, **k).logits.square()})
+    )
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM whose own differ .* This model's head cannot be cut\."):
+        cut(model)
+    assert halves.logit_scale == 1.0
 
 
 def test_hidden_states_that_are_not_the_heads_input_are_refused():
@@ -274,3 +282,59 @@ def test_smollm2_sharing_a_row_rounds_no_worse_than_with_rows_of_its_own(dtype):
         model.double()
         exact = torch.cat([halves.trunk(row) for row in rows], dim=1)
     assert (shared - exact).norm() <= 2 * (alone - exact).norm()
+
+
+FALCON_H1 = {"mamba_d_ssm": 48, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 8, "hidden_size": 48}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("config", "scale", "softcap"),
+    [
+        (FalconH1Config(**SIZES | FALCON_H1 | {"head_dim": 12}, lm_head_multiplier=0.5), 0.5, None),
+        (RecurrentGemmaConfig(**SIZES | {"num_hidden_layers": 3}, lru_width=16, logits_soft_cap=30.0), 1.0, 30.0),
+        (NanoChatConfig(**SIZES, final_logit_softcapping=15.0), 1.0, 15.0),
+    ],
+    ids=["falcon_h1", "recurrent_gemma", "nanochat"],
+)
+def test_constants_of_the_logits_are_found_under_every_name_and_seen_however_small_the_logits_are(
+    config, scale, softcap, dtype
+):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    halves = cut(model)
+    assert (halves.logit_scale, halves.softcap) == (scale, softcap)
+    for wrong in ({"logit_scale": 2 * scale}, {"softcap": 7.0}):
+        with pytest.raises(ValueError, match="cut: model: expected logits that follow from") as caught:
+            cut(model, **wrong)
+        assert f"With logit_scale={scale:.4g}" in str(caught.value) or dtype == torch.bfloat16
+        assert softcap is None or dtype == torch.bfloat16 or f"softcap={softcap:.4g}" in str(caught.value)
+
+
+def test_constants_by_hand_take_the_place_of_the_configurations():
+    model = tiny("cohere")
+    scale = model.config.logit_scale
+    model.config.logit_scale = None  # of a model whose configuration calls it something else
+    with pytest.raises(ValueError, match=rf"With logit_scale={scale:.4g} they agree: pass them to cut or Policy"):
+        cut(model)
+    assert cut(model, logit_scale=scale).logit_scale == scale
+
+
+def test_the_check_leaves_no_hook_behind():
+    model = tiny("llama")
+    cut(model)
+    assert not model.lm_head._forward_pre_hooks
+    assert LARGE >= 100  # where a cap of 30 is far from straight
+
+
+def test_an_encoder_and_decoder_is_refused_by_name():
+    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="got T5ForConditionalGeneration, an encoder and a decoder"):
+        cut(T5ForConditionalGeneration(config))
+
+
+def test_rows_behind_the_vocabulary_are_in_no_logits():
+    halves = cut(tiny("llama"), 30)
+    hidden = halves.trunk(ids())
+    assert halves.logits(hidden).shape[-1] == 30
+    assert halves.options["vocab_size"] == 30

@@ -553,7 +553,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
     for changes, message in [
         ({"reference": str(other)}, "reference: expected a model with the vocabulary of"),
         ({"tokens_per_batch": 6}, r"tokens_per_batch: expected at least \d+, as the longest row has, got 6"),
-        ({"data": replace(config.data, held_out=24)}, "held_out: expected at least 0, and fewer than the 24 rows"),
+        (
+            {"data": replace(config.data, held_out=24)},
+            "at least 0, and fewer than the 24 distinct rows",
+        ),
         ({"data": replace(config.data, source=str(tmp_path / "nowhere.jsonl"))}, "a file that exists"),
         ({"algorithm": "kto"}, "columns of kind='labelled': expected 'prompt', 'label', 'completion'"),
         ({"device": "gpu"}, "device: expected auto, cpu or another that torch has here, got 'gpu': "),
