@@ -33,8 +33,9 @@ class FusedLMHead(torch.nn.Module):
             "FusedLMHead",
             "lm_head",
             "a torch.nn.Linear",
-            type(lm_head).__name__,
-            "Pass model.get_output_embeddings().",
+            f"{type(lm_head).__module__}.{type(lm_head).__name__}",
+            "Pass model.get_output_embeddings(); of an adapted head, call merge_and_unload() first, or leave the head "
+            "out of target_modules.",
             TypeError,
         )
         self.lm_head = lm_head

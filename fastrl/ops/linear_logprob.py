@@ -14,6 +14,10 @@ from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
 from fastrl.types import LogprobOutput
 
 MEMORY = ("auto", "keep", "stream")
+GATHER = (
+    "Call a FusedLMHead, whose forward runs inside the sharded module, or gather the head with "
+    "full_tensor(grad_placements=[Partial('avg')]), or with [Replicate()] where all ranks have the same tokens."
+)
 DEFAULT_KEEP_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
@@ -56,10 +60,10 @@ def check_head(
             name,
             "a plain tensor",
             "a DTensor",
-            "Call a FusedLMHead, whose forward runs inside the sharded module, or gather the head with "
-            "full_tensor(grad_placements=[Partial('avg')]).",
+            GATHER,
             TypeError,
         )
+        refuse_replicated_gradient(op, name, tensor)
     check.floating(op, "hidden", hidden)
     refuse_forward_mode(op, hidden, weight, bias)
     kind = hidden.device.type
@@ -111,6 +115,22 @@ def check_head(
         float(logit_scale),
         int(ignore_index),
     )
+
+
+def refuse_replicated_gradient(op: str, name: str, tensor: torch.Tensor | None) -> None:
+    """Refuses what a plain `full_tensor()` gathered: DTensor takes each rank's gradient of it for the whole one, so
+    that the head would learn from this rank's tokens alone, in silence.
+
+    Raises:
+        TypeError: it is that.
+    """
+    if torch.compiler.is_compiling() or tensor is None:
+        return
+    made = tensor.grad_fn
+    spec = getattr(made, "dtensor_spec", None)
+    got = "the result of full_tensor(), which takes every rank's gradient for the sum of all"
+    plain = spec is None or made.grad_placements is not None or spec.mesh.size() == 1
+    check.require(plain, op, name, "a tensor whose gradient is summed over ranks", got, GATHER, TypeError)
 
 
 def check_softcap(op: str, softcap: float | None) -> float:
@@ -179,8 +199,9 @@ def linear_logprob(
         bias get gradients, accumulated in float32 and rounded once; double backward raises.
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, dtype or device. IndexError: on a CPU, a target is
-        outside [0, V); on a GPU that row is NaN instead.
+        ValueError, TypeError: an argument has the wrong shape, dtype or device, or is a DTensor, or what a DTensor's
+        full_tensor() gathered without `grad_placements`, whose gradient would be this rank's alone. IndexError: on a
+        CPU, a target is outside [0, V); on a GPU that row is NaN instead.
     """
     inputs = check_head(
         "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size

@@ -149,9 +149,7 @@ def find(where: Path) -> Checkpoint:
         except Damaged as error:
             skipped.append(f"{error} Skipped for the one before it.")
     got = "none that is undamaged: " + " ".join(skipped).removesuffix(".") if skipped else "none"
-    do = (
-        "Leave resume out to start anew. A run writes checkpoints with save_every, and when Ctrl-C or SIGTERM stops it."
-    )
+    do = "Leave resume out to start anew. A run writes checkpoints with save_every, and when a signal stops it."
     raise ValueError(sentence("resume", str(where), "a run directory with a checkpoint, or a checkpoint", got, do))
 
 

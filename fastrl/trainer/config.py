@@ -245,7 +245,7 @@ class RunConfig:
     threads: int = 0
     """CPU threads; 0 keeps torch's choice."""
     save_every: int = 0
-    """Steps between checkpoints to resume from; 0 writes one only when Ctrl-C or SIGTERM stops the run."""
+    """Steps between checkpoints to resume from; 0 writes one only when Ctrl-C or another signal stops the run."""
     keep_last: int = 2
     """Checkpoints that stay; the newest may be damaged."""
     keep_every: int = 0

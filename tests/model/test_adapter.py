@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from trainer.tiny import offline_config, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
+from fastrl import FusedLMHead, linear_logprob
 from fastrl.data.pack import count
 from fastrl.model.adapter import add_adapter, merged
 from fastrl.model.head import cut
 from fastrl.model.load import load_model
+from fastrl.model.policy import Policy
 from fastrl.rollout.collect import collect
 from fastrl.trainer import offline
 from fastrl.trainer.config import AdapterConfig, LossConfig, OptimizerConfig
@@ -165,3 +168,85 @@ def test_an_adapter_on_an_adapter_is_refused(tmp_path):
 def test_a_target_that_no_module_has_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"targets: expected names of LlamaForCausalLM's modules, got q_porj"):
         prepare(tiny_config(tmp_path, adapter=AdapterConfig(rank=4, targets=("q_porj",))))
+
+
+def peft_model(tmp_path, **config):
+    """The tiny model with an adapter of peft whose numbers are no zeros."""
+    from peft import get_peft_model
+
+    model, _ = load_model(write_model(tmp_path / "model"))
+    kind = config.pop("kind", "LoraConfig")
+    adapted = get_peft_model(model, getattr(peft, kind)(**({"task_type": "CAUSAL_LM"} | config)))
+    with torch.no_grad():
+        for param in adapted.parameters():
+            if param.requires_grad:
+                param.add_(0.2 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)))
+    return adapted.eval()
+
+
+ON_THE_HEAD = {"r": 4, "target_modules": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True, "lora_alpha": 3}],
+    ids=["lora", "dora", "lora_bias", "rslora"],
+)
+def test_an_adapter_on_the_head_is_computed_exactly_with_gradients_to_all_of_it(tmp_path, options):
+    adapted = peft_model(tmp_path, **ON_THE_HEAD, **options)
+    halves, hidden = cut(adapted), cut(adapted).trunk(IDS).detach()
+    ours = linear_logprob(hidden[:, :-1], halves.weight, IDS[:, 1:], bias=halves.bias).logps
+    head = adapted.get_output_embeddings()
+    theirs = head(hidden)[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    trained = [param for param in adapted.parameters() if param.requires_grad]
+    assert len(trained) == (2 if not {"use_dora", "lora_bias"} & options.keys() else 3)
+    for got, expected in zip(*(torch.autograd.grad(x.sum(), trained) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert expected.any()
+    with adapted.disable_adapter():
+        assert halves.weight is head.base_layer.weight
+        assert halves.bias is head.base_layer.bias
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({**ON_THE_HEAD, "lora_dropout": 0.5}, "got one with LoRA with a dropout of 0.5"),
+        ({"kind": "LoHaConfig", **ON_THE_HEAD}, r"one with another adapter of peft \(.*LoHa"),
+        ({"kind": "LoKrConfig", **ON_THE_HEAD}, r"one with another adapter of peft \(.*LoKr"),
+        ({"kind": "VeraConfig", **ON_THE_HEAD}, r"one with another adapter of peft \("),
+        ({"kind": "OFTConfig", "oft_block_size": 4, "target_modules": ["lm_head"]}, "one with another adapter of peft"),
+        (
+            {"kind": "IA3Config", "target_modules": ["lm_head"], "feedforward_modules": []},
+            "one with another adapter of peft",
+        ),
+        ({"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, r"of peft \(ModulesToSaveWrapper\)"),
+        ({"kind": "PromptTuningConfig", "num_virtual_tokens": 3}, "got prompt tuning"),
+    ],
+    ids=["dropout", "loha", "lokr", "vera", "oft", "ia3", "modules_to_save", "prompt tuning"],
+)
+def test_an_adapter_that_is_not_computed_exactly_is_refused_by_name(tmp_path, config, said):
+    adapted = peft_model(tmp_path, **config)
+    with pytest.raises(ValueError, match=rf"^cut: .*{said}"):
+        cut(adapted)
+
+
+def test_dropout_of_an_adapter_on_the_head_is_switched_off_for_a_policy(tmp_path):
+    adapted = peft_model(tmp_path, **ON_THE_HEAD, lora_dropout=0.5).train()
+    policy = Policy(adapted.get_base_model())
+    hidden = policy.head.trunk(IDS)
+    torch.testing.assert_close(hidden @ policy.head.weight.T, policy.model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_on_the_embeddings_trains(tmp_path):
+    targets = AdapterConfig(rank=2, alpha=4.0, targets=("embed_tokens", "q_proj"))
+    outcome = train(tiny_config(tmp_path, adapter=targets, steps=2))
+    assert outcome.status == "finished"
+    assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
+
+
+def test_a_fused_head_says_what_to_do_with_an_adapted_one(tmp_path):
+    adapted = peft_model(tmp_path, **ON_THE_HEAD)
+    with pytest.raises(TypeError, match=r"FusedLMHead: lm_head: expected a torch.nn.Linear, got .*merge_and_unload"):
+        FusedLMHead(adapted.get_output_embeddings())

@@ -5,9 +5,15 @@ It arrives from inside the run, in a chosen call of a chosen function, so that n
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 from trainer.test_resume import config_for, everything, lines
@@ -128,6 +134,61 @@ def test_a_run_goes_on_bit_for_bit_from_where_a_signal_cut_its_step_short(
     begun = " and the rollout of the next" if "update" in saved else ""
     assert what_stopped(resumed, whole) == f"Stopped by SIGINT after step 2{begun}; saving."
     assert resumed == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_what_schedulers_and_closed_terminals_send_saves_as_ctrl_c_does(tmp_path, number):
+    before = signal.getsignal(number)
+    config = config_for(tmp_path, "stopped", steps=4)
+
+    def patching(patch):
+        calls = []
+        in_step(patch, loop, 2, lambda: calls.append(arrives_in(patch, Policy, "hidden", 1, number)))
+        return calls
+
+    outcome, _ = interrupted(loop.train, config, patching)
+    assert (outcome.status, outcome.steps) == ("interrupted", 1)
+    said = [line["message"] for line in lines(tmp_path / "stopped" / "warnings.jsonl")]
+    assert f"Stopped by {number.name} after step 1 and the rollout of the next; saving." in said
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_was_ignored_before_still_is_as_under_nohup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        config = config_for(tmp_path, "whole", steps=2)
+        patching = lambda patch: [arrives_in(patch, Policy, "hidden", 1, signal.SIGHUP)]  # noqa: E731
+        outcome, (calls,) = interrupted(loop.train, config, patching)
+        assert (outcome.status, outcome.steps) == ("finished", 2)
+        assert len(calls) > 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_after_a_hangup_nothing_is_written_to_the_terminal_that_is_gone():
+    """In a process of its own, whose terminal is closed under it."""
+    master, terminal = pty.openpty()
+    code = (
+        "import os, signal, sys, time\n"
+        "from fastrl.trainer.interrupt import Interrupt, Interrupted\n"
+        "interrupt = Interrupt()\n"
+        "with interrupt.listening():\n"
+        "    print('ready', flush=True)\n"
+        "    while not interrupt: time.sleep(0.01)\n"
+        "    print('saving', flush=True)\n"
+        "    open(sys.argv[1], 'w').write(interrupt.signal.name)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "saved"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(place)], stdout=terminal, stderr=terminal, start_new_session=True
+        )
+        os.close(terminal)
+        assert os.read(master, 5) == b"ready"
+        os.close(master)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 0
+        assert place.read_text() == "SIGHUP"
 
 
 def test_the_second_of_three_updates_that_is_cut_short_is_done_again(tmp_path, optimizers):

@@ -1,21 +1,35 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from trainer.tiny import tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
+    GenerationConfig,
+    GPT2Config,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+)
 
 from fastrl import advantages
 from fastrl.algorithms import ALGORITHMS
-from fastrl.data.pack import count
+from fastrl.data.pack import count, pack
 from fastrl.losses.metrics import finish
+from fastrl.model.attention import prepare_attention
+from fastrl.model.policy import Policy
 from fastrl.rollout.collect import collect
 from fastrl.trainer import loop
 from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, build_algorithm
@@ -23,7 +37,8 @@ from fastrl.trainer.dynamic_sampling import refill, rewards_differ
 from fastrl.trainer.interrupt import Interrupt, Interrupted
 from fastrl.trainer.log import RunLog
 from fastrl.trainer.loop import train
-from fastrl.trainer.setup import prepare
+from fastrl.trainer.setup import checkpoint_activations, prepare
+from fastrl.types import Group, Prompt, Sample
 
 
 def lines(path):
@@ -147,6 +162,67 @@ def test_dropout_of_the_model_is_switched_off(tmp_path):
     run.policy.model.train()
     batch = torch.randint(1, 30, (2, 8))
     assert torch.equal(run.policy.head.trunk(batch), run.policy.head.trunk(batch))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+DROPPING = {  # what drops, or perturbs, without a module that shows it
+    "opt": OPTConfig(
+        **SMALL, ffn_dim=64, word_embed_proj_dim=32, dropout=0.3, layerdrop=0.5, max_position_embeddings=64
+    ),
+    "falcon": FalconConfig(**SMALL, hidden_dropout=0.3, attention_dropout=0.3),
+    "bloom": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2, hidden_dropout=0.3, attention_dropout=0.3),
+    "mixtral": MixtralConfig(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.5
+    ),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", DROPPING)
+def test_two_scores_of_the_same_weights_are_equal_and_so_are_two_gradients(name, checkpointing):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DROPPING[name])
+    layout = prepare_attention(model, "padded", dtype=torch.float32)
+    samples = [Sample(list(range(4, 20)), [0.0] * 16, True, reward=1.0) for _ in range(2)]
+    (batch,) = pack([Group(Prompt(0, "", (1, 2, 3)), samples)], layout=layout, max_tokens=256)
+    if checkpointing:
+        checkpoint_activations(model)
+    policy, seen = Policy(model), []
+    for _ in range(4):
+        model.train()  # as somebody else's loop would
+        score = policy.score(batch, temperature=1.0)
+        policy.outputs(policy.hidden(batch), batch.targets).logps.sum().backward()
+        seen.append((score, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]))
+        model.zero_grad()
+    for score, gradients in seen[1:]:
+        assert torch.equal(score, seen[0][0])
+        for one, other in zip(gradients, seen[0][1], strict=True):
+            assert torch.equal(one, other)
+
+
+def noted(sizes, tensor):
+    sizes.append(tensor.numel())
+    return tensor
+
+
+def test_checkpointed_layers_keep_their_inputs_alone_and_give_the_same_gradient():
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(DROPPING["gpt2"])
+        if checkpointing:
+            checkpoint_activations(model)
+        policy, saved = Policy(model), []
+        note = partial(noted, saved)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            loss = policy.head.trunk(torch.arange(32)[None]).square().sum()
+        loss.backward()
+        kept.append(sum(saved))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < kept[0] / 3
+    assert type(copy.deepcopy(model).transformer.h[0]).__name__ == "GPT2Block"
 
 
 def test_gradient_checkpointing_does_not_change_the_run(tmp_path):
@@ -370,3 +446,86 @@ def test_rewards_differ_by_equality_and_not_for_want_of_a_score(rollout):
         for sample, reward in zip(group.samples, rewards, strict=True):
             sample.reward = reward
         assert rewards_differ(group) == differ
+
+
+def padded_model(folder, rows=60):
+    """The tiny model with rows behind the tokenizer's, which would be drawn most of the time."""
+    config = tiny_config(folder)
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    tokens = model.get_output_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokens:] = 3 * model.get_output_embeddings().weight[:1]
+    model.save_pretrained(config.model)
+    return config, tokens
+
+
+def test_rows_that_only_pad_the_head_are_never_drawn_and_have_no_probability_in_training(tmp_path):
+    config, tokens = padded_model(tmp_path)
+    run = prepare(config)
+    assert run.policy.head.vocab_size == run.sampling(seed=0).vocab_size == tokens
+    groups = collect(run.prompts.next(4), run.sampler, run.tokenizer, 8, run.sampling(seed=1))
+    drawn = [sample for group in groups for sample in group.samples]
+    assert max(max(sample.token_ids) for sample in drawn) < tokens
+    for sample in drawn:
+        sample.reward = 1.0
+    for batch in run.pack(groups):
+        scored = run.policy.score(batch, temperature=1.0)
+        torch.testing.assert_close(scored, batch.sampling_logps, rtol=0, atol=1e-4)
+    assert train(replace(config, steps=2)).status == "finished"
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(line["ratio/mean"] == 1.0 for line in metrics if "ratio/mean" in line)
+
+
+def test_what_is_saved_stops_where_training_stopped(tmp_path):
+    """The template ends turns with another token than the model's end of sequence."""
+    config = tiny_config(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w29"]})  # a word that it has
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}w29{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(config.model)
+    train(replace(config, steps=1))
+    saved = GenerationConfig.from_pretrained(tmp_path / "run" / "model").eos_token_id
+    assert saved == list(prepare(replace(config, run_dir=str(tmp_path / "other"))).stop_token_ids)
+    assert tokenizer.convert_tokens_to_ids("w29") in saved
+
+
+def test_a_mixture_of_experts_trains_with_its_routers_loss_and_says_so(tmp_path):
+    config = tiny_config(tmp_path)
+    torch.manual_seed(0)
+    like = AutoModelForCausalLM.from_pretrained(config.model).config
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    mixture = MixtralConfig(
+        vocab_size=like.vocab_size,
+        **sizes,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_aux_loss_coef=0.02,
+        eos_token_id=0,
+        max_position_embeddings=64,
+    )
+    MixtralForCausalLM(mixture).save_pretrained(config.model)
+    assert train(replace(config, steps=2)).status == "finished"
+    losses = [line["aux_loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "aux_loss" in line]
+    assert losses
+    assert all(1.5 < loss < 4 for loss in losses)  # top 2: balanced routing gives 2
+    said = [line["message"] for line in lines(tmp_path / "run" / "warnings.jsonl")]
+    assert "Mixture of 4 experts: the routers' load-balancing loss is added, times 0.02." in said
+
+
+def test_rows_that_repeat_are_counted_at_the_start(tmp_path):
+    config = tiny_config(tmp_path)
+    rows = (tmp_path / "task.jsonl").read_text().splitlines()
+    (tmp_path / "task.jsonl").write_text("\n".join([*rows, rows[0], rows[1]]) + "\n")
+    train(replace(config, steps=1))
+    said = [line["message"] for line in lines(tmp_path / "run" / "warnings.jsonl")]
+    assert f"2 of {len(rows) + 2} prompts repeat an earlier row in every column; left out." in said
+
+
+def test_constants_of_the_logits_from_the_recipe_take_the_place_of_the_models(tmp_path):
+    with pytest.raises(ValueError, match=r"logits that follow .* \(softcap 3.0, logit scale 1\)"):
+        prepare(tiny_config(tmp_path, softcap=3.0))
+    with pytest.raises(ValueError, match="logit_scale: expected a positive number, or null, got -1"):
+        tiny_config(tmp_path, logit_scale=-1.0)

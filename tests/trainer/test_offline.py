@@ -15,21 +15,28 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from trainer.test_resume import Crash, everything, lines
 from trainer.tiny import offline_config, tiny_config, write_answers, write_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fastrl.algorithms.offline import OFFLINE, Answers, objective_of
 from fastrl.cli import main
 from fastrl.data import load_preferences
 from fastrl.data.pack import pack
-from fastrl.data.preferences import mismatched, with_end
+from fastrl.data.preferences import answered, mismatched, with_end
 from fastrl.losses.answer_rows import split_pairs
 from fastrl.losses.preference import preference_loss
 from fastrl.losses.presets import DPO, IPO, SIMPO, WPO
 from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
-from fastrl.model.scalar import ScalarModel, load_scalar_model
+from fastrl.model.scalar import ScalarModel, about_padding, load_scalar_model, padding
 from fastrl.preference_spec import (
     JensenShannon,
     LogOdds,
@@ -650,6 +657,54 @@ def test_a_trained_reward_model_scores_completions_as_it_did_in_training(tmp_pat
     torch.testing.assert_close(torch.tensor(scores), expected.detach(), atol=1e-5, rtol=0)
     right = sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True))
     assert right >= 0.9 * len(rows)
+
+
+def padded_tokenizer(folder, special):
+    """The tiny model's tokenizer with further special tokens; its end of sequence is its padding too."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.save_pretrained(folder)
+
+
+def test_transformers_scores_a_saved_reward_model_at_the_token_that_it_was_trained_at(tmp_path):
+    """It looks for the last token that is no padding: where that is the end of sequence, for the one before.
+
+    https://github.com/huggingface/transformers/issues/35352
+    """
+    config = offline_config(tmp_path, "reward_model", steps=8)
+    padded_tokenizer(config.model, ["w28"])  # a word that it has, and no text here
+    path = train(config).report.parent / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert tokenizer.pad_token == "w28"
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    judge = resolve_reward("model", path=str(path), label="judge", dtype="float32")
+    prompts, answers = ["w3 w4", "w5"], ["w7", "w7 w9 w7"]
+    ours = judge(prompts=prompts, completions=answers)
+    texts = [answered(prompt, answer, tokenizer) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = [[*group.prompt.token_ids, *group.samples[0].token_ids] for group in texts]
+    assert all(row[-1] == tokenizer.eos_token_id for row in ids)
+    together = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**together).logits[:, 0].tolist()
+        alone = [model(input_ids=torch.tensor([row])).logits.item() for row in ids]
+    assert theirs == pytest.approx(ours, abs=1e-5)
+    assert alone == pytest.approx(ours, abs=1e-5)
+
+
+def test_a_scalar_model_pads_with_a_token_that_ends_nothing_or_says_that_there_is_none(tmp_path):
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "<reserved_7>": 2, "a": 3}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+    assert padding(tokenizer, 4) is None
+    assert "pads with '<eos>', which also ends texts, and has no other" in about_padding(tokenizer)
+    for name, special in (("<unk>", "unk_token"), ("<reserved_7>", None)):  # each better than what was there
+        tokenizer.add_special_tokens({special: name} if special else {"additional_special_tokens": [name]})
+        assert padding(tokenizer, 4) == name
+    assert padding(tokenizer, 2) == "<unk>"  # the model has no row for the other
+    tokenizer.pad_token = "<reserved_7>"
+    assert padding(tokenizer, 4) == "<reserved_7>"
+    assert about_padding(tokenizer) == ""
 
 
 def test_two_reward_models_score_together_in_a_rollout_run(tmp_path):
