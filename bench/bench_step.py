@@ -2,6 +2,7 @@
 
 python -m bench.run step --against trl,naive
 python -m bench.run step --against trl --dtype auto --trl-dtype float32
+python -m bench.run step --against trl,trl+cpu --dtype float32
 python -m bench.run step --algorithm ppo --against naive-ppo
 """
 
@@ -44,6 +45,12 @@ PROVIDERS = {
     "fastrl": Provider("bench.step_fastrl"),
     "trl": Provider("bench.step_trl", needs=("trl", "datasets")),
     "trl-bf16": Provider("bench.step_trl", ("bfloat16",), ("trl", "datasets"), "bf16 weights: does not learn"),
+    "trl+cpu": Provider(
+        "bench.step_trl", ("float32", "accelerate"), ("trl", "datasets"), "fastrl.accelerate_cpu in TRL"
+    ),
+    "trl-bf16+cpu": Provider(
+        "bench.step_trl", ("bfloat16", "accelerate"), ("trl", "datasets"), "the same, bf16 weights"
+    ),
     "naive": Provider("bench.step_naive"),
     "naive-ppo": Provider("bench.step_naive_ppo", algorithm="ppo"),
 }

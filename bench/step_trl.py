@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+import fastrl
 from bench.step_child import StepRecord, child
 from bench.workload import REWARDS, Workload, compute_dtype, model_folder
 
@@ -104,8 +105,8 @@ def settings(workload: Workload, dtype: str) -> GRPOConfig:
     )
 
 
-def run(workload: Workload, dtype: str = "float32") -> list[StepRecord]:
-    """Every step, warm-up included."""
+def run(workload: Workload, dtype: str = "float32", accelerate: str = "") -> list[StepRecord]:
+    """Every step, warm-up included; with `accelerate` the model computes with fastrl's CPU products."""
     clock = Clock()
     trainer = GRPOTrainer(
         model=str(model_folder(workload.model)),
@@ -116,6 +117,8 @@ def run(workload: Workload, dtype: str = "float32") -> list[StepRecord]:
     )
     weights = next(trainer.model.parameters()).dtype
     assert weights == getattr(torch, dtype), weights
+    if accelerate:
+        fastrl.accelerate_cpu(trainer.model)
     clock.wrap(trainer)
     trainer.train()
     return clock.records
