@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,21 +28,25 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
     """The messages as the chat template writes them; `options` are its further arguments.
 
-    Arguments of tool calls that are JSON text, as in OpenAI's format, become what they say where the template would
-    quote them once more.
+    Templates read the arguments of tool calls as a mapping or as JSON text, and some write the other one wrong without
+    a word: whichever a row has, the template gets what it writes as JSON.
 
     Raises:
         ValueError: the template refuses them.
     """
     from jinja2 import TemplateError
 
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        if any(json.dumps(arguments, ensure_ascii=ascii) in text for arguments in _texts(messages) for ascii in (0, 1)):
-            text = tokenizer.apply_chat_template(_parsed(messages), tokenize=False, **options)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    return text
+    refused: Exception | None = None
+    for form in _forms(messages):
+        try:
+            text = tokenizer.apply_chat_template(form, tokenize=False, **options)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            refused = refused or error
+            continue
+        if not any(wrong in text for wrong in _written_wrong(messages)):
+            return text
+        refused = refused or ValueError("it writes the arguments of tool calls in no form of JSON")
+    raise ValueError(" ".join(str(refused).split())) from refused
 
 
 def template_arguments(row: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,20 +147,45 @@ def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _calls(messages: Messages) -> list[Any]:
-    return [call for message in messages for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+def _functions(messages: Messages) -> list[dict[str, Any]]:
+    calls = [call for message in messages for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    functions = [call.get("function") or call for call in calls]
+    return [function for function in functions if isinstance(function, dict) and "arguments" in function]
 
 
-def _texts(messages: Messages) -> list[str]:
-    """Arguments of tool calls that are JSON text."""
-    found = (call.get("function", call).get("arguments") for call in _calls(messages))
-    return [arguments for arguments in found if isinstance(arguments, str) and arguments.strip()[:1] == "{"]
+def _forms(messages: Messages) -> list[Messages]:
+    """The messages with the arguments of tool calls as mappings, and as JSON text; as they are where there are none."""
+    if not _functions(messages):
+        return [messages]
+    forms = []
+    for as_text in (False, True):
+        form = copy.deepcopy(messages)
+        for function in _functions(form):
+            function["arguments"] = _as_json(function["arguments"]) if as_text else _as_mapping(function["arguments"])
+        forms.append(form)
+    return forms
 
 
-def _parsed(messages: Messages) -> Messages:
-    messages = json.loads(json.dumps(messages))
-    for call in _calls(messages):
-        function = call.get("function", call)
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = json.loads(function["arguments"])
-    return messages
+def _as_mapping(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments) if arguments.strip() else {}
+    except json.JSONDecodeError:
+        return arguments
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _written_wrong(messages: Messages) -> set[str]:
+    """What a rendered text must not hold: Python's spelling of a mapping, and JSON text that is quoted once more."""
+    wrong = set()
+    for function in _functions(messages):
+        mapping = _as_mapping(function["arguments"])
+        if isinstance(mapping, dict) and mapping:
+            said = {json.dumps(mapping, ensure_ascii=False), json.dumps(mapping), _as_json(function["arguments"])}
+            wrong |= {str(mapping), *map(json.dumps, said), *(json.dumps(text, ensure_ascii=False) for text in said)}
+            wrong -= said
+    return wrong

@@ -69,7 +69,8 @@ def load_prompts(
                 has_template, row.where, column, "text", "chat messages", "This tokenizer has no chat template."
             )
             content = complete(content, system, suffix)
-            unfinished = content[-1]["role"] == "assistant"
+            last = content[-1]
+            unfinished = last["role"] == "assistant" and bool(content_text(last)) and not last.get("tool_calls")
             ends = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
             try:
                 text = render(tokenizer, content, **template_arguments(row.values, template_options or {}), **ends)

@@ -110,14 +110,38 @@ def test_every_field_of_a_message_and_a_rows_own_tools_and_options_reach_the_tem
     assert prompt.content[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
 
 
-def test_arguments_of_tool_calls_as_text_are_not_quoted_once_more():
-    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+@pytest.mark.parametrize(
+    "arguments", [{"city": "Röm", "n": None}, '{"city": "Röm", "n": null}'], ids=["mapping", "text"]
+)
+@pytest.mark.parametrize(
+    "wants",
+    [
+        "c.function.arguments | tojson",  # Qwen: text would be quoted once more
+        "'' + c.function.arguments",  # DeepSeek: raises on a mapping
+        "c.function.arguments",  # a mapping would be in Python's spelling
+        "c.function.arguments if c.function.arguments is string else c.function.arguments | tojson",
+        "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}",  # raises on text
+    ],
+    ids=["tojson", "concatenated", "as it is", "either", "items"],
+)
+def test_arguments_of_tool_calls_are_written_as_the_template_wants_them_whichever_form_the_row_has(arguments, wants):
+    """https://github.com/huggingface/transformers/issues/45419 lists what templates of different models do."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     messages = [CONVERSATION[0], CONVERSATION[1] | {"tool_calls": [call]}, CONVERSATION[2]]
-    (prompt,) = load_prompts([{"prompt": messages, "tools": TOOLS}], tokenizer(AGENT), template_options={"shout": 1})
-    assert seen(prompt) == RENDERED
-    as_text = AGENT.replace("c.function | tojson", "c.function.arguments")  # a template that wants the text
-    (prompt,) = load_prompts([{"prompt": messages}], tokenizer(as_text))
-    assert '<assistant>(ask)NONE{"city": "Rome"}<tool' in seen(prompt)
+    wanted = wants if wants.startswith("{%") else "{{ " + wants + " }}"
+    template = AGENT.replace("{{ c.function | tojson }}", wanted)
+    (prompt,) = load_prompts([{"prompt": messages}], tokenizer(template))
+    written = "city=Röm;n=None;" if "items" in wants else '{"city": "Röm", "n": null}'
+    assert seen(prompt) == f"<user>Rome?<assistant>(ask)NONE{written}<tool weather>21 C<assistant>"
+    assert prompt.content[1]["tool_calls"][0]["function"]["arguments"] == arguments  # what rewards see is the row's
+
+
+def test_a_template_that_takes_no_tool_calls_is_refused_by_row():
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    messages = [CONVERSATION[0], CONVERSATION[1] | {"tool_calls": [call]}]
+    template = AGENT.replace("{{ c.function | tojson }}", "{{ raise_exception('no tools') }}")
+    with pytest.raises(ValueError, match=r"list row 0: prompt: .* got no tools\."):
+        load_prompts([{"prompt": messages}], tokenizer(template))
 
 
 @pytest.mark.parametrize(
