@@ -251,7 +251,8 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
     advice = "Leave the head out of quantisation."
     if of_peft:
         advice = "Give the head LoRA or DoRA, leave it out of the adapter, or call merge_and_unload() first."
-        kind = f"one with another adapter of peft ({kind})"
+        tuner = type(head).__module__.split(".")[-2]  # such as loha, whose layer is called Linear too
+        kind = f"one with another adapter of peft ({tuner}.{kind})"
     check.require(is_linear(head) or is_adapted(head), "cut", "head", "a torch.nn.Linear", kind, advice)
 
 

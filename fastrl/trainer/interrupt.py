@@ -41,9 +41,12 @@ class Interrupt:
         """Inside, the first of `SIGNALS` asks the run to stop; the second stops it at once. What was ignored before, as
         under nohup, still is."""
 
+        # Asked now: of a terminal that is gone, nobody can tell that it was one.
+        terminals = [out.fileno() for out in (sys.__stdout__, sys.__stderr__) if out is not None and out.isatty()]
+
         def handle(number: int, _: FrameType | None) -> None:
             if number == getattr(signal, "SIGHUP", None):
-                _without_terminal()
+                _to_nowhere(terminals)
             if self:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(number)
@@ -57,10 +60,9 @@ class Interrupt:
                 signal.signal(number, handler)
 
 
-def _without_terminal() -> None:
-    """Whatever still goes to a terminal goes nowhere: it is gone, and to write to it is an error."""
+def _to_nowhere(files: list[int]) -> None:
+    """Whatever still goes there is lost: to write to a terminal that is gone is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.__stdout__, sys.__stderr__):
-        if stream is not None and stream.isatty():
-            os.dup2(nowhere, stream.fileno())
+    for file in files:
+        os.dup2(nowhere, file)
     os.close(nowhere)

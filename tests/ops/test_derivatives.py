@@ -9,6 +9,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastrl
+from fastrl.ops.group_advantages import GroupAdvantage
 from fastrl.spec import PolicyLoss
 
 H, W, Y = torch.randn(5, 8), torch.randn(11, 8), torch.randint(0, 11, (5,))
@@ -32,7 +33,12 @@ CALLS = {
     ),
     "group_policy_loss": lambda x: (
         fastrl.group_policy_loss(
-            x[:4], ADVANTAGES[:4].to(x), PolicyLoss(), mask=torch.ones(4, 8, device=x.device).bool(), group_size=2
+            x[:4],
+            ADVANTAGES[:4].to(x),
+            GroupAdvantage(),
+            PolicyLoss(),
+            mask=torch.ones(4, 8, device=x.device).bool(),
+            group_size=2,
         ).loss
     ),
 }
