@@ -58,6 +58,8 @@ def evaluate_model(config: TrainConfig) -> dict[str, float]:
     require(config.task.held_out > 0, "evaluate_model", "task.held_out", "at least 1", config.task.held_out)
     run = prepare(replace(config, resume=""), trains=False)
     run.speed.show()
+    for message in run.said:
+        print(message)
     results = {}
     for name, params, samples in _modes(run):
         groups = collect(run.held_out, run.sampler, run.tokenizer, samples, params)

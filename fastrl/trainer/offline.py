@@ -94,6 +94,8 @@ def evaluate_model(config: OfflineConfig, model: str) -> dict[str, float]:
     reference = reference if build_objective(config).needs_ref else ""
     run = prepare(replace(config, resume="", model=model, reference=reference), trains=False)
     run.speed.show()
+    for message in run.skipped:
+        print(message)
     if run.reference:
         fill_in(run, run.held_out, keep=False)
     values = run.objective.measure(run.policy, run.answers(run.held_out))
