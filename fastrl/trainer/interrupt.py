@@ -38,20 +38,21 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first of `SIGNALS` asks the run to stop; the second stops it at once. What was ignored before, as
-        under nohup, still is."""
+        """Inside, the first of `SIGNALS` asks the run to stop; the second stops it at once. A hangup that was ignored
+        before, as under nohup, still is."""
 
+        hangup = getattr(signal, "SIGHUP", None)
         # Asked now: of a terminal that is gone, nobody can tell that it was one.
         terminals = [out.fileno() for out in (sys.__stdout__, sys.__stderr__) if out is not None and out.isatty()]
 
         def handle(number: int, _: FrameType | None) -> None:
-            if number == getattr(signal, "SIGHUP", None):
+            if number == hangup:
                 _to_nowhere(terminals)
             if self:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(number)
 
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        heard = [one for one in SIGNALS if one != hangup or signal.getsignal(one) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, handle) for number in heard}
         try:
             yield

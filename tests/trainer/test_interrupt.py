@@ -136,8 +136,16 @@ def test_a_run_goes_on_bit_for_bit_from_where_a_signal_cut_its_step_short(
     assert resumed == whole
 
 
+@pytest.fixture
+def heard():
+    """Hangups are not ignored, whoever started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_what_schedulers_and_closed_terminals_send_saves_as_ctrl_c_does(tmp_path, number):
+def test_what_schedulers_and_closed_terminals_send_saves_as_ctrl_c_does(tmp_path, number, heard):
     before = signal.getsignal(number)
     config = config_for(tmp_path, "stopped", steps=4)
 
@@ -153,16 +161,13 @@ def test_what_schedulers_and_closed_terminals_send_saves_as_ctrl_c_does(tmp_path
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_that_was_ignored_before_still_is_as_under_nohup(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        config = config_for(tmp_path, "whole", steps=2)
-        patching = lambda patch: [arrives_in(patch, Policy, "hidden", 1, signal.SIGHUP)]  # noqa: E731
-        outcome, (calls,) = interrupted(loop.train, config, patching)
-        assert (outcome.status, outcome.steps) == ("finished", 2)
-        assert len(calls) > 1
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_hangup_that_was_ignored_before_still_is_as_under_nohup(tmp_path, heard):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    config = config_for(tmp_path, "whole", steps=2)
+    patching = lambda patch: [arrives_in(patch, Policy, "hidden", 1, signal.SIGHUP)]  # noqa: E731
+    outcome, (calls,) = interrupted(loop.train, config, patching)
+    assert (outcome.status, outcome.steps) == ("finished", 2)
+    assert len(calls) > 1
 
 
 def test_after_a_hangup_nothing_is_written_to_the_terminal_that_is_gone():
@@ -171,6 +176,7 @@ def test_after_a_hangup_nothing_is_written_to_the_terminal_that_is_gone():
     code = (
         "import os, signal, sys, time\n"
         "from fastrl.trainer.interrupt import Interrupt, Interrupted\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "interrupt = Interrupt()\n"
         "with interrupt.listening():\n"
         "    print('ready', flush=True)\n"
@@ -180,9 +186,7 @@ def test_after_a_hangup_nothing_is_written_to_the_terminal_that_is_gone():
     )
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "saved"
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(place)], stdout=terminal, stderr=terminal, start_new_session=True
-        )
+        process = subprocess.Popen([sys.executable, "-c", code, str(place)], stdout=terminal, stderr=terminal)
         os.close(terminal)
         assert os.read(master, 5) == b"ready"
         os.close(master)

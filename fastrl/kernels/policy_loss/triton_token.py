@@ -218,7 +218,8 @@ def policy_token(
         coef = tl.load(params + KL_COEF).to(logp.dtype)
         kl_loss, kl_dlog_ratio, kl_dlogp, kl_beyond = kl_term(d, ratio, KL, SEQUENCE_RATIO)
         loss, dlogp = loss + coef * kl_loss, dlogp + coef * kl_dlogp
-        dlog_ratio = dlog_ratio + tl.where(beyond, 0.0, coef * kl_dlog_ratio)
+        if KL == "k3_ratio" and SEQUENCE_RATIO:
+            dlog_ratio = dlog_ratio + tl.where(beyond, 0.0, coef * kl_dlog_ratio)
         beyond = beyond | kl_beyond
     dentropy = tl.full(logp.shape, 0.0, logp.dtype)
     if WITH_ENTROPY:
