@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -110,14 +110,21 @@ def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
     return Counter(tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear))
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a completion: those of the model's generation config, then the tokenizer's end of sequence and
-    what its chat template ends an answer with.
+def stop_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, also: Sequence[str] = (), **template_options: Any
+) -> tuple[int, ...]:
+    """The ids that end a completion: those of the model's generation config, then the tokenizer's end of sequence, what
+    its chat template ends an answer with, and those of the tokens `also`.
 
     Raises:
-        ValueError: neither names one, so that no completion would ever end.
+        ValueError: neither names one, so that no completion would ever end; or one of `also` is no token.
     """
-    ids = _ends(model, tokenizer)
+    ids = _ends(model, tokenizer, **template_options)
+    for text in also:
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        got = f"{text!r}, which is {len(found)}"
+        check.require(len(found) == 1, "stop_token_ids", "also", "texts that are one token each", got)
+        ids = tuple(dict.fromkeys((*ids, *found)))
     check.require(
         len(ids) > 0,
         "stop_token_ids",
@@ -129,10 +136,10 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return ids
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> tuple[int, ...]:
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list | tuple) else [configured]
-    ends = (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer))
+    ends = (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer, **template_options))
     return tuple(dict.fromkeys(token for token in ends if token is not None))
 
 

@@ -57,6 +57,8 @@ class TaskConfig:
     """Render prompts with the model's chat template, when it has one."""
     system: str = ""
     """System message of chat prompts."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, such as enable_thinking; a row's chat_template_kwargs come on top."""
     suffix: str = ""
     """Text appended to every question."""
     max_prompt_tokens: int = 1024
@@ -91,6 +93,9 @@ class RolloutConfig:
     """Nucleus mass; 1 is off."""
     top_k: int = 0
     """Most probable tokens kept; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """Tokens that end a completion beside the model's own ends and that of its chat template, as the tokenizer writes
+    them."""
     dynamic_sampling: int = 0
     """DAPO: up to this many times a step, new prompts take the place of those whose rewards are all equal; 0 is off."""
 

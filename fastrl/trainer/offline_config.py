@@ -49,6 +49,8 @@ class DataConfig:
     """Render text with the model's chat template, when it has one."""
     system: str = ""
     """System message of chat prompts."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, such as enable_thinking; a row's chat_template_kwargs come on top."""
     max_prompt_tokens: int = 1024
     """Rows with longer prompts are left out, counted and reported."""
     max_tokens: int = 2048

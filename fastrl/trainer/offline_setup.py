@@ -217,6 +217,7 @@ def _load(
             options=data.options,
             chat=data.chat,
             system=data.system,
+            template_options=data.template_options,
             max_prompt_tokens=data.max_prompt_tokens,
             max_tokens=max_tokens,
             margin_column=data.margin_column,

@@ -194,7 +194,7 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         f"at least {longest}, the longest prompt plus rollout.max_new_tokens",
         config.tokens_per_batch,
     )
-    stops = stop_token_ids(model, tokenizer)
+    stops = stop_token_ids(model, tokenizer, also=config.rollout.stop, **config.task.template_options)
     if trains and model.generation_config is not None:  # whoever generates with what is saved stops where we did
         model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
     # For rewards that draw from them; last, because libraries that are imported on first use draw from them too.
@@ -367,6 +367,7 @@ def load_task(
             chat=task.chat,
             system=task.system,
             suffix=task.suffix,
+            template_options=task.template_options,
             max_prompt_tokens=task.max_prompt_tokens,
         )
         train, held_out = split(prompts, task.held_out, config.seed)

@@ -529,3 +529,17 @@ def test_constants_of_the_logits_from_the_recipe_take_the_place_of_the_models(tm
         prepare(tiny_config(tmp_path, softcap=3.0))
     with pytest.raises(ValueError, match="logit_scale: expected a positive number, or null, got -1"):
         tiny_config(tmp_path, logit_scale=-1.0)
+
+
+def test_stops_of_the_recipe_are_added_and_template_options_reach_the_template(tmp_path):
+    config = tiny_config(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if shout %}w9{% endif %}"
+    tokenizer.save_pretrained(config.model)
+    task = replace(config.task, chat=True, template_options={"shout": True})
+    run = prepare(replace(config, task=task, rollout=replace(config.rollout, stop=("w5", "w6"))))
+    words = tokenizer.convert_tokens_to_ids(["<eos>", "w5", "w6"])
+    assert run.stop_token_ids == tuple(words)
+    assert {prompt.token_ids[-1] for prompt in run.held_out} == {tokenizer.convert_tokens_to_ids("w9")}
+    with pytest.raises(ValueError, match="texts that are one token each, got 'w5 w6', which is 2"):
+        prepare(replace(config, rollout=replace(config.rollout, stop=("w5 w6",))))
