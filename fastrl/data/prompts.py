@@ -108,8 +108,8 @@ def by_question(
 ) -> tuple[list[Kept], list[Kept]]:
     """Two random parts of the rows, (the rest, held out), each with all rows of its questions.
 
-    Questions are held out until `held_out` rows are; one with more rows than are still to hold out is passed over as
-    long as others come, and else taken whole.
+    Questions are held out until `held_out` rows are. One with more rows than are still to hold out is passed over;
+    where that leaves some to hold out, the smallest of them is taken whole.
 
     Raises:
         ValueError: `held_out` leaves nothing.
@@ -120,11 +120,13 @@ def by_question(
     order = list(questions.values())
     random.Random(seed).shuffle(order)
     out, lacking = set(), held_out
-    for size_matters in (True, False):
-        for place, same in enumerate(order):
-            if lacking > 0 and place not in out and (len(same) <= lacking or not size_matters):
-                out.add(place)
-                lacking -= len(same)
+    for place, same in enumerate(order):
+        if len(same) <= lacking:
+            out.add(place)
+            lacking -= len(same)
+    left = [place for place in range(len(order)) if place not in out]
+    if lacking > 0 and left:
+        out.add(min(left, key=lambda place: len(order[place])))
     check.require(
         held_out >= 0 and len(out) < len(order),
         "split",

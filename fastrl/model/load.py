@@ -146,7 +146,8 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **template
 def vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many rows of the head are tokens, where it has more: the rest only pads it, and stands for no text."""
     tokens = max(*tokenizer.get_vocab().values(), *_ends(model, tokenizer)) + 1
-    return tokens if tokens < model.get_output_embeddings().weight.shape[0] else None
+    weight = getattr(model.get_output_embeddings(), "weight", None)  # whose absence `cut` refuses
+    return tokens if weight is not None and tokens < weight.shape[0] else None
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

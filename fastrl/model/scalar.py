@@ -86,12 +86,13 @@ class ScalarModel:
 
     Args:
         model: from `load_scalar_model`; its dropout is switched off.
+        router_aux_loss_coef: of a mixture of experts, as `router_loss`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, router_aux_loss_coef: float | None = None) -> None:
         switch_off_dropout(model)
         self.model, self.head = model, scalar_head(model)
-        self.router = router_loss(model)
+        self.router = router_loss(model, router_aux_loss_coef)
 
     def values(self, batch: MicroBatch) -> torch.Tensor:
         """(N,) float32: v = head(h), h the state before each completion token; gradient to every weight.

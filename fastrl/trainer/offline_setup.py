@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,11 +29,11 @@ from fastrl.trainer.setup import (
     begin,
     checkpoint_activations,
     free_directory,
-    messages_of,
     positions,
     require_known_tokens,
     require_same_rows,
     with_adapter,
+    with_warnings,
 )
 from fastrl.types import Group, MicroBatch
 
@@ -137,9 +136,10 @@ def prepare(config: OfflineConfig, *, trains: bool = True) -> OfflineRun:
         checkpoint_activations(model)
     adapted = with_adapter(model, config.adapter) if trains else None
     speed.up(model, config)
-    policy = (
-        ScalarModel(model) if scalar else Policy(model, vocab_size=vocab_size(model, tokenizer), **config.of_policy())
-    )
+    if scalar:
+        policy = ScalarModel(model, router_aux_loss_coef=config.router_aux_loss_coef)
+    else:
+        policy = Policy(model, vocab_size=vocab_size(model, tokenizer), **config.of_policy())
     reference = _reference(config, policy, tokenizer, device, speed) if objective.needs_ref else None
 
     models = [policy.model] + ([reference.model] if reference else [])
@@ -206,9 +206,8 @@ def _load(
 ) -> tuple[list[Group], tuple[str, ...]]:
     """(groups of the objective's kind, what was said about rows that were left out)."""
     data = config.data
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        groups = load_preferences(
+    groups, said = with_warnings(
+        lambda: load_preferences(
             data.source,
             tokenizer,
             kind="pairs" if data.unpair else "ranked" if data.ranked else objective.kind,
@@ -223,7 +222,7 @@ def _load(
             margin_column=data.margin_column,
             soft_label_column=data.soft_label_column,
         )
-    said = messages_of(caught)
+    )
     if data.unpair:
         groups = [
             Group(replace(group.prompt, index=index), group.samples) for index, group in enumerate(unpair(groups))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     Config = TypeVar("Config", bound=RunConfig)
+    Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokeni
     prepare_attention(model.to(policy.model.device), layout, dtype=DTYPES[config.dtype])
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    return ScalarModel(model)
+    return ScalarModel(model, router_aux_loss_coef=config.router_aux_loss_coef)
 
 
 def positions(*models: PreTrainedModel) -> float:
@@ -356,8 +357,8 @@ def load_task(
 ) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
     """(training prompts, held-out prompts, what was said about rows that were left out); no question is in both."""
     task = config.task
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+
+    def load() -> tuple[list[Prompt], list[Prompt]]:
         prompts = load_prompts(
             task.source,
             tokenizer,
@@ -370,13 +371,18 @@ def load_task(
             template_options=task.template_options,
             max_prompt_tokens=task.max_prompt_tokens,
         )
-        train, held_out = split(prompts, task.held_out, config.seed)
-    return train, held_out, messages_of(caught)
+        return split(prompts, task.held_out, config.seed)
+
+    (train, held_out), said = with_warnings(load)
+    return train, held_out, said
 
 
-def messages_of(caught: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
-    """What warnings meant for the user say."""
-    return tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+def with_warnings(load: Callable[[], Loaded]) -> tuple[Loaded, tuple[str, ...]]:
+    """What `load` returns, and what it warned the user of, to be said once there is a log."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = load()
+    return loaded, tuple(str(one.message) for one in caught if issubclass(one.category, UserWarning))
 
 
 def pick_device(name: str) -> torch.device:

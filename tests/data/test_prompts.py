@@ -343,14 +343,21 @@ def test_rows_are_the_same_task_only_when_all_their_columns_are_equal_and_those_
     assert [str(warning.message) for warning in said] == counted * (kept < len(rows))
 
 
-@pytest.mark.parametrize(("held_out", "expected"), [(2, 2), (5, 5), (6, 50)])
-def test_a_question_of_many_rows_is_held_out_whole_and_only_where_others_do_not_suffice(held_out, expected):
+@pytest.mark.parametrize(("held_out", "expected"), [(2, {2}), (5, {5}), (6, {6, 7}), (7, {7})])
+def test_a_question_of_many_rows_is_held_out_whole_and_only_where_smaller_ones_do_not_suffice(held_out, expected):
     rows = [{"prompt": "Play.", "seed": seed} for seed in range(45)] + [{"prompt": f"q{n}"} for n in range(5)]
     prompts = load_prompts([*rows, {"prompt": "Swim.", "a": 1}, {"prompt": "Swim.", "a": 2}], PLAIN)
-    _, held = split(prompts, held_out, seed=0)
-    assert len(held) in (expected, 7, 6)
-    for question_ in ("Play.", "Swim."):
-        assert sum(prompt.content == question_ for prompt in held) in (0, 45 if question_ == "Play." else 2)
+    for seed in range(20):
+        train, held = split(prompts, held_out, seed=seed)
+        assert len(held) in expected
+        assert not {prompt.content for prompt in held} & {prompt.content for prompt in train}
+        assert len(train) + len(held) == len(prompts)
+
+
+def test_a_single_question_cannot_be_held_out_and_trained_on():
+    prompts = load_prompts([{"prompt": "Play.", "seed": seed} for seed in range(45)], PLAIN)
+    with pytest.raises(ValueError, match=r"fewer than the 45 distinct rows, with 1 questions, got 5\."):
+        split(prompts, 5, seed=0)
 
 
 def test_split_is_random_and_repeatable():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from backends import BACKENDS, using
 from trainer.tiny import offline_config, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
@@ -192,16 +193,20 @@ ON_THE_HEAD = {"r": 4, "target_modules": ["lm_head"]}
     [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True, "lora_alpha": 3}],
     ids=["lora", "dora", "lora_bias", "rslora"],
 )
-def test_an_adapter_on_the_head_is_computed_exactly_with_gradients_to_all_of_it(tmp_path, options):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_adapter_on_the_head_is_computed_exactly_with_gradients_to_all_of_it(tmp_path, name, options):
     adapted = peft_model(tmp_path, **ON_THE_HEAD, **options)
     halves, hidden = cut(adapted), cut(adapted).trunk(IDS).detach()
-    ours = linear_logprob(hidden[:, :-1], halves.weight, IDS[:, 1:], bias=halves.bias).logps
+    with using(name) as backend:
+        ours = linear_logprob(hidden[:, :-1], halves.weight, IDS[:, 1:], bias=halves.bias, backend=backend).logps
     head = adapted.get_output_embeddings()
     theirs = head(hidden)[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     trained = [param for param in adapted.parameters() if param.requires_grad]
     assert len(trained) == (2 if not {"use_dora", "lora_bias"} & options.keys() else 3)
-    for got, expected in zip(*(torch.autograd.grad(x.sum(), trained) for x in (ours, theirs)), strict=True):
+    with using(name):
+        gradients = [torch.autograd.grad(x.sum(), trained) for x in (ours, theirs)]
+    for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         assert expected.any()
     with adapted.disable_adapter():

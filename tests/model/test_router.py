@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForSequenceClassification,
+    Qwen3MoeConfig,
+)
+from transformers.models.mixtral import modeling_mixtral
 
-from fastrl.data.pack import LAYOUTS, pack
+from fastrl.data.pack import pack
 from fastrl.model.attention import prepare_attention
 from fastrl.model.policy import Policy
 from fastrl.model.router import METRIC, about_router, router_loss
+from fastrl.model.scalar import ScalarModel
 from fastrl.types import Group, Prompt, Sample
 
 SIZES = {
@@ -76,23 +85,39 @@ def test_the_loss_is_the_models_own_and_its_gradient_reaches_the_routers_through
     assert routers >= 2
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "auto"])
-def test_padding_has_no_part_in_it_and_layouts_that_compute_the_same_tokens_agree(layout):
+@pytest.mark.parametrize("layout", ["padded", "shared", "varlen"])
+def test_padding_has_no_part_in_it_and_a_shared_prompt_counts_as_often_as_it_is_computed(layout):
+    """The expected loss is that of transformers' own router logits of the padded rows, of the tokens that count."""
     model = tiny("mixtral")
-    try:
-        layout = prepare_attention(model, layout, dtype=torch.float32)
-    except ValueError as error:
-        pytest.skip(str(error))
+    (padded,) = pack(groups(), layout="padded", max_tokens=99)
+    assert not padded.token_mask.all()  # there is padding to be left out
+    with torch.no_grad():
+        mask = padded.token_mask.long()
+        logits = model(input_ids=padded.input_ids, attention_mask=mask, output_router_logits=True).router_logits
+    counts = padded.token_mask.clone()
+    if layout == "shared":
+        counts[1:, :3] = False  # the three tokens of the prompt are there once
+    kept = tuple(layer.reshape(*counts.shape, -1)[counts] for layer in logits)
+    expected = modeling_mixtral.load_balancing_loss_func(kept, 4, 2)
+    assert prepare_attention(model, layout, dtype=torch.float32) == layout
+    (batch,) = pack(groups(), layout=layout, max_tokens=99)
     policy = Policy(model)
-    seen = []
-    for budget in (12, 999):  # rows that pad each other, or none
-        for batch in pack(groups(), layout=layout, max_tokens=budget):
-            assert batch.token_mask.shape == batch.input_ids.shape
-            policy.hidden(batch)
-        noted = policy.router.metrics()
-        seen.append(sum(one[METRIC][0] for one in noted))
-        assert sum(one[METRIC][1] for one in noted) == pytest.approx(1.0)
-    assert seen[0] > 0
+    policy.hidden(batch)
+    ((noted, weight),) = (one[METRIC] for one in policy.router.metrics())
+    torch.testing.assert_close(noted, expected, rtol=1e-5, atol=0)
+    assert weight == 1.0
+
+
+def test_a_scalar_model_takes_the_coefficient_of_the_recipe():
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5, num_labels=1)
+    model = MixtralForSequenceClassification(config)
+    assert ScalarModel(model).router.coef == 0.5
+    assert ScalarModel(model, router_aux_loss_coef=0.25).router.coef == 0.25
+    assert ScalarModel(model, router_aux_loss_coef=0.0).router is None
+    scalar = ScalarModel(model)
+    scalar.values(pack(groups(), layout="padded", max_tokens=99)[0]).sum().backward()
+    assert len(scalar.router.metrics()) == 1
 
 
 def test_a_coefficient_of_zero_leaves_it_out_and_one_from_the_recipe_replaces_the_models():
