@@ -7,8 +7,8 @@ import json
 from bench.pairs import PairsWorkload
 from bench.step_child import STAGES, StepRecord, child
 from fastrl.trainer.config import OptimizerConfig
-from fastrl.trainer.offline import train
 from fastrl.trainer.offline_config import DataConfig, OfflineConfig
+from fastrl.trainer.setup import train
 
 
 def run(workload: PairsWorkload) -> list[StepRecord]:

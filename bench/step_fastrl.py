@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.step_child import StepRecord, child
 from bench.workload import REWARDS, Workload
 from fastrl.trainer.config import RewardConfig, TaskConfig, load_recipe
-from fastrl.trainer.loop import train
+from fastrl.trainer.setup import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

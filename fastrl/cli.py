@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -19,14 +18,12 @@ USAGE = """fastrl: reinforcement learning of language models.
   fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
 """
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_DIVERGED = range(5)
-EXIT_INTERRUPTED = 130
+EXIT_SIGNALLED = 128  # and the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 ok, 1 rewards failed, 2 usage, 3 environment, 4 diverged.
-
-    130 is what a shell gives a process that Ctrl-C stopped: where there is nothing to save yet, or at the second one.
-    """
+    """Runs one command; returns the exit status: 0 ok, 1 failed, 2 usage, 3 environment, 4 diverged, 128 and the
+    signal's number where one stopped it."""
     env.wait_briefly()
     args = sys.argv[1:] if argv is None else argv
     commands = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor}
@@ -49,35 +46,32 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("fastrl: interrupted; what was done since the last checkpoint is not saved.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNALLED + 2
 
 
 def _train(args: list[str]) -> int:
     from fastrl.rewards import RewardFailure
-    from fastrl.trainer import loop, offline
-    from fastrl.trainer.offline_config import OfflineConfig
+    from fastrl.trainer.setup import train
 
     config = _configure("fastrl train", args)
-    train = offline.train if isinstance(config, OfflineConfig) else loop.train
     try:
         outcome = train(config)
     except RewardFailure as error:  # before the first step: nothing was trained that could be lost
         print(error, file=sys.stderr)
         return EXIT_FAILED
-    return {"diverged": EXIT_DIVERGED, "rewards failed": EXIT_FAILED}.get(outcome.status, EXIT_OK)
+    if outcome.status == "interrupted":
+        return EXIT_SIGNALLED + (outcome.signal or 2)
+    if outcome.status == "diverged":
+        return EXIT_DIVERGED
+    return EXIT_OK if outcome.status == "finished" and not outcome.problems else EXIT_FAILED
 
 
 def _eval(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         raise ValueError("fastrl eval: MODEL: expected a folder, hub id or model name first. See fastrl --help.")
-    from fastrl.trainer import evaluate, offline
-    from fastrl.trainer.offline_config import OfflineConfig
+    from fastrl.trainer.setup import evaluate_model
 
-    config = _configure("fastrl eval MODEL", args[1:])
-    if isinstance(config, OfflineConfig):
-        offline.evaluate_model(config, args[0])
-    else:
-        evaluate.evaluate_model(replace(config, model=args[0]))
+    evaluate_model(_configure("fastrl eval MODEL", args[1:]), args[0])
     return EXIT_OK
 
 

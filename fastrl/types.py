@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+# What an optimizer step reports: metrics, name -> (sum, count), and numbers.
+Update = tuple[dict[str, tuple["torch.Tensor", "torch.Tensor"]], dict[str, float]]
 Messages = list[dict[str, Any]]  # each with role and content, and whatever else the chat template reads
 
 
@@ -50,18 +52,40 @@ class Sample:
     rewards: dict[str, float | None] = field(default_factory=dict)  # by reward name; None = not applicable
     reward: float | None = None  # weighted sum; None = this sample could not be scored and is excluded
     advantage: float = 0.0
-    ref_logps: list[float] | None = None  # of each token, where a frozen reference was asked once, before training
+    own: list[bool] | None = None  # of each token, whether the policy wrote it; None: all. The others do not train
+    versions: list[int] | None = None  # of each token, how many updates the weights had seen that wrote it
+    # Of each token, where somebody was asked: a frozen reference; the policy and its critic before the first update.
+    ref_logps: list[float] | None = None
+    old_logps: list[float] | None = None
+    values: list[float] | None = None
 
 
 @dataclass
 class Group:
-    """All samples of one prompt in one rollout, or the answers of one row that were written before training."""
+    """All samples of one prompt in one rollout, or the answers of one row that were written before training.
+
+    The only thing that crosses a queue, a process, a file or a checkpoint: what a forward pass takes is derived from
+    it again.
+    """
 
     prompt: Prompt
     samples: list[Sample]
     greedy_reward: float | None = None  # of the prompt's greedy completion, where an estimator reads it
+    mismatched: Sample | None = None  # an answer to another prompt, for KTO's baseline
     margin: float | None = None  # by how much the first answer of a pair is better, where the data say so
     soft_label: float | None = None  # probability that it is the better one, where the data say so
+
+
+@dataclass
+class Batch:
+    """What a source gives for one training step, and how far training on it has come."""
+
+    groups: list[Group]
+    seed: int  # of the order in which they train
+    contributing: list[Group] = field(default_factory=list)  # those that the algorithm finds a gradient in
+    numbers: dict[str, float] = field(default_factory=dict)  # what source and algorithm report of it
+    scored: bool = False  # whether the samples hold what is read of the weights before the first update
+    updates: list[Update] = field(default_factory=list)  # of the optimizer steps that are done
 
 
 @dataclass(frozen=True)
@@ -95,6 +119,7 @@ class MicroBatch:
     attention_max_seqlen: int = 0  # length of the longest of them
     token_mask: torch.Tensor | None = None  # (R, L) bool, where there is a token; the rest pads
     share: float = 1.0  # of the tokens of all micro-batches that were packed together
+    samples: tuple[Sample, ...] = ()  # the sequences, as they came
 
     @property
     def num_tokens(self) -> int:

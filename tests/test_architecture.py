@@ -23,8 +23,9 @@ FLOOR = {
     "model": 4, "data": 4, "distributed": 4, "integrations": 4,
     "rewards": 5, "rollout": 5,
     "algorithms": 6,
-    "trainer": 7,
-    "cli": 8,
+    "sources": 7,
+    "trainer": 8,
+    "cli": 9,
 }  # fmt: skip
 SEALED = "integrations"  # a side wing that nothing imports
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -1,10 +1,12 @@
-"""An algorithm turns rewards into advantages, and micro-batches into losses; the trainer's loop does the rest."""
+"""An algorithm turns groups into optimizer steps, and micro-batches into losses; the trainer's loop does the rest."""
 
 from __future__ import annotations
 
 from fastrl import advantages
+from fastrl.algorithms.base import Algorithm, Kind, Learner, Step
 from fastrl.algorithms.group_policy_gradient import Estimator, GroupPolicyGradient
 from fastrl.algorithms.masks import TokenMasks
+from fastrl.algorithms.policy_gradient import Schedule
 from fastrl.algorithms.ppo import ActorCritic, KLController
 from fastrl.losses import presets
 
@@ -16,10 +18,12 @@ __all__ = [
     "Estimator",
     "GroupPolicyGradient",
     "KLController",
+    "Kind",
+    "Learner",
+    "Schedule",
+    "Step",
     "TokenMasks",
 ]
-
-Algorithm = GroupPolicyGradient | ActorCritic
 
 # name -> (advantage estimator, loss): what a recipe's `algorithm` selects.
 ALGORITHMS = {

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from fastrl.advantages import GroupAdvantage
-from fastrl.algorithms.masks import TokenMasks
-from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
+from fastrl.algorithms.policy_gradient import PolicyGradient, policy_gradient_loss
 from fastrl.data.pack import Counts
 from fastrl.model.policy import Policy
-from fastrl.spec import PolicyLoss
 from fastrl.types import Group, LossOutput, MicroBatch, Sample
 
 
@@ -27,15 +25,12 @@ class Estimator:
 
 
 @dataclass(frozen=True)
-class GroupPolicyGradient:
+class GroupPolicyGradient(PolicyGradient):
     """An advantage estimator and a loss; every named algorithm of `ALGORITHMS` is one pair."""
 
     estimator: GroupAdvantage | Estimator
-    spec: PolicyLoss
-    max_new_tokens: int  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
+    max_new_tokens: int = 0  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
     reward_weights: tuple[float, ...] = ()  # in the order of `Sample.rewards`, for estimators that read each reward
-    masks: TokenMasks = field(default_factory=TokenMasks)
-    to_sampler: bool = False  # the ratio is to the sampler's log-probabilities, not the trainer's of the same weights
 
     def __post_init__(self) -> None:
         self.masks.require_fits(self.spec)
@@ -44,16 +39,6 @@ class GroupPolicyGradient:
     def needs_ref(self) -> bool:
         """True when the loss reads the reference's log-probabilities."""
         return self.spec.needs_ref
-
-    @property
-    def needs_critic(self) -> bool:
-        """Never: the other samples of a prompt are the baseline."""
-        return False
-
-    @property
-    def needs_old(self) -> bool:
-        """Never before the first update: the policy is then that of the rollout."""
-        return False
 
     @property
     def needs_greedy(self) -> bool:
@@ -108,10 +93,6 @@ class GroupPolicyGradient:
                 "token_sum": per_sequence * self.max_new_tokens,
             }[self.spec.aggregate]
         )
-
-    def estimate(self, parts: Sequence[Part]) -> tuple[list[Part], dict[str, float]]:
-        """The parts as they are: their advantages came with the rewards."""
-        return list(parts), {}
 
     def losses(
         self, policy: Policy, critic: None, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool

@@ -1,8 +1,8 @@
-"""Learning from answers that were written before training: preferences, labels, demonstrations, rankings.
+"""Learning from answers that are compared, labelled or shown: preferences, rankings, demonstrations.
 
-An objective is what a recipe's `algorithm` selects. It adds the gradient of a whole optimizer step to the parameters,
-micro-batch by micro-batch, and measures held-out answers. Everything that belongs to the step and not to a micro-batch
-(counts, KTO's baseline, the sorting of AOT) is computed over the whole step, so that no split changes the gradient.
+An objective is an algorithm whose batch is one optimizer step, and which measures held-out answers too. Everything that
+belongs to the step and not to a micro-batch (counts, KTO's baseline, the sorting of AOT) is computed over the whole
+step, so that no split changes the gradient.
 
 Logits are never stored. A preference loss is a function of log-probabilities, so it is evaluated on log-probabilities
 that were read without a gradient; its derivatives c_t = d loss / d logps_t then are the weights of a loss
@@ -13,15 +13,16 @@ float32 `main_grad`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from fastrl.algorithms.base import Kind, Learner
 from fastrl.check import require
-from fastrl.data.preferences import Kind
+from fastrl.data.preferences import mismatched
 from fastrl.losses import presets
 from fastrl.losses.answer_rows import split_pairs
 from fastrl.losses.linear_policy import linear_policy_loss
@@ -32,9 +33,9 @@ from fastrl.losses.unpaired import mismatched_kl, unpaired_preference_loss
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel
 from fastrl.preference_spec import PreferenceLoss, PreferenceMix, UnpairedPreferenceLoss
-from fastrl.progress import Progress, tracked, unseen
+from fastrl.progress import Progress, Watch, tracked, unseen
 from fastrl.spec import PolicyLoss, Reinforce
-from fastrl.types import LossOutput, MicroBatch
+from fastrl.types import Batch, Group, LossOutput, MicroBatch
 
 ARGMAX_ELEMENTS = 1 << 24  # logits in memory at a time where token accuracy is measured
 SUM_OF_LOGPS = PolicyLoss(surrogate=Reinforce(), aggregate="token_sum")  # -advantage log p, summed
@@ -50,6 +51,21 @@ class Answers:
     mismatched: list[MicroBatch] = field(default_factory=list)  # answers to other prompts, for KTO's baseline
     margins: torch.Tensor | None = None  # (groups,) `Group.margin`, where the data have them
     soft_labels: torch.Tensor | None = None  # (groups,) `Group.soft_label`, where the data have them
+    label: ClassVar[str] = ""
+    only_critic: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, learner: Learner, groups: Sequence[Group]) -> Answers:
+        """The groups as the learner's models take them."""
+        others = [Group(group.prompt, [group.mismatched]) for group in groups if group.mismatched]
+        return cls(
+            batches=learner.pack(groups, whole_groups=True),
+            groups=len(groups),
+            tokens=sum(len(group.samples[0].token_ids) for group in groups),
+            mismatched=learner.pack(others, whole_groups=True) if others else [],
+            margins=learner.tensor([group.margin for group in groups]),
+            soft_labels=learner.tensor([group.soft_label for group in groups]),
+        )
 
     def of_pairs(self, group_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """`margins` and `soft_labels` of pairs, each (P,), given the group that each is of."""
@@ -57,38 +73,70 @@ class Answers:
         return {name: None if tensor is None else tensor[group_ids] for name, tensor in found.items()}
 
 
-class Objective(Protocol):
+@dataclass(frozen=True)
+class Objective:
     """A loss on groups of answers of one kind, and how its model is judged on held-out ones."""
 
     kind: ClassVar[Kind]
+    needs_critic: ClassVar[bool] = False
+    needs_greedy: ClassVar[bool] = False
+    needs_mismatched: ClassVar[bool] = False  # whether `Answers.mismatched` is read
 
     @property
     def needs_ref(self) -> bool:
         """Whether `MicroBatch.ref_logps` is read."""
-        ...
+        return False
 
     @property
     def takes_margins(self) -> bool:
         """Whether it can read `Answers.margins`."""
-        ...
+        return False
 
     @property
     def takes_soft_labels(self) -> bool:
         """Whether it can read `Answers.soft_labels`."""
-        ...
+        return False
+
+    def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Answers]:
+        """As `Algorithm`: one step, on all of the batch."""
+        if batch.updates:
+            return
+        if self.needs_mismatched and not all(group.mismatched for group in batch.groups):
+            pair_up(batch.groups)
+        with watch.stage("pack"):
+            answers = Answers.of(learner, batch.groups)
+        if self.needs_ref and any(one.ref_logps is None for one in answers.batches + answers.mismatched):
+            with watch.stage("score", "micro-batches") as progress:
+                answers = replace(
+                    answers,
+                    batches=learner.score(answers.batches, progress, old=False),
+                    mismatched=learner.score(answers.mismatched, progress, old=False),
+                )
+        batch.contributing, batch.scored = batch.groups, True
+        yield answers
 
     def accumulate(
-        self, model: Any, answers: Answers, progress: Progress = unseen
+        self, learner: Learner, answers: Answers, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
-        """Adds the gradient of the loss to the parameters; returns the loss, a scalar, and metrics to merge.
-
-        `progress` is told of the micro-batches, before each, also below.
-        """
-        ...
+        """As `Algorithm`."""
+        raise NotImplementedError
 
     def measure(self, model: Any, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
         """Numbers that say how good the model is on these answers, without gradient; `loss` is among them."""
-        ...
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+def pair_up(groups: Sequence[Group]) -> None:
+    """Gives every group the answer to another prompt that KTO's baseline is estimated from: `mismatched`."""
+    for group, other in zip(groups, mismatched(groups), strict=True):
+        group.mismatched = replace(other.samples[0])
 
 
 class Scored(NamedTuple):
@@ -106,7 +154,7 @@ Loss = Callable[[Scored], LossOutput]
 
 
 @dataclass(frozen=True)
-class PairedPreference:
+class PairedPreference(Objective):
     """DPO and its kin: a `PreferenceLoss` or a mix of several, on pairs."""
 
     spec: PreferenceLoss | PreferenceMix
@@ -128,9 +176,10 @@ class PairedPreference:
         return all(term.takes_soft_labels for term in self._pair_losses)
 
     def accumulate(
-        self, policy: Policy, answers: Answers, progress: Progress = unseen
+        self, learner: Learner, answers: Answers, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`. A loss that sorts the batch (AOT) takes a forward pass of its own over all of it first."""
+        policy = learner.policy
         loss = partial(self._loss, answers=answers)
         if not self._sorts:
             return _accumulate(policy, tracked(answers.batches, progress), loss, self._weighs)
@@ -190,19 +239,23 @@ class PairedPreference:
 
 
 @dataclass(frozen=True)
-class UnpairedPreference:
+class UnpairedPreference(Objective):
     """KTO and its kin: an `UnpairedPreferenceLoss` on labelled answers."""
 
     spec: UnpairedPreferenceLoss
     kind: ClassVar[Kind] = "labelled"
     needs_ref: ClassVar[bool] = True
-    takes_margins: ClassVar[bool] = False
-    takes_soft_labels: ClassVar[bool] = False
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """True where the baseline is a KL."""
+        return self.spec.baseline == "kl"
 
     def accumulate(
-        self, policy: Policy, answers: Answers, progress: Progress = unseen
+        self, learner: Learner, answers: Answers, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`. KTO's baseline is that of the whole step, from a forward pass over `answers.mismatched`."""
+        policy = learner.policy
         loss = partial(self._loss, answers=answers, kl=self._kl(policy, answers, progress))
         return _accumulate(policy, self._tracked(answers, progress), loss)
 
@@ -241,18 +294,16 @@ class UnpairedPreference:
 
 
 @dataclass(frozen=True)
-class SupervisedTuning:
+class SupervisedTuning(Objective):
     """SFT: the mean of -log p over the answers' tokens, those of the prompts being conditions only."""
 
     kind: ClassVar[Kind] = "completions"
-    needs_ref: ClassVar[bool] = False
-    takes_margins: ClassVar[bool] = False
-    takes_soft_labels: ClassVar[bool] = False
 
     def accumulate(
-        self, policy: Policy, answers: Answers, progress: Progress = unseen
+        self, learner: Learner, answers: Answers, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`; one pass over the head."""
+        policy = learner.policy
         total, metrics = 0.0, []
         for batch in tracked(answers.batches, progress):
             weights = torch.full_like(batch.sampling_logps, 1.0 / answers.tokens)
@@ -276,7 +327,7 @@ class SupervisedTuning:
 
 
 @dataclass(frozen=True)
-class RewardModelling:
+class RewardModelling(Objective):
     """A scalar head that learns which answer of a pair is the better one: `reward_model_loss`.
 
     The answers of a group are compared pair by pair, each with those of lower advantage, so that K ranked answers are
@@ -285,7 +336,6 @@ class RewardModelling:
 
     center_coef: float = 0.0
     kind: ClassVar[Kind] = "pairs"  # or ranked
-    needs_ref: ClassVar[bool] = False
     takes_margins: ClassVar[bool] = True
     takes_soft_labels: ClassVar[bool] = True
 
@@ -294,12 +344,12 @@ class RewardModelling:
         require(finite, "RewardModelling", "center_coef", "a finite number of at least 0", self.center_coef)
 
     def accumulate(
-        self, model: ScalarModel, answers: Answers, progress: Progress = unseen
+        self, learner: Learner, answers: Answers, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`; the scores are read at the target that `fastrl.data.preferences.with_end` appends."""
         total, metrics = 0.0, []
         for batch in tracked(answers.batches, progress):
-            out = self._loss(model.scores(batch), batch, answers)
+            out = self._loss(learner.policy.scores(batch), batch, answers)
             out.loss.backward()
             total = total + out.loss.detach()
             metrics.append(out.metrics)

@@ -1,18 +1,171 @@
-"""The policy loss of one micro-batch, which every algorithm that samples shares."""
+"""Policy gradients: how a batch of rewarded groups becomes optimizer steps, and the policy loss of a micro-batch.
+
+What the algorithms of this kind differ in, advantages above all, is in `group_policy_gradient.py` and `ppo.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple
+
 import torch
 
+from fastrl.algorithms.base import Learner
+from fastrl.algorithms.masks import TokenMasks, masked
+from fastrl.data.pack import Counts, count, minibatches
 from fastrl.losses.aggregate import token_weights
 from fastrl.losses.linear_policy import linear_policy_loss
+from fastrl.losses.metrics import Metrics
 from fastrl.losses.token_masks import kl_cov_penalty
 from fastrl.model.policy import Policy
+from fastrl.model.scalar import Critic
 from fastrl.ops.linear_token_loss import linear_token_loss
+from fastrl.progress import Progress, Watch, tracked, unseen
 from fastrl.spec import PolicyLoss
-from fastrl.types import LossOutput, MicroBatch
+from fastrl.types import Batch, Group, LossOutput, MicroBatch
 
-Part = tuple[list[MicroBatch], float]  # the micro-batches of one optimizer step, and what their loss is divided by
+
+class Part(NamedTuple):
+    """One optimizer step's share of a batch."""
+
+    batches: list[MicroBatch]
+    normalizer: float  # what its loss is divided by
+    label: str = ""
+    only_critic: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often, and on what, a batch is trained on."""
+
+    updates: int = 1  # optimizer steps of a pass over the batch, each on its own part of it
+    epochs: int = 1  # passes
+    mask_truncated: bool = False  # leave completions that the length limit cut out of loss and normaliser
+    filter_zero_variance: bool = False  # take groups without a gradient out of the normaliser too
+    critic_warmup: int = 0  # training steps at the start in which the critic alone learns
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """Everything but the advantages.
+
+    Subclasses say what `advantages` of samples are, which groups are `contributing`, the `normalizer`, what else is
+    there to `estimate` once the weights before the update were asked, and the `losses` of a micro-batch.
+    """
+
+    spec: PolicyLoss
+    kind: ClassVar[str] = "rewarded"
+    masks: TokenMasks = field(default_factory=TokenMasks, kw_only=True)
+    to_sampler: bool = field(default=False, kw_only=True)
+    """The ratio is to the sampler's log-probabilities, not the trainer's of the same weights."""
+    schedule: Schedule = field(default_factory=Schedule, kw_only=True)
+
+    def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Part]:
+        """As `Algorithm`. Advantages, parts and estimates follow from the groups, so they are not kept anywhere."""
+        plan = self.schedule
+        self.advantages(batch.groups)
+        batch.contributing = self.contributing(batch.groups)  # the others have a gradient of exactly zero
+        counted = batch.contributing if plan.filter_zero_variance else batch.groups
+        with watch.stage("pack"):
+            order = torch.Generator().manual_seed(batch.seed)
+            parts = [self._part(learner, groups) for groups in minibatches(counted, plan.updates, order)]
+        with watch.stage("score", "micro-batches") as progress:
+            # With one update the policy is that of the rollout, and a ratio to the sampler has its numbers from it.
+            old = (len(parts) * plan.epochs > 1 and not self.to_sampler) or self.needs_old
+            parts = [part for part in parts if part.batches]
+            if not batch.scored:
+                scored = iter(learner.score([one for part in parts for one in part.batches], progress, old=old))
+                parts = [part._replace(batches=[*islice(scored, len(part.batches))]) for part in parts]
+            parts, numbers = self.estimate(parts)
+        batch.numbers |= numbers
+        batch.scored = True
+        every = parts * plan.epochs
+        for done, part in islice(enumerate(every), len(batch.updates), None):
+            label = f" of update {done + 1}/{len(every)}" if len(every) > 1 else ""
+            yield part._replace(label=label, only_critic=learner.steps < plan.critic_warmup)
+        self.observe(parts, numbers)
+
+    def accumulate(
+        self, learner: Learner, part: Part, progress: Progress = unseen
+    ) -> tuple[torch.Tensor, list[Metrics]]:
+        """As `Algorithm`. The normaliser is that of the whole step, so any split into micro-batches gives the same
+        gradient."""
+        batches, metrics, policy = part.batches, [], None if part.only_critic else learner.policy
+        selects = self.masks.on and policy is not None  # in a pass of its own
+        if policy is not None:
+            # The policy's optimizer steps are in a checkpoint, so a resumed run draws what it would have drawn.
+            options = {"temperature": learner.temperature, "to_sampler": self.to_sampler, "seed": learner.updates}
+            batches, noted = masked(policy, batches, self.masks, self.spec, **options, progress=progress)
+            metrics.append(noted)
+        loss = 0.0
+        for batch in tracked(batches, progress, before=len(batches) if selects else 0):
+            options = {"temperature": learner.temperature, "entropy": True}
+            for out in self.losses(policy, learner.critic, batch, part.normalizer, **options):
+                out.loss.backward()
+                loss = loss + out.loss.detach()
+                metrics.append(out.metrics)
+        return loss, metrics
+
+    def _part(self, learner: Learner, groups: Sequence[Group]) -> Part:
+        cut = self.schedule.mask_truncated
+        batches = learner.pack(self.contributing(groups), mask_truncated=cut)
+        return Part(batches, self.normalizer(count(groups, mask_truncated=cut)))
+
+    def advantages(self, groups: Sequence[Group]) -> None:
+        """Writes `Sample.advantage` of every sample."""
+        raise NotImplementedError
+
+    def contributing(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that can have a gradient."""
+        raise NotImplementedError
+
+    def normalizer(self, counts: Counts) -> float:
+        """What the loss of an optimizer step is divided by, counted before it is split into micro-batches."""
+        raise NotImplementedError
+
+    def estimate(self, parts: Sequence[Part]) -> tuple[list[Part], dict[str, float]]:
+        """The parts as they are, and no numbers: their advantages came with the rewards."""
+        return list(parts), {}
+
+    def observe(self, parts: Sequence[Part], numbers: Mapping[str, float]) -> None:
+        """Nothing: what is adapted to a batch once it was trained on, given what `estimate` returned."""
+
+    def losses(
+        self,
+        policy: Policy | None,
+        critic: Critic | None,
+        batch: MicroBatch,
+        normalizer: float,
+        *,
+        temperature: float,
+        entropy: bool,
+    ) -> Iterator[LossOutput]:
+        """One micro-batch's shares of the loss; each is to be backpropagated before the next is asked for."""
+        raise NotImplementedError
+
+    @property
+    def needs_old(self) -> bool:
+        """Never before the first update: the policy is then that of the rollout."""
+        return False
+
+    @property
+    def needs_critic(self) -> bool:
+        """Never: the other samples of a prompt are the baseline."""
+        return False
+
+    @property
+    def needs_greedy(self) -> bool:
+        """Never: others are the baseline."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 def policy_gradient_loss(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from fastrl.advantages import discounted_returns, kl_in_reward, vapo_gae, whiten
-from fastrl.algorithms.masks import TokenMasks
-from fastrl.algorithms.policy_gradient import Part, policy_gradient_loss
+from fastrl.algorithms.policy_gradient import Part, PolicyGradient, policy_gradient_loss
 from fastrl.check import require
 from fastrl.data.pack import Counts, trained
 from fastrl.losses.token_masks import positive_nll_weights
@@ -17,7 +17,6 @@ from fastrl.losses.value import value_loss
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic, SharedCritic
 from fastrl.ops.gae import gae
-from fastrl.spec import PolicyLoss
 from fastrl.types import Group, LossOutput, MicroBatch
 
 
@@ -46,7 +45,7 @@ class KLController:
 
 
 @dataclass(frozen=True)
-class ActorCritic:
+class ActorCritic(PolicyGradient):
     """PPO, arXiv:1707.06347, in the form that RLHF gave it, arXiv:2203.02155.
 
     r_t = -kl_coef (old_logps_t - ref_logps_t) + [t is the last token] score
@@ -62,7 +61,6 @@ class ActorCritic:
     rewards to go, and there is no value loss.
     """
 
-    spec: PolicyLoss
     kl: KLController
     gamma: float = 1.0
     lam: float = 0.95
@@ -73,8 +71,6 @@ class ActorCritic:
     length_alpha: float | None = None
     positive_nll: float = 0.0
     critic: bool = True
-    masks: TokenMasks = field(default_factory=TokenMasks)
-    to_sampler: bool = False  # as in `GroupPolicyGradient`; the KL in the reward is the trainer's in any case
 
     def __post_init__(self) -> None:
         ok = self.spec.aggregate == "token_mean"
@@ -110,11 +106,6 @@ class ActorCritic:
         """Always: the KL in the reward is that of the weights that sampled."""
         return True
 
-    @property
-    def needs_greedy(self) -> bool:
-        """Never: the critic, or the mean of the rollout, is the baseline."""
-        return False
-
     def advantages(self, groups: Sequence[Group]) -> None:
         """Nothing yet: advantages are of tokens, and wait for the critic (`estimate`)."""
 
@@ -131,9 +122,9 @@ class ActorCritic:
         """A rollout with token `advantages` and `returns` filled in, from `scores`, `old_logps`, `ref_logps`, `values`.
 
         Mean and deviation of the whitening are those of all tokens, however they were packed. Returns (parts, numbers
-        to log), and adapts the KL coefficient to what it saw.
+        to log).
         """
-        batches = [self._estimate(batch) for part, _ in parts for batch in part]
+        batches = [self._estimate(batch) for part in parts for batch in part.batches]
         sequences = sum(len(batch.scores) for batch in batches)
         numbers = {"objective/kl": 0.0, "objective/kl_coef": self.kl.coef}
         if not batches:
@@ -141,16 +132,29 @@ class ActorCritic:
         if self.needs_ref:
             total = sum((batch.old_logps - batch.ref_logps).double().sum() for batch in batches)
             numbers["objective/kl"] = float(total) / sequences
-            self.kl.update(numbers["objective/kl"], sequences)
         if self.whiten:
             flat = whiten(torch.cat([batch.advantages for batch in batches]), torch.cat([b.mask for b in batches]))
             pieces = flat.split([len(batch.mask) for batch in batches])
             batches = [replace(batch, advantages=piece) for batch, piece in zip(batches, pieces, strict=True)]
         rest = iter(batches)
-        filled = [([next(rest) for _ in part], normalizer) for part, normalizer in parts]
+        filled = [part._replace(batches=[next(rest) for _ in part.batches]) for part in parts]
         if self.positive_nll:
-            filled = [(self._imitating(part), normalizer) for part, normalizer in filled]
+            filled = [part._replace(batches=self._imitating(part.batches)) for part in filled]
         return filled, numbers
+
+    def observe(self, parts: Sequence[Part], numbers: Mapping[str, float]) -> None:
+        """Adapts the KL coefficient, which was the same for the whole batch."""
+        sequences = sum(len(batch.scores) for part in parts for batch in part.batches)
+        if sequences and self.needs_ref:
+            self.kl.update(numbers["objective/kl"], sequences)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The KL coefficient."""
+        return {"kl_coef": self.kl.coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As `state_dict`."""
+        self.kl.coef = state["kl_coef"]
 
     def _imitating(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches of one optimizer step with the weights of VAPO's imitation of what scored above 0."""

@@ -36,7 +36,7 @@ class Counts(NamedTuple):
 
 
 def trained(group: Group, *, mask_truncated: bool = False) -> list[Sample]:
-    """The samples that train: scored, not empty and, under `mask_truncated`, not cut by the length limit.
+    """The samples that train: scored, with a token of the policy's own, and not cut under `mask_truncated`.
 
     `count` and `pack` both ask this function, so the normaliser and the loss can never disagree
     (https://github.com/huggingface/trl/issues/6369).
@@ -44,14 +44,19 @@ def trained(group: Group, *, mask_truncated: bool = False) -> list[Sample]:
     return [
         sample
         for sample in group.samples
-        if sample.reward is not None and sample.token_ids and (sample.finished or not mask_truncated)
+        if sample.reward is not None and own_tokens(sample) and (sample.finished or not mask_truncated)
     ]
+
+
+def own_tokens(sample: Sample) -> int:
+    """The tokens that the policy wrote."""
+    return len(sample.token_ids) if sample.own is None else sum(sample.own)
 
 
 def count(groups: Sequence[Group], *, mask_truncated: bool = False) -> Counts:
     """Completion tokens, sequences and groups that train. A group none of whose samples trains is not counted."""
     kept = [samples for group in groups if (samples := trained(group, mask_truncated=mask_truncated))]
-    tokens = sum(len(sample.token_ids) for samples in kept for sample in samples)
+    tokens = sum(own_tokens(sample) for samples in kept for sample in samples)
     return Counts(tokens=tokens, sequences=sum(map(len, kept)), groups=len(kept))
 
 
@@ -80,8 +85,8 @@ def pack(
 
     `layout="auto"` takes the cheaper of `padded` and `shared` under `ModelShape.row_cost`. `varlen` needs a model whose
     attention takes sequence bounds: `fastrl.model.attention.prepare_attention`. A sample's group id is the index of its
-    group in `groups`; `advantages` and `sampling_logps` come from the samples, and `ref_logps` where every sample of
-    the micro-batch has them. Equal arguments give equal order.
+    group in `groups`; `advantages` and `sampling_logps` come from the samples, and `ref_logps`, `old_logps` and
+    `values` where every sample of the micro-batch has them. Equal arguments give equal order.
 
     Args:
         max_tokens: bound on R * L of a micro-batch, padding included.
@@ -101,7 +106,7 @@ def pack(
         for index, group in enumerate(groups)
     ]
     units = [[Row(index, prompt, [sample]) for sample in samples] for index, prompt, samples in taken if samples]
-    group_tokens = {index: sum(len(sample.token_ids) for sample in samples) for index, _, samples in taken}
+    group_tokens = {index: sum(map(own_tokens, samples)) for index, _, samples in taken}
     rows = list(chain.from_iterable(units))
     _check(rows, max_tokens)
     if not whole_groups:
@@ -174,7 +179,6 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
     lengths = [row.length for row in rows]
     longest, varlen = max(lengths), layout == "varlen"
     starts = [0, *accumulate(lengths)] if varlen else range(0, len(rows) * longest, longest)
-    known = all(sample.ref_logps is not None for sample in samples)
     R, L = (1, sum(lengths)) if varlen else (len(rows), longest)
     # A padded row's positions run on into its padding, so that transformers sees no second sequence there and needs no
     # mask; a shared row is longer than any sequence, so its positions must not.
@@ -194,6 +198,10 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
     def tensor(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    def known(name: str) -> torch.Tensor | None:
+        columns = [getattr(sample, name) for sample in samples]
+        return None if None in columns else tensor(list(chain.from_iterable(columns)), torch.float32)
+
     owners = tensor(owner).view(R, L)
     masks = {"padded": lambda: owners >= 0, "shared": lambda: _shared_mask(owners), "varlen": lambda: None}
     return MicroBatch(
@@ -207,12 +215,15 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
         group_tokens=tensor([group_tokens[row.group_id] for row in rows for _ in row.samples]),
         scores=tensor([sample.reward for sample in samples], torch.float32),
         advantages=tensor([sample.advantage for sample in samples], torch.float32),
-        mask=torch.ones(len(hidden_index), dtype=torch.bool, device=device),
-        sampling_logps=tensor(list(chain.from_iterable(s.sampling_logps for s in samples)), torch.float32),
-        ref_logps=tensor(list(chain.from_iterable(s.ref_logps for s in samples)), torch.float32) if known else None,
+        mask=tensor(list(chain.from_iterable(s.own or [True] * len(s.token_ids) for s in samples)), torch.bool),
+        sampling_logps=known("sampling_logps"),
+        old_logps=known("old_logps"),
+        ref_logps=known("ref_logps"),
+        values=known("values"),
         attention_cu_seqlens=tensor(starts, torch.int32) if varlen else None,
         attention_max_seqlen=longest if varlen else 0,
         token_mask=owners >= 0,
+        samples=tuple(samples),
     )
 
 

@@ -6,8 +6,7 @@
         manifest.json             step, versions, model, recipe; size and SHA-256 of every other file
         model/                    what transformers loads; an adapter's own folder belongs beside it
         optimizer.safetensors     see `MasterOptimizer.tensors`; a critic's, with its weights, in critic.safetensors
-        rollout.safetensors       the rest of the rollout batch, when stopped inside one
-        state.json                everything else that the next step depends on
+        state.json                everything else that the next step depends on, the groups of a batch among it
 
 What is in them is the business of `resume.py`; this file knows how they are written, found and kept.
 """
@@ -16,9 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from fastrl.check import sentence
 from fastrl.model.load import quiet_progress
 from fastrl.trainer.files import clear_leftovers, complete_or_absent, remove, replace_text
 
-FORMAT = 1  # of the folder; a checkpoint of another format is not read
+FORMAT = 2  # of the folder; a checkpoint of another format is not read
 CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
 _NAME = re.compile(r"step_(\d{6,})(?:_update_(\d+))?")
 Contents = Callable[[Path], None]  # writes files into the folder it is given
@@ -73,6 +75,18 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     with complete_or_absent(folder) as aside:
         write_model(model, tokenizer, aside)
+    return folder
+
+
+def copy_model(checkpoint: Path, folder: Path) -> Path:
+    """The model of a checkpoint, as `save_model` would write it: the same files under a second name where the file
+    system can, so that nothing is written twice."""
+    with complete_or_absent(folder) as aside:
+        for path in (checkpoint / "model").iterdir():
+            try:
+                os.link(path, aside / path.name)
+            except OSError:  # no hard links here
+                shutil.copy2(path, aside / path.name)
     return folder
 
 
@@ -187,8 +201,11 @@ def _up_to_latest(parent: Path) -> list[Path]:
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and hash of every file below `folder`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(2) as pool:  # hashing leaves the interpreter's lock
+        hashes = pool.map(_sha256, paths)
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hashes, strict=True)
     }
 
 

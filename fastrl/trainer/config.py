@@ -19,6 +19,7 @@ from fastrl.algorithms import (
     Algorithm,
     GroupPolicyGradient,
     KLController,
+    Schedule,
     TokenMasks,
 )
 from fastrl.check import choice, require
@@ -412,7 +413,13 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
     expected = f"nothing with {config.algorithm}, whose loss has no ratio"
     require(ratio, "TrainConfig", "loss.old_policy", expected, loss.old_policy)
     algorithm = GroupPolicyGradient(
-        estimator, spec, config.rollout.max_new_tokens, weights, masks=config.masks, to_sampler=_to_sampler(config)
+        spec,
+        estimator,
+        config.rollout.max_new_tokens,
+        weights,
+        masks=config.masks,
+        to_sampler=_to_sampler(config),
+        schedule=_schedule(config),
     )
     equal_rewards_teach = algorithm.needs_greedy and config.rollout.dynamic_sampling > 0
     expected = f"0 with {config.algorithm}, which learns from equal rewards too"
@@ -469,7 +476,17 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     names = ("gamma", "lam", "lam_policy", "length_alpha", "positive_nll", "value_coef", "value_clip", "whiten")
     factors = {name: getattr(ppo, name) for name in names}
     factors |= {"critic": ppo.critic != "none", "masks": config.masks, "to_sampler": _to_sampler(config)}
-    return ActorCritic(spec, controller, **factors)
+    return ActorCritic(spec, controller, **factors, schedule=_schedule(config))
+
+
+def _schedule(config: TrainConfig) -> Schedule:
+    return Schedule(
+        updates=config.optimizer.steps_per_rollout,
+        epochs=config.optimizer.epochs_per_rollout,
+        mask_truncated=config.loss.mask_truncated,
+        filter_zero_variance=config.loss.filter_zero_variance,
+        critic_warmup=config.ppo.critic_warmup,
+    )
 
 
 def _kl(loss: LossConfig, spec: PolicyLoss) -> KL | None:

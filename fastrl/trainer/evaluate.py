@@ -1,70 +1,109 @@
-"""Held-out prompts, greedily and sampled, before, during and after training."""
+"""Held-out prompts or rows, before, during and after training."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from statistics import fmean
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from fastrl.check import require
-from fastrl.rollout.base import SamplingParams
-from fastrl.rollout.collect import collect
-from fastrl.trainer.config import TrainConfig
+from fastrl import env
+from fastrl.algorithms.offline import Answers, Objective
+from fastrl.progress import Unwatched, tracked
+from fastrl.rewards import RewardSuite
+from fastrl.sources.collect import Judge, Sampling, judged, mean_reward
+from fastrl.trainer.learner import Learner
 from fastrl.trainer.log import RunLog
-from fastrl.trainer.setup import Run, prepare
-from fastrl.types import Group
+from fastrl.types import Group, Prompt
 
 EVALUATION_SEED = 2**40  # far from every training step's seed, and the same at every evaluation
+SHOWN_ROWS = 6  # held-out rows that the report shows, each judged by itself at every evaluation
 
 
-def evaluate(run: Run, log: RunLog, *, step: int) -> dict[str, float]:
-    """Mean held-out reward of one greedy completion and of `eval.samples` sampled ones; empty without held-out prompts.
+class Evaluation(Protocol):
+    """Something that is measured with the weights as they are."""
 
-    Sampling uses the training temperature and the same random numbers every time, so that two evaluations differ by
-    the weights only.
+    def run(self, learner: Learner, log: RunLog, step: int) -> None:
+        """Measures and logs."""
+        ...
+
+
+class Printed(Unwatched):
+    """Prints what is measured, and keeps it by name: a reward under that of its evaluation."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, float] = {}
+
+    def evaluation(self, step: int, name: str, result: dict[str, float], samples: list[Group]) -> None:
+        """As `RunLog.evaluation`."""
+        if "reward" in result:
+            self.results[name] = result["reward"]
+            number = len(samples[0].samples)
+            print(f"held-out {name}: {result['reward']:.3f} over {len(samples)} prompts x {number}")
+        else:
+            values = {key: value for key, value in result.items() if key != "rows"}
+            self.results |= values
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
+            print(f"held out: {shown}, {result['rows']:.0f} rows")
+
+
+@dataclass(frozen=True)
+class OnPrompts:
+    """Mean held-out reward of one greedy completion and of some sampled ones.
+
+    Sampling uses the training temperature and the same random numbers every time, so that two evaluations differ by the
+    weights only.
     """
-    if not run.held_out:
-        return {}
-    results = {}
-    for name, params, samples in _modes(run):
-        with log.stage("eval", f"tokens, {name}") as progress:
-            groups = collect(run.held_out, run.sampler, run.tokenizer, samples, params, progress)
-        with log.stage("eval", f"rewards, {name}") as progress:
-            for failure in run.rewards.score(groups, progress=progress):
-                log.warn(f"Evaluation at step {step}: {failure}")
-        results[name] = mean_reward(groups)
-        log.evaluation(step, name, {"reward": results[name], "prompts": float(len(groups))}, groups)
-    return results
+
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    rewards: RewardSuite
+    samples: int = 1
+    total_steps: int = 0
+
+    def run(self, learner: Learner, log: RunLog, step: int) -> None:
+        """As `Evaluation`."""
+        modes = {"greedy": (self.sampling.greedy(), 1), "sampled": (self.sampling, self.samples)}
+        for name, (sampling, samples) in modes.items():
+            numbers: dict[str, float] = {}
+            groups = judged(
+                self.prompts,
+                samples,
+                EVALUATION_SEED,
+                sampling,
+                Judge(self.rewards, step + 1, self.total_steps, numbers),
+                log,
+                stages=("eval", "eval"),
+                units=(f"tokens, {name}", f"rewards, {name}"),
+                about=f"Evaluation at step {step}",
+            )
+            result = {"reward": mean_reward(groups), "prompts": float(len(groups)), **numbers}
+            log.evaluation(step, name, result, groups)
 
 
-def _modes(run: Run) -> tuple[tuple[str, SamplingParams, int], ...]:
-    greedy, sampled = run.greedy(seed=EVALUATION_SEED), run.sampling(seed=EVALUATION_SEED)
-    return ("greedy", greedy, 1), ("sampled", sampled, run.config.eval.samples)
+@dataclass(frozen=True)
+class OnRows:
+    """What an objective measures on held-out rows, of all and of some by themselves."""
 
+    rows: Sequence[Group]
+    objective: Objective
+    kind: str
 
-def mean_reward(groups: list[Group]) -> float:
-    """Mean over the samples that could be scored."""
-    rewards = [sample.reward for group in groups for sample in group.samples if sample.reward is not None]
-    return fmean(rewards) if rewards else float("nan")
+    def run(self, learner: Learner, log: RunLog, step: int) -> None:
+        """As `Evaluation`."""
+        with log.stage("eval", "micro-batches") as progress:
+            env.return_freed_memory()
+            values = self.objective.measure(learner.policy, Answers.of(learner, self.rows), progress)
+        with log.stage("eval", "rows by themselves") as progress:
+            shown = [self._judged(learner, group) for group in tracked(self.rows[:SHOWN_ROWS], progress)]
+        log.evaluation(step, self.kind, values | {"rows": float(len(self.rows))}, shown)
 
+    def _judged(self, learner: Learner, group: Group) -> Group:
+        """The group with what the objective measures on it alone, in the place of its rewards.
 
-def evaluate_model(config: TrainConfig) -> dict[str, float]:
-    """Held-out reward of `config.model` on the recipe's task, printed; writes nothing.
-
-    The held-out prompts are those of a training run with the same task, seed and size.
-
-    Raises:
-        ValueError: the recipe holds nothing out.
-    """
-    require(config.task.held_out > 0, "evaluate_model", "task.held_out", "at least 1", config.task.held_out)
-    run = prepare(replace(config, resume=""), trains=False)
-    run.speed.show()
-    for message in run.said:
-        print(message)
-    results = {}
-    for name, params, samples in _modes(run):
-        groups = collect(run.held_out, run.sampler, run.tokenizer, samples, params)
-        for failure in run.rewards.score(groups):
-            print(failure)
-        results[name] = mean_reward(groups)
-        print(f"held-out {name}: {results[name]:.3f} over {len(groups)} prompts x {samples}")
-    return results
+        Of one pair the accuracy is the sign of the margin, before training that of a rounding error; and a labelled
+        answer alone has no margin.
+        """
+        values = self.objective.measure(learner.policy, Answers.of(learner, [group]))
+        kept = {name: value for name, value in values.items() if name != "accuracy" and math.isfinite(value)}
+        return replace(group, samples=[replace(sample, rewards=kept) for sample in group.samples])

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from fastrl.check import sentence
 from fastrl.trainer.config import RunConfig
-from fastrl.trainer.setup import free_directory
 
 LOCK = ".lock"  # in a run's folder while a process writes there
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system without flock answers
@@ -81,3 +80,12 @@ def _lock(folder: Path) -> int:
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return handle
         os.close(handle)  # whoever had it has just finished, and its file is gone
+
+
+def free_directory(wanted: Path) -> Path:
+    """`wanted`, or `wanted`-2, -3, ...: the first that does not exist, so that no run overwrites another."""
+    number, directory = 1, wanted
+    while directory.exists():
+        number += 1
+        directory = wanted.with_name(f"{wanted.name}-{number}")
+    return directory

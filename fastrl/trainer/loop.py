@@ -1,257 +1,251 @@
-"""The training loop, which is the picture of the data flow:
+"""The trainer's loop, which is the picture of the data flow:
 
-prompts -> rollout -> rewards -> advantages -> drop what cannot contribute -> pack
-        -> score (old, ref, critic's values) -> estimate (GAE, with a critic) -> select tokens -> loss -> step
+batch = source.next       prompts -> completions -> rewards, or rows that were written before
+algorithm.updates         label, drop what cannot contribute, split, pack, score
+learner.step              forward -> loss -> backward -> step
+source.publish            new weights for whoever samples
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from fastrl import env
-from fastrl.data.pack import minibatches
+from fastrl.algorithms.base import Algorithm
 from fastrl.model.adapter import merged
-from fastrl.progress import tracked
 from fastrl.rewards import RewardFailure
-from fastrl.rollout.collect import collect
-from fastrl.trainer.batch import RolloutBatch
-from fastrl.trainer.checkpoint import has_checkpoint, save_model
-from fastrl.trainer.config import TrainConfig
+from fastrl.sources.base import Source
+from fastrl.trainer import resume
+from fastrl.trainer.checkpoint import Checkpoint, copy_model, has_checkpoint, save_model
+from fastrl.trainer.config import RunConfig
 from fastrl.trainer.doctor import environment
-from fastrl.trainer.dynamic_sampling import refill
-from fastrl.trainer.evaluate import evaluate, mean_reward
+from fastrl.trainer.ended import Ended, advice, spot, write_status
+from fastrl.trainer.evaluate import Evaluation, Printed
 from fastrl.trainer.interrupt import Interrupted
+from fastrl.trainer.learner import Learner, NonFiniteLoss
 from fastrl.trainer.lock import only_writer
 from fastrl.trainer.log import RunLog
-from fastrl.trainer.optimizer import MasterOptimizer
+from fastrl.trainer.precision import Speed
+from fastrl.trainer.reference import AskedOnce
 from fastrl.trainer.report import write_report
-from fastrl.trainer.resume import back_to, how_to, position, reached, restore, resume_log, save
-from fastrl.trainer.setup import Run, make_optimizers, prepare
-from fastrl.trainer.step import NonFiniteLoss, optimise
+from fastrl.trainer.screen import columns_for
 from fastrl.trainer.summary import step_metrics
-from fastrl.types import Group
-
-if TYPE_CHECKING:
-    from fastrl.trainer.resume import AnyConfig, AnyRun
-
-Optimizers = dict[str, MasterOptimizer]  # by the name of their file in a checkpoint
+from fastrl.types import Batch
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """How a run ended: its status, the steps that were done, held-out numbers before and after, and its report."""
 
-    status: str  # finished, interrupted, diverged or rewards failed
-    steps: int  # completed
-    before: dict[str, float]  # evaluation name -> accuracy on held-out prompts
+    status: str  # finished, interrupted, diverged, rewards failed, failed
+    steps: int
+    before: dict[str, float]
     after: dict[str, float]
     report: Path
+    signal: int | None = None  # which interrupted it
+    problems: tuple[str, ...] = ()  # what could not be written at the end
 
 
-def train(config: TrainConfig) -> Outcome:
-    """Trains as `config` says and returns how it ended. Nothing is written until model, prompts and rewards are ready.
+@dataclass(repr=False)
+class Trainer:
+    """A run: where batches come from, what is learned from them, by which models, and what is measured.
 
-    With `config.resume` it goes on in that run's directory, and what follows is what would have followed.
-
-    Raises:
-        ValueError: something in the configuration cannot work; the message says what.
+    `fastrl.trainer.setup.prepare` makes one of a recipe.
     """
-    run = prepare(config)
-    config = run.config  # with what `auto` stands for
-    with only_writer(run.directory, config) as directory:
-        run = replace(run, directory=directory)
-        optimizers = make_optimizers(run)
-        done, batch = restore(run, optimizers) if run.resumed else (0, None)
-        log = RunLog(directory, total_steps=config.steps, show_every=config.show_every)
-        about = environment() | {"speed": run.speed.about()}
+
+    config: RunConfig
+    directory: Path
+    learner: Learner
+    algorithm: Algorithm
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    evaluations: Sequence[Evaluation]
+    fingerprint: str  # of the model's weights before training
+    speed: Speed
+    once: AskedOnce | None = None  # the reference of rows that were written before
+    resumed: Checkpoint | None = None  # where the run goes on from, instead of the model's own weights
+    said: tuple[str, ...] = ()  # what the user should know of model and data
+    batch: Batch | None = None  # the next step's, once the source has given it
+    log: RunLog = field(init=False)
+    saved: tuple[Path, dict[str, Any]] | None = field(default=None, init=False)  # the last checkpoint, and of what
+
+    def train(self) -> Outcome:
+        """Every step that is left; writes to `directory` and returns how it ended.
+
+        Raises:
+            ValueError: another process writes to the run's directory, or its checkpoint is of other prompts.
+        """
+        with only_writer(self.directory, self.config) as self.directory:
+            self.log = self._open_log()
+            with self.log.interrupt.listening():
+                self._begin()
+                ended = self._steps()
+            return self._conclude(ended)
+
+    def evaluate(self) -> dict[str, float]:
+        """The evaluations with the weights as they are, printed; writes nothing. Returns their numbers by name."""
+        printed = Printed()
+        for evaluation in self.evaluations:
+            evaluation.run(self.learner, printed, self.learner.steps)
+        return printed.results
+
+    def _open_log(self) -> RunLog:
+        config, done = self.config, self.resumed.manifest["step"] if self.resumed else 0
+        show_every = getattr(config, "show_every", 0)
+        columns = columns_for(config.algorithm if config.algorithm == "reward_model" else self.algorithm.kind)
+        log = RunLog(self.directory, total_steps=config.steps, show_every=show_every, columns=columns)
+        about = environment() | {"speed": self.speed.about()}
         log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=done)
-        if run.resumed:
-            resume_log(run, log, done, batch)
-        for message in [] if run.resumed else (*run.speed.warnings(), *run.said):
+        return log
+
+    def _begin(self) -> None:
+        """The frozen reference's log-probabilities, optimizers, and where a resumed run had stopped."""
+        if self.once:
+            # An interrupt is met again before the first step, where there is something to go on from.
+            with suppress(Interrupted), self.log.stage("reference", "answers") as progress:
+                self.once.fill_in(self.learner, self.directory, progress=progress)
+            self.once = None  # gives its memory back where it is a model of its own
+        with self.log.stage("setup"):
+            self.learner.begin()
+            env.return_freed_memory()  # the optimizers' buffers took the weights' place; what is left has no use
+        if self.resumed:
+            resume.restore(self)
+            resume.resume_log(self)
+        else:
+            for message in (*self.speed.warnings(), *self.said):
+                self.log.warn(message)
+
+    def _steps(self) -> Ended:
+        """Every step that is left. Whatever ends them, the weights are those of the last whole update."""
+        learner, log, config = self.learner, self.log, self.config
+        while True:
+            trains, at, start = False, f"Evaluation after step {learner.steps}", resume.position(self)
+            try:
+                log.interrupt.check()
+                self._evaluate_if_due()
+                log.interrupt.check()
+                if learner.steps == config.steps:
+                    return Ended("finished")
+                trains, at, start = True, f"Step {learner.steps + 1}", resume.position(self)
+                self._step()
+            except NonFiniteLoss as error:
+                path = error.save(self.directory)
+                log.warn(f"{at}: {error}. Nothing was updated; the batch is in {path}.")
+                return Ended("diverged")
+            except FloatingPointError as error:  # the sampler met logits that are not finite
+                log.warn(f"{at}: {error}")
+                return Ended("diverged")
+            except Interrupted as signal:
+                self._give_up(start)
+                log.warn(f"Stopped by {signal} after {self._reached()}; saving.")
+                self._save()
+                return Ended("interrupted", log.interrupt.signal)
+            except RewardFailure as error:  # the weights are those of the step before, and a judge may be repaired
+                if not trains and not learner.steps:
+                    raise  # nothing was trained that could be lost
+                self._give_up(start)
+                log.warn(f"{at}: {error}")
+                self._save()
+                return Ended("rewards failed")
+            except (Exception, KeyboardInterrupt) as error:
+                if not learner.updates:
+                    raise  # nothing was trained that could be lost
+                self._give_up(start)
+                log.warn(f"{at}: {spot(error)}. {advice(error)}".strip())
+                if learner.whole:
+                    self._save()
+                pressed = isinstance(error, KeyboardInterrupt)
+                return Ended("interrupted" if pressed else "failed", log.interrupt.signal if pressed else None)
+            if config.save_every and (learner.steps % config.save_every == 0 or learner.steps == config.steps):
+                self._save()
+
+    def _step(self) -> None:
+        """One step, or the rest of one that was interrupted."""
+        source, learner, algorithm, log = self.source, self.learner, self.algorithm, self.log
+        self.batch = batch = self.batch or source.next(learner, log)
+        self.start = resume.position(self)
+        for update in algorithm.updates(learner, batch, log):
+            with log.stage("train", f"micro-batches{update.label}") as progress:
+                batch.updates.append(learner.step(algorithm, update, progress))
+            self.start = resume.position(self)
+        learner.steps += 1
+        source.publish(learner)
+        self.batch = None
+        log.step(learner.steps, step_metrics(batch, source.kind))
+        if source.kind == "rewarded":
+            log.completions(learner.steps, batch.groups)
+
+    def _evaluate_if_due(self) -> None:
+        """Before and after training, and every so often between."""
+        step, every = self.learner.steps, self.config.eval.every
+        due = step in (0, self.config.steps) or bool(every and step % every == 0)
+        if due and not self.log.evaluated(step):
+            for evaluation in self.evaluations:
+                evaluation.run(self.learner, self.log, step)
+
+    def _give_up(self, start: dict[str, Any]) -> None:
+        """Undoes what was drawn and logged of work that will be done again: of a step, or of what its batch lacks."""
+        if self.batch is not None and self.source.replays and not self.batch.updates:
+            self.batch = None
+        resume.back_to(self, start if self.batch is None else self.start)
+
+    def _reached(self) -> str:
+        return resume.reached(self.learner.steps, self.batch)
+
+    def _save(self) -> None:
+        """A checkpoint; one that cannot be written costs neither the run nor the one before it."""
+        try:
+            with self.log.stage("save"):
+                env.return_freed_memory()
+                self.saved = resume.save(self), self.learner.state_dict()
+        except OSError as error:
+            step = self.learner.steps
+            self.log.warn(
+                f"The checkpoint after step {step} could not be written to {self.directory}: {error}. Earlier ones are "
+                "as they were."
+            )
+
+    def _conclude(self, ended: Ended) -> Outcome:
+        """Saves what was trained, writes the report and closes the log; what cannot be written is said."""
+        log, steps, problems = self.log, self.learner.steps, []
+        if self.learner.whole:
+            try:
+                with log.stage("save"):
+                    env.return_freed_memory()
+                    self._save_models(ended)
+            except (OSError, SafetensorError) as error:
+                problems.append(f"The model could not be written to {self.directory}: {error}.")
+        else:
+            problems.append("An update was cut short, so the model is not saved; checkpoints are as they were.")
+        before, after = log.evaluated(0), log.evaluated(steps) if ended.status == "finished" else {}
+        report = self.directory / "report.html"
+        go_on = resume.how_to(self.directory) if ended.status != "finished" and has_checkpoint(self.directory) else ""
+        try:
+            write_status(self.directory, ended, steps, self.config.steps, go_on)
+            report = write_report(self.directory)
+        except OSError as error:
+            problems.append(f"The report could not be written to {self.directory}: {error}.")
+        for message in problems:
             log.warn(message)
-        with log.interrupt.listening():
-            status, steps = _steps(run, log, optimizers, done, batch)
-        return conclude(run, log, status, steps)
+        again = {"resume": go_on} if go_on else {}
+        log.close(ended.status, {"before": before, "after": after, "steps": steps, "report": str(report)} | again)
+        return Outcome(ended.status, steps, before, after, report, ended.signal, tuple(problems))
 
-
-def conclude(run: AnyRun, log: RunLog, status: str, steps: int) -> Outcome:
-    """Saves what was trained, writes the report and closes the log."""
-    with log.stage("save"):
-        env.return_freed_memory()
-        save_result(run)
-    before, after = log.evaluated(0), log.evaluated(steps) if status == "finished" else {}
-    report = write_report(run.directory)
-    again = {"resume": how_to(run.directory)} if status != "finished" and has_checkpoint(run.directory) else {}
-    log.close(status, {"before": before, "after": after, "steps": steps, "report": str(report)} | again)
-    return Outcome(status, steps, before, after, report)
-
-
-def save_result(run: AnyRun) -> None:
-    """Writes what was trained to the run's directory; an adapter alone, or merged into its model."""
-    for name, model in run.models().items():
-        whole = model is run.adapted and run.config.adapter.save == "merged"
-        save_model(merged(run.adapted) if whole else model, run.tokenizer, run.directory / name)
-
-
-def _steps(run: Run, log: RunLog, optimizers: Optimizers, done: int, batch: RolloutBatch | None) -> tuple[str, int]:
-    """Every step after the first `done`, of which `batch` is the next one's when it has begun.
-
-    Returns (status, completed steps).
-    """
-    config = run.config
-    while True:
-        trains, at, start = False, f"Evaluation after step {done}", position(run, log)
-        try:
-            log.interrupt.check()
-            if evaluates(config, done) and not log.evaluated(done):
-                evaluate(run, log, step=done)
-            log.interrupt.check()
-            if done == config.steps:
-                return "finished", done
-            trains, at, start = True, f"Step {done + 1}", position(run, log)
-            batch = _step(run, log, optimizers, done + 1, batch)
-        except Interrupted as signal:
-            back_to(run, log, start)
-            log.warn(f"Stopped by {signal} after {reached(done, batch)}; saving.")
-            save_or_warn(run, log, optimizers, done, batch=batch)
-            return "interrupted", done
-        except NonFiniteLoss as error:
-            path = error.save(run.directory)
-            log.warn(f"{at}: {error}. Nothing was updated; the batch is in {path}.")
-            return "diverged", done
-        except FloatingPointError as error:  # the sampler met logits that are not finite
-            log.warn(f"{at}: {error}")
-            return "diverged", done
-        except RewardFailure as error:  # the weights are those of the step before, and a judge may be repaired
-            if not trains and not done:
-                raise  # nothing was trained that could be lost
-            back_to(run, log, start)
-            log.warn(f"{at}: {error}")
-            save_or_warn(run, log, optimizers, done, batch=batch)
-            return "rewards failed", done
-        if batch is None:
-            done += 1
-            if config.save_every and (done % config.save_every == 0 or done == config.steps):
-                save_or_warn(run, log, optimizers, done)
-
-
-def evaluates(config: AnyConfig, step: int) -> bool:
-    """Whether a run is evaluated after `step` steps."""
-    return step in (0, config.steps) or bool(config.eval.every and step % config.eval.every == 0)
-
-
-def save_or_warn(run: AnyRun, log: RunLog, optimizers: Optimizers, step: int, **where: Any) -> None:
-    """A checkpoint after `step` steps; one that cannot be written costs neither the run nor the one before it."""
-    try:
-        with log.stage("save"):
-            env.return_freed_memory()
-            save(run, optimizers, log, step, **where)
-    except OSError as error:
-        log.warn(f"The checkpoint after step {step} could not be written: {error}. Earlier ones are as they were.")
-
-
-def _step(run: Run, log: RunLog, optimizers: Optimizers, step: int, batch: RolloutBatch | None) -> RolloutBatch | None:
-    """One rollout batch, from prompts to updated weights, or the rest of one that an interrupt had cut short.
-
-    Returns the batch if it is interrupted once its completions have their rewards: what it lacks is done again.
-    """
-    batch = batch or _rollout(run, log, step)
-    while batch.parts or not batch.scored:
-        start = position(run, log)
-        try:
-            if batch.scored:
-                _update(run, log, optimizers, step, batch)
+    def _save_models(self, ended: Ended) -> None:
+        """Writes what was trained; an adapter alone, or merged into its model. Weights that are not finite get a name
+        that says so."""
+        for name, model in self.learner.models().items():
+            whole = model is self.learner.adapted and self.config.adapter.save == "merged"
+            finite = ended.status != "diverged" or all(bool(weight.isfinite().all()) for weight in model.parameters())
+            folder = self.directory / (name if finite else f"{name}_not_finite")
+            if self.saved and self.saved[1] == self.learner.state_dict() and name == "model" and not whole:
+                copy_model(self.saved[0], folder)
             else:
-                _score(run, log, batch)
-        except Interrupted:
-            back_to(run, log, start)
-            return batch
-    # The sampler runs the very weights that were just updated, so there is nothing to publish.
-    log.step(step, step_metrics(batch.groups, batch.contributing, batch.updates) | batch.numbers)
-    log.completions(step, batch.groups)
-    return None
-
-
-def _rollout(run: Run, log: RunLog, step: int) -> RolloutBatch:
-    """Completions of the next prompts, with rewards, and packed."""
-    config, algorithm = run.config, run.algorithm
-
-    with log.stage("rollout", "tokens") as progress:
-        env.return_freed_memory()  # neither are the activations of training a shape for the rollout
-        prompts = run.prompts.next(config.rollout.prompts)
-        params = run.sampling(seed=config.seed + step)
-        groups = collect(prompts, run.sampler, run.tokenizer, config.rollout.samples, params, progress)
-        env.return_freed_memory()  # nor the caches of the rollout one for training
-    with log.stage("reward", "rewards") as progress:
-        for failure in run.rewards.score(groups, progress=progress):
-            log.warn(f"Step {step}: {failure}")
-    groups, sampled = refill(run, log, step, groups)
-    if algorithm.needs_greedy:
-        sampled |= _score_greedy(run, log, step, groups)
-    algorithm.advantages(groups)
-    contributing = algorithm.contributing(groups)  # the others have a gradient of exactly zero
-    counted = contributing if config.loss.filter_zero_variance else groups
-    with log.stage("pack"):
-        order = torch.Generator().manual_seed(config.seed + step)
-        parts = [
-            (run.pack(algorithm.contributing(part)), algorithm.normalizer(run.count(part)))
-            for part in minibatches(counted, config.optimizer.steps_per_rollout, order)
-        ]
-    return RolloutBatch(groups, contributing, parts, sampled)
-
-
-def _score(run: Run, log: RunLog, batch: RolloutBatch) -> None:
-    """What the algorithm reads of the weights that sampled the completions, and what it estimates from it."""
-    config, algorithm, epochs = run.config, run.algorithm, run.config.optimizer.epochs_per_rollout
-    with log.stage("score", "micro-batches") as progress:
-        # With one update the policy is that of the rollout, and a ratio to the sampler has its numbers from it.
-        old = (len(batch.parts) * epochs > 1 and not algorithm.to_sampler) or algorithm.needs_old
-        options = {"old": old, "temperature": config.rollout.temperature}
-        rest = tracked([one for batches, _ in batch.parts for one in batches], progress)
-        parts = [
-            ([run.score(one, **options) for one in islice(rest, len(batches))], normalizer)
-            for batches, normalizer in batch.parts
-            if batches
-        ]
-        parts, numbers = algorithm.estimate(parts)
-    batch.parts, batch.numbers, batch.scored = parts * epochs, batch.numbers | numbers, True
-
-
-def _update(run: Run, log: RunLog, optimizers: Optimizers, step: int, batch: RolloutBatch) -> None:
-    """One optimizer step, on the first of the batch's parts."""
-    done, total = len(batch.updates), len(batch.updates) + len(batch.parts)
-    with log.stage("train", "micro-batches" + (f" of update {done + 1}/{total}" if total > 1 else "")) as progress:
-        batches, normalizer = batch.parts[0]
-        update = optimise(
-            run.policy,
-            run.critic,
-            optimizers,
-            run.algorithm,
-            batches,
-            normalizer,
-            temperature=run.config.rollout.temperature,
-            only_critic=step <= run.config.ppo.critic_warmup,
-            progress=progress,
-        )
-        batch.updates.append(update)
-        del batch.parts[0]
-
-
-def _score_greedy(run: Run, log: RunLog, step: int, groups: Sequence[Group]) -> dict[str, float]:
-    """Fills in `greedy_reward`, the reward of the prompt's greedy completion, of each group; returns their mean."""
-    with log.stage("rollout", "tokens of greedy completions") as progress:
-        prompts, params = [group.prompt for group in groups], run.greedy(seed=run.config.seed + step)
-        greedy = collect(prompts, run.sampler, run.tokenizer, 1, params, progress)
-        env.return_freed_memory()
-    with log.stage("reward", "rewards") as progress:
-        for failure in run.rewards.score(greedy, progress=progress):
-            log.warn(f"Step {step}, greedy: {failure}")
-    for group, other in zip(groups, greedy, strict=True):
-        group.greedy_reward = other.samples[0].reward
-    return {"greedy/reward": mean_reward(greedy)}
+                save_model(merged(self.learner.adapted) if whole else model, self.tokenizer, folder)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,59 +14,52 @@ from fastrl.data.sampler import fingerprint
 from fastrl.model.policy import Policy
 from fastrl.progress import Progress, unseen
 from fastrl.trainer.files import complete_or_absent
-from fastrl.trainer.offline_setup import OfflineRun
+from fastrl.trainer.learner import Learner
 from fastrl.types import Group
 
 FOLDER, FILE = "reference", "logps.safetensors"
 AT_ONCE = 256  # groups packed at a time
 
 
-def fill_in(run: OfflineRun, groups: Sequence[Group], *, keep: bool = True, progress: Progress = unseen) -> None:
-    """Gives every answer of the groups its `ref_logps`: from the disk, or asked now and, with `keep`, kept there.
+@dataclass(frozen=True)
+class AskedOnce:
+    """A frozen reference, which may be the policy itself before training, and the groups that it is asked about."""
 
-    They are kept under the names of the reference's weights and of the answers, so that neither another model's nor
-    another data set's are ever taken for them. `progress` is told of the answers, before each micro-batch.
-    """
-    groups = run.with_partners(groups)
-    about = {"model": run.reference_fingerprint, "answers": fingerprint(groups), "dtype": run.config.dtype}
-    path = run.directory / FOLDER / FILE
-    kept = _read(path, about) if keep else None
-    if kept is None:
-        kept = torch.cat(_ask(run, groups, progress))
-        if keep:
-            with complete_or_absent(path.parent) as aside:
-                save_file({"logps": kept}, aside / FILE, metadata=about)
-    samples = [sample for group in groups for sample in group.samples]
-    for sample, logps in zip(samples, kept.split([len(sample.token_ids) for sample in samples]), strict=True):
-        sample.ref_logps = logps.tolist()
+    reference: Policy
+    fingerprint: str  # of its weights
+    dtype: str
+    groups: Sequence[Group]
 
+    def fill_in(self, learner: Learner, run_dir: Path | None, *, progress: Progress = unseen) -> None:
+        """Gives every answer its `ref_logps`: from `run_dir`, or asked now and kept there; without one only asked.
 
-def _ask(run: OfflineRun, groups: Sequence[Group], progress: Progress) -> list[torch.Tensor]:
-    """The reference's log-probabilities of each answer, (T,) float32, in the order of the groups."""
-    found: list[torch.Tensor] = []
-    answers = sum(len(group.samples) for group in groups)
+        They are kept under the names of the reference's weights and of the answers, so that neither another model's nor
+        another data set's are ever taken for them. `progress` is told of the answers, before each micro-batch.
+        """
+        groups = [*self.groups, *(Group(one.prompt, [one.mismatched]) for one in self.groups if one.mismatched)]
+        about = {"model": self.fingerprint, "answers": fingerprint(groups), "dtype": self.dtype}
+        samples = [sample for group in groups for sample in group.samples]
+        path = run_dir / FOLDER / FILE if run_dir else None
+        kept = _read(path, about) if path else None
+        if kept is None:
+            self._ask(learner, groups, progress)
+            if path:
+                kept = torch.tensor([logp for sample in samples for logp in sample.ref_logps], dtype=torch.float32)
+                with complete_or_absent(path.parent) as aside:
+                    save_file({"logps": kept}, aside / FILE, metadata=about)
+            return
+        for sample, logps in zip(samples, kept.split([len(sample.token_ids) for sample in samples]), strict=True):
+            sample.ref_logps = logps.tolist()
 
-    def report(done: int, _: int) -> None:
-        progress(len(found) + done, answers)
-
-    for start in range(0, len(groups), AT_ONCE):
-        found += _in_order(run, run.reference, groups[start : start + AT_ONCE], report)
-    return found
-
-
-def _in_order(
-    run: OfflineRun, reference: Policy, groups: Sequence[Group], progress: Progress
-) -> Iterator[torch.Tensor]:
-    """The same of groups that are packed at once."""
-    found: list[list[torch.Tensor]] = [[] for _ in groups]
-    for batch in run.pack(groups):
-        progress(sum(map(len, found)), sum(len(group.samples) for group in groups))
-        logps = reference.score(batch, temperature=1.0).cpu()
-        bounds = pairwise(batch.cu_seqlens.tolist())
-        for group_id, (start, end) in zip(batch.group_ids.tolist(), bounds, strict=True):
-            found[group_id].append(logps[start:end])
-    for answers in found:
-        yield from answers
+    def _ask(self, learner: Learner, groups: Sequence[Group], progress: Progress) -> None:
+        answers, found = sum(len(group.samples) for group in groups), 0
+        for start in range(0, len(groups), AT_ONCE):
+            for batch in learner.pack(groups[start : start + AT_ONCE], whole_groups=True):
+                progress(found, answers)
+                logps = self.reference.score(batch, temperature=1.0).cpu()
+                for sample, part in zip(batch.samples, logps.split(batch.cu_seqlens.diff().tolist()), strict=True):
+                    sample.ref_logps = part.tolist()
+                found += len(batch.samples)
 
 
 def _read(path: Path, about: dict[str, str]) -> torch.Tensor | None:

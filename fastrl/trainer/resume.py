@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,115 +14,95 @@ import numpy as np
 import torch
 
 from fastrl.check import require, sentence
+from fastrl.data.groups import batch_from_json, batch_to_json
 from fastrl.trainer import checkpoint
-from fastrl.trainer.batch import RolloutBatch
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig, config_class, from_dict
 from fastrl.trainer.files import clear_leftovers
-from fastrl.trainer.log import RunLog
-from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.precision import to_json
+from fastrl.types import Batch
 
 if TYPE_CHECKING:
+    from fastrl.trainer.loop import Trainer
     from fastrl.trainer.offline_config import OfflineConfig
-    from fastrl.trainer.offline_setup import OfflineRun
-    from fastrl.trainer.setup import Run
 
     AnyConfig = TrainConfig | OfflineConfig
-    AnyRun = Run | OfflineRun
 
 
-def position(run: AnyRun, log: RunLog) -> dict[str, Any]:
-    """Where the run is, besides weights and optimizer: the prompts drawn, the random numbers and the log.
+def position(run: Trainer) -> dict[str, Any]:
+    """Where the run is, besides weights and optimizer: the source, the algorithm, the random numbers and the log.
 
     What a step samples and in which order it trains is seeded by the step's number; the global generators are for
     what others draw from them, rewards above all.
     """
-    where = {"prompts": run.prompts.state_dict(), "random": _random_state(), "run": run.state()}
-    return where | {"log": log.position()}
+    where = {"source": run.source.state_dict(), "algorithm": run.algorithm.state_dict(), "random": _random_state()}
+    return where | {"log": run.log.position()}
 
 
-def back_to(run: AnyRun, log: RunLog, where: dict[str, Any]) -> None:
+def back_to(run: Trainer, where: dict[str, Any]) -> None:
     """Undoes what was drawn and logged since `position` gave `where`: of work that will be done again."""
     _go_to(run, where)
-    log.rewind(where["log"])
+    run.log.rewind(where["log"])
 
 
-def save(
-    run: AnyRun,
-    optimizers: Mapping[str, MasterOptimizer],
-    log: RunLog,
-    step: int,
-    *,
-    batch: RolloutBatch | None = None,
-) -> Path:
-    """Writes the checkpoint after `step` steps, and deletes those that are no longer kept; returns its folder.
-
-    Args:
-        batch: the rollout batch of the next step, when the run stops inside it.
+def save(run: Trainer) -> Path:
+    """Writes a checkpoint, and deletes those that are no longer kept; returns its folder.
 
     Raises:
         OSError: it cannot be written; nothing of it is left, and the checkpoints before it are as they were.
     """
+    learner, batch = run.learner, run.batch
     state = {
-        "step": step,
-        "optimizer_steps": {name: optimizer.steps for name, optimizer in optimizers.items()},
-        **position(run, log),
-        "log": log.state(),
-        "batch": batch.values() if batch else None,
+        "learner": learner.state_dict(),
+        **position(run),
+        "log": run.log.state(),
+        "batch": batch_to_json(batch) if batch else None,
         "linear": to_json(run.speed.choices),
     }
 
     def contents(folder: Path) -> None:
-        checkpoint.write_model(run.models()["model"], run.tokenizer, folder / "model")
-        for name, optimizer in optimizers.items():
+        checkpoint.write_model(learner.models()["model"], run.tokenizer, folder / "model")
+        for name, optimizer in learner.optimizers.items():
             checkpoint.write_tensors(optimizer.tensors(), folder / f"{name}.safetensors")
-        if batch:
-            checkpoint.write_tensors(batch.tensors(), folder / "rollout.safetensors")
         checkpoint.write_json(state, folder / "state.json")
 
     about = checkpoint.about(
-        step=step,
+        step=learner.steps,
         update=len(batch.updates) if batch else None,
         model={"name": run.config.model, "fingerprint": run.fingerprint},
         recipe=_plain(run.config),
     )
-    name = checkpoint.name_of(step, about["update"])
+    name = checkpoint.name_of(learner.steps, about["update"])
     folder = checkpoint.write_checkpoint(run.directory, name, contents, about)
     checkpoint.keep(run.directory, last=run.config.keep_last, every=run.config.keep_every)
     return folder
 
 
-def restore(run: AnyRun, optimizers: Mapping[str, MasterOptimizer]) -> tuple[int, RolloutBatch | None]:
-    """Puts weights, optimizer, prompts and random numbers back to where `run.resumed` was written.
-
-    Returns the steps that are done, and the rollout batch of the next one when the run stopped inside it.
+def restore(run: Trainer) -> None:
+    """Puts weights, optimizers, source and random numbers back to where `run.resumed` was written, and the batch of the
+    next step where the run stopped inside it.
 
     Raises:
         ValueError: the prompts or the model's shape are others than the run began with.
     """
     found = run.resumed
     state = found.json("state.json")
-    for name, optimizer in optimizers.items():
-        optimizer.load_tensors(found.tensors(f"{name}.safetensors"), steps=state["optimizer_steps"][name])
-    batch = None
-    if state["batch"]:
-        tensors = found.tensors("rollout.safetensors")
-        batch = RolloutBatch.load(state["batch"], tensors, run.prompts.prompts, run.device)
+    run.learner.load(state["learner"], lambda name: found.tensors(f"{name}.safetensors"))
+    run.batch = batch_from_json(state["batch"], run.learner.device) if state["batch"] else None
     _go_to(run, state)
-    return state["step"], batch
 
 
-def resume_log(run: AnyRun, log: RunLog, step: int, batch: RolloutBatch | None) -> None:
+def resume_log(run: Trainer) -> None:
     """Cuts from the run's files what it wrote after `run.resumed`, and says where it goes on from."""
     clear_leftovers(run.directory)
     checkpoint.point_to(run.resumed.folder)  # newer ones are of a future that will not be
-    log.resume(run.resumed.json("state.json")["log"], _where_from(run, reached(step, batch)))
+    where = reached(run.learner.steps, run.batch)
+    run.log.resume(run.resumed.json("state.json")["log"], _where_from(run, where))
     for message in (*run.resumed.skipped, *_differences(run)):
-        log.warn(message)
+        run.log.warn(message)
 
 
-def reached(step: int, batch: RolloutBatch | None) -> str:
+def reached(step: int, batch: Batch | None) -> str:
     """How far a run is, in words."""
     if batch is None:
         return f"step {step}"
@@ -184,13 +164,13 @@ def _changes(found: Checkpoint, config: AnyConfig) -> list[tuple[str, Any, Any]]
     return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
 
 
-def _where_from(run: AnyRun, where: str) -> str:
+def _where_from(run: Trainer, where: str) -> str:
     changes = [change for change in _changes(run.resumed, run.config) if change[0] not in ("resume", "run_dir")]
     listed = "".join(f"; {name} {was} -> {now}" for name, was, now in changes)
     return f"resumed after {where}, from {run.resumed.folder}{listed}"
 
 
-def _differences(run: AnyRun) -> Iterator[str]:
+def _differences(run: Trainer) -> Iterator[str]:
     """What the reader should know about a run that goes on under other conditions."""
     was = run.resumed.manifest["versions"]
     now = checkpoint.about()["versions"]
@@ -216,9 +196,9 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
-def _go_to(run: AnyRun, where: dict[str, Any]) -> None:
-    run.prompts.load_state_dict(where["prompts"])
-    run.load_state(where["run"])
+def _go_to(run: Trainer, where: dict[str, Any]) -> None:
+    run.source.load_state_dict(where["source"])
+    run.algorithm.load_state_dict(where["algorithm"])
     _set_random_state(where["random"])
 
 

@@ -50,6 +50,24 @@ COLUMNS = (
     Column("step s", "step_time", 8),
     Column("left", "eta", 8),
 )
+_HELD_OUT = {  # by the kind of an algorithm's groups, or its name
+    "pairs": (Column("accuracy", "rewards/accuracies", 9), Column("margin", "rewards/margins", 9)),
+    "labelled": (Column("desired", "rewards/chosen", 9), Column("other", "rewards/rejected", 9)),
+    "completions": (Column("entropy", "entropy", 9),),
+    "reward_model": (Column("accuracy", "accuracy", 9), Column("margin", "margin", 9)),
+}
+_EVERY = (
+    Column("loss", "loss", 9),
+    Column("grad", "grad_norm", 8),
+    Column("tok/s", "tokens_per_second", 7),
+    Column("step s", "step_time", 8),
+    Column("left", "eta", 8),
+)
+
+
+def columns_for(kind: str) -> Sequence[Column]:
+    """The numbers of a step's line for an algorithm that learns from groups of this kind, or that has this name."""
+    return _HELD_OUT[kind] + _EVERY if kind in _HELD_OUT else COLUMNS
 
 
 class Screen:

@@ -1,4 +1,4 @@
-"""From a configuration to everything a run needs, all of it checked before anything is written."""
+"""From a configuration to a trainer with everything it needs, all of it checked before anything is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
-from fastrl.algorithms import ActorCritic, Algorithm
+from fastrl.algorithms import Algorithm
+from fastrl.algorithms.offline import Objective, RewardModelling, pair_up
 from fastrl.check import require, sentence
-from fastrl.data.pack import Counts, count, pack
 from fastrl.data.plan import ModelShape
+from fastrl.data.preferences import load_preferences, split_groups, unpair, with_end
 from fastrl.data.prompts import load_prompts, split
 from fastrl.data.sampler import PromptSampler
 from fastrl.kernels.registry import resolve
@@ -29,17 +29,24 @@ from fastrl.model.attention import prepare_attention
 from fastrl.model.load import embedding_rows, fingerprint, load_model, stop_token_ids, vocab_size
 from fastrl.model.policy import Policy
 from fastrl.model.router import about_router
-from fastrl.model.scalar import Critic, ScalarModel, SharedCritic, load_scalar_model
+from fastrl.model.scalar import Critic, ScalarModel, SharedCritic, about_padding, load_scalar_model
 from fastrl.rewards import RewardSuite, resolve_reward
-from fastrl.rollout.base import Sampler, SamplingParams
+from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
+from fastrl.sources import Offline, Rollouts, Sampling, Source
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.config import AdapterConfig, RunConfig, TrainConfig, build_algorithm
+from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
+from fastrl.trainer.learner import Learner
+from fastrl.trainer.lock import free_directory
+from fastrl.trainer.loop import Outcome, Trainer
+from fastrl.trainer.offline_config import OfflineConfig, build_objective
 from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
 from fastrl.trainer.precision import DTYPES, Speed, from_json, resolve_dtype
+from fastrl.trainer.reference import AskedOnce
 from fastrl.trainer.resume import require_same_model, resumable
 from fastrl.trainer.trackers import require_installed
-from fastrl.types import Group, MicroBatch, Prompt
+from fastrl.types import Group, Prompt
 
 if TYPE_CHECKING:
     from typing import TypeVar
@@ -51,93 +58,51 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Run:
-    """The parts of a training run."""
+class _Made:
+    """What a kind of source brings."""
 
-    config: TrainConfig
-    directory: Path
-    device: torch.device
-    policy: Policy
-    reference: Policy | WithoutAdapter | None  # frozen, with a KL term only
-    adapted: PeftModel | None  # the policy's model as peft sees it
-    critic: Critic | None  # of PPO
-    tokenizer: PreTrainedTokenizerBase
-    sampler: Sampler
-    stop_token_ids: tuple[int, ...]
-    prompts: PromptSampler
-    held_out: list[Prompt]
-    rewards: RewardSuite
-    algorithm: Algorithm
-    layout: str
-    shape: ModelShape
-    fingerprint: str  # of the model's weights before training
-    resumed: Checkpoint | None  # where the run goes on from, instead of the model's own weights
-    speed: Speed
+    source: Source
+    evaluations: list[Evaluation]
     said: tuple[str, ...]  # of rows that were left out
-
-    def sampling(self, *, seed: int) -> SamplingParams:
-        """How this run samples, with one step's seed."""
-        rollout = self.config.rollout
-        return SamplingParams(
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            stop_token_ids=self.stop_token_ids,
-            seed=seed,
-            vocab_size=self.policy.head.vocab_size,
-        )
-
-    def greedy(self, *, seed: int) -> SamplingParams:
-        """The same, but the most probable token each time."""
-        return replace(self.sampling(seed=seed), temperature=0.0, top_p=1.0, top_k=0)
-
-    def models(self) -> dict[str, PreTrainedModel]:
-        """What is trained, by the name of its folder; the head of a critic that shares the trunk is no model."""
-        critic = {"critic": self.critic.model} if isinstance(self.critic, ScalarModel) else {}
-        return {"model": self.adapted or self.policy.model} | critic
-
-    @torch.no_grad()
-    def score(self, batch: MicroBatch, *, old: bool, temperature: float) -> MicroBatch:
-        """With what this run's algorithm reads of the weights before the update: `old_logps` when asked for,
-        `ref_logps` where there is a reference, `values` where there is a critic."""
-        shared = isinstance(self.critic, SharedCritic)
-        hidden = self.policy.hidden(batch) if old or shared else None
-        values = self.critic.of(hidden) if shared else self.critic.values(batch) if self.critic else None
-        return replace(
-            batch,
-            old_logps=self.policy.read(hidden, batch, temperature=temperature) if old else batch.old_logps,
-            ref_logps=self.reference.score(batch, temperature=temperature) if self.reference else None,
-            values=values,
-        )
-
-    def state(self) -> dict[str, Any]:
-        """What changes as the run goes on and is neither a weight nor a prompt, as JSON can hold it."""
-        return {"kl_coef": self.algorithm.kl.coef} if isinstance(self.algorithm, ActorCritic) else {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from where `state` was taken."""
-        if isinstance(self.algorithm, ActorCritic):
-            self.algorithm.kl.coef = state["kl_coef"]
-
-    def pack(self, groups: Sequence[Group]) -> list[MicroBatch]:
-        """Micro-batches of the samples that train, in this run's layout and token budget."""
-        return pack(
-            groups,
-            layout=self.layout,
-            max_tokens=self.config.tokens_per_batch,
-            device=self.device,
-            shape=self.shape,
-            mask_truncated=self.config.loss.mask_truncated,
-        )
-
-    def count(self, groups: Sequence[Group]) -> Counts:
-        """What the loss over these groups is normalised by; the same samples as `pack` takes."""
-        return count(groups, mask_truncated=self.config.loss.mask_truncated)
+    once: AskedOnce | None = None
 
 
-def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
-    """Loads and checks model, prompts and rewards.
+def train(config: TrainConfig | OfflineConfig) -> Outcome:
+    """Trains as `config` says and returns how it ended. Nothing is written until models, data and rewards are ready.
+
+    With `config.resume` it goes on in that run's directory, and what follows is what would have followed.
+
+    Raises:
+        ValueError: something in the configuration cannot work; the message says what.
+    """
+    return prepare(config).train()
+
+
+def evaluate_model(config: TrainConfig | OfflineConfig, model: str = "") -> dict[str, float]:
+    """What a model, or else the recipe's own, reaches on what the recipe holds out, printed; writes nothing.
+
+    What is held out is that of a training run with the same data, seed and size. A loss that compares with a reference
+    compares with the recipe's, which is the model that the recipe trains where it names no other.
+
+    Raises:
+        ValueError: the recipe holds nothing out.
+    """
+    offline = isinstance(config, OfflineConfig)
+    held_out, name = (config.data if offline else config.task).held_out, "data" if offline else "task"
+    require(held_out > 0, "evaluate_model", f"{name}.held_out", "at least 1", held_out)
+    if offline and build_objective(config).needs_ref:
+        config = replace(config, reference=config.reference or config.model)
+    run = prepare(replace(config, resume="", model=model or config.model), trains=False)
+    run.speed.show()
+    for message in run.said:
+        print(message)
+    if run.once:
+        replace(run.once, groups=run.evaluations[0].rows).fill_in(run.learner, None)
+    return run.evaluate()
+
+
+def prepare(config: TrainConfig | OfflineConfig, *, trains: bool = True) -> Trainer:
+    """Loads and checks models, data and rewards.
 
     Args:
         trains: put the adapter into the model that the recipe trains; a model that is only judged is left as it is.
@@ -146,40 +111,97 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         ValueError: something the configuration names does not exist or does not fit together.
     """
     config, resumed, device, speed = begin(config)
-    rewards = RewardSuite(
-        [resolve_reward(reward.name, **reward.options) for reward in config.rewards],
-        [reward.weight for reward in config.rewards],
-        max_failure_fraction=config.max_failure_fraction,
-    )
-    algorithm = build_algorithm(config)
-
-    model, tokenizer = load_model(config.model, DTYPES[config.dtype], quantize=config.adapter.quantize, device=device)
+    offline, dtype = isinstance(config, OfflineConfig), DTYPES[config.dtype]
+    rewards = None if offline else _rewards(config)
+    algorithm = build_objective(config) if offline else build_algorithm(config)
+    scalar = isinstance(algorithm, RewardModelling)
+    if scalar:
+        model, tokenizer = load_scalar_model(config.model, dtype)
+    else:
+        model, tokenizer = load_model(config.model, dtype, quantize=config.adapter.quantize, device=device)
     began = fingerprint(model)
     if resumed:
         require_same_model(resumed, config.model, began)
-    layout = prepare_attention(model, config.layout, dtype=DTYPES[config.dtype])
+    layout = prepare_attention(model.to(device), config.layout, dtype=dtype)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     adapted = with_adapter(model, config.adapter) if trains else None
     speed.up(model, config)
-    tokens = vocab_size(model, tokenizer)
-    policy = Policy(model, vocab_size=tokens, **config.of_policy())
-    reference = None
-    if algorithm.needs_ref and adapted:
-        reference = WithoutAdapter(policy, adapted)
-    elif algorithm.needs_ref:
-        frozen, _ = load_model(config.model, DTYPES[config.dtype])
-        speed.up(frozen, config)
-        prepare_attention(frozen.to(device).requires_grad_(False), config.layout, dtype=DTYPES[config.dtype])
-        reference = Policy(frozen, vocab_size=tokens, **config.of_policy())
+    if scalar:
+        policy = ScalarModel(model, router_aux_loss_coef=config.router_aux_loss_coef)
+    else:
+        policy = Policy(model, vocab_size=vocab_size(model, tokenizer), **config.of_policy())
+    learner = Learner(
+        policy,
+        device,
+        layout,
+        ModelShape.of(model),
+        config.tokens_per_batch,
+        partial(make_optimizers, config),
+        adapted=adapted,
+        temperature=1.0 if offline else config.rollout.temperature,
+    )
+    make = _offline if offline else partial(_rollouts, rewards=rewards)
+    made = make(config, algorithm, learner, tokenizer, speed, began)
+    if not offline and trains and model.generation_config is not None:
+        # Whoever generates with what is saved stops where we did.
+        stops = made.source.sampling.params.stop_token_ids
+        model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
+    if resumed:
+        made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before all is written
+    # For rewards that draw from them; last, because libraries that are imported on first use draw from them too.
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(config.seed)
+    about = [about_router(model, config.router_aux_loss_coef), about_padding(tokenizer) if scalar else ""]
+    return Trainer(
+        config=config,
+        directory=resumed.run_dir if resumed else free_directory(config.directory()),
+        learner=learner,
+        algorithm=algorithm,
+        source=made.source,
+        tokenizer=tokenizer,
+        evaluations=made.evaluations,
+        fingerprint=began,
+        speed=speed,
+        once=made.once,
+        resumed=resumed,
+        said=(*filter(None, about), *made.said),
+    )
 
-    critic = load_critic(config, policy, tokenizer, layout) if algorithm.needs_critic else None
-    if isinstance(critic, ScalarModel):
-        speed.up(critic.model, config)
+
+def _rewards(config: TrainConfig) -> RewardSuite:
+    return RewardSuite(
+        [resolve_reward(reward.name, **reward.options) for reward in config.rewards],
+        [reward.weight for reward in config.rewards],
+        max_failure_fraction=config.max_failure_fraction,
+    )
+
+
+def _rollouts(
+    config: TrainConfig,
+    algorithm: Algorithm,
+    learner: Learner,
+    tokenizer: PreTrainedTokenizerBase,
+    speed: Speed,
+    began: str,
+    *,
+    rewards: RewardSuite,
+) -> _Made:
+    """Prompts, an engine on the policy's own model, and what the algorithm has beside the policy."""
+    model, rollout = learner.policy.model, config.rollout
+    if algorithm.needs_ref and learner.adapted:
+        learner.reference = WithoutAdapter(learner.policy, learner.adapted)
+    elif algorithm.needs_ref:
+        learner.reference = _frozen(config, config.model, learner, speed)
+    if algorithm.needs_critic:
+        learner.critic = load_critic(config, learner.policy, tokenizer, learner.layout)
+    separate = [learner.critic.model] if isinstance(learner.critic, ScalarModel) else []
+    for critic in separate:
+        speed.up(critic, config)
 
     prompts, held_out, said = load_task(config, tokenizer)
-    longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
-    room = positions(model, *([critic.model] if isinstance(critic, ScalarModel) else []))
+    longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + rollout.max_new_tokens
+    room = positions(model, *separate)
     require(
         longest <= room,
         "TrainConfig",
@@ -195,36 +217,85 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Run:
         f"at least {longest}, the longest prompt plus rollout.max_new_tokens",
         config.tokens_per_batch,
     )
-    stops = stop_token_ids(model, tokenizer, also=config.rollout.stop, **config.task.template_options)
-    if trains and model.generation_config is not None:  # whoever generates with what is saved stops where we did
-        model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
-    # For rewards that draw from them; last, because libraries that are imported on first use draw from them too.
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(config.seed)
-    run = Run(
-        config=config,
-        directory=resumed.run_dir if resumed else free_directory(config.directory()),
-        device=device,
-        policy=policy,
-        reference=reference,
-        adapted=adapted,
-        critic=critic,
-        tokenizer=tokenizer,
-        sampler=TransformersSampler(model),
-        stop_token_ids=stops,
-        prompts=PromptSampler(prompts, seed=config.seed),
-        held_out=held_out,
-        rewards=rewards,
-        algorithm=algorithm,
-        layout=layout,
-        shape=ModelShape.of(model),
-        fingerprint=began,
-        resumed=resumed,
-        speed=speed,
-        said=(*filter(None, [about_router(model, config.router_aux_loss_coef)]), *said),
+    params = SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=stop_token_ids(model, tokenizer, also=rollout.stop, **config.task.template_options),
+        seed=config.seed,
+        vocab_size=learner.policy.head.vocab_size,
     )
-    run.sampling(seed=config.seed)  # refuses here what the first rollout would refuse
-    return run
+    sampling = Sampling(TransformersSampler(model), tokenizer, params)
+    source = Rollouts(
+        PromptSampler(prompts, seed=config.seed),
+        sampling,
+        rewards,
+        number=rollout.prompts,
+        samples=rollout.samples,
+        refills=rollout.dynamic_sampling,
+        greedy=algorithm.needs_greedy,
+        seed=config.seed,
+        total_steps=config.steps,
+    )
+    evaluations = [OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps)] if held_out else []
+    return _Made(source, evaluations, said)
+
+
+def _offline(
+    config: OfflineConfig,
+    objective: Objective,
+    learner: Learner,
+    tokenizer: PreTrainedTokenizerBase,
+    speed: Speed,
+    began: str,
+) -> _Made:
+    """Rows, and the reference that is asked about all of them before the first step."""
+    policy, model = learner.policy, learner.policy.model
+    reference = policy if objective.needs_ref else None
+    if config.reference and objective.needs_ref:
+        reference = _frozen(config, config.reference, learner, speed, tokenizer)
+    models = [model] + ([reference.model] if reference else [])
+    groups, said = _load_rows(config, objective, tokenizer, min(config.data.max_tokens, positions(*models)))
+    require_known_tokens(model, config.model, (group.prompt.token_ids for group in groups))
+    require_known_tokens(model, config.model, (sample.token_ids for group in groups for sample in group.samples))
+    if isinstance(objective, RewardModelling):
+        groups = with_end(groups, tokenizer.pad_token_id)
+    train, held_out = split_groups(groups, config.data.held_out, config.seed)
+    _require_room(config, learner.layout, groups)
+    if objective.needs_mismatched:
+        for part in filter(None, (train, held_out)):
+            pair_up(part)
+    kind = "ranked" if config.data.ranked else objective.kind
+    source = Offline(PromptSampler(train, seed=config.seed), config.batch, kind, seed=config.seed)
+    once = None
+    if reference:
+        began = fingerprint(reference.model) if config.reference else began
+        once = AskedOnce(reference, began, config.dtype, [*source.first(config.steps), *held_out])
+    return _Made(source, [OnRows(held_out, objective, kind)] if held_out else [], said, once)
+
+
+def _frozen(
+    config: RunConfig,
+    name: str,
+    learner: Learner,
+    speed: Speed,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Policy:
+    """A reference on the policy's device, in 4 bits as it is; of another model than the policy's own, `tokenizer` is
+    checked."""
+    dtype, policy = DTYPES[config.dtype], learner.policy
+    model, other = load_model(name, dtype, quantize=config.adapter.quantize, device=learner.device)
+    if tokenizer is not None:
+        same = other.get_vocab() == tokenizer.get_vocab()
+        got = f"{name!r}, whose {len(other.get_vocab())} tokens are others"
+        do = "Its log-probabilities would be of other tokens."
+        op = type(config).__name__
+        require(same, op, "reference", f"a model with the vocabulary of {config.model!r}", got, do)
+        require_same_rows(op, "reference", model, policy.model, len(tokenizer))
+    speed.up(model, config)
+    prepare_attention(model.to(learner.device).requires_grad_(False), config.layout, dtype=dtype)
+    return Policy(model, vocab_size=policy.head.vocab_size, **config.of_policy())
 
 
 def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Speed]:
@@ -250,18 +321,17 @@ def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Spee
     return resolved, resumed, device, Speed(precision, config.dtype, known)
 
 
-def make_optimizers(run: Run) -> dict[str, MasterOptimizer]:
+def make_optimizers(config: RunConfig, learner: Learner) -> dict[str, MasterOptimizer]:
     """The policy's, which also has the head of a critic that shares its trunk; and that of a critic with its own."""
-    config = run.config
-    each = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout
-    updates, without_policy = config.steps * each, config.ppo.critic_warmup * each
-    params = [*run.policy.model.parameters()]
-    if isinstance(run.critic, SharedCritic):
-        params += run.critic.head.parameters()
+    each, ppo = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout, getattr(config, "ppo", None)
+    updates, without_policy = config.steps * each, ppo.critic_warmup * each if ppo else 0
+    params = [*learner.policy.model.parameters()]
+    if isinstance(learner.critic, SharedCritic):
+        params += learner.critic.head.parameters()
     optimizers = {POLICY: MasterOptimizer(params, config.optimizer, updates - without_policy)}
-    if isinstance(run.critic, ScalarModel):
-        rates = replace(config.optimizer, lr=config.ppo.critic_lr)
-        optimizers[CRITIC] = MasterOptimizer(run.critic.model.parameters(), rates, updates)
+    if isinstance(learner.critic, ScalarModel):
+        rates = replace(config.optimizer, lr=ppo.critic_lr)
+        optimizers[CRITIC] = MasterOptimizer(learner.critic.model.parameters(), rates, updates)
     return optimizers
 
 
@@ -402,10 +472,46 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def free_directory(wanted: Path) -> Path:
-    """`wanted`, or `wanted`-2, -3, ...: the first that does not exist, so that no run overwrites another."""
-    number, directory = 1, wanted
-    while directory.exists():
-        number += 1
-        directory = wanted.with_name(f"{wanted.name}-{number}")
-    return directory
+def _load_rows(
+    config: OfflineConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[list[Group], tuple[str, ...]]:
+    """(groups of the objective's kind, what was said about rows that were left out)."""
+    data = config.data
+    groups, said = with_warnings(
+        lambda: load_preferences(
+            data.source,
+            tokenizer,
+            kind="pairs" if data.unpair else "ranked" if data.ranked else objective.kind,
+            size=data.size,
+            seed=config.seed,
+            options=data.options,
+            chat=data.chat,
+            system=data.system,
+            template_options=data.template_options,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_tokens=max_tokens,
+            margin_column=data.margin_column,
+            soft_label_column=data.soft_label_column,
+        )
+    )
+    if data.unpair:
+        groups = [
+            Group(replace(group.prompt, index=index), group.samples) for index, group in enumerate(unpair(groups))
+        ]
+    return groups, said
+
+
+def _require_room(config: OfflineConfig, layout: str, groups: Sequence[Group]) -> None:
+    """Refuses a token budget that the longest group does not fit, which `pack` would notice only when it is drawn."""
+
+    def tokens(group: Group) -> int:
+        prompt, completions = len(group.prompt.token_ids), [len(sample.token_ids) - 1 for sample in group.samples]
+        if layout == "padded":
+            return len(completions) * (prompt + max(completions))
+        copies = len(completions) if layout == "varlen" else 1  # of the prompt
+        return copies * prompt + sum(completions)
+
+    longest = max(map(tokens, groups))
+    expected = f"at least {longest}, as the longest row has"
+    enough = config.tokens_per_batch >= longest
+    require(enough, "OfflineConfig", "tokens_per_batch", expected, config.tokens_per_batch, "Or lower data.max_tokens.")

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean, pstdev, stdev
 
-from fastrl.losses.metrics import Metrics, finish, merge
-from fastrl.types import Group
+from fastrl.losses.metrics import finish, merge
+from fastrl.types import Batch
 
 
-def step_metrics(
-    groups: Sequence[Group], contributing: Sequence[Group], updates: Sequence[tuple[Metrics, dict[str, float]]]
-) -> dict[str, float]:
-    """What the rollout was worth, and what the optimizer steps on it did; means over the step."""
+def step_metrics(batch: Batch, kind: str) -> dict[str, float]:
+    """What a step's groups, of that kind, were worth, and what the optimizer steps on them did; means over the step."""
+    values = _rewards(batch) if kind == "rewarded" else {}
+    if batch.updates:
+        for name in batch.updates[0][1]:
+            values[name] = fmean([numbers[name] for _, numbers in batch.updates])
+        values |= finish(merge(metrics for metrics, _ in batch.updates))
+    values["num_tokens"] = float(
+        sum(len(group.prompt.token_ids) + len(sample.token_ids) for group in batch.groups for sample in group.samples)
+    )
+    return values | batch.numbers
+
+
+def _rewards(batch: Batch) -> dict[str, float]:
+    groups = batch.groups
     samples = [sample for group in groups for sample in group.samples]
     lengths = [len(sample.token_ids) for sample in samples]
     scored = [sample.reward for sample in samples if sample.reward is not None]
@@ -25,8 +35,7 @@ def step_metrics(
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": fmean([float(not sample.finished) for sample in samples]),
         "completions/unscored": float(len(samples) - len(scored)),
-        "groups/contributing": len(contributing) / len(groups),
-        "num_tokens": float(sum(lengths) + sum(len(g.prompt.token_ids) for g in groups for _ in g.samples)),
+        "groups/contributing": len(batch.contributing) / len(groups),
     }
     if any(len(group.samples) > 1 for group in groups):  # one completion has no spread
         values["reward_std"] = fmean([stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in by_group])
@@ -36,8 +45,4 @@ def step_metrics(
         if rewards:
             values[f"rewards/{name}/mean"] = fmean(rewards)
             values[f"rewards/{name}/std"] = stdev(rewards) if len(rewards) > 1 else 0.0
-    if updates:
-        for name in updates[0][1]:
-            values[name] = fmean([numbers[name] for _, numbers in updates])
-        values |= finish(merge(metrics for metrics, _ in updates))
     return values

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from backends import BACKENDS, using
-from trainer.tiny import offline_config, tiny_config, write_model
+from trainer.tiny import offline_config, sampled, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
 from fastrl import FusedLMHead, linear_logprob
@@ -18,12 +18,8 @@ from fastrl.model.adapter import add_adapter, merged
 from fastrl.model.head import cut
 from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
-from fastrl.rollout.collect import collect
-from fastrl.trainer import offline
 from fastrl.trainer.config import AdapterConfig, LossConfig, OptimizerConfig
-from fastrl.trainer.evaluate import evaluate_model
-from fastrl.trainer.loop import train
-from fastrl.trainer.setup import prepare
+from fastrl.trainer.setup import evaluate_model, prepare, train
 
 TARGETS = pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "lm_head"), ("lm_head",)])
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -64,12 +60,12 @@ def test_logits_of_a_cut_model_are_those_of_the_adapted_one(tmp_path, targets):
 def test_gradient_from_hidden_states_is_that_of_the_adapted_models_own_logits(tmp_path, targets):
     config = tiny_config(tmp_path, adapter=AdapterConfig(rank=4, targets=targets))
     run = prepare(config)
-    model = run.policy.model
+    model = run.learner.policy.model
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
     assert all("lora_" in name for name in trained)
     for param in trained.values():
         torch.nn.init.normal_(param, std=0.2)
-    groups = collect(run.prompts.next(3), run.sampler, run.tokenizer, 2, run.sampling(seed=3))
+    groups = sampled(run, 3, 2, seed=3)
     for index, group in enumerate(groups):
         for sample, reward in zip(group.samples, (0.0, 1.0 + index), strict=True):
             sample.reward = reward
@@ -81,9 +77,9 @@ def test_gradient_from_hidden_states_is_that_of_the_adapted_models_own_logits(tm
         model.zero_grad()
         return found
 
-    batches = replace(run, layout="padded").pack(groups)
+    batches = replace(run.learner, layout="padded").pack(groups)
     for batch in batches:
-        (out,) = run.algorithm.losses(run.policy, None, batch, normalizer, temperature=1.0, entropy=False)
+        (out,) = run.algorithm.losses(run.learner.policy, None, batch, normalizer, temperature=1.0, entropy=False)
         out.loss.backward()
     got = gradient()
     for batch in batches:
@@ -153,8 +149,8 @@ def test_a_saved_adapter_is_judged_as_it_was_when_training_ended(tmp_path):
     after = train(online).after
     assert evaluate_model(replace(online, model=str(tmp_path / "run" / "model"))) == pytest.approx(after)
     written = offline_config(tmp_path, adapter=AdapterConfig(rank=8), run_dir=str(tmp_path / "written"))
-    outcome = offline.train(written)
-    judged = offline.evaluate_model(written, str(tmp_path / "written" / "model"))
+    outcome = train(written)
+    judged = evaluate_model(written, str(tmp_path / "written" / "model"))
     assert judged == pytest.approx(outcome.after, rel=1e-5)
     assert judged["margin"] > 0.01
 

@@ -15,8 +15,10 @@ from fastrl.model.head import cut
 from fastrl.model.load import load_model
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
-from fastrl.trainer import loop, offline
+from fastrl.trainer import setup
 from fastrl.trainer.config import AdapterConfig, ConfigError, LossConfig, OptimizerConfig, load_recipe
+from fastrl.trainer.learner import Learner
+from fastrl.trainer.setup import evaluate_model, train
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 NF4 = AdapterConfig(rank=8, quantize="nf4")
@@ -31,7 +33,7 @@ def _report_without_pictures(monkeypatch):
 def test_without_bitsandbytes_the_refusal_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     with pytest.raises(ModuleNotFoundError, match="quantize: bitsandbytes is not installed: pip install bitsandbytes"):
-        offline.train(offline_config(tmp_path, adapter=NF4))
+        train(offline_config(tmp_path, adapter=NF4))
     assert not (tmp_path / "run").exists()
 
 
@@ -111,7 +113,7 @@ def test_sampling_changes_no_weight_and_gradients_are_those_of_the_dequantised_m
 def test_dpo_on_a_model_in_4_bits_learns_and_saves_an_adapter_that_is_judged_the_same(tmp_path):
     pytest.importorskip("bitsandbytes")
     config = offline_config(tmp_path, steps=12, dtype="bfloat16", adapter=NF4)
-    outcome = offline.train(config)
+    outcome = train(config)
     # How many of the six held-out pairs 12 steps in bfloat16 put right depends on the machine's rounding; not that more
     # than the half do that the model, as its own reference, begins with.
     assert outcome.after["accuracy"] > outcome.before["accuracy"] == 0.5
@@ -119,7 +121,7 @@ def test_dpo_on_a_model_in_4_bits_learns_and_saves_an_adapter_that_is_judged_the
     saved = {path.name for path in (tmp_path / "run" / "model").iterdir()}
     assert "adapter_model.safetensors" in saved
     assert "model.safetensors" not in saved
-    judged = offline.evaluate_model(config, str(tmp_path / "run" / "model"))
+    judged = evaluate_model(config, str(tmp_path / "run" / "model"))
     assert judged == pytest.approx(outcome.after, rel=1e-5)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")  # by itself it goes on the whole weights
     assert any("lora_" in name for name, _ in again.named_parameters())
@@ -128,20 +130,20 @@ def test_dpo_on_a_model_in_4_bits_learns_and_saves_an_adapter_that_is_judged_the
 def test_grpo_on_a_model_in_4_bits_leaves_its_weights_alone(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     seen = []
-    prepared = loop.prepare
-    monkeypatch.setattr(loop, "prepare", lambda config: seen.append(prepared(config)) or seen[-1])
+    prepared = setup.prepare
+    monkeypatch.setattr(setup, "prepare", lambda config: seen.append(prepared(config)) or seen[-1])
     held = []
-    first = loop.make_optimizers
-    monkeypatch.setattr(loop, "make_optimizers", lambda run: held.append(layers(run.policy.model)) or first(run))
+    first = Learner.begin
+    monkeypatch.setattr(Learner, "begin", lambda learner: held.append(layers(learner.policy.model)) or first(learner))
     config = tiny_config(
         tmp_path, steps=10, adapter=NF4, loss=LossConfig(kl="k3", kl_coef=0.001), optimizer=OptimizerConfig(lr=3e-2)
     )
-    outcome = loop.train(config)
+    outcome = train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert lines[-1]["kl"] > 0.01
     assert outcome.status == "finished"
-    after = layers(seen[0].policy.model)
+    after = layers(seen[0].learner.policy.model)
     assert len(after) == 14
     assert all(after[name].equal(weight) for name, weight in held[0].items())
 
@@ -153,6 +155,6 @@ def test_a_resumed_run_in_4_bits_is_bit_for_bit_the_one_that_never_stopped(tmp_p
         path = str(tmp_path / name)
         for steps in (*stops, 4):
             resume = path if stops and steps == 4 else ""
-            offline.train(offline_config(tmp_path, steps=steps, adapter=NF4, save_every=2, run_dir=path, resume=resume))
+            train(offline_config(tmp_path, steps=steps, adapter=NF4, save_every=2, run_dir=path, resume=resume))
         saved[name] = (tmp_path / name / "model" / "adapter_model.safetensors").read_bytes()
     assert saved["whole"] == saved["stopped"]

@@ -67,12 +67,12 @@ def test_loss_scale_does_not_depend_on_steps_per_rollout_and_micro_batches(
     for part in minibatches(groups, steps_per_rollout, torch.Generator().manual_seed(0)):
         gradients = []
         for budget in (16, 40, 400):
-            run.policy.model.zero_grad()
+            run.learner.policy.model.zero_grad()
             for batch in pack(part, layout=layout, max_tokens=budget):
                 normalizer = algorithm.normalizer(count(part))
-                (out,) = algorithm.losses(run.policy, None, batch, normalizer, temperature=1.0, entropy=False)
+                (out,) = algorithm.losses(run.learner.policy, None, batch, normalizer, temperature=1.0, entropy=False)
                 out.loss.backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in run.policy.model.parameters()]))
+            gradients.append(torch.cat([p.grad.flatten() for p in run.learner.policy.model.parameters()]))
         assert gradients[0].abs().max() > 0
         for other in gradients[1:]:
             torch.testing.assert_close(other, gradients[0], rtol=0, atol=1e-6 * gradients[0].abs().max().item())
@@ -84,10 +84,10 @@ def test_sequence_log_probability_is_the_sum_over_completion_tokens_only(tmp_pat
     run = prepare(tiny_config(tmp_path))
     groups = make_groups(30)
     batches = pack(groups, layout=layout, max_tokens=400)
-    got = by_sample(batches, [run.policy.score(batch, temperature=1.0) for batch in batches])
+    got = by_sample(batches, [run.learner.policy.score(batch, temperature=1.0) for batch in batches])
     for group in groups:
         for sample in group.samples:
-            expected = plain_logps(run.policy.model, group.prompt.token_ids, sample.token_ids)
+            expected = plain_logps(run.learner.policy.model, group.prompt.token_ids, sample.token_ids)
             torch.testing.assert_close(got[tuple(sample.token_ids)].sum(), expected.sum(), rtol=0, atol=1e-4)
 
 
@@ -97,9 +97,9 @@ def test_log_probability_i_scores_token_i(tmp_path, layout):
     run = prepare(tiny_config(tmp_path))
     groups = [Group(Prompt(0, "", (3, 4)), [Sample([5, 6], [0.0, 0.0], True, reward=1.0)])]
     (batch,) = pack(groups, layout=layout, max_tokens=16)
-    logps = run.policy.model(torch.tensor([[3, 4, 5, 6]])).logits.log_softmax(-1)[0]
+    logps = run.learner.policy.model(torch.tensor([[3, 4, 5, 6]])).logits.log_softmax(-1)[0]
     expected = torch.stack([logps[1, 5], logps[2, 6]])  # the distributions after 3 4, and after 3 4 5
-    torch.testing.assert_close(run.policy.score(batch, temperature=1.0), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run.learner.policy.score(batch, temperature=1.0), expected, rtol=0, atol=1e-5)
 
 
 @ANY_LAYOUT
@@ -126,41 +126,41 @@ def test_end_of_sequence_is_trained_when_it_is_also_the_padding(tmp_path, layout
     samples = [Sample(ids, [0.0] * len(ids), True, reward=1.0, advantage=1.0) for ids in ends]
     (batch,) = pack([Group(Prompt(0, "", (5,)), samples)], layout=layout, max_tokens=32)
     assert batch.targets[batch.mask].tolist().count(0) == 2
-    hidden = run.policy.hidden(batch)
+    hidden = run.learner.policy.hidden(batch)
     hidden.retain_grad()
-    run.policy.hidden = lambda _: hidden
-    next(run.algorithm.losses(run.policy, None, batch, 2.0, temperature=1.0, entropy=False)).loss.backward()
+    run.learner.policy.hidden = lambda _: hidden
+    next(run.algorithm.losses(run.learner.policy, None, batch, 2.0, temperature=1.0, entropy=False)).loss.backward()
     assert (hidden.grad.abs().sum(-1) > 0).all()
 
 
 def test_tied_head_and_embedding_share_one_gradient_and_one_update(tmp_path):
     """They were updated twice with half the gradient: https://github.com/paiml/entrenar/issues/314."""
     run, groups = prepare(tiny_config(tmp_path)), make_groups(30)[:1]
-    model, weight = run.policy.model, run.policy.head.weight
+    model, weight = run.learner.policy.model, run.learner.policy.head.weight
     assert weight is model.get_input_embeddings().weight
     (batch,) = pack(groups, layout="padded", max_tokens=400)
 
     def gradient_of(tied):
         model.zero_grad()
         head = weight if tied else torch.nn.Parameter(weight.detach().clone())
-        run.policy.head.head.weight = head
-        next(run.algorithm.losses(run.policy, None, batch, 9.0, temperature=1.0, entropy=False)).loss.backward()
-        run.policy.head.head.weight = weight
+        run.learner.policy.head.head.weight = head
+        next(run.algorithm.losses(run.learner.policy, None, batch, 9.0, temperature=1.0, entropy=False)).loss.backward()
+        run.learner.policy.head.head.weight = weight
         return weight.grad.clone() if tied else weight.grad + head.grad
 
     torch.testing.assert_close(gradient_of(tied=True), gradient_of(tied=False), rtol=0, atol=1e-6)
     expected = gradient_of_reference(run, batch)
     optimizer = MasterOptimizer(model.parameters(), OptimizerConfig(), 1)
     assert sum(p is weight for p in optimizer.params) == 1
-    next(run.algorithm.losses(run.policy, None, batch, 9.0, temperature=1.0, entropy=False)).loss.backward()
+    next(run.algorithm.losses(run.learner.policy, None, batch, 9.0, temperature=1.0, entropy=False)).loss.backward()
     index = next(i for i, p in enumerate(optimizer.params) if p is weight)
     torch.testing.assert_close(optimizer._views(optimizer.grad)[index], expected, rtol=0, atol=1e-6)
 
 
 def gradient_of_reference(run, batch):
     """The gradient of the tied weight from full logits and autograd."""
-    weight = run.policy.head.weight
-    logps = run.policy.model(batch.input_ids, position_ids=batch.position_ids).logits.log_softmax(-1)
+    weight = run.learner.policy.head.weight
+    logps = run.learner.policy.model(batch.input_ids, position_ids=batch.position_ids).logits.log_softmax(-1)
     logps = logps.reshape(-1, logps.shape[-1])[batch.hidden_index].gather(-1, batch.targets[:, None]).squeeze(-1)
     lengths = batch.cu_seqlens.diff()
     token_weights = (batch.advantages / lengths / 9.0).repeat_interleave(lengths)

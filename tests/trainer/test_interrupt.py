@@ -17,16 +17,19 @@ from pathlib import Path
 
 import pytest
 from trainer.test_resume import config_for, everything, lines
-from trainer.tiny import offline_config
+from trainer.tiny import in_step, offline_config
 
 from fastrl.algorithms.masks import TokenMasks
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel
 from fastrl.rewards import RewardFailure, call
 from fastrl.rollout.transformers_sampler import TransformersSampler
-from fastrl.trainer import loop, offline, reference
+from fastrl.trainer import loop, reference, setup
 from fastrl.trainer.config import LossConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig
+from fastrl.trainer.evaluate import OnPrompts, OnRows
+from fastrl.trainer.learner import Learner
 from fastrl.trainer.offline_config import OfflineEvalConfig
+from fastrl.trainer.setup import train
 
 REWARDS = (RewardConfig("trainer.tiny:noisy_words"), RewardConfig("trainer.tiny:short"))
 PPO = {
@@ -46,13 +49,12 @@ def optimizers(monkeypatch):
     """Those of every run of the test, in order."""
     made = []
 
-    class Kept(loop.MasterOptimizer):
+    class Kept(setup.MasterOptimizer):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    for module in ("setup", "offline"):
-        monkeypatch.setattr(f"fastrl.trainer.{module}.MasterOptimizer", Kept)
+    monkeypatch.setattr(setup, "MasterOptimizer", Kept)
     return made
 
 
@@ -70,18 +72,6 @@ def arrives_in(patch, owner, name, at, number=signal.SIGINT):
     return calls
 
 
-def in_step(patch, module, number, arm):
-    """Calls `arm` when step `number` begins, and counts from there."""
-    original = module._step
-
-    def step(run, log, optimizers, step, *rest):
-        if step == number:
-            arm()
-        return original(run, log, optimizers, step, *rest)
-
-    patch.setattr(module, "_step", step)
-
-
 def interrupted(train, config, patching):
     """(outcome, calls) of a run in which a signal arrives; `patching` has a monkeypatch and gives the list of calls."""
     with pytest.MonkeyPatch.context() as patch:
@@ -89,9 +79,9 @@ def interrupted(train, config, patching):
         return train(config), calls
 
 
-def in_third_step(patch, owner, name, at, module=loop):
+def in_third_step(patch, owner, name, at):
     calls = []
-    in_step(patch, module, 3, lambda: calls.append(arrives_in(patch, owner, name, at)))
+    in_step(patch, 3, lambda run: calls.append(arrives_in(patch, owner, name, at)))
     return calls
 
 
@@ -121,15 +111,15 @@ def test_a_run_goes_on_bit_for_bit_from_where_a_signal_cut_its_step_short(
     tmp_path, optimizers, changes, hook, at, saved
 ):
     config = config_for(tmp_path, "whole", **({"steps": 4} | changes))
-    loop.train(config)
+    train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
     optimizers.clear()
-    outcome, (calls,) = interrupted(loop.train, stopped, lambda patch: in_third_step(patch, *hook, at))
+    outcome, (calls,) = interrupted(train, stopped, lambda patch: in_third_step(patch, *hook, at))
     assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 2, at)
     assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == f"{saved}\n"
     assert optimizers
     assert all(not optimizer.grad.any() for optimizer in optimizers)
-    assert loop.train(replace(stopped, resume=stopped.run_dir)).status == "finished"
+    assert train(replace(stopped, resume=stopped.run_dir)).status == "finished"
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     begun = " and the rollout of the next" if "update" in saved else ""
     assert what_stopped(resumed, whole) == f"Stopped by SIGINT after step 2{begun}; saving."
@@ -151,10 +141,10 @@ def test_what_schedulers_and_closed_terminals_send_saves_as_ctrl_c_does(tmp_path
 
     def patching(patch):
         calls = []
-        in_step(patch, loop, 2, lambda: calls.append(arrives_in(patch, Policy, "hidden", 1, number)))
+        in_step(patch, 2, lambda run: calls.append(arrives_in(patch, Policy, "hidden", 1, number)))
         return calls
 
-    outcome, _ = interrupted(loop.train, config, patching)
+    outcome, _ = interrupted(train, config, patching)
     assert (outcome.status, outcome.steps) == ("interrupted", 1)
     said = [line["message"] for line in lines(tmp_path / "stopped" / "warnings.jsonl")]
     assert f"Stopped by {number.name} after step 1 and the rollout of the next; saving." in said
@@ -165,7 +155,7 @@ def test_a_hangup_that_was_ignored_before_still_is_as_under_nohup(tmp_path, hear
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     config = config_for(tmp_path, "whole", steps=2)
     patching = lambda patch: [arrives_in(patch, Policy, "hidden", 1, signal.SIGHUP)]  # noqa: E731
-    outcome, (calls,) = interrupted(loop.train, config, patching)
+    outcome, (calls,) = interrupted(train, config, patching)
     assert (outcome.status, outcome.steps) == ("finished", 2)
     assert len(calls) > 1
 
@@ -197,28 +187,28 @@ def test_after_a_hangup_nothing_is_written_to_the_terminal_that_is_gone():
 
 def test_the_second_of_three_updates_that_is_cut_short_is_done_again(tmp_path, optimizers):
     config = config_for(tmp_path, "whole", steps=4, optimizer=OptimizerConfig(lr=1e-2, epochs_per_rollout=3))
-    loop.train(config)
+    train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
     optimizers.clear()
 
     def second_update(patch):
-        calls, original, updates = [], loop.optimise, []
+        calls, original, updates = [], Learner.step, []
 
-        def optimise(*args, **kwargs):
+        def step(*args, **kwargs):
             updates.append(1)
             if len(updates) == 3 + 2:
                 calls.append(arrives_in(patch, Policy, "hidden", 1))
             return original(*args, **kwargs)
 
-        patch.setattr(loop, "optimise", optimise)
+        patch.setattr(Learner, "step", step)
         return calls
 
-    outcome, (calls,) = interrupted(loop.train, stopped, second_update)
+    outcome, (calls,) = interrupted(train, stopped, second_update)
     assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 1, 1)
     assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == "step_000001_update_1\n"
     assert not optimizers[0].grad.any()
     assert optimizers[0].steps == 3 + 1
-    loop.train(replace(stopped, resume=stopped.run_dir))
+    train(replace(stopped, resume=stopped.run_dir))
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 1 and 1 optimizer steps of the next; saving."
     assert resumed == whole
@@ -228,13 +218,13 @@ def test_prompts_drawn_for_a_round_of_dynamic_sampling_that_is_cut_short_are_dra
     rollout = RolloutConfig(prompts=6, samples=2, max_new_tokens=2, dynamic_sampling=3)
     rewards = (RewardConfig("trainer.tiny:wanted_words"),)
     config = config_for(tmp_path, "whole", steps=4, rollout=rollout, rewards=rewards)
-    loop.train(config)
+    train(config)
     assert lines(tmp_path / "whole" / "metrics.jsonl")[2]["dynamic_sampling/rounds"] >= 2
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
     arm = partial(in_third_step, owner=TransformersSampler, name="_decode", at=3)  # the rollout's, and two rounds
-    outcome, (calls,) = interrupted(loop.train, stopped, arm)
+    outcome, (calls,) = interrupted(train, stopped, arm)
     assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 2, 3)
-    loop.train(replace(stopped, resume=stopped.run_dir))
+    train(replace(stopped, resume=stopped.run_dir))
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 2; saving."
     assert resumed == whole
@@ -244,25 +234,25 @@ def test_prompts_drawn_for_a_round_of_dynamic_sampling_that_is_cut_short_are_dra
 def test_an_evaluation_that_is_cut_short_is_done_again_as_a_whole(tmp_path, step):
     """The signal arrives in the sampled part: the greedy one was logged by then, and drew from the random numbers."""
     config = config_for(tmp_path, "whole", steps=4)
-    loop.train(config)
+    train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
 
     def in_evaluation(patch):
-        calls, original = [], loop.evaluate
+        calls, original = [], OnPrompts.run
 
-        def evaluate(run, log, **at):
-            if at["step"] == step:
+        def evaluate(evaluation, learner, log, at):
+            if at == step:
                 calls.append(arrives_in(patch, TransformersSampler, "_decode", 2, signal.SIGTERM))
-            return original(run, log, **at)
+            return original(evaluation, learner, log, at)
 
-        patch.setattr(loop, "evaluate", evaluate)
+        patch.setattr(OnPrompts, "run", evaluate)
         return calls
 
-    outcome, (calls,) = interrupted(loop.train, stopped, in_evaluation)
+    outcome, (calls,) = interrupted(train, stopped, in_evaluation)
     assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", step, 2)
     kept = [line["step"] for line in lines(tmp_path / "stopped" / "evaluations.jsonl")] if step else []
     assert sorted(set(kept)) == list(range(0, step, 2))
-    assert loop.train(replace(stopped, resume=stopped.run_dir)).status == "finished"
+    assert train(replace(stopped, resume=stopped.run_dir)).status == "finished"
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     assert what_stopped(resumed, whole) == f"Stopped by SIGTERM after step {step}; saving."
     assert resumed == whole
@@ -270,11 +260,11 @@ def test_an_evaluation_that_is_cut_short_is_done_again_as_a_whole(tmp_path, step
 
 def test_rewards_that_fail_in_the_second_part_of_an_evaluation_leave_nothing_of_the_first(tmp_path, monkeypatch):
     config = config_for(tmp_path, "whole", steps=4)
-    loop.train(config)
+    train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
 
     def failing(patch):
-        original, calls = loop.evaluate, []
+        original, calls = OnPrompts.run, []
 
         def finish(*args):
             calls.append(1)
@@ -282,18 +272,18 @@ def test_rewards_that_fail_in_the_second_part_of_an_evaluation_leave_nothing_of_
                 raise RewardFailure("no judge at home")
             return finished(*args)
 
-        def evaluate(run, log, *, step):
+        def evaluate(evaluation, learner, log, step):
             if step == 2:
                 patch.setattr(call, "_finish", finish)
-            return original(run, log, step=step)
+            return original(evaluation, learner, log, step)
 
         finished = call._finish
-        patch.setattr(loop, "evaluate", evaluate)
+        patch.setattr(OnPrompts, "run", evaluate)
         return calls
 
-    outcome, _ = interrupted(loop.train, stopped, failing)
+    outcome, _ = interrupted(train, stopped, failing)
     assert (outcome.status, outcome.steps) == ("rewards failed", 2)
-    loop.train(replace(stopped, resume=stopped.run_dir))
+    train(replace(stopped, resume=stopped.run_dir))
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     assert what_stopped(resumed, whole) == "Evaluation after step 2: no judge at home"
     assert resumed == whole
@@ -313,15 +303,15 @@ def test_rewards_that_fail_in_the_second_part_of_an_evaluation_leave_nothing_of_
 def test_an_offline_step_that_is_cut_short_is_done_again_bit_for_bit(tmp_path, optimizers, algorithm, hook, at):
     changes = {"dtype": "bfloat16", "save_every": 4, "batch": 6, "tokens_per_batch": 24}
     config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
-    offline.train(config)
+    train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
     optimizers.clear()
-    patching = partial(in_third_step, owner=hook[0], name=hook[1], at=at, module=offline)
-    outcome, (calls,) = interrupted(offline.train, stopped, patching)
+    patching = partial(in_third_step, owner=hook[0], name=hook[1], at=at)
+    outcome, (calls,) = interrupted(train, stopped, patching)
     assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 2, at)
     assert len(optimizers) == 1
     assert not optimizers[0].grad.any()
-    assert offline.train(replace(stopped, resume=stopped.run_dir)).status == "finished"
+    assert train(replace(stopped, resume=stopped.run_dir)).status == "finished"
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 2; saving."
     assert resumed == whole
@@ -331,24 +321,24 @@ def test_an_offline_step_that_is_cut_short_is_done_again_bit_for_bit(tmp_path, o
 def test_an_offline_evaluation_that_is_cut_short_is_done_again(tmp_path, algorithm):
     changes = {"save_every": 4, "eval": OfflineEvalConfig(every=2), "tokens_per_batch": 24}
     config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
-    offline.train(config)
+    train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
 
     def in_evaluation(patch):
-        calls, original = [], offline._evaluate
+        calls, original = [], OnRows.run
 
-        def evaluate(run, log, step):
+        def evaluate(evaluation, learner, log, step):
             if step == 2:
                 owner, name = (ScalarModel, "scores") if algorithm == "reward_model" else (Policy, "hidden")
                 calls.append(arrives_in(patch, owner, name, 2))
-            original(run, log, step)
+            original(evaluation, learner, log, step)
 
-        patch.setattr(offline, "_evaluate", evaluate)
+        patch.setattr(OnRows, "run", evaluate)
         return calls
 
-    outcome, (calls,) = interrupted(offline.train, stopped, in_evaluation)
+    outcome, (calls,) = interrupted(train, stopped, in_evaluation)
     assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 2, 2)
-    offline.train(replace(stopped, resume=stopped.run_dir))
+    train(replace(stopped, resume=stopped.run_dir))
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 2; saving."
     assert resumed == whole
@@ -357,12 +347,12 @@ def test_an_offline_evaluation_that_is_cut_short_is_done_again(tmp_path, algorit
 def test_a_reference_that_is_cut_short_is_asked_again_and_the_run_goes_on_from_its_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "AT_ONCE", 4)
     config = offline_config(tmp_path, "dpo", run_dir=str(tmp_path / "whole"), save_every=4)
-    offline.train(config)
+    train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
-    outcome, calls = interrupted(offline.train, stopped, lambda patch: arrives_in(patch, Policy, "score", 3))
+    outcome, calls = interrupted(train, stopped, lambda patch: arrives_in(patch, Policy, "score", 3))
     assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 0, 3)
     assert not (tmp_path / "stopped" / "reference").exists()
-    offline.train(replace(stopped, resume=stopped.run_dir))
+    train(replace(stopped, resume=stopped.run_dir))
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     assert what_stopped(resumed, whole) == "Stopped by SIGINT after step 0; saving."
     assert resumed == whole
@@ -380,9 +370,9 @@ def test_the_next_step_does_not_pay_for_what_was_cut_short(tmp_path):
             return original(*args)
 
         patch.setattr(loop, "RunLog", partial(loop.RunLog, clock=lambda: now[0]))
-        in_step(patch, loop, 3, lambda: patch.setattr(TransformersSampler, "_step", slow))
-        assert loop.train(config).status == "interrupted"
-    loop.train(replace(config, resume=config.run_dir))
+        in_step(patch, 3, lambda run: patch.setattr(TransformersSampler, "_step", slow))
+        assert train(config).status == "interrupted"
+    train(replace(config, resume=config.run_dir))
     third = lines(tmp_path / "run" / "metrics.jsonl")[2]
     assert third["time"] > 3600.0
     assert third["step_time"] < 600.0

@@ -12,8 +12,10 @@ import pytest
 from trainer.test_resume import config_for, run_until_crash
 from trainer.tiny import offline_config, tiny_config
 
-from fastrl.trainer import lock, loop, offline
+from fastrl.trainer import lock, setup
+from fastrl.trainer.learner import Learner
 from fastrl.trainer.lock import LOCK, hold
+from fastrl.trainer.setup import train
 
 
 @pytest.fixture(autouse=True)
@@ -88,18 +90,17 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch):
         assert (tmp_path / LOCK).exists()
 
 
-@pytest.mark.parametrize(("config", "train"), [(tiny_config, loop.train), (offline_config, offline.train)])
-def test_two_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch, config, train):
+@pytest.mark.parametrize("config", [tiny_config, offline_config])
+def test_two_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch, config):
     """The other one takes the name while this one loads its model."""
-    module = loop if train is loop.train else offline
-    original = module.prepare
+    original = setup.prepare
 
     def slowly(config):
         run = original(config)
         run.directory.mkdir()
         return run
 
-    monkeypatch.setattr(module, "prepare", slowly)
+    monkeypatch.setattr(setup, "prepare", slowly)
     assert train(config(tmp_path, steps=1)).report.parent.name == "run-2"
     assert not list((tmp_path / "run").iterdir())
     assert not (tmp_path / "run-2" / LOCK).exists()
@@ -112,19 +113,19 @@ def test_a_run_that_still_goes_on_cannot_be_resumed_beside_itself(tmp_path, hold
     process = holder(tmp_path / "run")
     again = replace(config, resume=config.run_dir)
     with pytest.raises(ValueError, match=f"process {process.pid} on"):
-        loop.train(again)
+        train(again)
     assert all(path.read_bytes() == was for path, was in written.items())
     process.kill()
     process.join()
-    assert loop.train(again).status == "finished"
+    assert train(again).status == "finished"
 
 
 def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path, monkeypatch):
-    def fails(run):
-        assert run.directory.is_dir()
+    def fails(learner):
+        assert (tmp_path / "run").is_dir()
         raise ValueError("no optimizer")
 
-    monkeypatch.setattr(loop, "make_optimizers", fails)
+    monkeypatch.setattr(Learner, "begin", fails)
     with pytest.raises(ValueError, match="no optimizer"):
-        loop.train(tiny_config(tmp_path))
+        train(tiny_config(tmp_path))
     assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer.tiny import tiny_config
+from trainer.tiny import in_step, sampled, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,14 +30,11 @@ from fastrl.data.pack import count, pack
 from fastrl.losses.metrics import finish
 from fastrl.model.attention import prepare_attention
 from fastrl.model.policy import Policy
-from fastrl.rollout.collect import collect
-from fastrl.trainer import loop
+from fastrl.progress import Unwatched
+from fastrl.sources import rewards_differ
 from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, build_algorithm
-from fastrl.trainer.dynamic_sampling import refill, rewards_differ
 from fastrl.trainer.interrupt import Interrupt, Interrupted
-from fastrl.trainer.log import RunLog
-from fastrl.trainer.loop import train
-from fastrl.trainer.setup import checkpoint_activations, prepare
+from fastrl.trainer.setup import checkpoint_activations, prepare, train
 from fastrl.types import Group, Prompt, Sample
 
 
@@ -80,8 +77,8 @@ def test_existing_run_is_never_overwritten(tmp_path):
 def rollout(tmp_path):
     """A scored rollout with at least one group that contributes and one that is silent."""
     run = prepare(tiny_config(tmp_path, dtype="float32"))
-    groups = collect(run.prompts.next(5), run.sampler, run.tokenizer, 4, run.sampling(seed=3))
-    run.rewards.score(groups)
+    groups = sampled(run, 5, 4, seed=3)
+    run.source.rewards.score(groups)
     for sample in groups[1].samples:
         sample.reward = 0.5
     for group in groups:
@@ -90,19 +87,19 @@ def rollout(tmp_path):
     return run, groups
 
 
-def gradient(run, groups, algorithm=None, **pack_changes):
+def gradient(run, groups, algorithm=None, **changes):
     """(loss, metrics, flat gradient in float64) of one optimizer step over `groups`."""
     algorithm = algorithm or run.algorithm
-    run = replace(run, config=replace(run.config, **pack_changes), layout=pack_changes.get("layout", run.layout))
+    learner = replace(run.learner, **changes)
     normalizer = algorithm.normalizer(count(groups))
-    run.policy.model.zero_grad()
+    run.learner.policy.model.zero_grad()
     loss, metrics = 0.0, []
-    for batch in run.pack(algorithm.contributing(groups)):
-        out = next(algorithm.losses(run.policy, None, batch, normalizer, temperature=1.0, entropy=True))
+    for batch in learner.pack(algorithm.contributing(groups)):
+        out = next(algorithm.losses(run.learner.policy, None, batch, normalizer, temperature=1.0, entropy=True))
         out.loss.backward()
         loss += out.loss.item()
         metrics.append(out.metrics)
-    return loss, metrics, torch.cat([p.grad.flatten().double() for p in run.policy.model.parameters()])
+    return loss, metrics, torch.cat([p.grad.flatten().double() for p in run.learner.policy.model.parameters()])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -110,11 +107,11 @@ def test_gradient_is_the_same_for_every_layout_and_micro_batch_size(tmp_path, ro
     run, groups = rollout
     built = build_algorithm(tiny_config(tmp_path, algorithm=algorithm))
     built.advantages(groups)
-    loss, _, expected = gradient(run, groups, built, layout="padded", tokens_per_batch=10_000)
+    loss, _, expected = gradient(run, groups, built, layout="padded", max_tokens=10_000)
     assert expected.abs().max() > 0
     for layout in ("padded", "shared"):
         for budget in (12, 31, 64):
-            got_loss, _, got = gradient(run, groups, built, layout=layout, tokens_per_batch=budget)
+            got_loss, _, got = gradient(run, groups, built, layout=layout, max_tokens=budget)
             assert got_loss == pytest.approx(loss, abs=1e-6)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
@@ -159,9 +156,9 @@ def test_reference_model_stays_where_it_started(tmp_path):
 
 def test_dropout_of_the_model_is_switched_off(tmp_path):
     run = prepare(tiny_config(tmp_path))
-    run.policy.model.train()
+    run.learner.policy.model.train()
     batch = torch.randint(1, 30, (2, 8))
-    assert torch.equal(run.policy.head.trunk(batch), run.policy.head.trunk(batch))
+    assert torch.equal(run.learner.policy.head.trunk(batch), run.learner.policy.head.trunk(batch))
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -235,14 +232,7 @@ def test_gradient_checkpointing_does_not_change_the_run(tmp_path):
 
 
 def test_interrupt_stops_inside_the_step_with_everything_before_it_saved(tmp_path, monkeypatch):
-    original = loop._step
-
-    def interrupted(run, log, optimizer, step, *rest):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(run, log, optimizer, step, *rest)
-
-    monkeypatch.setattr(loop, "_step", interrupted)
+    in_step(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGINT))
     before = signal.getsignal(signal.SIGINT)
     outcome = train(tiny_config(tmp_path, steps=50))
     assert (outcome.status, outcome.steps) == ("interrupted", 1)
@@ -264,15 +254,11 @@ def test_second_interrupt_stops_at_once():
 
 
 def test_nan_stops_the_run_updates_nothing_and_saves_the_batch(tmp_path, monkeypatch):
-    original = loop._step
+    def poison(run):
+        hidden = run.learner.policy.hidden
+        monkeypatch.setattr(run.learner.policy, "hidden", lambda batch: hidden(batch) * float("nan"))
 
-    def poisoned(run, log, optimizer, step, *rest):
-        if step == 2:
-            hidden = run.policy.hidden
-            monkeypatch.setattr(run.policy, "hidden", lambda batch: hidden(batch) * float("nan"))
-        return original(run, log, optimizer, step, *rest)
-
-    monkeypatch.setattr(loop, "_step", poisoned)
+    in_step(monkeypatch, 2, poison)
     outcome = train(tiny_config(tmp_path, steps=5))
     assert (outcome.status, outcome.steps) == ("diverged", 1)
     saved = load_file(tmp_path / "run" / "non_finite_batch.safetensors")
@@ -386,25 +372,22 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing_within_its_rounds(t
         return []
 
     run = prepare(tiny_config(tmp_path, rollout=RolloutConfig(4, 2, max_new_tokens=2, dynamic_sampling=2)))
-    monkeypatch.setattr(run.rewards, "score", score)
-    log = RunLog(tmp_path / "log", total_steps=1)
-    even, odd = ([p for p in run.prompts.prompts if p.index % 2 == odd] for odd in (0, 1))
+    monkeypatch.setattr(run.source.rewards, "score", score)
+    even, odd = ([p for p in run.source.prompts.prompts if p.index % 2 == odd] for odd in (0, 1))
     asked = []
 
     def next_prompts(number):
         asked.append(number)
         return [queue.pop(0) for _ in range(number)]
 
-    monkeypatch.setattr(run.prompts, "next", next_prompts)
-    params = run.sampling(seed=1)
+    monkeypatch.setattr(run.source.prompts, "next", next_prompts)
 
     def refilled(first, later):
-        queue[:] = later
+        queue[:] = [*first, *later]
         asked.clear()
-        groups = collect(first, run.sampler, run.tokenizer, 2, params)
-        score(groups)
-        kept, metrics = refill(run, log, 1, groups)
-        return [group.prompt for group in kept], metrics
+        batch = run.source.next(run.learner, Unwatched())
+        assert asked.pop(0) == 4
+        return [group.prompt for group in batch.groups], batch.numbers
 
     queue = []
     # Two of four teach something; the first round finds one more, the second the last one.
@@ -463,14 +446,14 @@ def padded_model(folder, rows=60):
 def test_rows_that_only_pad_the_head_are_never_drawn_and_have_no_probability_in_training(tmp_path):
     config, tokens = padded_model(tmp_path)
     run = prepare(config)
-    assert run.policy.head.vocab_size == run.sampling(seed=0).vocab_size == tokens
-    groups = collect(run.prompts.next(4), run.sampler, run.tokenizer, 8, run.sampling(seed=1))
+    assert run.learner.policy.head.vocab_size == replace(run.source.sampling.params, seed=0).vocab_size == tokens
+    groups = sampled(run, 4, 8, seed=1)
     drawn = [sample for group in groups for sample in group.samples]
     assert max(max(sample.token_ids) for sample in drawn) < tokens
     for sample in drawn:
         sample.reward = 1.0
-    for batch in run.pack(groups):
-        scored = run.policy.score(batch, temperature=1.0)
+    for batch in run.learner.pack(groups):
+        scored = run.learner.policy.score(batch, temperature=1.0)
         torch.testing.assert_close(scored, batch.sampling_logps, rtol=0, atol=1e-4)
     assert train(replace(config, steps=2)).status == "finished"
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
@@ -488,7 +471,9 @@ def test_what_is_saved_stops_where_training_stopped(tmp_path):
     tokenizer.save_pretrained(config.model)
     train(replace(config, steps=1))
     saved = GenerationConfig.from_pretrained(tmp_path / "run" / "model").eos_token_id
-    assert saved == list(prepare(replace(config, run_dir=str(tmp_path / "other"))).stop_token_ids)
+    assert saved == list(
+        prepare(replace(config, run_dir=str(tmp_path / "other"))).source.sampling.params.stop_token_ids
+    )
     assert tokenizer.convert_tokens_to_ids("w29") in saved
 
 
@@ -539,7 +524,7 @@ def test_stops_of_the_recipe_are_added_and_template_options_reach_the_template(t
     task = replace(config.task, chat=True, template_options={"shout": True})
     run = prepare(replace(config, task=task, rollout=replace(config.rollout, stop=("w5", "w6"))))
     words = tokenizer.convert_tokens_to_ids(["<eos>", "w5", "w6"])
-    assert run.stop_token_ids == tuple(words)
-    assert {prompt.token_ids[-1] for prompt in run.held_out} == {tokenizer.convert_tokens_to_ids("w9")}
+    assert run.source.sampling.params.stop_token_ids == tuple(words)
+    assert {prompt.token_ids[-1] for prompt in run.evaluations[0].prompts} == {tokenizer.convert_tokens_to_ids("w9")}
     with pytest.raises(ValueError, match="texts that are one token each, got 'w5 w6', which is 2"):
         prepare(replace(config, rollout=replace(config.rollout, stop=("w5 w6",))))

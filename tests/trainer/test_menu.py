@@ -10,19 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from trainer.test_resume import config_for, everything, run_until_crash
-from trainer.tiny import tiny_config
+from trainer.tiny import sampled, tiny_config
 
 from fastrl import advantages
 from fastrl.algorithms import ActorCritic, KLController, TokenMasks
 from fastrl.algorithms.masks import masked
+from fastrl.algorithms.policy_gradient import Part
 from fastrl.data.pack import count
 from fastrl.losses.policy import policy_loss
 from fastrl.losses.presets import PPO
 from fastrl.losses.token_masks import kl_cov_penalty
 from fastrl.ops.gae import gae
 from fastrl.rollout.collect import collect
+from fastrl.sources import collect as judging
 from fastrl.spec import Correction
-from fastrl.trainer import loop
 from fastrl.trainer.config import (
     LossConfig,
     OptimizerConfig,
@@ -32,8 +33,7 @@ from fastrl.trainer.config import (
     TrainConfig,
     build_algorithm,
 )
-from fastrl.trainer.loop import train
-from fastrl.trainer.setup import prepare
+from fastrl.trainer.setup import prepare, train
 
 MASKS = {
     "top_entropy": TokenMasks(top_entropy=0.3),
@@ -64,7 +64,7 @@ def sampler_is_off_by(monkeypatch, nats):
                 sample.sampling_logps = [logp + nats for logp in sample.sampling_logps]
         return groups
 
-    monkeypatch.setattr(loop, "collect", shifted)
+    monkeypatch.setattr(judging, "collect", shifted)
 
 
 # Estimators
@@ -100,13 +100,13 @@ def test_remax_compares_each_completion_with_the_greedy_one_of_its_prompt(tmp_pa
     rollout = RolloutConfig(prompts=5, samples=samples, max_new_tokens=6, top_p=0.9)
     config = tiny_config(tmp_path, steps=1, algorithm="remax", rollout=rollout)
     run = prepare(config)
-    prompts = {prompt.index: prompt for prompt in run.prompts.prompts}
+    prompts = {prompt.index: prompt for prompt in run.source.prompts.prompts}
     train(config)
     rows = lines(tmp_path / "run" / "completions.jsonl")
     greedy = {}
     for index in {row["prompt_index"] for row in rows}:
         ids = torch.tensor([prompts[index].token_ids])
-        out = run.policy.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        out = run.learner.policy.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
         words = run.tokenizer.decode(out, skip_special_tokens=True).split()
         greedy[index] = words.count("w7") / max(1, len(words))
     assert [row["advantage"] for row in rows] == [
@@ -180,8 +180,8 @@ def test_dual_clip_bounds_what_a_negative_advantage_costs(tmp_path, monkeypatch)
 def rollout(tmp_path):
     """A scored rollout whose sampler and old policy are a little off, and one group that is silent."""
     run = prepare(tiny_config(tmp_path))
-    groups = collect(run.prompts.next(5), run.sampler, run.tokenizer, 4, run.sampling(seed=3))
-    run.rewards.score(groups)
+    groups = sampled(run, 5, 4, seed=3)
+    run.source.rewards.score(groups)
     noise = torch.Generator().manual_seed(1)
     for group in groups:
         for sample in group.samples:
@@ -199,27 +199,26 @@ def with_masks(tmp_path, masks, **changes):
 
 def packed(run, groups, algorithm, layout, budget):
     """The micro-batches of one optimizer step; the old policy is where the sampler is, and a little beyond."""
-    run = replace(run, config=replace(run.config, tokens_per_batch=budget), layout=layout)
-    batches = run.pack(algorithm.contributing(groups))
+    batches = replace(run.learner, max_tokens=budget, layout=layout).pack(algorithm.contributing(groups))
     return [replace(batch, old_logps=batch.sampling_logps - 0.1) for batch in batches]
 
 
 def select(run, algorithm, batches, *, seed):
     """The micro-batches of an optimizer step as the algorithm's masks leave them, and metrics."""
     options = {"temperature": 1.0, "to_sampler": algorithm.to_sampler, "seed": seed}
-    return masked(run.policy, batches, algorithm.masks, algorithm.spec, **options)
+    return masked(run.learner.policy, batches, algorithm.masks, algorithm.spec, **options)
 
 
 def gradient(run, algorithm, batches, normalizer):
-    """(loss, flat gradient in float64) of one optimizer step, as `optimise` takes it."""
-    run.policy.model.zero_grad()
+    """(loss, flat gradient in float64) of one optimizer step, as `Learner.step` takes it."""
+    run.learner.policy.model.zero_grad()
     total = 0.0
     batches, _ = select(run, algorithm, batches, seed=5)
     for batch in batches:
-        for out in algorithm.losses(run.policy, None, batch, normalizer, temperature=1.0, entropy=False):
+        for out in algorithm.losses(run.learner.policy, None, batch, normalizer, temperature=1.0, entropy=False):
             out.loss.backward()
             total += out.loss.item()
-    return total, torch.cat([p.grad.flatten().double() for p in run.policy.model.parameters()])
+    return total, torch.cat([p.grad.flatten().double() for p in run.learner.policy.model.parameters()])
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -240,7 +239,9 @@ def test_masked_gradient_is_the_same_for_every_layout_and_micro_batch_size(tmp_p
 
 def plain_tokens(run, batch):
     """(log-probabilities, entropies) of the batch's tokens, from the model's own logits, with gradient."""
-    out = run.policy.model(batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.attention_mask)
+    out = run.learner.policy.model(
+        batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.attention_mask
+    )
     logits = out.logits.flatten(0, 1)[batch.hidden_index].double().log_softmax(-1)
     return logits.gather(1, batch.targets[:, None])[:, 0], -(logits.exp() * logits).sum(1)
 
@@ -274,7 +275,7 @@ def test_masked_gradient_is_that_of_the_plain_expression(tmp_path, rollout, name
     normalizer = algorithm.normalizer(count(groups))
     loss, got = gradient(run, algorithm, [batch], normalizer)
     each = batch.advantages.repeat_interleave(batch.cu_seqlens.diff())
-    run.policy.model.zero_grad()
+    run.learner.policy.model.zero_grad()
     logps, entropies = plain_tokens(run, batch)
     keep, held = expected_keep(masks, batch, logps.detach(), entropies.detach(), each)
     assert 0 < keep.sum() <= (each != 0).sum()
@@ -285,7 +286,7 @@ def test_masked_gradient_is_that_of_the_plain_expression(tmp_path, rollout, name
     per_token = 1 / batch.cu_seqlens.diff().repeat_interleave(batch.cu_seqlens.diff()) / normalizer
     total = total + kl_cov_penalty(logps, batch.old_logps, held, per_token, coef=masks.kl_cov_coef)
     total.backward()
-    expected = torch.cat([p.grad.flatten().double() for p in run.policy.model.parameters()])
+    expected = torch.cat([p.grad.flatten().double() for p in run.learner.policy.model.parameters()])
     assert loss == pytest.approx(total.item(), rel=1e-4)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
@@ -297,7 +298,7 @@ def test_clip_cov_drops_its_share_of_the_tokens_between_its_bounds_and_others_at
     algorithm.advantages(groups)
     (batch,) = packed(run, groups, algorithm, "padded", 10_000)
     each = batch.advantages.repeat_interleave(batch.cu_seqlens.diff())
-    live, logps = each != 0, run.policy.score(batch, temperature=1.0)
+    live, logps = each != 0, run.learner.policy.score(batch, temperature=1.0)
     cov = (logps - logps[live].mean()) * (each - each[live].mean())
     found = []
     for seed in (1, 2):
@@ -360,20 +361,20 @@ def test_a_resumed_run_draws_the_tokens_that_clip_cov_would_have_drawn(tmp_path)
 
 def test_policy_and_critic_take_lambdas_of_their_own(tmp_path):
     run = prepare(tiny_config(tmp_path, algorithm="ppo"))
-    groups = collect(run.prompts.next(4), run.sampler, run.tokenizer, 3, run.sampling(seed=3))
+    groups = sampled(run, 4, 3, seed=3)
     for index, sample in enumerate(sample for group in groups for sample in group.samples):
         sample.token_ids, sample.sampling_logps = (
             sample.token_ids[: 1 + index % 5],
             sample.sampling_logps[: 1 + index % 5],
         )
         sample.reward = float(index % 3)
-    (batch,) = replace(run, config=replace(run.config, tokens_per_batch=10_000)).pack(groups)
+    (batch,) = replace(run.learner, max_tokens=10_000).pack(groups)
     values = torch.randn(len(batch.targets), generator=torch.Generator().manual_seed(0))
     batch = replace(batch, values=values, old_logps=batch.sampling_logps)
     options = {"gamma": 0.9, "whiten": False}
     base = ActorCritic(PPO, KLController(0.0), lam=1.0, **options)
     fixed, by_length = replace(base, lam_policy=0.5), replace(base, length_alpha=0.4)
-    ((one,), _), ((two,), _), ((three,), _) = (a.estimate([([batch], 1.0)])[0][0] for a in (base, fixed, by_length))
+    (one,), (two,), (three,) = (a.estimate([Part([batch], 1.0)])[0][0].batches for a in (base, fixed, by_length))
     assert torch.equal(one.returns, two.returns)
     torch.testing.assert_close(one.returns, three.returns)
     # Rewards are the scores at the last tokens, the KL coefficient being 0.
@@ -423,14 +424,14 @@ def test_a_critic_that_is_warmed_up_learns_alone_and_then_the_policy_with_it(tmp
 
 def test_imitation_weighs_the_tokens_of_each_optimizer_step_that_scored(tmp_path):
     run = prepare(tiny_config(tmp_path, algorithm="ppo"))
-    groups = collect(run.prompts.next(4), run.sampler, run.tokenizer, 3, run.sampling(seed=3))
+    groups = sampled(run, 4, 3, seed=3)
     for index, sample in enumerate(sample for group in groups for sample in group.samples):
         sample.reward = float(index % 3) - 1.0
     algorithm = ActorCritic(PPO, KLController(0.0), positive_nll=0.2)
-    batches = run.pack(groups)
+    batches = run.learner.pack(groups)
     assert len(batches) > 1
     filled = [replace(b, values=torch.zeros(len(b.targets)), old_logps=b.sampling_logps) for b in batches]
-    (((*batches,), _), _) = algorithm.estimate([(filled, 1.0), (filled[:1], 1.0)])[0]
+    batches = algorithm.estimate([Part(filled, 1.0), Part(filled[:1], 1.0)])[0][0].batches
     weights = torch.cat([batch.nll_weights for batch in batches])
     scores = torch.cat([batch.scores.repeat_interleave(batch.cu_seqlens.diff()) for batch in batches])
     tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples if sample.reward > 0)
@@ -445,7 +446,7 @@ def test_reinforce_pp_by_recipe_takes_whitened_rewards_to_go_with_the_kl_in_them
 
     def keep(self, parts):
         filled, numbers = estimate(self, parts)
-        estimated.append(([b for part, _ in parts for b in part], [b for part, _ in filled for b in part]))
+        estimated.append(([b for part in parts for b in part.batches], [b for part in filled for b in part.batches]))
         return filled, numbers
 
     estimate = ActorCritic.estimate

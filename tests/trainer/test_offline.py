@@ -9,6 +9,7 @@ import signal
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -17,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from trainer.test_resume import Crash, everything, lines
-from trainer.tiny import offline_config, tiny_config, write_answers, write_model
+from trainer.tiny import in_step, offline_config, tiny_config, write_answers, write_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -47,9 +48,8 @@ from fastrl.preference_spec import (
     UnpairedPreferenceLoss,
 )
 from fastrl.rewards import resolve_reward
-from fastrl.trainer import loop, offline
+from fastrl.trainer import evaluate, loop, reference, setup
 from fastrl.trainer.config import ConfigError, OptimizerConfig, RewardConfig, load_recipe
-from fastrl.trainer.offline import train
 from fastrl.trainer.offline_config import (
     DataConfig,
     OfflineConfig,
@@ -60,6 +60,7 @@ from fastrl.trainer.offline_config import (
 from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.records import read_run
 from fastrl.trainer.report import judged
+from fastrl.trainer.setup import prepare, train
 from fastrl.types import Group
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -122,7 +123,7 @@ def trained_model(folder, objective, dtype=torch.float32):
 def gradient(folder, objective, *args, **data):
     model = trained_model(folder, objective)
     optimizer = MasterOptimizer(model.model.parameters(), OptimizerConfig(), 1)
-    loss, _ = objective.accumulate(model, answers(*groups_of(folder, objective, **data), *args))
+    loss, _ = objective.accumulate(SimpleNamespace(policy=model), answers(*groups_of(folder, objective, **data), *args))
     return float(loss), optimizer.grad.clone()
 
 
@@ -153,7 +154,7 @@ def test_ranked_answers_of_a_prompt_are_compared_pair_by_pair_and_weigh_one_toge
     model = trained_model(folder, objective)
     groups, _ = groups_of(folder, objective, "ranked")
     given = answers(groups, [], (3, 5))
-    loss, _ = objective.accumulate(model, given)
+    loss, _ = objective.accumulate(SimpleNamespace(policy=model), given)
     expected, pairs, right, gap = 0.0, 0, 0, 0.0
     for place, group in enumerate(groups):
         scores = model.scores(answers([group], [], (1,)).batches[0]).tolist()
@@ -174,7 +175,7 @@ def test_margins_and_soft_labels_of_the_rows_are_those_of_the_loss(folder, name)
     objective = objective_of(OFFLINE[name])
     model = trained_model(folder, objective)
     groups, others = groups_of(folder, objective, **BY_JUDGE)
-    loss, _ = objective.accumulate(model, answers(groups, others, (3, 5)))
+    loss, _ = objective.accumulate(SimpleNamespace(policy=model), answers(groups, others, (3, 5)))
     alone = []
     for group in groups:
         d = objective.measure(model, answers([group], [], (1,)))["margin"] - group.margin
@@ -189,7 +190,7 @@ def test_the_gradient_is_that_of_autograd_through_the_models_own_logits(folder, 
     objective = objective_of(spec)
     policy = trained_model(folder, objective, torch.float64)
     given = answers(*groups_of(folder, objective), (4, 4))
-    loss, _ = objective.accumulate(policy, given)
+    loss, _ = objective.accumulate(SimpleNamespace(policy=policy), given)
     got = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     policy.model.zero_grad()
     (whole,) = answers(*groups_of(folder, objective)).batches
@@ -228,7 +229,7 @@ def test_every_algorithm_takes_two_steps_that_lower_its_loss(folder, name, loss)
     before = objective.measure(model, given)
     losses = []
     for _ in range(2):
-        loss, _ = objective.accumulate(model, given)
+        loss, _ = objective.accumulate(SimpleNamespace(policy=model), given)
         assert optimizer.step() > 0
         losses.append(float(loss))
     after = objective.measure(model, given)
@@ -299,7 +300,7 @@ def test_a_recipe_selects_divergences_and_mixtures(tmp_path, algorithm, loss, sp
 def test_flags_select_factors_as_a_recipe_does(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        offline, "train", lambda config: seen.append(config) or loop.Outcome("finished", 0, {}, {}, tmp_path)
+        setup, "train", lambda config: seen.append(config) or loop.Outcome("finished", 0, {}, {}, tmp_path)
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("algorithm: dpo")
@@ -314,7 +315,7 @@ def test_kto_takes_its_baseline_from_answers_to_other_prompts(folder):
     objective = build_objective(OfflineConfig(algorithm="kto"))
     policy = trained_model(folder, objective)
     given = answers(*groups_of(folder, objective))
-    _, metrics = objective.accumulate(policy, given)
+    _, metrics = objective.accumulate(SimpleNamespace(policy=policy), given)
     logps = torch.cat([policy.score(b, temperature=1.0) - b.ref_logps for b in given.mismatched])
     assert float(metrics[0]["kl"][0]) == pytest.approx(max(0.0, float(logps.sum()) / 8), rel=1e-5)
     assert float(logps.sum()) > 0  # else the baseline is 0 whatever it was taken from
@@ -342,26 +343,12 @@ def test_a_run_improves_what_it_measures_on_held_out_rows(tmp_path, algorithm, m
     assert f"Held-out {name}" in outcome.report.read_text() or f", {name} " in outcome.report.read_text()
 
 
-def crash_in_step(number):
-    original = offline._step
-
-    def step(run, log, optimizer, step):
-        if step == number:
-            raise Crash
-        original(run, log, optimizer, step)
-
-    return step
+def crash(run):
+    raise Crash
 
 
-def interrupt_in_step(number):
-    original = offline._step
-
-    def step(run, log, optimizer, step):
-        if step == number:
-            os.kill(os.getpid(), signal.SIGINT)
-        original(run, log, optimizer, step)
-
-    return step
+def interrupt(run):
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -375,12 +362,12 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, monke
     train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
-        patch.setattr(offline, "_step", crash_in_step(7))
+        in_step(patch, 7, crash)
         with pytest.raises(Crash):
             train(stopped)
     assert [line["step"] for line in lines(tmp_path / "stopped" / "metrics.jsonl")] == list(range(1, 7))
     with monkeypatch.context() as patch:  # what the reference said is on the disk
-        patch.setattr("fastrl.trainer.reference._in_order", lambda *_: pytest.fail("the reference was asked again"))
+        patch.setattr("fastrl.trainer.reference.AskedOnce._ask", lambda *_: pytest.fail("the reference was asked again"))
         assert train(replace(stopped, resume=stopped.run_dir)).status == "finished"
     assert everything(tmp_path / "stopped") == everything(tmp_path / "whole")
 
@@ -412,17 +399,18 @@ def test_the_report_shows_held_out_rows_with_what_was_measured_on_each_before_an
     outcome = train(config)
     run_dir = outcome.report.parent
     found = judged(read_run(run_dir))
-    run = offline.prepare(config)
-    assert (found.steps, found.total, len(found.rows)) == ((0, 6), len(run.held_out), offline.SHOWN_ROWS)
+    run = prepare(config)
+    assert (found.steps, found.total, len(found.rows)) == ((0, 6), len(run.evaluations[0].rows), evaluate.SHOWN_ROWS)
     assert sorted({role for row in found.rows for role, _, _ in row.answers}) == roles
-    for row, group in zip(found.rows, run.held_out, strict=False):
+    for row, group in zip(found.rows, run.evaluations[0].rows, strict=False):
         assert row.prompt == group.prompt.content
         assert [text for _, _, text in row.answers] == [sample.text for sample in group.samples]
     saved = [line for line in lines(run_dir / "evaluation_completions.jsonl") if line["step"] == 6]
-    assert len(saved) == sum(len(group.samples) for group in run.held_out[: offline.SHOWN_ROWS])
-    if not run.objective.needs_ref:
-        again = offline.prepare(replace(config, model=str(run_dir / "model")), trains=False)
-        alone = again.objective.measure(again.policy, again.answers(again.held_out[:1]))
+    assert len(saved) == sum(len(group.samples) for group in run.evaluations[0].rows[: evaluate.SHOWN_ROWS])
+    if not run.algorithm.needs_ref:
+        again = prepare(replace(config, model=str(run_dir / "model")), trains=False)
+        answers = Answers.of(again.learner, again.evaluations[0].rows[:1])
+        alone = again.algorithm.measure(again.learner.policy, answers)
         assert saved[0]["rewards"] == pytest.approx({n: alone[n] for n in alone if n != "accuracy"}, rel=1e-4)
     page = outcome.report.read_text()
     assert f"The first 6 of {found.total}, each measured by itself" in page
@@ -445,7 +433,7 @@ def test_ctrl_c_saves_and_the_command_it_prints_goes_on(tmp_path, monkeypatch, c
     config = offline_config(tmp_path, run_dir=str(tmp_path / "whole"))
     train(config)
     with monkeypatch.context() as patch:
-        patch.setattr(offline, "_step", interrupt_in_step(2))
+        in_step(patch, 2, interrupt)
         outcome = train(replace(config, run_dir=str(tmp_path / "stopped")))
     assert (outcome.status, outcome.steps) == ("interrupted", 1)
     stopped = tmp_path / "stopped"
@@ -462,8 +450,8 @@ def test_what_the_reference_said_of_other_weights_or_answers_is_asked_again(tmp_
     whole = load_file(kept)["logps"].clone()  # the file is about to change under it
     kept.write_bytes(kept.read_bytes()[:-100])
     asked = []
-    original = offline.fill_in.__globals__["_in_order"]
-    monkeypatch.setattr("fastrl.trainer.reference._in_order", lambda *a: asked.append(1) or original(*a))
+    original = reference.AskedOnce._ask
+    monkeypatch.setattr(reference.AskedOnce, "_ask", lambda *a: asked.append(1) or original(*a))
     assert train(replace(config, resume=str(tmp_path / "run"))).status == "finished"
     assert asked
     assert torch.equal(load_file(kept)["logps"], whole)
@@ -479,8 +467,8 @@ def test_no_step_pays_for_the_reference_or_the_optimizers_buffers(tmp_path, monk
     def slow(function):
         return lambda *args, **named: time.sleep(1) or function(*args, **named)
 
-    for name in ("fill_in", "MasterOptimizer"):
-        monkeypatch.setattr(offline, name, slow(getattr(offline, name)))
+    for owner, name in ((reference.AskedOnce, "fill_in"), (setup, "MasterOptimizer")):
+        monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
     train(offline_config(tmp_path, steps=1))
     (step,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert step["time"] - step["step_time"] >= 2
@@ -611,7 +599,7 @@ def test_a_run_is_resumed_only_by_its_own_recipe_model_and_rows(tmp_path):
         with pytest.raises(ValueError, match=message):
             train(replace(config, resume=run_dir, **changes))
     with pytest.raises(ValueError, match=r"resume: algorithm: expected 'dpo' as in .*, got 'grpo'"):
-        loop.train(tiny_config(tmp_path, resume=run_dir))
+        train(tiny_config(tmp_path, resume=run_dir))
     path = Path(config.data.source)
     path.write_text(json.dumps(longer) + "\n" + path.read_text())
     with pytest.raises(ValueError, match="expected the state of the same prompts"):
@@ -629,15 +617,15 @@ def test_pairs_train_kto_as_single_answers(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_updates_nothing(tmp_path, monkeypatch):
     config = offline_config(tmp_path)
-    original = offline.prepare
+    original = setup.prepare
 
     def broken(config):
         run = original(config)
         with torch.no_grad():
-            run.policy.model.model.norm.weight[0] = float("nan")
+            run.learner.policy.model.model.norm.weight[0] = float("nan")
         return run
 
-    monkeypatch.setattr(offline, "prepare", broken)
+    monkeypatch.setattr(setup, "prepare", broken)
     outcome = train(config)
     assert (outcome.status, outcome.steps) == ("diverged", 0)
     assert (tmp_path / "run" / "non_finite_batch.safetensors").is_file()
@@ -713,7 +701,7 @@ def test_two_reward_models_score_together_in_a_rollout_run(tmp_path):
         RewardConfig("model", weight, {"path": path, "dtype": "float32", "label": f"judge{weight}"})
         for weight in (1.0, 0.5)
     ]
-    outcome = loop.train(tiny_config(tmp_path, steps=1, rewards=tuple(judges), run_dir=str(tmp_path / "grpo")))
+    outcome = train(tiny_config(tmp_path, steps=1, rewards=tuple(judges), run_dir=str(tmp_path / "grpo")))
     (step,) = lines(outcome.report.parent / "metrics.jsonl")
     means = [step[f"rewards/judge{weight}/mean"] for weight in (1.0, 0.5)]
     assert means[0] == means[1] != 0.0

@@ -8,17 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from trainer.test_resume import config_for, everything, run_until_crash
-from trainer.tiny import tiny_config, write_model
+from trainer.tiny import sampled, tiny_config, write_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fastrl.algorithms import ActorCritic, KLController
+from fastrl.algorithms.policy_gradient import Part
 from fastrl.data.pack import count
 from fastrl.losses.presets import PPO
 from fastrl.model.scalar import ScalarModel, load_scalar_model
-from fastrl.rollout.collect import collect
 from fastrl.trainer.config import ConfigError, LossConfig, OptimizerConfig, PPOConfig, RolloutConfig, TrainConfig
-from fastrl.trainer.loop import train
-from fastrl.trainer.setup import prepare
+from fastrl.trainer.setup import prepare, train
 from fastrl.types import MicroBatch
 
 
@@ -61,7 +60,8 @@ def test_estimates_are_those_computed_by_hand():
         values=torch.tensor([0.5, 0.25, 1.0]),
     )
     algorithm = ActorCritic(PPO, KLController(0.1), gamma=0.5, lam=0.5, whiten=False)
-    ((((got,), normalizer),), numbers) = algorithm.estimate([([batch], 3.0)])
+    (part,), numbers = algorithm.estimate([Part([batch], 3.0)])
+    (got,), normalizer = part.batches, part.normalizer
     # Rewards -0.1, 1, and -2 + 0.2. Errors: -0.1 + 0.25 / 2 - 0.5, 1 - 0.25, -1.8 - 1.
     errors = [-0.475, 0.75, -2.8]
     advantages = torch.tensor([errors[0] + 0.25 * errors[1], errors[1], errors[2]])
@@ -75,13 +75,13 @@ def test_whitening_is_over_the_tokens_of_all_micro_batches():
     generator = torch.Generator().manual_seed(0)
     whole = {name: torch.randn(7, generator=generator) for name in ("old_logps", "ref_logps", "values")}
     scores, algorithm = torch.randn(3, generator=generator), ActorCritic(PPO, KLController(0.1))
-    together = [([micro_batch([0, 2, 6, 7], scores=scores, **whole)], 7.0)]
+    together = [Part([micro_batch([0, 2, 6, 7], scores=scores, **whole)], 7.0)]
     pieces = [
-        ([micro_batch([0, 2], scores=scores[:1], **{name: x[:2] for name, x in whole.items()})], 2.0),
-        ([micro_batch([0, 4, 5], scores=scores[1:], **{name: x[2:] for name, x in whole.items()})], 5.0),
+        Part([micro_batch([0, 2], scores=scores[:1], **{name: x[:2] for name, x in whole.items()})], 2.0),
+        Part([micro_batch([0, 4, 5], scores=scores[1:], **{name: x[2:] for name, x in whole.items()})], 5.0),
     ]
-    ((one,), _), *_ = algorithm.estimate(together)[0]
-    apart = [batch for batches, _ in algorithm.estimate(pieces)[0] for batch in batches]
+    (one,) = algorithm.estimate(together)[0][0].batches
+    apart = [batch for part in algorithm.estimate(pieces)[0] for batch in part.batches]
     torch.testing.assert_close(torch.cat([batch.advantages for batch in apart]), one.advantages)
     assert one.advantages.mean().item() == pytest.approx(0.0, abs=1e-6)
     assert one.advantages.std().item() == pytest.approx(1.0, abs=1e-6)
@@ -101,14 +101,16 @@ def test_kl_controller_moves_towards_its_target_and_a_fixed_one_does_not():
 
 def scored_rollout(run):
     """A function from packing options to one optimizer step's micro-batches with estimates, and its normaliser."""
-    groups = collect(run.prompts.next(5), run.sampler, run.tokenizer, 3, run.sampling(seed=3))
-    run.rewards.score(groups)
+    groups = sampled(run, 5, 3, seed=3)
+    run.source.rewards.score(groups)
 
-    def packed(**changes):
-        changed = replace(run, config=replace(run.config, **changes), layout=changes["layout"])
-        batches = [run.score(batch, old=True, temperature=1.0) for batch in changed.pack(groups)]
-        ((part,), _) = run.algorithm.estimate([(batches, run.algorithm.normalizer(count(groups)))])
-        return part
+    def packed(layout, max_tokens):
+        for sample in (sample for group in groups for sample in group.samples):
+            sample.old_logps = sample.ref_logps = sample.values = None
+        learner = replace(run.learner, layout=layout, max_tokens=max_tokens)
+        batches = learner.score(learner.pack(groups), old=True)
+        (part,), _ = run.algorithm.estimate([Part(batches, run.algorithm.normalizer(count(groups)))])
+        return part.batches, part.normalizer
 
     return packed
 
@@ -116,19 +118,19 @@ def scored_rollout(run):
 @CRITICS
 def test_gradient_of_policy_and_critic_is_the_same_for_every_layout_and_micro_batch_size(tmp_path, critic):
     run = prepare(ppo_config(tmp_path, ppo=PPOConfig(critic=critic, kl_coef=0.1)))
-    head = run.critic.head
+    head = run.learner.critic.head
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
-    params = [*run.policy.model.parameters(), *(head.parameters() if critic == "shared" else [])]
-    params += run.critic.model.parameters() if critic == "separate" else []
+    params = [*run.learner.policy.model.parameters(), *(head.parameters() if critic == "shared" else [])]
+    params += run.learner.critic.model.parameters() if critic == "separate" else []
     packed, found = scored_rollout(run), []
     for layout in ("padded", "shared"):
         for budget in (12, 31, 64, 10_000):
-            batches, normalizer = packed(layout=layout, tokens_per_batch=budget)
+            batches, normalizer = packed(layout, budget)
             for param in params:
                 param.grad = None
             for batch in batches:
                 options = {"temperature": 1.0, "entropy": False}
-                for out in run.algorithm.losses(run.policy, run.critic, batch, normalizer, **options):
+                for out in run.algorithm.losses(run.learner.policy, run.learner.critic, batch, normalizer, **options):
                     out.loss.backward()
             found.append(torch.cat([param.grad.flatten().double() for param in params]))
     assert found[0].abs().max() > 0
@@ -187,17 +189,17 @@ def test_a_new_scalar_head_is_zero_and_a_saved_one_stays(tmp_path):
 
 def test_value_of_a_token_does_not_see_the_token_or_what_follows(tmp_path):
     run = prepare(ppo_config(tmp_path))
-    torch.nn.init.normal_(run.critic.head.weight)
-    assert isinstance(run.critic, ScalarModel)
-    (group,) = collect(run.prompts.next(1), run.sampler, run.tokenizer, 1, run.sampling(seed=3))
+    torch.nn.init.normal_(run.learner.critic.head.weight)
+    assert isinstance(run.learner.critic, ScalarModel)
+    (group,) = sampled(run, 1, 1, seed=3)
     group.samples[0].reward = 0.0
     sample = group.samples[0]
     values = []
     for last in (3, 4):
         sample.token_ids, sample.sampling_logps = [5, 6, last, 7 + last], [0.0] * 4
-        (batch,) = run.pack([group])
+        (batch,) = run.learner.pack([group])
         with torch.no_grad():
-            values.append(run.critic.values(batch))
+            values.append(run.learner.critic.values(batch))
     torch.testing.assert_close(values[0][:3], values[1][:3], rtol=0, atol=0)
     assert values[0][3] != values[1][3]
 

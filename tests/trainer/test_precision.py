@@ -13,11 +13,11 @@ from trainer.tiny import offline_config, tiny_config, write_model
 from fastrl.model import accelerate
 from fastrl.model.accelerate import NativeLinear, Probe
 from fastrl.model.load import linear_shapes
-from fastrl.trainer import loop, offline, precision
+from fastrl.trainer import precision
 from fastrl.trainer.config import TrainConfig
-from fastrl.trainer.evaluate import evaluate_model
+from fastrl.trainer.offline_config import OfflineConfig
 from fastrl.trainer.precision import bfloat16_ratio, from_json, resolve_dtype, to_json
-from fastrl.trainer.setup import prepare
+from fastrl.trainer.setup import evaluate_model, prepare, train
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def messages(run_dir):
 
 def test_auto_is_the_default_of_every_kind_of_run():
     assert TrainConfig().dtype == "auto"
-    assert offline.OfflineConfig().dtype == "auto"
+    assert OfflineConfig().dtype == "auto"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_another_device_computes_in_float32():
 
 def test_a_dtype_by_name_is_kept_and_a_slow_one_is_warned_of_once(monkeypatch, tmp_path):
     at_ratio(monkeypatch, 3.0)
-    loop.train(tiny_config(tmp_path, dtype="bfloat16", steps=1, save_every=1))
+    train(tiny_config(tmp_path, dtype="bfloat16", steps=1, save_every=1))
     said = [message for message in messages(tmp_path / "run") if message.startswith("dtype")]
     assert said == ["dtype: bfloat16 takes 3.0 times as long as float32 on this machine; auto takes float32."]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == "bfloat16"
@@ -76,7 +76,7 @@ def test_nothing_is_said_where_the_dtype_is_the_quicker_one(monkeypatch, tmp_pat
 def test_a_run_records_what_auto_stood_for_and_its_resumption_keeps_it(monkeypatch, tmp_path, capsys, ratio, dtype):
     at_ratio(monkeypatch, ratio)
     config = tiny_config(tmp_path, dtype="auto", steps=2, save_every=1)
-    loop.train(replace(config, steps=1))
+    train(replace(config, steps=1))
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == dtype
     assert json.loads((tmp_path / "run" / "env.json").read_text())["speed"]["dtype"].startswith(
         f"{dtype} (bfloat16 takes"
@@ -85,13 +85,13 @@ def test_a_run_records_what_auto_stood_for_and_its_resumption_keeps_it(monkeypat
     at_ratio(monkeypatch, 1 / ratio)  # another machine, or a busy one
     run = prepare(replace(config, resume=str(tmp_path / "run")))
     assert run.config.dtype == dtype
-    assert {p.dtype for p in run.policy.model.parameters()} == {precision.DTYPES[dtype]}
-    assert loop.train(replace(config, resume=str(tmp_path / "run"))).status == "finished"
+    assert {p.dtype for p in run.learner.policy.model.parameters()} == {precision.DTYPES[dtype]}
+    assert train(replace(config, resume=str(tmp_path / "run"))).status == "finished"
 
 
 def test_an_offline_run_resolves_it_too(monkeypatch, tmp_path):
     at_ratio(monkeypatch, 0.5)
-    offline.train(offline_config(tmp_path, "sft", dtype="auto", steps=1))
+    train(offline_config(tmp_path, "sft", dtype="auto", steps=1))
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dtype"] == "bfloat16"
 
 
@@ -104,7 +104,7 @@ def test_an_evaluation_says_what_it_computes_in(monkeypatch, tmp_path, capsys):
 def test_a_resumed_run_computes_on_the_products_that_it_began_with(monkeypatch, tmp_path):
     """Whatever a second race would say: two products round differently."""
     config = tiny_config(tmp_path, steps=2, save_every=1)
-    loop.train(replace(config, steps=1))
+    train(replace(config, steps=1))
     saved = json.loads((tmp_path / "run" / "checkpoints" / "step_000001" / "state.json").read_text())["linear"]
     assert saved["float32"]
     monkeypatch.setattr(accelerate, "choose", lambda *_: pytest.fail("raced again"))
@@ -116,7 +116,7 @@ def test_a_resumed_run_computes_on_the_products_that_it_began_with(monkeypatch, 
 @pytest.mark.parametrize("linear", ["auto", "native", "torch"])
 def test_the_recipe_says_whose_products_the_layers_take(tmp_path, linear):
     run = prepare(tiny_config(tmp_path, linear=linear))
-    layers = [m for m in run.policy.model.modules() if isinstance(m, torch.nn.Linear)]
+    layers = [m for m in run.learner.policy.model.modules() if isinstance(m, torch.nn.Linear)]
     assert all((type(layer) is NativeLinear) == (linear != "torch") for layer in layers)
     assert run.speed.layers == (0 if linear == "torch" else len(layers))
     assert ("linear" in run.speed.about()) == (linear != "torch")

@@ -17,17 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer.tiny import tiny_config
+from trainer.tiny import in_step, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrl.cli import main
 from fastrl.rewards import RewardFailure
-from fastrl.trainer import checkpoint, files, loop
+from fastrl.sources import Rollouts
+from fastrl.trainer import checkpoint, files
 from fastrl.trainer.config import EvalConfig, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig
+from fastrl.trainer.evaluate import OnPrompts
+from fastrl.trainer.learner import Learner
 from fastrl.trainer.log import RunLog
-from fastrl.trainer.loop import train
 from fastrl.trainer.records import read_run
 from fastrl.trainer.resume import resumable
+from fastrl.trainer.setup import train
 
 # A seventh of a file's bytes from its start: inside the tensors of a safetensors file, inside the text of a JSON file.
 SOMEWHERE = 7
@@ -44,14 +47,10 @@ class Crash(BaseException):
 
 
 def crash_in_step(monkeypatch, number):
-    original = loop._step
+    def crash(run):
+        raise Crash
 
-    def step(run, log, optimizer, step, *rest):
-        if step == number:
-            raise Crash
-        return original(run, log, optimizer, step, *rest)
-
-    monkeypatch.setattr(loop, "_step", step)
+    in_step(monkeypatch, number, crash)
 
 
 def run_until_crash(config, number):
@@ -121,9 +120,9 @@ def test_sigterm_between_two_optimizer_steps_of_a_rollout_saves_the_rest_of_it(t
     changes = {"dtype": dtype, "loss": LossConfig(kl="k3"), "optimizer": optimizer, "steps": 4}
     train(config_for(tmp_path, "whole", **changes))
     config = config_for(tmp_path, "stopped", **changes)
-    calls, original = [], loop.optimise
+    calls, original = [], Learner.step
 
-    def optimise(*args, **kwargs):
+    def step(*args, **kwargs):
         update = original(*args, **kwargs)
         calls.append(1)
         if len(calls) == 3 + updates:
@@ -131,12 +130,13 @@ def test_sigterm_between_two_optimizer_steps_of_a_rollout_saves_the_rest_of_it(t
         return update
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "optimise", optimise)
+        patch.setattr(Learner, "step", step)
         outcome = train(config)
     assert (outcome.status, outcome.steps, len(calls)) == ("interrupted", 1, 3 + updates)
     saved = tmp_path / "stopped" / "checkpoints" / f"step_000001_update_{updates}"
-    old = [name for name in load_file(saved / "rollout.safetensors") if name.endswith("old_logps")]
-    assert len({name.split(".")[1] for name in old}) == 3 - updates  # what is left, scored before the first update
+    batch = json.loads((saved / "state.json").read_text())["batch"]
+    assert len(batch["updates"]) == updates
+    assert all("old_logps" in sample for group in batch["groups"] for sample in group["samples"])
     assert train(replace(config, resume=config.run_dir)).status == "finished"
     whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
     # The other one, of both runs, is of a machine that is slow at bfloat16.
@@ -147,15 +147,8 @@ def test_sigterm_between_two_optimizer_steps_of_a_rollout_saves_the_rest_of_it(t
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_command_it_prints_goes_on(tmp_path, whole, monkeypatch, capsys):
-    original = loop._step
-
-    def interrupted(run, log, optimizer, step, *rest):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(run, log, optimizer, step, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", interrupted)
+        in_step(patch, 3, lambda run: os.kill(os.getpid(), signal.SIGINT))
         outcome = train(config_for(tmp_path, "stopped", save_every=0, eval=EvalConfig()))
     assert (outcome.status, outcome.steps) == ("interrupted", 2)
     stopped = tmp_path / "stopped"
@@ -170,16 +163,16 @@ def test_ctrl_c_saves_a_checkpoint_and_the_command_it_prints_goes_on(tmp_path, w
 
 def test_rewards_that_fail_cost_no_step_that_was_done(tmp_path, whole, monkeypatch):
     config = config_for(tmp_path, "stopped", save_every=0, eval=EvalConfig())
-    original = loop._rollout
+    original = Rollouts.next
 
-    def failing(run, log, step):
-        batch = original(run, log, step)
-        if step == 4:
+    def failing(source, learner, watch):
+        batch = original(source, learner, watch)
+        if learner.steps == 3:
             raise RewardFailure("no judge at home")
         return batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_rollout", failing)
+        patch.setattr(Rollouts, "next", failing)
         assert train(config).status == "rewards failed"
     train(replace(config, resume=config.run_dir))
     for name in ("completions.jsonl", "evaluation_completions.jsonl"):
@@ -188,16 +181,16 @@ def test_rewards_that_fail_cost_no_step_that_was_done(tmp_path, whole, monkeypat
 
 def test_rewards_that_fail_in_an_evaluation_cost_no_step_that_was_done(tmp_path, whole, monkeypatch):
     config = config_for(tmp_path, "stopped", save_every=0)
-    original = loop.evaluate
+    original = OnPrompts.run
 
-    def failing(run, log, *, step):
+    def failing(evaluation, learner, log, step):
         if step:
             random.random()  # what the next step draws must not depend on this
             raise RewardFailure("no judge at home")
-        return original(run, log, step=step)
+        return original(evaluation, learner, log, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", failing)
+        patch.setattr(OnPrompts, "run", failing)
         outcome = train(config)
         assert (outcome.status, outcome.steps) == ("rewards failed", 2)
     assert "no judge at home" in (tmp_path / "stopped" / "warnings.jsonl").read_text()
@@ -212,7 +205,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from trainer.test_resume import config_for
 from fastrl.trainer import checkpoint
-from fastrl.trainer.loop import train
+from fastrl.trainer.setup import train
 original = checkpoint.write_json
 def write_json(values, path):
     if path.parent.name.startswith(".step_000004"):

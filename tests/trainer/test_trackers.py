@@ -13,7 +13,7 @@ from trainer.tiny import tiny_config
 
 from fastrl.cli import EXIT_ENVIRONMENT, main
 from fastrl.trainer import trackers
-from fastrl.trainer.loop import train
+from fastrl.trainer.setup import train
 
 
 @pytest.fixture(autouse=True)

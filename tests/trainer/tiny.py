@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastrl.rollout.collect import collect
 from fastrl.trainer.config import EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig, TaskConfig, TrainConfig
+from fastrl.trainer.loop import Trainer
 from fastrl.trainer.offline_config import DataConfig, OfflineConfig, build_objective
 
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(30))]
@@ -76,6 +79,25 @@ def raises_on_some(completions, **_):
 def always_raises(completions, **_):
     """Fails."""
     raise RuntimeError("no judge at home")
+
+
+def sampled(run, prompts, samples, *, seed):
+    """Completions of a run's next prompts, which nobody has judged."""
+    sampling = run.source.sampling
+    params = replace(sampling.params, seed=seed)
+    return collect(run.source.prompts.next(prompts), sampling.engine, run.tokenizer, samples, params)
+
+
+def in_step(patch, number, arm):
+    """Calls `arm` with the run when its step `number` begins, or goes on."""
+    original = Trainer._step
+
+    def step(run):
+        if run.learner.steps + 1 == number:
+            arm(run)
+        return original(run)
+
+    patch.setattr(Trainer, "_step", step)
 
 
 def tiny_config(tmp_path, **changes):

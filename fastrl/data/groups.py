@@ -1,0 +1,65 @@
+"""Batches as JSON holds them: what a checkpoint, a file or another process gets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+
+from fastrl.types import Batch, Group, Prompt, Sample
+
+
+def batch_to_json(batch: Batch) -> dict[str, Any]:
+    """The batch in lists, numbers and texts; floats come back bit for bit."""
+    contributing = {id(group) for group in batch.contributing}
+    return {
+        "groups": [group_to_json(group) for group in batch.groups],
+        "contributing": [id(group) in contributing for group in batch.groups],
+        "seed": batch.seed,
+        "numbers": batch.numbers,
+        "scored": batch.scored,
+        "updates": [
+            {"numbers": numbers, "metrics": {name: [*map(_number, row)] for name, row in metrics.items()}}
+            for metrics, numbers in batch.updates
+        ],
+    }
+
+
+def batch_from_json(values: dict[str, Any], device: torch.device | str = "cpu") -> Batch:
+    """The inverse of `batch_to_json`; `device` is where metrics are added up."""
+    groups = [group_from_json(group) for group in values["groups"]]
+    updates = []
+    for update in values["updates"]:
+        metrics = {name: tuple(_tensor(one, device) for one in row) for name, row in update["metrics"].items()}
+        updates.append((metrics, update["numbers"]))
+    contributing = [group for group, counts in zip(groups, values["contributing"], strict=True) if counts]
+    return Batch(groups, values["seed"], contributing, values["numbers"], values["scored"], updates)
+
+
+def group_to_json(group: Group) -> dict[str, Any]:
+    """The group with its prompt; what a sample leaves at its default is left out."""
+    prompt = asdict(group.prompt) | {"token_ids": list(group.prompt.token_ids)}
+    rest = {f.name: getattr(group, f.name) for f in fields(Group) if f.name not in ("prompt", "samples", "mismatched")}
+    values = {"prompt": prompt, "samples": [_sample(sample) for sample in group.samples], **rest}
+    return values | ({"mismatched": _sample(group.mismatched)} if group.mismatched else {})
+
+
+def group_from_json(values: dict[str, Any]) -> Group:
+    """The inverse of `group_to_json`."""
+    prompt = Prompt(**values["prompt"] | {"token_ids": tuple(values["prompt"]["token_ids"])})
+    samples = [Sample(**sample) for sample in values["samples"]]
+    other = Sample(**values["mismatched"]) if values.get("mismatched") else None
+    return Group(**values | {"prompt": prompt, "samples": samples, "mismatched": other})
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    return {name: value for name, value in asdict(sample).items() if value is not None}
+
+
+def _number(value: torch.Tensor) -> list[Any]:
+    return [value.item(), str(value.dtype).removeprefix("torch.")]
+
+
+def _tensor(value: list[Any], device: torch.device | str) -> torch.Tensor:
+    return torch.tensor(value[0], dtype=getattr(torch, value[1]), device=device)

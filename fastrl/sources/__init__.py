@@ -1,0 +1,8 @@
+"""Where batches come from: completions that are sampled, or answers that were written before."""
+
+from fastrl.sources.base import Source
+from fastrl.sources.collect import Judge, Sampling, mean_reward
+from fastrl.sources.offline import Offline
+from fastrl.sources.rollouts import Rollouts, rewards_differ
+
+__all__ = ["Judge", "Offline", "Rollouts", "Sampling", "Source", "mean_reward", "rewards_differ"]

@@ -1,0 +1,89 @@
+"""Prompts in, judged groups out: what rollouts, their refills and baselines, and evaluations all do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from types import SimpleNamespace
+
+from transformers import PreTrainedTokenizerBase
+
+from fastrl import env
+from fastrl.progress import Watch
+from fastrl.rewards import RewardSuite
+from fastrl.rollout.base import Sampler, SamplingParams
+from fastrl.rollout.collect import collect
+from fastrl.types import Group, Prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Who completes prompts, and how; each call has a seed of its own."""
+
+    engine: Sampler
+    tokenizer: PreTrainedTokenizerBase
+    params: SamplingParams
+
+    def greedy(self) -> Sampling:
+        """The same, but the most probable token each time."""
+        return replace(self, params=replace(self.params, temperature=0.0, top_p=1.0, top_k=0))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The rewards, and what they are told of the training step that they judge for."""
+
+    rewards: RewardSuite
+    step: int
+    total_steps: int
+    numbers: dict[str, float]  # where `log_metric` of a reward puts its numbers
+
+    def score(self, groups: Sequence[Group], watch: Watch, stage: str, unit: str, about: str) -> None:
+        """Fills in the rewards of every sample; what failed is warned of.
+
+        Raises:
+            RewardFailure: as `RewardSuite.score`.
+        """
+        logged: dict[str, list[float]] = {}
+        with watch.stage(stage, unit) as progress:
+            failures = self.rewards.score(
+                groups,
+                trainer_state=SimpleNamespace(global_step=self.step - 1, max_steps=self.total_steps),
+                log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
+                progress=progress,
+            )
+        for failure in failures:
+            watch.warn(f"{about}: {failure}")
+        self.numbers.update({name: fmean(values) for name, values in logged.items()})
+
+
+def judged(
+    prompts: Sequence[Prompt],
+    number: int,
+    seed: int,
+    sampling: Sampling,
+    judge: Judge,
+    watch: Watch,
+    *,
+    stages: tuple[str, str] = ("rollout", "reward"),
+    units: tuple[str, str] = ("tokens", "rewards"),
+    about: str = "",
+) -> list[Group]:
+    """`number` completions of each prompt, decoded and with their rewards.
+
+    `about` begins the warnings, `stages` and `units` are what `watch` is told.
+    """
+    with watch.stage(stages[0], units[0]) as progress:
+        env.return_freed_memory()  # the activations of training are no shape for a rollout
+        params = replace(sampling.params, seed=seed)
+        groups = collect(prompts, sampling.engine, sampling.tokenizer, number, params, progress)
+        env.return_freed_memory()  # nor the caches of a rollout one for training
+    judge.score(groups, watch, stages[1], units[1], about or f"Step {judge.step}")
+    return groups
+
+
+def mean_reward(groups: Sequence[Group]) -> float:
+    """Mean over the samples that could be scored; NaN where none could."""
+    rewards = [sample.reward for group in groups for sample in group.samples if sample.reward is not None]
+    return fmean(rewards) if rewards else float("nan")

@@ -1,0 +1,163 @@
+"""The models that train, their optimizers, and what algorithms ask of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from fastrl.algorithms.base import Algorithm, Step
+from fastrl.data.pack import pack
+from fastrl.data.plan import ModelShape
+from fastrl.losses.metrics import merge
+from fastrl.model.adapter import WithoutAdapter
+from fastrl.model.policy import Policy
+from fastrl.model.scalar import Critic, ScalarModel, SharedCritic
+from fastrl.progress import Progress, tracked, unseen
+from fastrl.trainer.optimizer import POLICY, MasterOptimizer, whole_step
+from fastrl.types import Group, MicroBatch, Update
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient norm is NaN or infinite; nothing was updated."""
+
+    def __init__(self, what: str, value: float, batches: Sequence[MicroBatch]) -> None:
+        super().__init__(f"{what} is {value}")
+        self.batches = batches
+
+    def save(self, folder: Path) -> Path:
+        """Writes the step's micro-batches to `folder`/non_finite_batch.safetensors for inspection."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{index}.{name}": value.detach().cpu().contiguous()
+            for index, batch in enumerate(self.batches)
+            for name, value in vars(batch).items()
+            if isinstance(value, torch.Tensor)
+        }
+        path = folder / "non_finite_batch.safetensors"
+        save_file(tensors, path)
+        return path
+
+
+@dataclass
+class Learner:
+    """Models on one device; `steps` and the optimizers are where training is."""
+
+    policy: Policy | ScalarModel
+    device: torch.device
+    layout: str
+    shape: ModelShape
+    max_tokens: int  # of a micro-batch
+    make_optimizers: Callable[[Learner], dict[str, MasterOptimizer]]  # by the name of their file in a checkpoint
+    critic: Critic | None = None
+    reference: Policy | WithoutAdapter | None = None  # frozen, asked for every batch
+    adapted: PeftModel | None = None  # the policy's model as peft sees it
+    temperature: float = 1.0
+    steps: int = 0
+    optimizers: dict[str, MasterOptimizer] = field(default_factory=dict)
+    whole: bool = True  # False while an update is being written into the weights
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the policy."""
+        return self.optimizers[POLICY].steps if self.optimizers else 0
+
+    def begin(self) -> None:
+        """Makes the optimizers, whose buffers take the place of the weights."""
+        self.optimizers = self.make_optimizers(self)
+
+    def models(self) -> dict[str, PreTrainedModel]:
+        """What is trained, by the name of its folder; the head of a critic that shares the trunk is no model."""
+        critic = {"critic": self.critic.model} if isinstance(self.critic, ScalarModel) else {}
+        return {"model": self.adapted or self.policy.model} | critic
+
+    def pack(
+        self, groups: Sequence[Group], *, mask_truncated: bool = False, whole_groups: bool = False
+    ) -> list[MicroBatch]:
+        """Micro-batches of the samples that train, in the models' layout and within `max_tokens`."""
+        return pack(
+            groups,
+            layout=self.layout,
+            max_tokens=self.max_tokens,
+            device=self.device,
+            shape=self.shape,
+            mask_truncated=mask_truncated,
+            whole_groups=whole_groups,
+        )
+
+    def tensor(self, values: Sequence[float | None]) -> torch.Tensor | None:
+        """(n,) float32; None where one is missing."""
+        return None if None in values else torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
+    def score(
+        self, batches: Sequence[MicroBatch], progress: Progress = unseen, *, old: bool = False
+    ) -> list[MicroBatch]:
+        """With what is read of the weights before an update: `ref_logps` where there is a reference, `values` where
+        there is a critic, `old_logps` when asked for; the samples get them too."""
+        return [self._scored(batch, old) for batch in tracked(batches, progress)]
+
+    def _scored(self, batch: MicroBatch, old: bool) -> MicroBatch:
+        shared, temperature = isinstance(self.critic, SharedCritic), self.temperature
+        hidden = self.policy.hidden(batch) if old or shared else None
+        found = {}
+        if old:
+            found["old_logps"] = self.policy.read(hidden, batch, temperature=temperature)
+        if self.reference:
+            found["ref_logps"] = self.reference.score(batch, temperature=temperature)
+        if self.critic:
+            found["values"] = self.critic.of(hidden) if shared else self.critic.values(batch)
+        lengths = [len(sample.token_ids) for sample in batch.samples]
+        for name, flat in found.items():
+            for sample, part in zip(batch.samples, flat.cpu().split(lengths), strict=True):
+                setattr(sample, name, part.tolist())
+        return replace(batch, **found)
+
+    def step(self, algorithm: Algorithm, step: Step, progress: Progress = unseen) -> Update:
+        """One optimizer step; returns token metrics, and loss, gradient norms and learning rates.
+
+        Norm and learning rate of an optimizer but the policy's have its name in front. `progress` is told of the
+        micro-batches, before each; when it raises, nothing was updated and no gradient is left.
+
+        Raises:
+            NonFiniteLoss: nothing was updated.
+        """
+        trains = {name: one for name, one in self.optimizers.items() if not (step.only_critic and name == POLICY)}
+        with whole_step(self.optimizers.values()):
+            loss, metrics = algorithm.accumulate(self, step, progress)
+            loss = float(loss)
+            if not math.isfinite(loss):
+                raise NonFiniteLoss("the loss", loss, step.batches)
+            norms = {name: optimizer.norm() for name, optimizer in trains.items()}  # all of them before any steps
+            for norm in norms.values():
+                if not math.isfinite(norm):
+                    raise NonFiniteLoss("the gradient norm", norm, step.batches)
+        routers = [model.router for model in (self.policy, self.critic) if getattr(model, "router", None)]
+        metrics = [*metrics, *(noted for router in routers for noted in router.metrics())]
+        numbers = {"loss": loss}
+        self.whole = False
+        for name, optimizer in trains.items():
+            prefix = "" if name == POLICY else f"{name}/"
+            numbers |= {f"{prefix}grad_norm": norms[name], f"{prefix}learning_rate": optimizer.learning_rate()}
+            optimizer.step(norms[name])
+        self.whole = True
+        return merge(metrics), numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is no tensor, as JSON can hold it."""
+        return {"steps": self.steps, "updates": {name: one.steps for name, one in self.optimizers.items()}}
+
+    def load(self, state: Mapping[str, Any], tensors: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        """Goes on from `state_dict`, and the tensors of each optimizer by its name."""
+        self.steps = state["steps"]
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_tensors(tensors(name), steps=state["updates"][name])
