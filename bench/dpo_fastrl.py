@@ -6,18 +6,17 @@ import json
 
 from bench.pairs import PairsWorkload
 from bench.step_child import STAGES, StepRecord, child
-from fastrl.trainer.config import OptimizerConfig
-from fastrl.trainer.offline_config import DataConfig, OfflineConfig
+from fastrl.trainer.config import DataConfig, OptimizerConfig, TrainConfig
 from fastrl.trainer.setup import train
 
 
 def run(workload: PairsWorkload) -> list[StepRecord]:
     """Every step, warm-up included; the first one's time includes the scoring by the reference."""
-    config = OfflineConfig(
+    config = TrainConfig(
         model=workload.model,
         algorithm="dpo",
         steps=workload.total_steps,
-        batch=workload.pairs,
+        rows_per_step=workload.pairs,
         seed=workload.seed,
         device=workload.device,
         tokens_per_batch=workload.tokens_per_batch,

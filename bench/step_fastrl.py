@@ -8,7 +8,8 @@ from pathlib import Path
 
 from bench.step_child import StepRecord, child
 from bench.workload import REWARDS, Workload
-from fastrl.trainer.config import RewardConfig, TaskConfig, load_recipe
+from fastrl.trainer.config import RewardConfig, TaskConfig
+from fastrl.trainer.recipe import load_recipe
 from fastrl.trainer.setup import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -105,13 +105,17 @@ def _configure(prog: str, args: list[str]) -> object:
     """The recipe named first, with the flags that follow it."""
     import tyro
 
-    from fastrl.trainer.config import TrainConfig, load_recipe
+    from fastrl.trainer.build import build_algorithm
+    from fastrl.trainer.config import TrainConfig
+    from fastrl.trainer.recipe import load_recipe
 
     recipe, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     if recipe is None and not {"-h", "--help"} & set(flags):
         raise ValueError(f"{prog}: RECIPE: expected a YAML file first, as in {prog} {_some_recipe()}.")
     base = load_recipe(recipe) if recipe else TrainConfig()
-    return tyro.cli(type(base), default=base, args=flags, prog=f"{prog} {recipe or 'RECIPE.yaml'}")
+    config = tyro.cli(TrainConfig, default=base, args=flags, prog=f"{prog} {recipe or 'RECIPE.yaml'}")
+    build_algorithm(config)  # refuses what the algorithm does not have
+    return config
 
 
 def _some_recipe() -> str:

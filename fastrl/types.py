@@ -82,6 +82,7 @@ class Batch:
 
     groups: list[Group]
     seed: int  # of the order in which they train
+    kind: str = "rewarded"  # what the groups are; see `fastrl.algorithms.base.Kind`
     contributing: list[Group] = field(default_factory=list)  # those that the algorithm finds a gradient in
     numbers: dict[str, float] = field(default_factory=dict)  # what source and algorithm report of it
     scored: bool = False  # whether the samples hold what is read of the weights before the first update

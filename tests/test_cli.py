@@ -147,7 +147,7 @@ def test_no_command_prints_the_usage(capsys):
 
 
 def test_config_of_the_tests_is_what_the_recipe_says(tmp_path, recipe):
-    from fastrl.trainer.config import load_recipe
+    from fastrl.trainer.recipe import load_recipe
 
     assert load_recipe(recipe).rollout == tiny_config(tmp_path).rollout
 

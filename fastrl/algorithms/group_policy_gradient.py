@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -99,6 +99,7 @@ class GroupPolicyGradient(PolicyGradient):
     ) -> Iterator[LossOutput]:
         """As `policy_gradient_loss`."""
         options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler}
+        batch = batch if self.sampled else replace(batch, sampling_logps=None)
         yield policy_gradient_loss(policy, batch, self.spec, normalizer, **options)
 
 

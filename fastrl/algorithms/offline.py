@@ -77,6 +77,7 @@ class Answers:
 class Objective:
     """A loss on groups of answers of one kind, and how its model is judged on held-out ones."""
 
+    threshold: float = field(default=0.5, kw_only=True)  # the reward from which on a completion is a good one
     kind: ClassVar[Kind]
     needs_critic: ClassVar[bool] = False
     needs_greedy: ClassVar[bool] = False
@@ -101,10 +102,13 @@ class Objective:
         """As `Algorithm`: one step, on all of the batch."""
         if batch.updates:
             return
-        if self.needs_mismatched and not all(group.mismatched for group in batch.groups):
-            pair_up(batch.groups)
+        groups = batch.groups if batch.kind == self.kind else self.chosen(batch)
+        if not groups:
+            return
+        if self.needs_mismatched and not all(group.mismatched for group in groups):
+            pair_up(groups)
         with watch.stage("pack"):
-            answers = Answers.of(learner, batch.groups)
+            answers = Answers.of(learner, groups)
         if self.needs_ref and any(one.ref_logps is None for one in answers.batches + answers.mismatched):
             with watch.stage("score", "micro-batches") as progress:
                 answers = replace(
@@ -112,8 +116,26 @@ class Objective:
                     batches=learner.score(answers.batches, progress, old=False),
                     mismatched=learner.score(answers.mismatched, progress, old=False),
                 )
-        batch.contributing, batch.scored = batch.groups, True
+        batch.scored = True
         yield answers
+
+    def chosen(self, batch: Batch) -> list[Group]:
+        """What rewarded groups teach: of each group the best and the worst completion as a pair; those that scored at
+        least `threshold` to learn from; or all of them, with a label that says whether they did."""
+        groups = []
+        for group in batch.groups:
+            scored = [one for one in group.samples if one.reward is not None and one.token_ids]
+            good = [one for one in scored if one.reward >= self.threshold]
+            if self.kind == "pairs":
+                best, worst = (choose(scored, key=lambda one: one.reward, default=None) for choose in (max, min))
+                taken = [[(best, 1.0), (worst, -1.0)]] if scored and best.reward > worst.reward else []
+            elif self.kind == "completions":
+                taken = [[(one, 1.0)] for one in good]
+            else:
+                taken = [[(one, 1.0 if one.reward >= self.threshold else -1.0)] for one in scored]
+            batch.contributing += [group] if taken else []
+            groups += [Group(group.prompt, [replace(one, advantage=sign) for one, sign in part]) for part in taken]
+        return groups
 
     def accumulate(
         self, learner: Learner, answers: Answers, progress: Progress = unseen
@@ -397,11 +419,15 @@ OFFLINE: dict[str, PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Obj
 }
 
 
-def objective_of(chosen: PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Objective) -> Objective:
+def objective_of(
+    chosen: PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Objective, *, threshold: float = 0.5
+) -> Objective:
     """What trains a value of `OFFLINE`."""
     if isinstance(chosen, PreferenceLoss | PreferenceMix):
-        return PairedPreference(chosen)
-    return UnpairedPreference(chosen) if isinstance(chosen, UnpairedPreferenceLoss) else chosen
+        return PairedPreference(chosen, threshold=threshold)
+    if isinstance(chosen, UnpairedPreferenceLoss):
+        return UnpairedPreference(chosen, threshold=threshold)
+    return replace(chosen, threshold=threshold)
 
 
 @torch.no_grad()

@@ -61,6 +61,8 @@ class PolicyGradient:
     to_sampler: bool = field(default=False, kw_only=True)
     """The ratio is to the sampler's log-probabilities, not the trainer's of the same weights."""
     schedule: Schedule = field(default_factory=Schedule, kw_only=True)
+    sampled: bool = field(default=True, kw_only=True)
+    """Whether completions come with the log-probabilities of whoever sampled them."""
 
     def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Part]:
         """As `Algorithm`. Advantages, parts and estimates follow from the groups, so they are not kept anywhere."""

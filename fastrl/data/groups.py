@@ -17,6 +17,7 @@ def batch_to_json(batch: Batch) -> dict[str, Any]:
         "groups": [group_to_json(group) for group in batch.groups],
         "contributing": [id(group) in contributing for group in batch.groups],
         "seed": batch.seed,
+        "kind": batch.kind,
         "numbers": batch.numbers,
         "scored": batch.scored,
         "updates": [
@@ -34,7 +35,15 @@ def batch_from_json(values: dict[str, Any], device: torch.device | str = "cpu") 
         metrics = {name: tuple(_tensor(one, device) for one in row) for name, row in update["metrics"].items()}
         updates.append((metrics, update["numbers"]))
     contributing = [group for group, counts in zip(groups, values["contributing"], strict=True) if counts]
-    return Batch(groups, values["seed"], contributing, values["numbers"], values["scored"], updates)
+    return Batch(
+        groups,
+        values["seed"],
+        values["kind"],
+        contributing,
+        values["numbers"],
+        scored=values["scored"],
+        updates=updates,
+    )
 
 
 def group_to_json(group: Group) -> dict[str, Any]:

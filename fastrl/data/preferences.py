@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OP = "load_preferences"
-Kind = Literal["pairs", "ranked", "labelled", "completions"]
+Kind = Literal["rewarded", "pairs", "ranked", "labelled", "completions"]
 ANSWERS = {
+    "rewarded": ("responses",),
     "pairs": ("chosen", "rejected"),
     "ranked": ("responses",),
     "labelled": ("completion",),
@@ -236,7 +237,12 @@ def mismatched(groups: Sequence[Group]) -> list[Group]:
 
 def _require_columns(rows: list[Row], kind: Kind, columns: PairColumns) -> None:
     present = {name for row in rows for name, value in row.values.items() if value is not None}
-    beside = {"ranked": ("prompt", "ranking"), "labelled": ("prompt", "label"), "completions": ("prompt",)}
+    beside = {
+        "rewarded": ("prompt", "rewards"),
+        "ranked": ("prompt", "ranking"),
+        "labelled": ("prompt", "label"),
+        "completions": ("prompt",),
+    }
     needed = beside.get(kind, ()) + ANSWERS[kind] + tuple(filter(None, columns))
     if kind == "completions" and "messages" in present:
         needed = ("messages",)
@@ -252,10 +258,10 @@ def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Mes
     if kind == "completions" and values.get("messages") is not None:
         values = {"completion": values["messages"]}
     names = ANSWERS[kind]
-    if kind == "ranked":
+    if kind in ("ranked", "rewarded"):
         names, values = _responses(values)
     answers = [_content(values, name) for name in names]
-    if any(one == other for one, other in combinations(answers, 2)):
+    if kind != "rewarded" and any(one == other for one, other in combinations(answers, 2)):
         raise BadRow("with identical sides")
     conversations = [isinstance(answer, list) for answer in answers]
     if any(conversations) != all(conversations):
@@ -298,6 +304,13 @@ def _ranking(values: Mapping[str, Any], answers: int) -> list[float]:
     if len(set(ranking)) < 2:
         raise BadRow("whose 'ranking' has ties only")
     return [float(rank) for rank in ranking]
+
+
+def _rewards(values: Mapping[str, Any], answers: int) -> list[float]:
+    rewards = values.get("rewards")
+    if not (isinstance(rewards, list) and len(rewards) == answers and all(map(_is_finite, rewards))):
+        raise BadRow("whose 'rewards' are not a list of one number per response")
+    return [float(reward) for reward in rewards]
 
 
 def _number(values: Mapping[str, Any], name: str, expected: str, highest: float) -> float | None:
@@ -382,11 +395,14 @@ def _group(
         ids = _answer_ids(writer, prompt_text, prompt_ids, whole, chat)
         if limits.all is not None and len(prompt_ids) + len(ids) > limits.all:
             raise BadRow(f"longer than {limits.all} tokens")
-        reward = sign if kind == "ranked" else float(sign > 0)
+        reward = sign if kind in ("ranked", "rewarded") else float(sign > 0)
         samples.append(Sample(ids, [math.nan] * len(ids), True, text, reward=reward, advantage=sign))
-    if any(one.token_ids == other.token_ids for one, other in combinations(samples, 2)):
+    if kind != "rewarded" and any(one.token_ids == other.token_ids for one, other in combinations(samples, 2)):
         raise BadRow("with identical sides")
-    used = {"prompt", "messages", "label", "ranking", *ANSWERS[kind]}
+    if kind == "rewarded":
+        for sample in samples:
+            sample.rewards, sample.advantage = {"reward": sample.reward}, 0.0
+    used = {"prompt", "messages", "label", "ranking", "rewards", *ANSWERS[kind]}
     columns = {name: value for name, value in values.items() if name not in used}
     return Group(Prompt(index, prompt, tuple(prompt_ids), columns), samples)
 
@@ -416,6 +432,8 @@ def _advantages(values: Mapping[str, Any], kind: Kind, answers: int) -> list[flo
         return [1.0 if _label(values) else -1.0]
     if kind == "ranked":
         return [-rank for rank in _ranking(values, answers)]
+    if kind == "rewarded":
+        return _rewards(values, answers)
     return [1.0, -1.0][:answers]
 
 

@@ -25,7 +25,8 @@ class Offline:
     def next(self, learner: Learner, watch: Watch) -> Batch:
         """As `Source`."""
         groups = self.rows.next(self.number)
-        return Batch(groups, seed=self.seed + learner.steps + 1, numbers={"epoch": float(self.rows.epoch)})
+        numbers = {"epoch": float(self.rows.epoch)}
+        return Batch(groups, seed=self.seed + learner.steps + 1, kind=self.kind, numbers=numbers)
 
     def publish(self, learner: Learner) -> None:
         """Nothing: nobody samples."""

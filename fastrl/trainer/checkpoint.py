@@ -103,8 +103,8 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def write_json(values: Any, path: Path) -> None:
-    """Writes a JSON file; floats come back bit for bit."""
-    path.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    """Writes a JSON file; floats come back bit for bit, and what JSON has no form for as text."""
+    path.write_text(json.dumps(values, default=str) + "\n", encoding="utf-8")
 
 
 def name_of(step: int, update: int | None = None) -> str:

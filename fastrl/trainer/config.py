@@ -1,33 +1,17 @@
-"""What a training run is: dataclasses, each default stated once, and the strict reader of recipes."""
+"""What a training run is: dataclasses, each default stated once. `recipe.py` reads them from YAML."""
 
 from __future__ import annotations
 
 import math
-import types
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
-import yaml
-
-from fastrl.advantages import GroupAdvantage
-from fastrl.algorithms import (
-    ALGORITHMS,
-    TO_SAMPLER,
-    ActorCritic,
-    Algorithm,
-    GroupPolicyGradient,
-    KLController,
-    Schedule,
-    TokenMasks,
-)
+from fastrl.algorithms import ALGORITHMS, TokenMasks
+from fastrl.algorithms.offline import OFFLINE
 from fastrl.check import choice, require
-from fastrl.losses import presets
-from fastrl.spec import KL, Clip, Correction, PolicyLoss, Ratio, Reinforce
-
-if TYPE_CHECKING:
-    from fastrl.trainer.offline_config import OfflineConfig
+from fastrl.preference_spec import Length, Link, Match, SftAggregate, Weighting
+from fastrl.spec import Aggregate, Correction, Ratio
 
 # What a resumed run may do otherwise than it began: how long, how often and on what it runs, not what it computes.
 # `model` may have another name, if its weights are the same.
@@ -44,7 +28,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Where prompts come from."""
+    """Where prompts come from. A run on written rows takes the held-out ones alone, to be evaluated on."""
 
     source: str = "reasoning_gym:chain_sum"
     """reasoning_gym:TASK, a .jsonl file, a folder written by datasets' save_to_disk, or a hub id."""
@@ -97,13 +81,47 @@ class RolloutConfig:
     stop: tuple[str, ...] = ()
     """Tokens that end a completion beside the model's own ends and that of its chat template, as the tokenizer writes
     them."""
+    threshold: float = 0.5
+    """Where completions are shown or labelled instead of weighed (sft, kto): the reward from which on one is good."""
     dynamic_sampling: int = 0
     """DAPO: up to this many times a step, new prompts take the place of those whose rewards are all equal; 0 is off."""
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from that were written before; their kind follows from the algorithm."""
+
+    source: str = "reasoning_gym:chain_sum"
+    """A .jsonl file, a folder written by datasets' save_to_disk, a hub id, or reasoning_gym:TASK."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the source: a dataset's split and name, or a reasoning-gym task's own settings."""
+    size: int = 2000
+    """Questions to generate, where the source is a generator."""
+    held_out: int = 200
+    """Rows kept for evaluation and never trained on; no question is in both parts."""
+    unpair: bool = False
+    """For losses on labelled answers: the rows are pairs, and each side is an answer of its own."""
+    ranked: bool = False
+    """For reward models: a row has several responses and their ranking, 1 for the best; all of them are compared."""
+    margin_column: str = ""
+    """Of pairs: the column with how much better the chosen answer is, which its reward then should be."""
+    soft_label_column: str = ""
+    """Of pairs: the column with the probability that the chosen answer is the better one, such as a judge's."""
+    chat: bool = True
+    """Render text with the model's chat template, when it has one."""
+    system: str = ""
+    """System message of chat prompts."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, such as enable_thinking; a row's chat_template_kwargs come on top."""
+    max_prompt_tokens: int = 1024
+    """Rows with longer prompts are left out, counted and reported."""
+    max_tokens: int = 2048
+    """So are rows whose prompt and answer together are longer than this, or than the model has positions for."""
+
+
+@dataclass(frozen=True)
 class LossConfig:
-    """Overrides of the algorithm's preset; None keeps the preset's value."""
+    """Overrides of the algorithm's preset; null keeps the preset's value, and what it does not have is refused."""
 
     ratio: Ratio | None = None
     clip_low: float | None = None
@@ -118,12 +136,11 @@ class LossConfig:
     kl: Literal["none", "k1", "k2", "k3", "k3_ratio", "k1+", "k3+"] | None = None
     """KL estimate in the loss; needs a reference model in memory."""
     kl_coef: float | None = None
-    aggregate: Literal["token_mean", "prompt_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum"] | None = (
-        None
-    )
+    aggregate: Literal[(*get_args(Aggregate), *get_args(SftAggregate))] | None = None
+    """How tokens and sequences are averaged; of a mix of preference losses, its NLL."""
     entropy_coef: float | None = None
-    baseline: Literal["mean", "leave_one_out", "none"] | None = None
-    """Advantage baseline."""
+    baseline: Literal["mean", "leave_one_out", "none", "kl", "zero"] | None = None
+    """Of advantages: mean, leave_one_out or none; of KTO's rewards: kl or zero."""
     scale: Literal["group", "batch", "none"] | None = None
     """Advantage scale."""
     correction: Correction | None = None
@@ -132,6 +149,37 @@ class LossConfig:
     """Also take groups of equal rewards out of the normaliser, as ScaleRL does; their gradient is zero either way."""
     mask_truncated: bool = False
     """Leave completions that the length limit cut out of loss and normaliser."""
+    link: Link | None = None
+    """The loss as a function of the margin, or of the two rewards; of a mix, that of all its pair losses."""
+    beta: float | None = None
+    reference: bool | None = None
+    """Whether a reward is of the log-ratio to the reference, or of the log-probability itself."""
+    length: Length | None = None
+    """Where a reward is divided by the answer's length."""
+    transform: Literal["power", "jensen_shannon", "log_odds"] | None = None
+    """The f-divergence from the reference: power with an exponent of 0 is reverse KL, -1 forward KL; or ORPO's odds."""
+    exponent: float | None = None
+    """Of the transform power: alpha - 1 of an alpha divergence."""
+    margin: float | None = None
+    """Target margin of rewards, as in SimPO."""
+    label_smoothing: float | None = None
+    """Probability that a pair's label is wrong."""
+    debias: bool | None = None
+    """Make the loss under label noise unbiased, as robust DPO does."""
+    match: Match | None = None
+    """What is compared: the sides of each pair, or what the batch's sorted ones are, as in AOT."""
+    ld_alpha: float | None = None
+    """Weight of the tokens past the length of the pair's shorter answer."""
+    weighting: Weighting | None = None
+    """wpo weighs a pair by how probable its answers are."""
+    tau: float | None = None
+    """Temperature of discopop."""
+    weights: tuple[float, ...] | None = None
+    """Of the terms of a mix, in the order of its preset: ORPO's is 1 of the NLL, then its lambda."""
+    desirable_weight: float | None = None
+    undesirable_weight: float | None = None
+    center_coef: float | None = None
+    """Of a reward model: weight of the term that keeps rewards around 0."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +255,7 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out prompts, before and after training and now and then between."""
+    """Evaluation on what is held out, before and after training and now and then between."""
 
     every: int = 0
     """Steps between evaluations; 0 evaluates before and after only."""
@@ -216,12 +264,18 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What every training run has, whatever it learns from."""
+class TrainConfig:
+    """A training run."""
 
     model: str = "smollm2-135m-instruct"
     """A folder, a hub id, or the name of a model that ships in a Python package."""
-    algorithm: str = ""
+    algorithm: Literal[(*ALGORITHMS, "ppo", *OFFLINE)] = "grpo"
+    """Selects advantages and a loss, which `loss` overrides factor by factor; `fastrl recipes` lists them."""
+    source: Literal["auto", "rollouts", "offline"] = "auto"
+    """Where groups come from: sampled for each step from `task`, or rows of `data` that were written before. auto: what
+    the algorithm is usually trained on."""
+    reference: str = ""
+    """The frozen model that a loss compares with; empty is the model itself, before training."""
     steps: int = 100
     """Optimizer steps; with rollouts, rollout batches."""
     seed: int = 0
@@ -243,6 +297,8 @@ class RunConfig:
     """Of the model's logits, as Cohere's; null takes what its configuration says."""
     router_aux_loss_coef: float | None = None
     """Of the load-balancing loss of a mixture of experts; null takes the model's own, 0 leaves it out."""
+    rows_per_step: int = 16
+    """Rows of `data` in a step: pairs, labelled answers, demonstrations or groups of scored completions."""
     tokens_per_batch: int = 2048
     """Model input tokens of a micro-batch, padding included; memory grows with it, the gradient does not change."""
     layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
@@ -262,11 +318,28 @@ class RunConfig:
     """Trackers that get the metrics too; metrics.jsonl is always written."""
     adapter: AdapterConfig = AdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    show_every: int = 10
+    """Steps between tables of completions on the screen."""
+    max_failure_fraction: float = 0.5
+    """Stop when more than this share of a batch's rewards raise."""
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    masks: TokenMasks = field(default_factory=TokenMasks)
+    ppo: PPOConfig = PPOConfig()
+    eval: EvalConfig = EvalConfig()
 
     @property
     def quantized(self) -> bool:
         """Whether the model's layers are held in fewer bits."""
         return self.adapter.quantize != "none"
+
+    @property
+    def offline(self) -> bool:
+        """Whether the groups are rows that were written before."""
+        return (self.algorithm in OFFLINE) if self.source == "auto" else self.source == "offline"
 
     def of_policy(self) -> dict[str, Any]:
         """What a `Policy` is told beside its model."""
@@ -278,7 +351,8 @@ class RunConfig:
         }
 
     def __post_init__(self) -> None:
-        op = type(self).__name__
+        op = "TrainConfig"
+        choice(op, "algorithm", self.algorithm, [*ALGORITHMS, "ppo", *OFFLINE])
         for name in ("softcap", "logit_scale"):
             value = getattr(self, name)
             require(value is None or 0 < value < float("inf"), op, name, "a positive number, or null", value)
@@ -292,55 +366,14 @@ class RunConfig:
         require_run_dir(op, self)
         require_optimizer(op, self.optimizer)
         require_adapter(op, self.adapter)
+        require_source(op, self)
 
     def directory(self) -> Path:
         """`run_dir` with its placeholders filled in."""
         return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed))
 
 
-@dataclass(frozen=True)
-class TrainConfig(RunConfig):
-    """A training run on completions that it samples."""
-
-    algorithm: Literal[(*ALGORITHMS, "ppo")] = "grpo"
-    """Selects an advantage estimator and a policy loss; `loss` overrides their factors."""
-    show_every: int = 10
-    """Steps between tables of completions on the screen."""
-    max_failure_fraction: float = 0.5
-    """Stop when more than this share of a batch's rewards raise."""
-    task: TaskConfig = TaskConfig()
-    rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
-    rollout: RolloutConfig = RolloutConfig()
-    loss: LossConfig = LossConfig()
-    masks: TokenMasks = field(default_factory=TokenMasks)
-    ppo: PPOConfig = PPOConfig()
-    eval: EvalConfig = EvalConfig()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("TrainConfig", "algorithm", self.algorithm, [*ALGORITHMS, "ppo"])
-        rollout, optimizer = self.rollout, self.optimizer
-        positive = {
-            "rollout.prompts": rollout.prompts,
-            "rollout.samples": rollout.samples,
-            "rollout.max_new_tokens": rollout.max_new_tokens,
-            "optimizer.steps_per_rollout": optimizer.steps_per_rollout,
-            "optimizer.epochs_per_rollout": optimizer.epochs_per_rollout,
-            "eval.samples": self.eval.samples,
-        }
-        for name, value in positive.items():
-            require(value >= 1, "TrainConfig", name, "at least 1", value)
-        require(self.eval.every >= 0, "TrainConfig", "eval.every", "0 (only before and after) or more", self.eval.every)
-        rounds = rollout.dynamic_sampling
-        require(rounds >= 0, "TrainConfig", "rollout.dynamic_sampling", "0 (off) or more", rounds)
-        require(rollout.temperature > 0, "TrainConfig", "rollout.temperature", "more than 0", rollout.temperature)
-        require(len(self.rewards) > 0, "TrainConfig", "rewards", "at least one reward", "none")
-        share = self.max_failure_fraction
-        require(0 <= share <= 1, "TrainConfig", "max_failure_fraction", "a share from 0 to 1", share)
-        build_algorithm(self)
-
-
-def require_run_dir(op: str, config: RunConfig) -> None:
+def require_run_dir(op: str, config: TrainConfig) -> None:
     """Refuses a `run_dir` whose placeholders cannot be filled in, or that names no folder."""
     do = "Write a brace that is part of the name twice."
     try:
@@ -371,226 +404,26 @@ def require_adapter(op: str, adapter: AdapterConfig) -> None:
         require(adapter.save == "adapter", op, "adapter.save", "adapter with adapter.quantize", adapter.save, do)
 
 
-def build_algorithm(config: TrainConfig) -> Algorithm:
-    """The algorithm's preset with the overrides of `config.loss`, and of `config.ppo` for PPO.
-
-    A preset's KL term is left out unless `loss.kl_coef` or `loss.kl` asks for it: the reference model doubles the
-    memory of the weights, and most recipes of today train without it (TRL's default is beta = 0).
-    """
-    estimator, spec = ALGORITHMS.get(config.algorithm, (None, presets.PPO))
-    loss = config.loss
-    if not isinstance(estimator, GroupAdvantage):
-        fixed, name = loss.baseline is None and loss.scale is None, "loss.baseline, loss.scale"
-        require(fixed, "TrainConfig", name, f"None with {config.algorithm}, which has its own", "a value")
-    else:
-        estimator = replace(
-            estimator, baseline=loss.baseline or estimator.baseline, scale=loss.scale or estimator.scale
-        )
-    changes: dict[str, Any] = {
-        name: value
-        for name in ("ratio", "aggregate", "entropy_coef", "correction")
-        if (value := getattr(loss, name)) is not None
+def require_source(op: str, config: TrainConfig) -> None:
+    """Refuses numbers that make no batch, and settings of the source that the run does not have."""
+    rollout, optimizer, share = config.rollout, config.optimizer, config.max_failure_fraction
+    positive = {
+        "rows_per_step": config.rows_per_step,
+        "rollout.prompts": rollout.prompts,
+        "rollout.samples": rollout.samples,
+        "rollout.max_new_tokens": rollout.max_new_tokens,
+        "optimizer.steps_per_rollout": optimizer.steps_per_rollout,
+        "optimizer.epochs_per_rollout": optimizer.epochs_per_rollout,
+        "eval.samples": config.eval.samples,
     }
-    clip = {"low": loss.clip_low, "high": loss.clip_high, "dual": loss.clip_dual}
-    clip = {name: value for name, value in clip.items() if value is not None}
-    if clip:
-        require(
-            isinstance(spec.surrogate, Clip),
-            "TrainConfig",
-            "loss.clip_low, loss.clip_high, loss.clip_dual",
-            "an algorithm with a Clip surrogate",
-            config.algorithm,
-        )
-        changes["surrogate"] = replace(spec.surrogate, **clip)
-    changes["kl"] = _kl(loss, spec)
-    spec = replace(spec, **changes)
-    if estimator is None:
-        return _actor_critic(config, spec)
-    own = PPOConfig()
-    require(config.ppo == own, "TrainConfig", "ppo", f"its defaults, as {config.algorithm} has no critic", config.ppo)
-    weights = tuple(reward.weight for reward in config.rewards)
-    ratio = loss.old_policy is None or not isinstance(spec.surrogate, Reinforce)
-    expected = f"nothing with {config.algorithm}, whose loss has no ratio"
-    require(ratio, "TrainConfig", "loss.old_policy", expected, loss.old_policy)
-    algorithm = GroupPolicyGradient(
-        spec,
-        estimator,
-        config.rollout.max_new_tokens,
-        weights,
-        masks=config.masks,
-        to_sampler=_to_sampler(config),
-        schedule=_schedule(config),
-    )
-    equal_rewards_teach = algorithm.needs_greedy and config.rollout.dynamic_sampling > 0
-    expected = f"0 with {config.algorithm}, which learns from equal rewards too"
-    require(
-        not equal_rewards_teach, "TrainConfig", "rollout.dynamic_sampling", expected, config.rollout.dynamic_sampling
-    )
-    return algorithm
-
-
-def _to_sampler(config: TrainConfig) -> bool:
-    """Whether the ratio is to the sampler's log-probabilities.
-
-    Raises:
-        ValueError: something compares with them that must not, or with those of a truncated distribution.
-    """
-    loss, rollout = config.loss, config.rollout
-    default = "sampler" if config.algorithm in TO_SAMPLER else "trainer"
-    to_sampler = (loss.old_policy or default) == "sampler"
-    op, once = "TrainConfig", loss.correction is None or not to_sampler
-    expected = "nothing where loss.old_policy is the sampler, whose mismatch is in the ratio"
-    require(once, op, "loss.correction", expected, loss.correction)
-    whole, reads = rollout.top_p == 1.0 and rollout.top_k == 0, to_sampler or config.masks.reads_sampler
-    expected = "1 and 0 where the sampler's log-probabilities are compared with: they are of what was cut"
-    do = "Set loss.old_policy to trainer." if to_sampler else "Leave masks.off_policy and masks.total_variation out."
-    got = f"{rollout.top_p} and {rollout.top_k}"
-    require(whole or not reads, op, "rollout.top_p, rollout.top_k", expected, got, do)
-    optimizer = config.optimizer
-    updates = optimizer.steps_per_rollout * optimizer.epochs_per_rollout
-    moves = config.masks.kl_cov is None or updates > 1 or to_sampler
-    expected = "more than 1 optimizer step per rollout: before the first one no token is away from the old policy"
-    require(moves, op, "masks.kl_cov", expected, updates)
-    return to_sampler
-
-
-def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
-    loss, ppo = config.loss, config.ppo
-    whole = not loss.filter_zero_variance
-    require(whole, "TrainConfig", "loss.filter_zero_variance", "False: a critic learns from equal rewards too", True)
-    require(spec.kl is None, "TrainConfig", "loss.kl", "none: PPO's KL is in the reward, ppo.kl_coef", loss.kl)
-    finite = 0 <= ppo.critic_lr < math.inf
-    require(finite, "TrainConfig", "ppo.critic_lr", "0 or more, and finite", ppo.critic_lr)
-    own = ppo.critic != "shared" or not ppo.critic_model
-    require(
-        own, "TrainConfig", "ppo.critic_model", "none for a critic that shares the policy's trunk", ppo.critic_model
-    )
-    warm = ppo.critic_warmup == 0 or (ppo.critic == "separate" and 0 < ppo.critic_warmup < config.steps)
-    expected = "0, or with a separate critic fewer than steps"
-    require(warm, "TrainConfig", "ppo.critic_warmup", expected, ppo.critic_warmup)
-    if ppo.critic == "none":
-        of_critic = ("critic_model", "critic_lr", "lam", "lam_policy", "length_alpha", "value_coef", "value_clip")
-        set_ = [name for name in of_critic if getattr(ppo, name) != getattr(PPOConfig, name)]
-        require(not set_, "TrainConfig", f"ppo.{', ppo.'.join(set_)}", "left out without a critic", "a value")
-    controller = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
-    names = ("gamma", "lam", "lam_policy", "length_alpha", "positive_nll", "value_coef", "value_clip", "whiten")
-    factors = {name: getattr(ppo, name) for name in names}
-    factors |= {"critic": ppo.critic != "none", "masks": config.masks, "to_sampler": _to_sampler(config)}
-    return ActorCritic(spec, controller, **factors, schedule=_schedule(config))
-
-
-def _schedule(config: TrainConfig) -> Schedule:
-    return Schedule(
-        updates=config.optimizer.steps_per_rollout,
-        epochs=config.optimizer.epochs_per_rollout,
-        mask_truncated=config.loss.mask_truncated,
-        filter_zero_variance=config.loss.filter_zero_variance,
-        critic_warmup=config.ppo.critic_warmup,
-    )
-
-
-def _kl(loss: LossConfig, spec: PolicyLoss) -> KL | None:
-    if loss.kl == "none" or not (loss.kl or loss.kl_coef):
-        return None
-    default = spec.kl or KL("k3", 0.04)
-    coef = default.coef if loss.kl_coef is None else loss.kl_coef
-    return KL(loss.kl or default.kind, coef) if coef else None
-
-
-def load_recipe(path: str | Path) -> TrainConfig | OfflineConfig:
-    """Reads a YAML recipe. Unknown keys and wrong types are errors that name the key, the nearest one, and the file.
-
-    `algorithm` says what the other keys are: a `TrainConfig`'s or, for answers written before, an `OfflineConfig`'s.
-
-    Raises:
-        ConfigError: the file is missing, not YAML, or not a recipe.
-    """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe. `recipes/` has some to start from.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected text in UTF-8, got {error}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    data = {} if data is None else data
-    return from_dict(config_class(data, str(path)), data, str(path))
-
-
-def config_class(data: Any, where: str) -> type[TrainConfig] | type[OfflineConfig]:
-    """The class of which the values of a recipe are the fields."""
-    from fastrl.trainer.offline_config import OFFLINE, OfflineConfig  # which is written with this module's classes
-
-    name = data.get("algorithm") if isinstance(data, dict) else None
-    if isinstance(name, str):
-        try:
-            choice(where, "algorithm", name, (*ALGORITHMS, "ppo", *OFFLINE))
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    return OfflineConfig if isinstance(name, str) and name in OFFLINE else TrainConfig
-
-
-def from_dict(cls: type, data: Any, where: str) -> Any:
-    """An instance of dataclass `cls` from plain YAML values; `where` is named in errors."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected a mapping of settings, got {type(data).__name__}.")
-    hints = get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        if key not in hints:
-            near = get_close_matches(str(key), hints, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(hints)}."
-            raise ConfigError(f"{where}: {key}: unknown key.{hint}")
-        values[key] = _convert(hints[key], value, f"{where}: {key}")
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    for name in missing:
-        if name not in values:
-            raise ConfigError(f"{where}: {name}: missing.")
-    try:
-        return cls(**values)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        return from_dict(hint, value, where)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (only,) = (a for a in args if a is not type(None))
-        return _convert(only, value, where)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}.")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, got {value!r}.")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        if len(kinds) != len(value):
-            raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}.")
-        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, got {value!r}.")
-        return dict(value)
-    return _scalar(hint, value, where)
-
-
-def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-5, without a dot, as text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}.")
-    return value
+    for name, value in positive.items():
+        require(value >= 1, op, name, "at least 1", value)
+    require(config.eval.every >= 0, op, "eval.every", "0 (only before and after) or more", config.eval.every)
+    rounds = rollout.dynamic_sampling
+    require(rounds >= 0, op, "rollout.dynamic_sampling", "0 (off) or more", rounds)
+    require(rollout.temperature > 0, op, "rollout.temperature", "more than 0", rollout.temperature)
+    require(len(config.rewards) > 0, op, "rewards", "at least one reward", "none")
+    require(0 <= share <= 1, op, "max_failure_fraction", "a share from 0 to 1", share)
+    unused = config.offline or config.data == DataConfig()
+    expected = f"nothing, as {config.algorithm} learns from completions that it samples"
+    require(unused, op, "data", expected, "a value", "Prompts are in task; or set source: offline.")

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastrl.check import sentence
-from fastrl.trainer.config import RunConfig
+from fastrl.trainer.config import TrainConfig
 
 LOCK = ".lock"  # in a run's folder while a process writes there
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system without flock answers
 
 
 @contextmanager
-def only_writer(folder: Path, config: RunConfig) -> Iterator[Path]:
+def only_writer(folder: Path, config: TrainConfig) -> Iterator[Path]:
     """The folder of a run, to which no other process writes while the block lasts.
 
     A new run's is made here, under the next free name when another process has taken `folder` meanwhile, and removed

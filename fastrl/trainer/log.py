@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +199,10 @@ class RunLog:
         self._screen.evaluation(step, name, result, seconds)
 
     def warn(self, message: str) -> None:
-        """To the screen and to warnings.jsonl."""
-        self._append("warnings", {"time": self._clock() - self._began, "message": message})
+        """To the screen and to warnings.jsonl, if that can be written."""
         self._screen.warn(message)
+        with suppress(OSError):
+            self._append("warnings", {"time": self._clock() - self._began, "message": message})
 
     def close(self, status: str, summary: dict[str, Any]) -> None:
         """The last panel: how the run ended, `summary`'s `before` and `after` evaluations, and where everything is."""

@@ -24,7 +24,7 @@ from fastrl.rewards import RewardFailure
 from fastrl.sources.base import Source
 from fastrl.trainer import resume
 from fastrl.trainer.checkpoint import Checkpoint, copy_model, has_checkpoint, save_model
-from fastrl.trainer.config import RunConfig
+from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.doctor import environment
 from fastrl.trainer.ended import Ended, advice, spot, write_status
 from fastrl.trainer.evaluate import Evaluation, Printed
@@ -60,7 +60,7 @@ class Trainer:
     `fastrl.trainer.setup.prepare` makes one of a recipe.
     """
 
-    config: RunConfig
+    config: TrainConfig
     directory: Path
     learner: Learner
     algorithm: Algorithm
@@ -98,7 +98,7 @@ class Trainer:
 
     def _open_log(self) -> RunLog:
         config, done = self.config, self.resumed.manifest["step"] if self.resumed else 0
-        show_every = getattr(config, "show_every", 0)
+        show_every = config.show_every
         columns = columns_for(config.algorithm if config.algorithm == "reward_model" else self.algorithm.kind)
         log = RunLog(self.directory, total_steps=config.steps, show_every=show_every, columns=columns)
         about = environment() | {"speed": self.speed.about()}
@@ -175,12 +175,11 @@ class Trainer:
             with log.stage("train", f"micro-batches{update.label}") as progress:
                 batch.updates.append(learner.step(algorithm, update, progress))
             self.start = resume.position(self)
-        learner.steps += 1
         source.publish(learner)
-        self.batch = None
-        log.step(learner.steps, step_metrics(batch, source.kind))
-        if source.kind == "rewarded":
-            log.completions(learner.steps, batch.groups)
+        log.step(learner.steps + 1, step_metrics(batch))
+        if batch.kind == "rewarded":
+            log.completions(learner.steps + 1, batch.groups)
+        learner.steps, self.batch = learner.steps + 1, None  # a step is done once it is logged
 
     def _evaluate_if_due(self) -> None:
         """Before and after training, and every so often between."""

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastrl.trainer.checkpoint import Checkpoint
-    from fastrl.trainer.config import RunConfig
+    from fastrl.trainer.config import TrainConfig
 
-    Config = TypeVar("Config", bound=RunConfig)
+    Config = TypeVar("Config", bound=TrainConfig)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CLEARLY = 0.9  # bfloat16 must take at most this share of float32's time: less tells it from noise
@@ -101,7 +101,7 @@ class Speed:
     layers: int = 0  # on fastrl's products, of all models of the run
     others: Counter[str] = field(default_factory=Counter)  # kinds of layers that stay torch's
 
-    def up(self, model: PreTrainedModel, config: RunConfig) -> None:
+    def up(self, model: PreTrainedModel, config: TrainConfig) -> None:
         """`accelerate_cpu`, as the configuration has it."""
         if config.linear == "torch" or next(model.parameters()).device.type != "cpu":
             return

@@ -17,16 +17,14 @@ from fastrl.check import require, sentence
 from fastrl.data.groups import batch_from_json, batch_to_json
 from fastrl.trainer import checkpoint
 from fastrl.trainer.checkpoint import Checkpoint
-from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig, config_class, from_dict
+from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig
 from fastrl.trainer.files import clear_leftovers
 from fastrl.trainer.precision import to_json
+from fastrl.trainer.recipe import from_dict
 from fastrl.types import Batch
 
 if TYPE_CHECKING:
     from fastrl.trainer.loop import Trainer
-    from fastrl.trainer.offline_config import OfflineConfig
-
-    AnyConfig = TrainConfig | OfflineConfig
 
 
 def position(run: Trainer) -> dict[str, Any]:
@@ -110,17 +108,13 @@ def reached(step: int, batch: Batch | None) -> str:
     return f"step {step} and {begun} of the next"
 
 
-def resumable(config: AnyConfig) -> Checkpoint:
+def resumable(config: TrainConfig) -> Checkpoint:
     """The checkpoint that `config.resume` names: a run directory, one of its checkpoints, or `latest`.
 
     Raises:
         ValueError: there is none, or its recipe is another; the message names the field.
     """
     found = checkpoint.find(_newest_run(config.directory()) if config.resume == "latest" else Path(config.resume))
-    name, where = found.manifest["recipe"]["algorithm"], f"resume: {found.folder}"
-    same = config_class(found.manifest["recipe"], where) is type(config)
-    do = f"{found.run_dir / 'config.yaml'} is the run's recipe."
-    require(same, "resume", "algorithm", f"{name!r} as in {found.folder}", repr(config.algorithm), do)
     began = found.manifest["step"] + (found.manifest["update"] is not None)
     require(config.steps >= began, "resume", "steps", f"at least {began}, as far as {found.folder} is", config.steps)
     changed = [change for change in _changes(found, config) if change[0] not in RESUME_MAY_CHANGE]
@@ -155,9 +149,9 @@ def _newest_run(wanted: Path) -> Path:
     return max(runs, key=lambda run: (run / checkpoint.CHECKPOINTS).stat().st_mtime, default=wanted)
 
 
-def _changes(found: Checkpoint, config: AnyConfig) -> list[tuple[str, Any, Any]]:
+def _changes(found: Checkpoint, config: TrainConfig) -> list[tuple[str, Any, Any]]:
     """(field, its value in the checkpoint, its value in `config`) of every field that differs."""
-    saved = from_dict(type(config), found.manifest["recipe"], f"resume: {found.folder}")  # fills in newer fields
+    saved = from_dict(TrainConfig, found.manifest["recipe"], f"resume: {found.folder}")  # fills in newer fields
     if config.dtype == "auto":
         config = replace(config, dtype=saved.dtype)  # as it was resolved then
     was, now = dict(_leaves(_plain(saved))), dict(_leaves(_plain(config)))
@@ -182,7 +176,7 @@ def _differences(run: Trainer) -> Iterator[str]:
         yield f"The cosine schedule now ends at step {run.config.steps} instead of {steps}: the learning rate jumps."
 
 
-def _plain(config: AnyConfig) -> dict[str, Any]:
+def _plain(config: TrainConfig) -> dict[str, Any]:
     """The recipe as JSON gives it back."""
     return json.loads(json.dumps(asdict(config), default=str))
 

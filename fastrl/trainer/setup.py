@@ -34,13 +34,13 @@ from fastrl.rewards import RewardSuite, resolve_reward
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.sources import Offline, Rollouts, Sampling, Source
+from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.checkpoint import Checkpoint
-from fastrl.trainer.config import AdapterConfig, RunConfig, TrainConfig, build_algorithm
+from fastrl.trainer.config import AdapterConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.lock import free_directory
 from fastrl.trainer.loop import Outcome, Trainer
-from fastrl.trainer.offline_config import OfflineConfig, build_objective
 from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
 from fastrl.trainer.precision import DTYPES, Speed, from_json, resolve_dtype
 from fastrl.trainer.reference import AskedOnce
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
-    Config = TypeVar("Config", bound=RunConfig)
+    Config = TypeVar("Config", bound=TrainConfig)
     Loaded = TypeVar("Loaded")
 
 
@@ -67,7 +67,7 @@ class _Made:
     once: AskedOnce | None = None
 
 
-def train(config: TrainConfig | OfflineConfig) -> Outcome:
+def train(config: TrainConfig) -> Outcome:
     """Trains as `config` says and returns how it ended. Nothing is written until models, data and rewards are ready.
 
     With `config.resume` it goes on in that run's directory, and what follows is what would have followed.
@@ -78,7 +78,7 @@ def train(config: TrainConfig | OfflineConfig) -> Outcome:
     return prepare(config).train()
 
 
-def evaluate_model(config: TrainConfig | OfflineConfig, model: str = "") -> dict[str, float]:
+def evaluate_model(config: TrainConfig, model: str = "") -> dict[str, float]:
     """What a model, or else the recipe's own, reaches on what the recipe holds out, printed; writes nothing.
 
     What is held out is that of a training run with the same data, seed and size. A loss that compares with a reference
@@ -87,10 +87,9 @@ def evaluate_model(config: TrainConfig | OfflineConfig, model: str = "") -> dict
     Raises:
         ValueError: the recipe holds nothing out.
     """
-    offline = isinstance(config, OfflineConfig)
-    held_out, name = (config.data if offline else config.task).held_out, "data" if offline else "task"
+    held_out, name = (config.data if config.offline else config.task).held_out, "data" if config.offline else "task"
     require(held_out > 0, "evaluate_model", f"{name}.held_out", "at least 1", held_out)
-    if offline and build_objective(config).needs_ref:
+    if build_algorithm(config).needs_ref:
         config = replace(config, reference=config.reference or config.model)
     run = prepare(replace(config, resume="", model=model or config.model), trains=False)
     run.speed.show()
@@ -101,7 +100,7 @@ def evaluate_model(config: TrainConfig | OfflineConfig, model: str = "") -> dict
     return run.evaluate()
 
 
-def prepare(config: TrainConfig | OfflineConfig, *, trains: bool = True) -> Trainer:
+def prepare(config: TrainConfig, *, trains: bool = True) -> Trainer:
     """Loads and checks models, data and rewards.
 
     Args:
@@ -110,10 +109,10 @@ def prepare(config: TrainConfig | OfflineConfig, *, trains: bool = True) -> Trai
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
     """
+    algorithm, judges = build_algorithm(config), not config.offline or config.task != TaskConfig()
     config, resumed, device, speed = begin(config)
-    offline, dtype = isinstance(config, OfflineConfig), DTYPES[config.dtype]
-    rewards = None if offline else _rewards(config)
-    algorithm = build_objective(config) if offline else build_algorithm(config)
+    offline, dtype = config.offline, DTYPES[config.dtype]
+    rewards = _rewards(config) if judges else None
     scalar = isinstance(algorithm, RewardModelling)
     if scalar:
         model, tokenizer = load_scalar_model(config.model, dtype)
@@ -139,13 +138,20 @@ def prepare(config: TrainConfig | OfflineConfig, *, trains: bool = True) -> Trai
         config.tokens_per_batch,
         partial(make_optimizers, config),
         adapted=adapted,
-        temperature=1.0 if offline else config.rollout.temperature,
+        temperature=1.0 if isinstance(algorithm, Objective) else config.rollout.temperature,
     )
-    make = _offline if offline else partial(_rollouts, rewards=rewards)
-    made = make(config, algorithm, learner, tokenizer, speed, began)
-    if not offline and trains and model.generation_config is not None:
+    on_prompts = None if rewards is None else _sampling(config, learner, tokenizer)
+    if offline:
+        made = _offline(config, algorithm, learner, tokenizer, speed, began)
+        if on_prompts:
+            _, held_out, said = _prompts(config, learner, tokenizer)
+            evaluation = OnPrompts(held_out, on_prompts, rewards, config.eval.samples, config.steps)
+            made = replace(made, evaluations=[*made.evaluations, evaluation], said=(*made.said, *said))
+    else:
+        made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards)
+    if on_prompts and trains and model.generation_config is not None:
         # Whoever generates with what is saved stops where we did.
-        stops = made.source.sampling.params.stop_token_ids
+        stops = on_prompts.params.stop_token_ids
         model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
     if resumed:
         made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before all is written
@@ -177,46 +183,9 @@ def _rewards(config: TrainConfig) -> RewardSuite:
     )
 
 
-def _rollouts(
-    config: TrainConfig,
-    algorithm: Algorithm,
-    learner: Learner,
-    tokenizer: PreTrainedTokenizerBase,
-    speed: Speed,
-    began: str,
-    *,
-    rewards: RewardSuite,
-) -> _Made:
-    """Prompts, an engine on the policy's own model, and what the algorithm has beside the policy."""
+def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    """How the policy itself completes prompts."""
     model, rollout = learner.policy.model, config.rollout
-    if algorithm.needs_ref and learner.adapted:
-        learner.reference = WithoutAdapter(learner.policy, learner.adapted)
-    elif algorithm.needs_ref:
-        learner.reference = _frozen(config, config.model, learner, speed)
-    if algorithm.needs_critic:
-        learner.critic = load_critic(config, learner.policy, tokenizer, learner.layout)
-    separate = [learner.critic.model] if isinstance(learner.critic, ScalarModel) else []
-    for critic in separate:
-        speed.up(critic, config)
-
-    prompts, held_out, said = load_task(config, tokenizer)
-    longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + rollout.max_new_tokens
-    room = positions(model, *separate)
-    require(
-        longest <= room,
-        "TrainConfig",
-        "task.max_prompt_tokens, rollout.max_new_tokens",
-        f"prompts and completions within the model's {room} positions",
-        f"{longest} tokens",
-    )
-    require_known_tokens(model, config.model, (prompt.token_ids for prompt in (*prompts, *held_out)))
-    require(
-        config.tokens_per_batch >= longest,
-        "TrainConfig",
-        "tokens_per_batch",
-        f"at least {longest}, the longest prompt plus rollout.max_new_tokens",
-        config.tokens_per_batch,
-    )
     params = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -226,7 +195,57 @@ def _rollouts(
         seed=config.seed,
         vocab_size=learner.policy.head.vocab_size,
     )
-    sampling = Sampling(TransformersSampler(model), tokenizer, params)
+    return Sampling(TransformersSampler(model), tokenizer, params)
+
+
+def _prompts(
+    config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
+    """`load_task`, of prompts that fit the models with a completion behind them."""
+    prompts, held_out, said = load_task(config, tokenizer)
+    model, critic = learner.policy.model, learner.critic
+    longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
+    room = positions(model, *([critic.model] if isinstance(critic, ScalarModel) else []))
+    require(
+        longest <= room,
+        "TrainConfig",
+        "task.max_prompt_tokens, rollout.max_new_tokens",
+        f"prompts and completions within the model's {room} positions",
+        f"{longest} tokens",
+    )
+    require_known_tokens(model, config.model, (prompt.token_ids for prompt in (*prompts, *held_out)))
+    return prompts, held_out, said
+
+
+def _rollouts(
+    config: TrainConfig,
+    algorithm: Algorithm,
+    learner: Learner,
+    tokenizer: PreTrainedTokenizerBase,
+    speed: Speed,
+    sampling: Sampling,
+    rewards: RewardSuite,
+) -> _Made:
+    """Prompts, an engine on the policy's own model, and what the algorithm has beside the policy."""
+    rollout = config.rollout
+    if algorithm.needs_ref and learner.adapted and not config.reference:
+        learner.reference = WithoutAdapter(learner.policy, learner.adapted)
+    elif algorithm.needs_ref:
+        other = tokenizer if config.reference else None
+        learner.reference = _frozen(config, config.reference or config.model, learner, speed, other)
+    if algorithm.needs_critic:
+        learner.critic = load_critic(config, learner.policy, tokenizer, learner.layout)
+    if isinstance(learner.critic, ScalarModel):
+        speed.up(learner.critic.model, config)
+    prompts, held_out, said = _prompts(config, learner, tokenizer)
+    longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + rollout.max_new_tokens
+    require(
+        config.tokens_per_batch >= longest,
+        "TrainConfig",
+        "tokens_per_batch",
+        f"at least {longest}, the longest prompt plus rollout.max_new_tokens",
+        config.tokens_per_batch,
+    )
     source = Rollouts(
         PromptSampler(prompts, seed=config.seed),
         sampling,
@@ -243,8 +262,8 @@ def _rollouts(
 
 
 def _offline(
-    config: OfflineConfig,
-    objective: Objective,
+    config: TrainConfig,
+    algorithm: Algorithm,
     learner: Learner,
     tokenizer: PreTrainedTokenizerBase,
     speed: Speed,
@@ -252,31 +271,32 @@ def _offline(
 ) -> _Made:
     """Rows, and the reference that is asked about all of them before the first step."""
     policy, model = learner.policy, learner.policy.model
-    reference = policy if objective.needs_ref else None
-    if config.reference and objective.needs_ref:
+    reference = policy if algorithm.needs_ref else None
+    if config.reference and algorithm.needs_ref:
         reference = _frozen(config, config.reference, learner, speed, tokenizer)
     models = [model] + ([reference.model] if reference else [])
-    groups, said = _load_rows(config, objective, tokenizer, min(config.data.max_tokens, positions(*models)))
+    groups, said = _load_rows(config, algorithm.kind, tokenizer, min(config.data.max_tokens, positions(*models)))
     require_known_tokens(model, config.model, (group.prompt.token_ids for group in groups))
     require_known_tokens(model, config.model, (sample.token_ids for group in groups for sample in group.samples))
-    if isinstance(objective, RewardModelling):
+    if isinstance(algorithm, RewardModelling):
         groups = with_end(groups, tokenizer.pad_token_id)
     train, held_out = split_groups(groups, config.data.held_out, config.seed)
     _require_room(config, learner.layout, groups)
-    if objective.needs_mismatched:
+    objective = algorithm if isinstance(algorithm, Objective) else None
+    if objective and objective.needs_mismatched:
         for part in filter(None, (train, held_out)):
             pair_up(part)
-    kind = "ranked" if config.data.ranked else objective.kind
-    source = Offline(PromptSampler(train, seed=config.seed), config.batch, kind, seed=config.seed)
+    kind = "ranked" if config.data.ranked else algorithm.kind
+    source = Offline(PromptSampler(train, seed=config.seed), config.rows_per_step, kind, seed=config.seed)
     once = None
     if reference:
         began = fingerprint(reference.model) if config.reference else began
         once = AskedOnce(reference, began, config.dtype, [*source.first(config.steps), *held_out])
-    return _Made(source, [OnRows(held_out, objective, kind)] if held_out else [], said, once)
+    return _Made(source, [OnRows(held_out, objective, kind)] if held_out and objective else [], said, once)
 
 
 def _frozen(
-    config: RunConfig,
+    config: TrainConfig,
     name: str,
     learner: Learner,
     speed: Speed,
@@ -321,10 +341,10 @@ def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Spee
     return resolved, resumed, device, Speed(precision, config.dtype, known)
 
 
-def make_optimizers(config: RunConfig, learner: Learner) -> dict[str, MasterOptimizer]:
+def make_optimizers(config: TrainConfig, learner: Learner) -> dict[str, MasterOptimizer]:
     """The policy's, which also has the head of a critic that shares its trunk; and that of a critic with its own."""
-    each, ppo = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout, getattr(config, "ppo", None)
-    updates, without_policy = config.steps * each, ppo.critic_warmup * each if ppo else 0
+    each, ppo = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout, config.ppo
+    updates, without_policy = config.steps * each, ppo.critic_warmup * each
     params = [*learner.policy.model.parameters()]
     if isinstance(learner.critic, SharedCritic):
         params += learner.critic.head.parameters()
@@ -473,15 +493,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def _load_rows(
-    config: OfflineConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    config: TrainConfig, kind: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> tuple[list[Group], tuple[str, ...]]:
-    """(groups of the objective's kind, what was said about rows that were left out)."""
+    """(groups of that kind, what was said about rows that were left out)."""
     data = config.data
     groups, said = with_warnings(
         lambda: load_preferences(
             data.source,
             tokenizer,
-            kind="pairs" if data.unpair else "ranked" if data.ranked else objective.kind,
+            kind="pairs" if data.unpair else "ranked" if data.ranked else kind,
             size=data.size,
             seed=config.seed,
             options=data.options,
@@ -501,7 +521,7 @@ def _load_rows(
     return groups, said
 
 
-def _require_room(config: OfflineConfig, layout: str, groups: Sequence[Group]) -> None:
+def _require_room(config: TrainConfig, layout: str, groups: Sequence[Group]) -> None:
     """Refuses a token budget that the longest group does not fit, which `pack` would notice only when it is drawn."""
 
     def tokens(group: Group) -> int:
@@ -514,4 +534,4 @@ def _require_room(config: OfflineConfig, layout: str, groups: Sequence[Group]) -
     longest = max(map(tokens, groups))
     expected = f"at least {longest}, as the longest row has"
     enough = config.tokens_per_batch >= longest
-    require(enough, "OfflineConfig", "tokens_per_batch", expected, config.tokens_per_batch, "Or lower data.max_tokens.")
+    require(enough, "TrainConfig", "tokens_per_batch", expected, config.tokens_per_batch, "Or lower data.max_tokens.")

@@ -8,9 +8,9 @@ from fastrl.losses.metrics import finish, merge
 from fastrl.types import Batch
 
 
-def step_metrics(batch: Batch, kind: str) -> dict[str, float]:
-    """What a step's groups, of that kind, were worth, and what the optimizer steps on them did; means over the step."""
-    values = _rewards(batch) if kind == "rewarded" else {}
+def step_metrics(batch: Batch) -> dict[str, float]:
+    """What a step's groups were worth, and what the optimizer steps on them did; means over the step."""
+    values = _rewards(batch) if batch.kind == "rewarded" else {}
     if batch.updates:
         for name in batch.updates[0][1]:
             values[name] = fmean([numbers[name] for _, numbers in batch.updates])

@@ -16,7 +16,7 @@ from bench.shapes import GROUP
 from bench.step_child import StepRecord
 from bench.step_naive import Loop
 from bench.workload import Workload, alternating_reward, compute_dtype, last_number_reward, write_questions
-from fastrl.trainer.config import load_recipe
+from fastrl.trainer.recipe import load_recipe
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,9 @@ from fastrl.model.load import load_model
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer import setup
-from fastrl.trainer.config import AdapterConfig, ConfigError, LossConfig, OptimizerConfig, load_recipe
+from fastrl.trainer.config import AdapterConfig, ConfigError, LossConfig, OptimizerConfig
 from fastrl.trainer.learner import Learner
+from fastrl.trainer.recipe import load_recipe
 from fastrl.trainer.setup import evaluate_model, train
 
 IDS = torch.tensor([[3, 4, 5, 6]])

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastrl.data.pack import count, minibatches, pack
 from fastrl.model.policy import Policy
-from fastrl.trainer.config import OptimizerConfig, build_algorithm
+from fastrl.trainer.build import build_algorithm
+from fastrl.trainer.config import OptimizerConfig
 from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.setup import prepare
 from fastrl.types import Group, Prompt, Sample

@@ -7,16 +7,11 @@ import pytest
 
 from fastrl.advantages import GroupAdvantage
 from fastrl.algorithms import ALGORITHMS, TokenMasks
+from fastrl.algorithms.offline import OFFLINE
 from fastrl.spec import KL, Cispo, Clip, Correction
-from fastrl.trainer.config import (
-    ConfigError,
-    LossConfig,
-    OptimizerConfig,
-    RewardConfig,
-    TrainConfig,
-    build_algorithm,
-    load_recipe,
-)
+from fastrl.trainer.build import build_algorithm
+from fastrl.trainer.config import ConfigError, LossConfig, OptimizerConfig, RewardConfig, TrainConfig
+from fastrl.trainer.recipe import load_recipe
 
 
 def recipe(tmp_path, text):
@@ -77,7 +72,7 @@ def test_empty_recipe_is_the_defaults(tmp_path):
         ("optimizer: {weight_decay: -1}", "optimizer.weight_decay: expected 0 or more"),
         ("optimizer: {max_grad_norm: .nan}", "optimizer.max_grad_norm: expected 0 or more"),
         ("optimizer: {warmup_steps: -3}", "optimizer.warmup_steps: expected 0 or more, got -3"),
-        ("algorithm: dpo\noptimizer: {eps: -1}", "OfflineConfig: optimizer.eps: expected 0 or more"),
+        ("algorithm: dpo\noptimizer: {eps: -1}", "TrainConfig: optimizer.eps: expected 0 or more"),
         ("algorithm: ppo\nppo: {critic_lr: .inf}", "ppo.critic_lr: expected 0 or more, and finite"),
         ("algorithm: reward_model\nloss: {center_coef: -1}", "center_coef: expected a finite number of at least 0"),
         ("threads: -1", "threads: expected 0 or more, got -1"),
@@ -149,4 +144,4 @@ def test_scale_rl_is_cispo_per_prompt_with_batch_scaled_advantages():
 def test_every_algorithm_can_be_selected_and_is_in_the_help():
     for name in ALGORITHMS:
         assert build_algorithm(TrainConfig(algorithm=name)).spec == replace(ALGORITHMS[name][1], kl=None)
-    assert get_args(get_type_hints(TrainConfig)["algorithm"]) == (*ALGORITHMS, "ppo")
+    assert get_args(get_type_hints(TrainConfig)["algorithm"]) == (*ALGORITHMS, "ppo", *OFFLINE)

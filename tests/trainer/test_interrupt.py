@@ -25,10 +25,9 @@ from fastrl.model.scalar import ScalarModel
 from fastrl.rewards import RewardFailure, call
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer import loop, reference, setup
-from fastrl.trainer.config import LossConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig
+from fastrl.trainer.config import EvalConfig, LossConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig
 from fastrl.trainer.evaluate import OnPrompts, OnRows
 from fastrl.trainer.learner import Learner
-from fastrl.trainer.offline_config import OfflineEvalConfig
 from fastrl.trainer.setup import train
 
 REWARDS = (RewardConfig("trainer.tiny:noisy_words"), RewardConfig("trainer.tiny:short"))
@@ -301,7 +300,7 @@ def test_rewards_that_fail_in_the_second_part_of_an_evaluation_leave_nothing_of_
     ],
 )
 def test_an_offline_step_that_is_cut_short_is_done_again_bit_for_bit(tmp_path, optimizers, algorithm, hook, at):
-    changes = {"dtype": "bfloat16", "save_every": 4, "batch": 6, "tokens_per_batch": 24}
+    changes = {"dtype": "bfloat16", "save_every": 4, "rows_per_step": 6, "tokens_per_batch": 24}
     config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
     train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
@@ -319,7 +318,7 @@ def test_an_offline_step_that_is_cut_short_is_done_again_bit_for_bit(tmp_path, o
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto", "sft", "reward_model"])
 def test_an_offline_evaluation_that_is_cut_short_is_done_again(tmp_path, algorithm):
-    changes = {"save_every": 4, "eval": OfflineEvalConfig(every=2), "tokens_per_batch": 24}
+    changes = {"save_every": 4, "eval": EvalConfig(every=2), "tokens_per_batch": 24}
     config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
     train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))

@@ -12,8 +12,7 @@ import pytest
 from trainer.test_resume import config_for, run_until_crash
 from trainer.tiny import offline_config, tiny_config
 
-from fastrl.trainer import lock, setup
-from fastrl.trainer.learner import Learner
+from fastrl.trainer import lock, loop, setup
 from fastrl.trainer.lock import LOCK, hold
 from fastrl.trainer.setup import train
 
@@ -121,11 +120,11 @@ def test_a_run_that_still_goes_on_cannot_be_resumed_beside_itself(tmp_path, hold
 
 
 def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path, monkeypatch):
-    def fails(learner):
+    def fails():
         assert (tmp_path / "run").is_dir()
-        raise ValueError("no optimizer")
+        raise ValueError("no facts")
 
-    monkeypatch.setattr(Learner, "begin", fails)
-    with pytest.raises(ValueError, match="no optimizer"):
+    monkeypatch.setattr(loop, "environment", fails)
+    with pytest.raises(ValueError, match="no facts"):
         train(tiny_config(tmp_path))
     assert not (tmp_path / "run").exists()

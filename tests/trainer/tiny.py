@@ -12,9 +12,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastrl.rollout.collect import collect
-from fastrl.trainer.config import EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig, TaskConfig, TrainConfig
+from fastrl.trainer.build import build_algorithm
+from fastrl.trainer.config import (
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from fastrl.trainer.loop import Trainer
-from fastrl.trainer.offline_config import DataConfig, OfflineConfig, build_objective
 
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(30))]
 
@@ -145,17 +153,17 @@ def offline_config(tmp_path, algorithm="dpo", **changes):
     model = tmp_path / "model"
     if not model.exists():
         write_model(model)
-    kind = build_objective(OfflineConfig(algorithm=algorithm)).kind
+    kind = build_algorithm(TrainConfig(algorithm=algorithm)).kind
     fields = {
         "model": str(model),
         "algorithm": algorithm,
         "dtype": "float32",
         "device": "cpu",
         "steps": 4,
-        "batch": 5,
+        "rows_per_step": 5,
         "run_dir": str(tmp_path / "run"),
         "tokens_per_batch": 64,
         "data": DataConfig(source=str(write_answers(tmp_path / f"{kind}.jsonl", kind)), held_out=6, chat=False),
         "optimizer": OptimizerConfig(lr=1e-2),
     }
-    return OfflineConfig(**(fields | changes))
+    return TrainConfig(**(fields | changes))

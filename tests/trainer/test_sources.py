@@ -1,0 +1,275 @@
+"""Any algorithm on any source; and that a new source needs no change of the loop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from trainer.tiny import offline_config, tiny_config, write_model
+
+from fastrl.algorithms.offline import OFFLINE, objective_of
+from fastrl.data.groups import batch_from_json, batch_to_json
+from fastrl.data.pack import count, pack
+from fastrl.model.load import load_model
+from fastrl.model.policy import Policy
+from fastrl.sources import Rollouts
+from fastrl.trainer.build import build_algorithm
+from fastrl.trainer.config import DataConfig, OptimizerConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.setup import prepare, train
+from fastrl.types import Batch, Group, Prompt, Sample
+
+
+@pytest.fixture(autouse=True)
+def _report_without_pictures(monkeypatch):
+    """They would take half of the time."""
+    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Any algorithm on any source
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "steps", "lr"), [("dpo", 25, 1e-2), ("simpo", 25, 1e-2), ("sft", 25, 1e-2), ("kto", 25, 1e-2)]
+)
+def test_losses_on_answers_learn_from_fresh_completions(tmp_path, algorithm, steps, lr):
+    rollout = RolloutConfig(prompts=6, samples=6, max_new_tokens=6, threshold=0.2)
+    optimizer = OptimizerConfig(lr=lr)
+    config = tiny_config(
+        tmp_path, algorithm=algorithm, source="rollouts", steps=steps, rollout=rollout, optimizer=optimizer
+    )
+    outcome = train(config)
+    assert outcome.status == "finished"
+    assert outcome.after["sampled"] > outcome.before["sampled"] + 0.2
+    line = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert {"reward", "loss", "groups/contributing"} <= line.keys()
+
+
+def test_a_pair_is_the_best_and_the_worst_of_a_group_and_equal_rewards_are_none(tmp_path):
+    def group(index, *rewards):
+        return Group(Prompt(index, "", (1,)), [Sample([2 + i], [0.0], True, reward=r) for i, r in enumerate(rewards)])
+
+    groups = [group(0, 0.5, 1.0, None, 0.0), group(1, 1.0, 1.0), group(2, None, 3.0)]
+    batch = Batch(groups, seed=1)
+    (pair,) = objective_of(OFFLINE["dpo"]).chosen(batch)
+    assert [sample.token_ids for sample in pair.samples] == [[3], [5]]
+    assert [sample.advantage for sample in pair.samples] == [1.0, -1.0]
+    assert batch.contributing == groups[:1]
+    shown = objective_of(OFFLINE["sft"], threshold=1.0).chosen(Batch(groups, seed=1))
+    assert [[sample.reward for sample in one.samples] for one in shown] == [[1.0], [1.0], [1.0], [3.0]]
+    labelled = objective_of(OFFLINE["kto"], threshold=1.0).chosen(Batch(groups, seed=1))
+    assert [one.samples[0].advantage for one in labelled] == [-1.0, 1.0, -1.0, 1.0, 1.0, 1.0]
+
+
+def test_a_step_whose_groups_make_no_pair_changes_nothing_and_is_logged(tmp_path):
+    rollout = RolloutConfig(prompts=2, samples=1, max_new_tokens=3)
+    config = tiny_config(tmp_path, algorithm="dpo", source="rollouts", steps=2, rollout=rollout)
+    assert train(config).status == "finished"
+    for line in lines(tmp_path / "run" / "metrics.jsonl"):
+        assert line["groups/contributing"] == 0.0
+        assert "loss" not in line
+
+
+def scored_file(path, rows=24):
+    """Completions with their share of w7 as reward."""
+    out = []
+    for i in range(rows):
+        responses = ["w7 w7 w7", f"w7 w{(i + 9) % 30}", f"w{(i + 8) % 30} w9", "w7 w7 w7"]
+        rewards = [text.split().count("w7") / len(text.split()) for text in responses]
+        out.append({"prompt": f"w{i}", "responses": responses, "rewards": rewards, "wanted": "w7"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in out))
+    return str(path)
+
+
+def test_grpo_learns_from_a_file_of_scored_completions_and_is_evaluated_on_prompts(tmp_path):
+    base = tiny_config(tmp_path)
+    config = replace(
+        base,
+        source="offline",
+        steps=15,
+        rows_per_step=6,
+        data=DataConfig(source=scored_file(tmp_path / "scored.jsonl"), held_out=4, chat=False),
+    )
+    outcome = train(config)
+    assert outcome.after["sampled"] > outcome.before["sampled"] + 0.3
+    line = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert line["reward"] > 0
+    assert line["frac_reward_zero_std"] == 0.0
+    assert "sampling/sampling_logp_difference/mean" not in line  # nobody knows what sampled them
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "ppo", "source": "offline"}, "source: expected rollouts for ppo"),
+        ({"algorithm": "scale_rl", "source": "offline"}, "sampler's log-probabilities"),
+        ({"algorithm": "reward_model", "source": "rollouts"}, "source: expected offline for reward_model"),
+        ({"algorithm": "grpo", "data": DataConfig(size=3)}, "data: expected nothing, as grpo learns from completions"),
+        (
+            {"algorithm": "dpo", "source": "rollouts", "optimizer": OptimizerConfig(epochs_per_rollout=2)},
+            "epochs_per_rollout: expected 1",
+        ),
+    ],
+)
+def test_an_algorithm_that_asks_for_what_the_source_has_not_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_algorithm(TrainConfig(**changes))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "w1", "responses": ["w2", "w3"], "rewards": [1.0]}, "'rewards' are not a list of one number"),
+        ({"prompt": "w1", "responses": ["w2", "w3"], "rewards": [1.0, None]}, "'rewards' are not a list of one"),
+        ({"prompt": "w1", "responses": ["w2", "w3"]}, "expected 'prompt', 'rewards', 'responses'"),
+    ],
+)
+def test_rows_of_scored_completions_without_their_rewards_are_refused(tmp_path, row, message):
+    path = tmp_path / "scored.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    config = offline_config(tmp_path, steps=1)
+    data = DataConfig(source=str(path), held_out=0, chat=False)
+    with pytest.raises(ValueError, match=message):
+        prepare(replace(config, algorithm="grpo", source="offline", data=data))
+
+
+# Sources to come: each runs through the loop as it is
+
+
+@dataclass
+class Toy:
+    """A source around another one."""
+
+    inner: Rollouts
+    seen: list[int] = field(default_factory=list)
+    kind = "rewarded"
+    replays = False
+
+    def next(self, learner, watch):
+        return self.inner.next(learner, watch)
+
+    def publish(self, learner):
+        self.seen.append(learner.updates)
+
+    def state_dict(self):
+        return {"inner": self.inner.state_dict(), "seen": list(self.seen)}
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state["inner"])
+        self.seen = list(state["seen"])
+
+
+class Ahead(Toy):
+    """Samples one step ahead of the weights that train on it."""
+
+    waiting = None
+
+    def next(self, learner, watch):
+        ready = self.waiting or super().next(learner, watch)
+        self.waiting = super().next(learner, watch)
+        return ready
+
+
+class Rounds(Toy):
+    """Keeps what it sampled at every third step, and trains on it until the next round."""
+
+    kept = None
+
+    def next(self, learner, watch):
+        if learner.steps % 3 == 0:
+            self.kept = super().next(learner, watch)
+        return replace(self.kept, seed=learner.steps, updates=[], scored=False, numbers={})
+
+
+class Curriculum(Toy):
+    """Leaves out prompts that are solved."""
+
+    def next(self, learner, watch):
+        batch = super().next(learner, watch)
+        batch.groups = [group for group in batch.groups if min(one.reward for one in group.samples) < 1.0]
+        return batch
+
+
+@pytest.mark.parametrize("kind", [Toy, Ahead, Rounds, Curriculum])
+def test_a_new_source_needs_no_change_of_the_loop(tmp_path, kind):
+    config = tiny_config(tmp_path, steps=8)
+    run = prepare(config)
+    run.source = kind(run.source)
+    outcome = run.train()
+    assert outcome.status == "finished"
+    assert outcome.after["sampled"] > outcome.before["sampled"]
+    assert run.source.seen == list(range(1, 9))
+    if kind is Toy:
+        train(replace(config, run_dir=str(tmp_path / "plain")))
+        plain, toy = (lines(tmp_path / name / "completions.jsonl") for name in ("plain", "run"))
+        assert [line["reward"] for line in plain] == [line["reward"] for line in toy]
+
+
+# What crosses a boundary
+
+
+def test_a_batch_comes_back_from_json_as_it_was():
+    sample = Sample([3, 4], [-0.1, float("nan")], True, "w3", {"a": 0.25, "b": None}, 1 / 3, advantage=-0.5)
+    sample.own, sample.versions, sample.old_logps, sample.values = [True, False], [1, 2], [-0.1, -1e-9], [0.5, 2.0]
+    other = Sample([5], [0.0], False, reward=None)
+    prompt = Prompt(7, [{"role": "user", "content": "é"}], (1, 2), {"answer": 4, "more": {"a": [1]}})
+    group = Group(prompt, [sample, other], greedy_reward=0.5, mismatched=Sample([9], [0.0], True), margin=0.1)
+    metrics = {
+        "entropy": (torch.tensor(1 / 3), torch.tensor(3)),
+        "x/max": (torch.tensor(0.1).double(), torch.tensor(1)),
+    }
+    batch = Batch(
+        [group, Group(prompt, [other])], 5, "pairs", [group], {"loss": 0.1}, True, [(metrics, {"loss": 1 / 7})]
+    )
+    back = batch_from_json(json.loads(json.dumps(batch_to_json(batch))))
+    assert repr(back) == repr(batch)
+    assert [(total.dtype, count.dtype) for total, count in back.updates[0][0].values()] == [
+        (total.dtype, count.dtype) for total, count in metrics.values()
+    ]
+
+
+def test_tokens_that_the_policy_did_not_write_have_no_part_in_counts_and_gradient(tmp_path):
+    policy = Policy(load_model(write_model(tmp_path / "model"), torch.float32)[0])
+    prompt, tokens = Prompt(0, "w1", (3,)), [4, 5, 6, 7]
+    own = [True, False, False, True]
+    sample = Sample(tokens, [-1.0] * 4, True, reward=1.0, advantage=1.0, own=own)
+    groups = [Group(prompt, [sample, replace(sample, token_ids=[8, 9, 3, 2], own=None, advantage=-1.0)])]
+    assert count(groups).tokens == 2 + 4
+    assert count([Group(prompt, [replace(sample, own=[False] * 4)])]).sequences == 0
+    (batch,) = pack(groups, layout="padded", max_tokens=64)
+    assert batch.mask.tolist() == [*own, True, True, True, True]
+    algorithm = build_algorithm(TrainConfig())
+    normalizer = algorithm.normalizer(count(groups))
+    (out,) = algorithm.losses(policy, None, batch, normalizer, temperature=1.0, entropy=False)
+    out.loss.backward()
+    got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    policy.model.zero_grad()
+    logps = policy.outputs(policy.hidden(batch), batch.targets).logps
+    mine, other = logps[:4][torch.tensor(own)], logps[4:]
+    (-(mine.mean() - other.mean()) / normalizer).backward()
+    torch.testing.assert_close(
+        got, torch.cat([p.grad.flatten() for p in policy.model.parameters()]), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_every_token_says_how_many_updates_its_weights_had_seen(tmp_path):
+    run = prepare(tiny_config(tmp_path, optimizer=OptimizerConfig(lr=1e-2, steps_per_rollout=2)))
+    seen, original = [], run.source.next
+
+    def sampled(learner, watch):
+        batch = original(learner, watch)
+        found = {
+            tuple(one.versions) == (learner.updates,) * len(one.token_ids) for g in batch.groups for one in g.samples
+        }
+        seen.append((learner.updates, found))
+        return batch
+
+    run.source.next = sampled
+    run.train()
+    assert [found for _, found in seen] == [{True}] * 3
+    assert 0 == seen[0][0] < seen[1][0] < seen[2][0]
