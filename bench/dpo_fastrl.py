@@ -19,7 +19,7 @@ def run(workload: PairsWorkload) -> list[StepRecord]:
         rows_per_step=workload.pairs,
         seed=workload.seed,
         device=workload.device,
-        tokens_per_batch=workload.tokens_per_batch,
+        max_tokens_per_microbatch=workload.max_tokens_per_microbatch,
         run_dir=f"{workload.folder}/fastrl",
         data=DataConfig(source=str(workload.rows), held_out=0, chat=False),
         optimizer=OptimizerConfig(lr=1e-6),

@@ -21,7 +21,7 @@ class PairsWorkload:
     steps: int = 2  # measured, after `warm_up` more
     warm_up: int = 1
     micro_batch: int = 4  # pairs; fastrl counts tokens instead
-    tokens_per_batch: int = 2048
+    max_tokens_per_microbatch: int = 2048
     seed: int = 0
     device: str = "cpu"
     folder: str = ""  # where the pairs are and a provider may write

@@ -31,8 +31,8 @@ def run(workload: Workload) -> list[StepRecord]:
         rewards=(RewardConfig(f"bench.workload:{REWARDS[workload.reward].__name__}"),),
         rollout=replace(
             recipe.rollout,
-            prompts=workload.prompts,
-            samples=workload.samples,
+            prompts_per_step=workload.prompts,
+            group_size=workload.samples,
             max_new_tokens=workload.max_new_tokens,
         ),
         # The plain PPO loop has a critic of its own too.

@@ -43,6 +43,7 @@ _EXPORTS = {
     "Power": "fastrl.preference_spec",
     "JensenShannon": "fastrl.preference_spec",
     "LogOdds": "fastrl.preference_spec",
+    "Trainer": "fastrl.trainer.trainer",
     "LogprobOutput": "fastrl.types",
     "LossOutput": "fastrl.types",
 }
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from fastrl.spec import Reinforce as Reinforce
     from fastrl.spec import Sapo as Sapo
     from fastrl.spec import Vespo as Vespo
+    from fastrl.trainer.trainer import Trainer as Trainer
     from fastrl.types import LogprobOutput as LogprobOutput
     from fastrl.types import LossOutput as LossOutput
 

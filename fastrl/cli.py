@@ -94,7 +94,7 @@ def _bench(args: list[str]) -> int:
 def _doctor(args: list[str]) -> int:
     from rich.console import Console
 
-    from fastrl.trainer.doctor import print_doctor
+    from fastrl.doctor import print_doctor
 
     parser = ArgumentParser("fastrl doctor", description="What was found on this machine.")  # also without tyro
     parser.add_argument("--json", action="store_true", help="print JSON")

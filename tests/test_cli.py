@@ -8,8 +8,8 @@ import pytest
 import yaml
 from trainer.tiny import tiny_config, write_model, write_task
 
+from fastrl import doctor
 from fastrl.cli import main
-from fastrl.trainer import doctor
 
 
 @pytest.fixture
@@ -25,10 +25,10 @@ def recipe(tmp_path):
                 "device": "cpu",
                 "steps": 50,
                 "run_dir": str(tmp_path / "run"),
-                "tokens_per_batch": 64,
+                "max_tokens_per_microbatch": 64,
                 "task": {"source": str(tmp_path / "task.jsonl"), "held_out": 4, "chat": False},
                 "rewards": [{"name": "trainer.tiny:wanted_words"}],
-                "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": 6},
+                "rollout": {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 6},
             }
         )
     )

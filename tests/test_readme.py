@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from trainer.tiny import small_trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastrl
@@ -11,7 +12,9 @@ import fastrl
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-LOSS, ACCELERATION = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+(TRAINER,) = (block for block in BLOCKS if "Trainer(" in block)
+LOSS, ACCELERATION = (block for block in BLOCKS if block != TRAINER)
 
 
 def tiny_model():
@@ -51,6 +54,14 @@ def test_the_acceleration_example_gives_the_same_gradient_and_is_undone():
     exec(ACCELERATION, {"fastrl": fastrl, "model": model, "train": train})
     assert [type(module) for module in model.modules()] == classes
     torch.testing.assert_close(*gradients)
+
+
+def test_the_trainer_example_trains_and_saves(tmp_path, monkeypatch):
+    made = small_trainers(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(TRAINER, {})
+    assert made[0].run.learner.steps == 2
+    assert (tmp_path / "sums" / "model.safetensors").is_file()
 
 
 def test_every_preset_that_the_readme_names_exists():

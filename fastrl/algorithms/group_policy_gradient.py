@@ -77,7 +77,7 @@ class GroupPolicyGradient(PolicyGradient):
 
         A group whose rewards are all equal has advantages of exactly 0; it costs neither a forward nor a backward pass.
         """
-        if self.needs_ref or self.spec.needs_entropy:
+        if self.needs_ref or self.spec.needs_entropy or self.terms:
             return list(groups)
         return [group for group in groups if any(sample.advantage != 0.0 for sample in group.samples)]
 
@@ -100,7 +100,7 @@ class GroupPolicyGradient(PolicyGradient):
         """As `policy_gradient_loss`."""
         options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler}
         batch = batch if self.sampled else replace(batch, sampling_logps=None)
-        yield policy_gradient_loss(policy, batch, self.spec, normalizer, **options)
+        yield policy_gradient_loss(policy, batch, self.spec, normalizer, terms=self.terms, **options)
 
 
 def _number(reward: float | None) -> float:

@@ -5,7 +5,7 @@ What the algorithms of this kind differ in, advantages above all, is in `group_p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +14,7 @@ import torch
 
 from fastrl.algorithms.base import Learner
 from fastrl.algorithms.masks import TokenMasks, masked
+from fastrl.check import require
 from fastrl.data.pack import Counts, count, minibatches
 from fastrl.losses.aggregate import token_weights
 from fastrl.losses.linear_policy import linear_policy_loss
@@ -25,6 +26,9 @@ from fastrl.ops.linear_token_loss import linear_token_loss
 from fastrl.progress import Progress, Watch, tracked, unseen
 from fastrl.spec import PolicyLoss
 from fastrl.types import Batch, Group, LossOutput, MicroBatch
+
+# (log-probabilities (N,), with gradient; the micro-batch) -> (N,), what is added to the loss of each token.
+LossTerm = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
 
 
 class Part(NamedTuple):
@@ -61,6 +65,8 @@ class PolicyGradient:
     to_sampler: bool = field(default=False, kw_only=True)
     """The ratio is to the sampler's log-probabilities, not the trainer's of the same weights."""
     schedule: Schedule = field(default_factory=Schedule, kw_only=True)
+    terms: tuple[LossTerm, ...] = field(default=(), kw_only=True)
+    """Added to the loss of each token, with its weight."""
     sampled: bool = field(default=True, kw_only=True)
     """Whether completions come with the log-probabilities of whoever sampled them."""
 
@@ -180,6 +186,7 @@ def policy_gradient_loss(
     entropy: bool,
     to_sampler: bool = False,
     hidden: torch.Tensor | None = None,
+    terms: Sequence[LossTerm] = (),
 ) -> LossOutput:
     """One micro-batch's share of the step's loss, from hidden states, with its metrics.
 
@@ -216,7 +223,34 @@ def policy_gradient_loss(
         out = _plus(out, _held(policy, hidden, batch, spec, normalizer, old_logps, temperature))
     if batch.nll_weights is not None:
         out = _plus(out, _nll(policy, hidden, batch, temperature))
+    if terms:
+        out = _plus(out, _own(policy, hidden, batch, spec, normalizer, temperature, terms))
     return out
+
+
+def _own(
+    policy: Policy,
+    hidden: torch.Tensor,
+    batch: MicroBatch,
+    spec: PolicyLoss,
+    normalizer: float | torch.Tensor,
+    temperature: float,
+    terms: Sequence[LossTerm],
+) -> LossOutput:
+    """The caller's own terms, each weighed as the policy loss weighs the token."""
+    weights = token_weights(
+        batch.mask, spec.aggregate, normalizer=normalizer, group_ids=batch.group_ids, cu_seqlens=batch.cu_seqlens
+    )
+    logps = policy.outputs(hidden, batch.targets, temperature=temperature).logps
+    loss, metrics = 0.0, {}
+    for term in terms:
+        values, name = term(logps, batch), getattr(term, "__name__", type(term).__name__)
+        require(
+            values.shape == logps.shape, name, "the result", f"one number per token, {tuple(logps.shape)}", values.shape
+        )
+        loss = loss + (weights * values).sum()
+        metrics[f"loss/{name}"] = ((values.detach() * batch.mask).sum(), batch.mask.sum().to(values.dtype))
+    return LossOutput(loss, metrics)
 
 
 def _plus(one: LossOutput, other: LossOutput) -> LossOutput:

@@ -200,7 +200,7 @@ class ActorCritic(PolicyGradient):
         shares the policy's trunk comes with it, from the same hidden states. Without a policy there is the
         loss of a separate critic alone.
         """
-        options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler}
+        options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler, "terms": self.terms}
         if isinstance(critic, SharedCritic):
             hidden = policy.hidden(batch)
             out = policy_gradient_loss(policy, batch, self.spec, normalizer, hidden=hidden, **options)

@@ -148,6 +148,8 @@ def load_preferences(
         rows = gym_answers(source.removeprefix(GYM), kind, size=size, seed=seed, options=dict(options or {}))
     else:
         rows = read_rows(source, size=size, seed=seed, options=dict(options or {}))
+    if kind == "rewarded":
+        rows = _by_prompt(rows)
     _require_columns(rows, kind, columns)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     options = template_options or {}
@@ -233,6 +235,23 @@ def mismatched(groups: Sequence[Group]) -> list[Group]:
         other = next(other for other in before if other.prompt.token_ids != group.prompt.token_ids)
         others.append(Group(group.prompt, other.samples))
     return others
+
+
+def _by_prompt(rows: list[Row]) -> list[Row]:
+    """Rows of one completion and its `reward` each, as in a run's completions.jsonl, together by their prompt and,
+    where there is one, their `step`; other rows as they are."""
+    if not all(row.values.keys() >= {"prompt", "completion", "reward"} for row in rows):
+        return rows
+    together: dict[str, Row] = {}
+    for row in rows:
+        if row.values["reward"] is None or not row.values["completion"]:
+            continue  # nobody could judge it, or there is nothing to learn from
+        key = repr((row.values.get("step"), row.values["prompt"]))
+        values = {"prompt": row.values["prompt"], "responses": [], "rewards": []}
+        group = together.setdefault(key, Row(row.where, values))
+        group.values["responses"].append(row.values["completion"])
+        group.values["rewards"].append(row.values["reward"])
+    return [row for row in together.values() if len(row.values["responses"]) > 1]
 
 
 def _require_columns(rows: list[Row], kind: Kind, columns: PairColumns) -> None:

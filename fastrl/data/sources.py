@@ -55,7 +55,8 @@ def gym_answers(task: str, kind: str, *, size: int, seed: int, options: Mapping[
     """Questions of a reasoning-gym task with answers, in the columns of a kind of `fastrl.data.preferences`.
 
     `completions`: the task's own answer. `pairs`: that one is chosen, and rejected is another question's answer, which
-    the task's scorer gives less to. `labelled`: one of the two, at random. Equal arguments give equal rows. A question
+    the task's scorer gives less to. `labelled`: one of the two, at random. `rewarded`: the right one and three other
+    questions' answers, with what the scorer gives them. Equal arguments give equal rows. A question
     for which no other answer scores less has None instead of a wrong one.
     """
     dataset = _gym_dataset(task, size, seed, options)
@@ -64,10 +65,14 @@ def gym_answers(task: str, kind: str, *, size: int, seed: int, options: Mapping[
     for index, entry in enumerate(entries):
         rng = random.Random(f"{seed}/{index}")
         prompt, right = entry["question"], str(entry["answer"])
-        wrong = _gym_wrong_answer(dataset, entries, entry, rng) if kind != "completions" else None
+        wrong = _gym_wrong_answer(dataset, entries, entry, rng) if kind in ("pairs", "labelled") else None
         values: dict[str, Any] = {"prompt": prompt, "completion": right}
         if kind == "pairs":
             values = {"prompt": prompt, "chosen": right, "rejected": wrong}
+        elif kind == "rewarded":
+            draws = [str(rng.choice(entries)["answer"]) for _ in range(3)]
+            values = {"prompt": prompt, "responses": [right, *draws]}
+            values["rewards"] = [float(dataset.score_answer(answer, entry)) for answer in values["responses"]]
         elif kind == "labelled":
             label = rng.random() < 0.5
             values = {"prompt": prompt, "completion": right if label else wrong, "label": label}

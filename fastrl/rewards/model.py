@@ -21,7 +21,7 @@ class ModelReward:
     Args:
         path: a folder or hub id.
         label: the name under which the reward is logged; two models in one recipe need two.
-        tokens_per_batch: input tokens of a forward pass.
+        max_tokens_per_microbatch: input tokens of a forward pass.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ModelReward:
         label: str = "model",
         dtype: str = "auto",
         device: str = "auto",
-        tokens_per_batch: int = 4096,
+        max_tokens_per_microbatch: int = 4096,
     ) -> None:
         # Here and not above: who asks for another reward need not wait for, or have, what models need.
         import torch
@@ -41,7 +41,7 @@ class ModelReward:
 
         check.choice("model", "dtype", dtype, DTYPES)
         self.__name__ = label
-        self.tokens_per_batch = tokens_per_batch
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         if dtype == "auto":  # a forward alone: what its attention is slow at, its layers are too
             dtype = "float32" if torch.device(place).type == "cpu" and slow_bfloat16() else "bfloat16"
@@ -64,7 +64,7 @@ class ModelReward:
         groups = with_end(groups, self.tokenizer.pad_token_id)
         longest = max(len(group.prompt.token_ids) + len(group.samples[0].token_ids) for group in groups)
         scores = [0.0] * len(groups)
-        limit, device = max(self.tokens_per_batch, longest), self.model.head.weight.device
+        limit, device = max(self.max_tokens_per_microbatch, longest), self.model.head.weight.device
         for batch in pack(groups, layout=self.layout, max_tokens=limit, device=device):
             with torch.no_grad():
                 found = self.model.scores(batch).tolist()

@@ -60,7 +60,7 @@ def _require_fits(config: TrainConfig, objective: Objective) -> None:
     """
     name, data = config.algorithm, config.data
     for field in ("steps_per_rollout", "epochs_per_rollout"):
-        value, do = getattr(config.optimizer, field), "Set rows_per_step, or rollout.prompts."
+        value, do = getattr(config.optimizer, field), "Set rows_per_step, or rollout.prompts_per_step."
         require(value == 1, OP, f"optimizer.{field}", f"1: {name} takes one optimizer step on a batch", value, do)
     whole = name != "reward_model" or config.adapter.rank == 0
     require(whole, OP, "adapter.rank", "0 for reward_model, whose head is new", config.adapter.rank)

@@ -33,8 +33,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fastrl
 from fastrl.check import sentence
+from fastrl.files import clear_leftovers, complete_or_absent, remove, replace_text
 from fastrl.model.load import quiet_progress
-from fastrl.trainer.files import clear_leftovers, complete_or_absent, remove, replace_text
 
 FORMAT = 2  # of the folder; a checkpoint of another format is not read
 CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"

@@ -17,7 +17,7 @@ from fastrl.spec import Aggregate, Correction, Ratio
 # `model` may have another name, if its weights are the same.
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
-    "device", "backend", "linear", "tokens_per_batch", "layout", "gradient_checkpointing", "threads",
+    "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
     "max_failure_fraction", "adapter.save", "log_to",
 }  # fmt: skip
 
@@ -66,10 +66,10 @@ class RewardConfig:
 class RolloutConfig:
     """How completions are sampled."""
 
-    prompts: int = 8
-    """Prompts per step."""
-    samples: int = 8
-    """Completions per prompt."""
+    prompts_per_step: int = 8
+    """Prompts of a training step."""
+    group_size: int = 8
+    """Completions of each prompt."""
     max_new_tokens: int = 32
     """Length limit of a completion."""
     temperature: float = 1.0
@@ -299,7 +299,7 @@ class TrainConfig:
     """Of the load-balancing loss of a mixture of experts; null takes the model's own, 0 leaves it out."""
     rows_per_step: int = 16
     """Rows of `data` in a step: pairs, labelled answers, demonstrations or groups of scored completions."""
-    tokens_per_batch: int = 2048
+    max_tokens_per_microbatch: int = 2048
     """Model input tokens of a micro-batch, padding included; memory grows with it, the gradient does not change."""
     layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
     """How sequences share a micro-batch."""
@@ -358,7 +358,7 @@ class TrainConfig:
             require(value is None or 0 < value < float("inf"), op, name, "a positive number, or null", value)
         coef = self.router_aux_loss_coef
         require(coef is None or 0 <= coef < float("inf"), op, "router_aux_loss_coef", "at least 0, or null", coef)
-        for name in ("steps", "tokens_per_batch", "keep_last"):
+        for name in ("steps", "max_tokens_per_microbatch", "keep_last"):
             require(getattr(self, name) >= 1, op, name, "at least 1", getattr(self, name))
         for name in ("threads", "save_every", "keep_every"):
             require(getattr(self, name) >= 0, op, name, "0 or more", getattr(self, name))
@@ -409,8 +409,8 @@ def require_source(op: str, config: TrainConfig) -> None:
     rollout, optimizer, share = config.rollout, config.optimizer, config.max_failure_fraction
     positive = {
         "rows_per_step": config.rows_per_step,
-        "rollout.prompts": rollout.prompts,
-        "rollout.samples": rollout.samples,
+        "rollout.prompts_per_step": rollout.prompts_per_step,
+        "rollout.group_size": rollout.group_size,
         "rollout.max_new_tokens": rollout.max_new_tokens,
         "optimizer.steps_per_rollout": optimizer.steps_per_rollout,
         "optimizer.epochs_per_rollout": optimizer.epochs_per_rollout,

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from fastrl.trainer.files import replace_text
+from fastrl.files import replace_text
 
 STATUS = "status.json"
 
@@ -40,5 +40,5 @@ def advice(error: BaseException) -> str:
     """What may help; empty where nothing is known."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return "Out of memory: lower tokens_per_batch, or set gradient_checkpointing."
+        return "Out of memory: lower max_tokens_per_microbatch, or set gradient_checkpointing."
     return ""

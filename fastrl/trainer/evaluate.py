@@ -9,11 +9,11 @@ from typing import Protocol
 
 from fastrl import env
 from fastrl.algorithms.offline import Answers, Objective
+from fastrl.monitor.log import RunLog
 from fastrl.progress import Unwatched, tracked
 from fastrl.rewards import RewardSuite
 from fastrl.sources.collect import Judge, Sampling, judged, mean_reward
 from fastrl.trainer.learner import Learner
-from fastrl.trainer.log import RunLog
 from fastrl.types import Group, Prompt
 
 EVALUATION_SEED = 2**40  # far from every training step's seed, and the same at every evaluation

@@ -19,24 +19,24 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl import env
 from fastrl.algorithms.base import Algorithm
+from fastrl.doctor import environment
 from fastrl.model.adapter import merged
+from fastrl.monitor.interrupt import Interrupted
+from fastrl.monitor.log import Callback, RunLog
+from fastrl.monitor.report import write_report
+from fastrl.monitor.screen import columns_for
+from fastrl.monitor.summary import step_metrics
 from fastrl.rewards import RewardFailure
 from fastrl.sources.base import Source
 from fastrl.trainer import resume
 from fastrl.trainer.checkpoint import Checkpoint, copy_model, has_checkpoint, save_model
 from fastrl.trainer.config import TrainConfig
-from fastrl.trainer.doctor import environment
 from fastrl.trainer.ended import Ended, advice, spot, write_status
 from fastrl.trainer.evaluate import Evaluation, Printed
-from fastrl.trainer.interrupt import Interrupted
 from fastrl.trainer.learner import Learner, NonFiniteLoss
 from fastrl.trainer.lock import only_writer
-from fastrl.trainer.log import RunLog
 from fastrl.trainer.precision import Speed
 from fastrl.trainer.reference import AskedOnce
-from fastrl.trainer.report import write_report
-from fastrl.trainer.screen import columns_for
-from fastrl.trainer.summary import step_metrics
 from fastrl.types import Batch
 
 
@@ -54,10 +54,10 @@ class Outcome:
 
 
 @dataclass(repr=False)
-class Trainer:
-    """A run: where batches come from, what is learned from them, by which models, and what is measured.
+class Run:
+    """Where batches come from, what is learned from them, by which models, and what is measured.
 
-    `fastrl.trainer.setup.prepare` makes one of a recipe.
+    `fastrl.trainer.setup.prepare` makes one of a recipe, and of what a `Trainer` is given.
     """
 
     config: TrainConfig
@@ -72,6 +72,7 @@ class Trainer:
     once: AskedOnce | None = None  # the reference of rows that were written before
     resumed: Checkpoint | None = None  # where the run goes on from, instead of the model's own weights
     said: tuple[str, ...] = ()  # what the user should know of model and data
+    callbacks: Sequence[Callback] = ()
     batch: Batch | None = None  # the next step's, once the source has given it
     log: RunLog = field(init=False)
     saved: tuple[Path, dict[str, Any]] | None = field(default=None, init=False)  # the last checkpoint, and of what
@@ -103,6 +104,7 @@ class Trainer:
         log = RunLog(self.directory, total_steps=config.steps, show_every=show_every, columns=columns)
         about = environment() | {"speed": self.speed.about()}
         log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=done)
+        log.call(self.callbacks)
         return log
 
     def _begin(self) -> None:

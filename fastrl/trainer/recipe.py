@@ -13,6 +13,13 @@ import yaml
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import ConfigError, TrainConfig
 
+RENAMED = {  # keys of older recipes
+    "tokens_per_batch": "max_tokens_per_microbatch",
+    "batch": "rows_per_step",
+    "prompts": "prompts_per_step",
+    "samples": "group_size",
+}
+
 
 def load_recipe(path: str | Path) -> TrainConfig:
     """Reads a YAML recipe. Unknown keys and wrong types are errors that name the key, the nearest one, and the file.
@@ -45,6 +52,8 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
     hints = get_type_hints(cls)
     values = {}
     for key, value in data.items():
+        if RENAMED.get(key) in hints:
+            raise ConfigError(f"{where}: {key}: it is called {RENAMED[key]!r} now.")
         if key not in hints:
             near = get_close_matches(str(key), hints, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(hints)}."

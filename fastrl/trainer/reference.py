@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastrl.data.sampler import fingerprint
+from fastrl.files import complete_or_absent
 from fastrl.model.policy import Policy
 from fastrl.progress import Progress, unseen
-from fastrl.trainer.files import complete_or_absent
 from fastrl.trainer.learner import Learner
 from fastrl.types import Group
 

@@ -15,19 +15,19 @@ import torch
 
 from fastrl.check import require, sentence
 from fastrl.data.groups import batch_from_json, batch_to_json
+from fastrl.files import clear_leftovers
+from fastrl.model.race import to_json
 from fastrl.trainer import checkpoint
 from fastrl.trainer.checkpoint import Checkpoint
 from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig
-from fastrl.trainer.files import clear_leftovers
-from fastrl.trainer.precision import to_json
 from fastrl.trainer.recipe import from_dict
 from fastrl.types import Batch
 
 if TYPE_CHECKING:
-    from fastrl.trainer.loop import Trainer
+    from fastrl.trainer.loop import Run
 
 
-def position(run: Trainer) -> dict[str, Any]:
+def position(run: Run) -> dict[str, Any]:
     """Where the run is, besides weights and optimizer: the source, the algorithm, the random numbers and the log.
 
     What a step samples and in which order it trains is seeded by the step's number; the global generators are for
@@ -37,13 +37,13 @@ def position(run: Trainer) -> dict[str, Any]:
     return where | {"log": run.log.position()}
 
 
-def back_to(run: Trainer, where: dict[str, Any]) -> None:
+def back_to(run: Run, where: dict[str, Any]) -> None:
     """Undoes what was drawn and logged since `position` gave `where`: of work that will be done again."""
     _go_to(run, where)
     run.log.rewind(where["log"])
 
 
-def save(run: Trainer) -> Path:
+def save(run: Run) -> Path:
     """Writes a checkpoint, and deletes those that are no longer kept; returns its folder.
 
     Raises:
@@ -76,7 +76,7 @@ def save(run: Trainer) -> Path:
     return folder
 
 
-def restore(run: Trainer) -> None:
+def restore(run: Run) -> None:
     """Puts weights, optimizers, source and random numbers back to where `run.resumed` was written, and the batch of the
     next step where the run stopped inside it.
 
@@ -90,7 +90,7 @@ def restore(run: Trainer) -> None:
     _go_to(run, state)
 
 
-def resume_log(run: Trainer) -> None:
+def resume_log(run: Run) -> None:
     """Cuts from the run's files what it wrote after `run.resumed`, and says where it goes on from."""
     clear_leftovers(run.directory)
     checkpoint.point_to(run.resumed.folder)  # newer ones are of a future that will not be
@@ -158,13 +158,13 @@ def _changes(found: Checkpoint, config: TrainConfig) -> list[tuple[str, Any, Any
     return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
 
 
-def _where_from(run: Trainer, where: str) -> str:
+def _where_from(run: Run, where: str) -> str:
     changes = [change for change in _changes(run.resumed, run.config) if change[0] not in ("resume", "run_dir")]
     listed = "".join(f"; {name} {was} -> {now}" for name, was, now in changes)
     return f"resumed after {where}, from {run.resumed.folder}{listed}"
 
 
-def _differences(run: Trainer) -> Iterator[str]:
+def _differences(run: Run) -> Iterator[str]:
     """What the reader should know about a run that goes on under other conditions."""
     was = run.resumed.manifest["versions"]
     now = checkpoint.about()["versions"]
@@ -190,7 +190,7 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
-def _go_to(run: Trainer, where: dict[str, Any]) -> None:
+def _go_to(run: Run, where: dict[str, Any]) -> None:
     run.source.load_state_dict(where["source"])
     run.algorithm.load_state_dict(where["algorithm"])
     _set_random_state(where["random"])

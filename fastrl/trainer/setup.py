@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,12 @@ from fastrl.model.adapter import WithoutAdapter, add_adapter
 from fastrl.model.attention import prepare_attention
 from fastrl.model.load import embedding_rows, fingerprint, load_model, stop_token_ids, vocab_size
 from fastrl.model.policy import Policy
+from fastrl.model.race import DTYPES, from_json
 from fastrl.model.router import about_router
 from fastrl.model.scalar import Critic, ScalarModel, SharedCritic, about_padding, load_scalar_model
-from fastrl.rewards import RewardSuite, resolve_reward
+from fastrl.monitor.log import Callback
+from fastrl.monitor.trackers import require_installed
+from fastrl.rewards import RewardFunc, RewardSuite, resolve_reward
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.sources import Offline, Rollouts, Sampling, Source
@@ -40,12 +43,11 @@ from fastrl.trainer.config import AdapterConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.lock import free_directory
-from fastrl.trainer.loop import Outcome, Trainer
+from fastrl.trainer.loop import Outcome, Run
 from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
-from fastrl.trainer.precision import DTYPES, Speed, from_json, resolve_dtype
+from fastrl.trainer.precision import Speed, resolve_dtype
 from fastrl.trainer.reference import AskedOnce
 from fastrl.trainer.resume import require_same_model, resumable
-from fastrl.trainer.trackers import require_installed
 from fastrl.types import Group, Prompt
 
 if TYPE_CHECKING:
@@ -100,21 +102,39 @@ def evaluate_model(config: TrainConfig, model: str = "") -> dict[str, float]:
     return run.evaluate()
 
 
-def prepare(config: TrainConfig, *, trains: bool = True) -> Trainer:
+@dataclass(frozen=True)
+class Given:
+    """Objects that take the place of what a recipe names; None where it names it."""
+
+    model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+    rows: Sequence[Mapping[str, Any]] | None = None  # prompts or answers
+    rewards: Sequence[tuple[RewardFunc, float]] | None = None
+    algorithm: Algorithm | None = None
+    source: Source | None = None
+    callbacks: Sequence[Callback] = ()
+    evaluations: Sequence[Evaluation] = ()
+
+
+def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = True) -> Run:
     """Loads and checks models, data and rewards.
 
     Args:
+        given: objects instead of what the configuration names.
         trains: put the adapter into the model that the recipe trains; a model that is only judged is left as it is.
 
     Raises:
         ValueError: something the configuration names does not exist or does not fit together.
     """
-    algorithm, judges = build_algorithm(config), not config.offline or config.task != TaskConfig()
+    given = given or Given()
+    algorithm = given.algorithm or build_algorithm(config)
+    judges = not config.offline or config.task != TaskConfig()
     config, resumed, device, speed = begin(config)
     offline, dtype = config.offline, DTYPES[config.dtype]
-    rewards = _rewards(config) if judges else None
+    rewards = _rewards(config, given.rewards) if judges else None
     scalar = isinstance(algorithm, RewardModelling)
-    if scalar:
+    if given.model:
+        model, tokenizer = given.model
+    elif scalar:
         model, tokenizer = load_scalar_model(config.model, dtype)
     else:
         model, tokenizer = load_model(config.model, dtype, quantize=config.adapter.quantize, device=device)
@@ -135,38 +155,41 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Trainer:
         device,
         layout,
         ModelShape.of(model),
-        config.tokens_per_batch,
+        config.max_tokens_per_microbatch,
         partial(make_optimizers, config),
         adapted=adapted,
         temperature=1.0 if isinstance(algorithm, Objective) else config.rollout.temperature,
     )
     on_prompts = None if rewards is None else _sampling(config, learner, tokenizer)
     if offline:
-        made = _offline(config, algorithm, learner, tokenizer, speed, began)
+        made = _offline(config, algorithm, learner, tokenizer, speed, began, given.rows)
         if on_prompts:
             _, held_out, said = _prompts(config, learner, tokenizer)
             evaluation = OnPrompts(held_out, on_prompts, rewards, config.eval.samples, config.steps)
             made = replace(made, evaluations=[*made.evaluations, evaluation], said=(*made.said, *said))
     else:
-        made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards)
+        made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards, given.rows)
     if on_prompts and trains and model.generation_config is not None:
         # Whoever generates with what is saved stops where we did.
         stops = on_prompts.params.stop_token_ids
         model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
+    if given.source:
+        made = replace(made, source=given.source)
     if resumed:
         made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before all is written
     # For rewards that draw from them; last, because libraries that are imported on first use draw from them too.
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
     about = [about_router(model, config.router_aux_loss_coef), about_padding(tokenizer) if scalar else ""]
-    return Trainer(
+    return Run(
         config=config,
         directory=resumed.run_dir if resumed else free_directory(config.directory()),
         learner=learner,
         algorithm=algorithm,
         source=made.source,
         tokenizer=tokenizer,
-        evaluations=made.evaluations,
+        evaluations=[*made.evaluations, *given.evaluations],
+        callbacks=given.callbacks,
         fingerprint=began,
         speed=speed,
         once=made.once,
@@ -175,12 +198,10 @@ def prepare(config: TrainConfig, *, trains: bool = True) -> Trainer:
     )
 
 
-def _rewards(config: TrainConfig) -> RewardSuite:
-    return RewardSuite(
-        [resolve_reward(reward.name, **reward.options) for reward in config.rewards],
-        [reward.weight for reward in config.rewards],
-        max_failure_fraction=config.max_failure_fraction,
-    )
+def _rewards(config: TrainConfig, given: Sequence[tuple[RewardFunc, float]] | None) -> RewardSuite:
+    named = ((resolve_reward(reward.name, **reward.options), reward.weight) for reward in config.rewards)
+    funcs, weights = zip(*(named if given is None else given), strict=True)
+    return RewardSuite(funcs, weights, max_failure_fraction=config.max_failure_fraction)
 
 
 def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Sampling:
@@ -199,10 +220,13 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
 
 
 def _prompts(
-    config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig,
+    learner: Learner,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
     """`load_task`, of prompts that fit the models with a completion behind them."""
-    prompts, held_out, said = load_task(config, tokenizer)
+    prompts, held_out, said = load_task(config, tokenizer, rows)
     model, critic = learner.policy.model, learner.critic
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
     room = positions(model, *([critic.model] if isinstance(critic, ScalarModel) else []))
@@ -225,6 +249,7 @@ def _rollouts(
     speed: Speed,
     sampling: Sampling,
     rewards: RewardSuite,
+    rows: Sequence[Mapping[str, Any]] | None,
 ) -> _Made:
     """Prompts, an engine on the policy's own model, and what the algorithm has beside the policy."""
     rollout = config.rollout
@@ -237,21 +262,21 @@ def _rollouts(
         learner.critic = load_critic(config, learner.policy, tokenizer, learner.layout)
     if isinstance(learner.critic, ScalarModel):
         speed.up(learner.critic.model, config)
-    prompts, held_out, said = _prompts(config, learner, tokenizer)
+    prompts, held_out, said = _prompts(config, learner, tokenizer, rows)
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + rollout.max_new_tokens
     require(
-        config.tokens_per_batch >= longest,
+        config.max_tokens_per_microbatch >= longest,
         "TrainConfig",
-        "tokens_per_batch",
+        "max_tokens_per_microbatch",
         f"at least {longest}, the longest prompt plus rollout.max_new_tokens",
-        config.tokens_per_batch,
+        config.max_tokens_per_microbatch,
     )
     source = Rollouts(
         PromptSampler(prompts, seed=config.seed),
         sampling,
         rewards,
-        number=rollout.prompts,
-        samples=rollout.samples,
+        number=rollout.prompts_per_step,
+        samples=rollout.group_size,
         refills=rollout.dynamic_sampling,
         greedy=algorithm.needs_greedy,
         seed=config.seed,
@@ -268,6 +293,7 @@ def _offline(
     tokenizer: PreTrainedTokenizerBase,
     speed: Speed,
     began: str,
+    rows: Sequence[Mapping[str, Any]] | None,
 ) -> _Made:
     """Rows, and the reference that is asked about all of them before the first step."""
     policy, model = learner.policy, learner.policy.model
@@ -275,7 +301,7 @@ def _offline(
     if config.reference and algorithm.needs_ref:
         reference = _frozen(config, config.reference, learner, speed, tokenizer)
     models = [model] + ([reference.model] if reference else [])
-    groups, said = _load_rows(config, algorithm.kind, tokenizer, min(config.data.max_tokens, positions(*models)))
+    groups, said = _load_rows(config, algorithm.kind, tokenizer, min(config.data.max_tokens, positions(*models)), rows)
     require_known_tokens(model, config.model, (group.prompt.token_ids for group in groups))
     require_known_tokens(model, config.model, (sample.token_ids for group in groups for sample in group.samples))
     if isinstance(algorithm, RewardModelling):
@@ -443,14 +469,14 @@ def _recomputed(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 def load_task(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]] | None = None
 ) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
     """(training prompts, held-out prompts, what was said about rows that were left out); no question is in both."""
     task = config.task
 
     def load() -> tuple[list[Prompt], list[Prompt]]:
         prompts = load_prompts(
-            task.source,
+            task.source if rows is None else rows,
             tokenizer,
             size=task.size,
             seed=config.seed,
@@ -493,13 +519,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def _load_rows(
-    config: TrainConfig, kind: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    config: TrainConfig,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    given: Sequence[Mapping[str, Any]] | None,
 ) -> tuple[list[Group], tuple[str, ...]]:
     """(groups of that kind, what was said about rows that were left out)."""
     data = config.data
     groups, said = with_warnings(
         lambda: load_preferences(
-            data.source,
+            data.source if given is None else given,
             tokenizer,
             kind="pairs" if data.unpair else "ranked" if data.ranked else kind,
             size=data.size,
@@ -533,5 +563,12 @@ def _require_room(config: TrainConfig, layout: str, groups: Sequence[Group]) -> 
 
     longest = max(map(tokens, groups))
     expected = f"at least {longest}, as the longest row has"
-    enough = config.tokens_per_batch >= longest
-    require(enough, "TrainConfig", "tokens_per_batch", expected, config.tokens_per_batch, "Or lower data.max_tokens.")
+    enough = config.max_tokens_per_microbatch >= longest
+    require(
+        enough,
+        "TrainConfig",
+        "max_tokens_per_microbatch",
+        expected,
+        config.max_tokens_per_microbatch,
+        "Or lower data.max_tokens.",
+    )

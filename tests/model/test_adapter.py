@@ -28,7 +28,7 @@ IDS = torch.tensor([[3, 4, 5, 6]])
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 def adapted_model(tmp_path, targets):

@@ -28,7 +28,7 @@ NF4 = AdapterConfig(rank=8, quantize="nf4")
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 def test_without_bitsandbytes_the_refusal_says_what_to_install(tmp_path, monkeypatch):

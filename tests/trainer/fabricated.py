@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastrl.trainer.log import RunLog
+from fastrl.monitor.log import RunLog
 from fastrl.types import Group, Prompt, Sample
 
 HOSTILE = "<script>alert('x')</script> [bold red]markup[/] \x1b[31mred\x1b[0m \x1b]0;title\x07\x9b2J \u202edesrever"
@@ -21,7 +21,7 @@ CONFIG = {
     "dtype": "bfloat16",
     "device": "auto",
     "layout": "auto",
-    "tokens_per_batch": 2048,
+    "max_tokens_per_microbatch": 2048,
     "task": {"source": "reasoning_gym:chain_sum", "held_out": 24, "options": {"max_terms": 3}},
     "rewards": ({"name": "reasoning_gym", "weight": 1.0},),
     "rollout": {"prompts": 8, "samples": 8, "max_new_tokens": 32, "temperature": 1.0},

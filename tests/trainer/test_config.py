@@ -43,6 +43,8 @@ def test_empty_recipe_is_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("rollout: {samples: 8}", "rollout: samples: it is called 'group_size' now."),
+        ("tokens_per_batch: 8", "tokens_per_batch: it is called 'max_tokens_per_microbatch' now."),
         ("stepz: 3", r"stepz: unknown key. Did you mean 'steps'\?"),
         ("rollout: {temperatur: 1}", r"rollout: temperatur: unknown key. Did you mean 'temperature'\?"),
         ("rewards:\n  - {nam: format}", r"rewards\[0\]: nam: unknown key. Did you mean 'name'\?"),

@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastrl import doctor
+from fastrl.doctor import Fact, environment, facts, machine, print_doctor, selfcheck
 from fastrl.kernels import registry
-from fastrl.trainer import doctor, machine, selfcheck
-from fastrl.trainer.doctor import Fact, environment, facts, print_doctor
 
 CPU = torch.device("cpu")
 

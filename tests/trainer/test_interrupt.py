@@ -40,7 +40,7 @@ PPO = {
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_after_a_hangup_nothing_is_written_to_the_terminal_that_is_gone():
     master, terminal = pty.openpty()
     code = (
         "import os, signal, sys, time\n"
-        "from fastrl.trainer.interrupt import Interrupt, Interrupted\n"
+        "from fastrl.monitor.interrupt import Interrupt, Interrupted\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "interrupt = Interrupt()\n"
         "with interrupt.listening():\n"
@@ -214,7 +214,7 @@ def test_the_second_of_three_updates_that_is_cut_short_is_done_again(tmp_path, o
 
 
 def test_prompts_drawn_for_a_round_of_dynamic_sampling_that_is_cut_short_are_drawn_again(tmp_path):
-    rollout = RolloutConfig(prompts=6, samples=2, max_new_tokens=2, dynamic_sampling=3)
+    rollout = RolloutConfig(prompts_per_step=6, group_size=2, max_new_tokens=2, dynamic_sampling=3)
     rewards = (RewardConfig("trainer.tiny:wanted_words"),)
     config = config_for(tmp_path, "whole", steps=4, rollout=rollout, rewards=rewards)
     train(config)
@@ -300,7 +300,7 @@ def test_rewards_that_fail_in_the_second_part_of_an_evaluation_leave_nothing_of_
     ],
 )
 def test_an_offline_step_that_is_cut_short_is_done_again_bit_for_bit(tmp_path, optimizers, algorithm, hook, at):
-    changes = {"dtype": "bfloat16", "save_every": 4, "rows_per_step": 6, "tokens_per_batch": 24}
+    changes = {"dtype": "bfloat16", "save_every": 4, "rows_per_step": 6, "max_tokens_per_microbatch": 24}
     config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
     train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
@@ -318,7 +318,7 @@ def test_an_offline_step_that_is_cut_short_is_done_again_bit_for_bit(tmp_path, o
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto", "sft", "reward_model"])
 def test_an_offline_evaluation_that_is_cut_short_is_done_again(tmp_path, algorithm):
-    changes = {"save_every": 4, "eval": EvalConfig(every=2), "tokens_per_batch": 24}
+    changes = {"save_every": 4, "eval": EvalConfig(every=2), "max_tokens_per_microbatch": 24}
     config = offline_config(tmp_path, algorithm, run_dir=str(tmp_path / "whole"), **changes)
     train(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))

@@ -20,7 +20,7 @@ from fastrl.trainer.setup import train
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 @pytest.fixture

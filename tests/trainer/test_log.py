@@ -23,11 +23,11 @@ from trainer.fabricated import (
     run_steps,
 )
 
-from fastrl.trainer.alarms import Alarms
-from fastrl.trainer.log import RunLog, encode
-from fastrl.trainer.screen import WIDTH
-from fastrl.trainer.units import clock, duration, number
-from fastrl.trainer.untrusted import clean, one_line, question
+from fastrl.monitor.alarms import Alarms
+from fastrl.monitor.log import RunLog, encode
+from fastrl.monitor.screen import WIDTH
+from fastrl.monitor.units import clock, duration, number
+from fastrl.monitor.untrusted import clean, one_line, question
 from fastrl.types import Group, Prompt, Sample
 
 

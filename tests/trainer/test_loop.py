@@ -30,11 +30,11 @@ from fastrl.data.pack import count, pack
 from fastrl.losses.metrics import finish
 from fastrl.model.attention import prepare_attention
 from fastrl.model.policy import Policy
+from fastrl.monitor.interrupt import Interrupt, Interrupted
 from fastrl.progress import Unwatched
 from fastrl.sources import rewards_differ
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import LossConfig, OptimizerConfig, RewardConfig, RolloutConfig
-from fastrl.trainer.interrupt import Interrupt, Interrupted
 from fastrl.trainer.setup import checkpoint_activations, prepare, train
 from fastrl.types import Group, Prompt, Sample
 
@@ -293,13 +293,13 @@ def test_reward_that_always_raises_stops_the_run_with_an_explanation(tmp_path):
 
 
 def test_budget_smaller_than_a_sequence_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="tokens_per_batch: expected at least 9"):
-        train(tiny_config(tmp_path, tokens_per_batch=8))
+    with pytest.raises(ValueError, match="max_tokens_per_microbatch: expected at least 9"):
+        train(tiny_config(tmp_path, max_tokens_per_microbatch=8))
     assert not (tmp_path / "run").exists()
 
 
 def test_what_a_rollout_would_refuse_is_refused_before_anything_is_written(tmp_path):
-    config = tiny_config(tmp_path, tokens_per_batch=512)
+    config = tiny_config(tmp_path, max_tokens_per_microbatch=512)
     for changes, message in [
         ({"rollout": RolloutConfig(top_p=1.5)}, "top_p: expected a number in"),
         ({"rollout": RolloutConfig(top_k=-1)}, "top_k: expected 0"),
@@ -327,7 +327,7 @@ def test_truncated_samples_leave_loss_and_normaliser_together(tmp_path, rollout)
 
 def test_top_p_and_temperature_reach_the_sampler_and_the_scorer(tmp_path):
     config = tiny_config(
-        tmp_path, steps=1, rollout=RolloutConfig(prompts=4, samples=4, max_new_tokens=6, temperature=0.6)
+        tmp_path, steps=1, rollout=RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=6, temperature=0.6)
     )
     train(config)
     (line,) = lines(tmp_path / "run" / "metrics.jsonl")

@@ -40,7 +40,7 @@ MASKS = {
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 def lines(path):
@@ -90,7 +90,7 @@ def test_a_run_trains_on_the_advantages_of_the_estimator_that_its_recipe_names(t
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_remax_compares_each_completion_with_the_greedy_one_of_its_prompt(tmp_path, samples):
-    rollout = RolloutConfig(prompts=5, samples=samples, max_new_tokens=6, top_p=0.9)
+    rollout = RolloutConfig(prompts_per_step=5, group_size=samples, max_new_tokens=6, top_p=0.9)
     config = tiny_config(tmp_path, steps=1, algorithm="remax", rollout=rollout)
     run = prepare(config)
     prompts = {prompt.index: prompt for prompt in run.source.prompts.prompts}
@@ -112,7 +112,7 @@ def test_remax_compares_each_completion_with_the_greedy_one_of_its_prompt(tmp_pa
 
 
 def test_remax_learns_from_one_completion_per_prompt(tmp_path):
-    rollout = RolloutConfig(prompts=12, samples=1, max_new_tokens=6)
+    rollout = RolloutConfig(prompts_per_step=12, group_size=1, max_new_tokens=6)
     outcome = train(tiny_config(tmp_path, steps=20, algorithm="remax", rollout=rollout))
     assert outcome.after["sampled"] > outcome.before["sampled"] + 0.3
 
@@ -138,7 +138,9 @@ def test_ratio_is_to_the_policy_that_the_paper_or_the_recipe_names(
     sampler_is_off_by(monkeypatch, -0.25)
     changes = {"algorithm": algorithm, "loss": LossConfig(old_policy=old_policy)}
     changes["optimizer"] = OptimizerConfig(lr=0.0, steps_per_rollout=updates)
-    changes["rollout"] = RolloutConfig(prompts=4, samples=4, max_new_tokens=1)  # a sequence's ratio is its token's
+    changes["rollout"] = RolloutConfig(
+        prompts_per_step=4, group_size=4, max_new_tokens=1
+    )  # a sequence's ratio is its token's
     changes["rewards"] = (RewardConfig("trainer.tiny:noisy_words"),)
     train(tiny_config(tmp_path, steps=1, **changes))
     (line,) = lines(tmp_path / "run" / "metrics.jsonl")

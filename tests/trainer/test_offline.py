@@ -37,6 +37,8 @@ from fastrl.losses.presets import DPO, IPO, SIMPO, WPO
 from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel, about_padding, load_scalar_model, padding
+from fastrl.monitor.records import read_run
+from fastrl.monitor.report import judged
 from fastrl.preference_spec import (
     JensenShannon,
     LogOdds,
@@ -60,8 +62,6 @@ from fastrl.trainer.config import (
 )
 from fastrl.trainer.optimizer import MasterOptimizer
 from fastrl.trainer.recipe import load_recipe
-from fastrl.trainer.records import read_run
-from fastrl.trainer.report import judged
 from fastrl.trainer.setup import prepare, train
 from fastrl.types import Group
 
@@ -71,7 +71,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +549,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
 
     for changes, message in [
         ({"reference": str(other)}, "reference: expected a model with the vocabulary of"),
-        ({"tokens_per_batch": 6}, r"tokens_per_batch: expected at least \d+, as the longest row has, got 6"),
+        (
+            {"max_tokens_per_microbatch": 6},
+            r"max_tokens_per_microbatch: expected at least \d+, as the longest row has, got 6",
+        ),
         (
             {"data": replace(config.data, held_out=24)},
             "at least 0, and fewer than the 24 distinct rows",
@@ -578,7 +581,7 @@ def test_rows_that_were_left_out_are_counted_in_the_log(tmp_path):
 
 
 def test_rows_longer_than_the_model_has_positions_for_are_left_out_and_counted(tmp_path):
-    config = offline_config(tmp_path, steps=1, rows_per_step=25, tokens_per_batch=512)
+    config = offline_config(tmp_path, steps=1, rows_per_step=25, max_tokens_per_microbatch=512)
     path = Path(config.data.source)
     path.write_text(path.read_text() + json.dumps({"prompt": "w1 " * 70, "chosen": "w1", "rejected": "w2"}) + "\n")
     train(config)
@@ -637,7 +640,7 @@ def test_a_trained_reward_model_scores_completions_as_it_did_in_training(tmp_pat
     config = offline_config(tmp_path, "reward_model", steps=8)
     path = train(config).report.parent / "model"
     rows = lines(Path(config.data.source))
-    reward = resolve_reward("model", path=str(path), label="judge", dtype="float32", tokens_per_batch=16)
+    reward = resolve_reward("model", path=str(path), label="judge", dtype="float32", max_tokens_per_microbatch=16)
     prompts = [row["prompt"] for row in rows for _ in range(2)]
     scores = reward(prompts=prompts, completions=[row[side] for row in rows for side in ("chosen", "rejected")])
     model, tokenizer = load_scalar_model(path)

@@ -25,7 +25,7 @@ from fastrl.types import MicroBatch
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 CRITICS = pytest.mark.parametrize("critic", ["separate", "shared"])
@@ -244,7 +244,8 @@ def test_a_critic_with_fewer_embeddings_than_tokens_is_refused(tmp_path):
 
 
 def test_epochs_pass_over_the_same_completions_again(tmp_path):
-    train(ppo_config(tmp_path, steps=1, algorithm="grpo", ppo=PPOConfig(), optimizer=OptimizerConfig(
-        lr=1e-2, epochs_per_rollout=2), rollout=RolloutConfig(prompts=4, samples=4, max_new_tokens=4)))  # fmt: skip
+    optimizer, rollout = OptimizerConfig(lr=1e-2, epochs_per_rollout=2), RolloutConfig(4, 4, max_new_tokens=4)
+    config = ppo_config(tmp_path, steps=1, algorithm="grpo", ppo=PPOConfig(), optimizer=optimizer, rollout=rollout)
+    train(config)
     (line,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert line["ratio/mean"] != 1.0  # the second pass is off-policy

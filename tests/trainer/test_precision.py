@@ -10,12 +10,13 @@ import torch
 import yaml
 from trainer.tiny import offline_config, tiny_config, write_model
 
-from fastrl.model import accelerate
+from fastrl.model import accelerate, race
 from fastrl.model.accelerate import NativeLinear, Probe
 from fastrl.model.load import linear_shapes
+from fastrl.model.race import DTYPES, bfloat16_ratio, from_json, to_json
 from fastrl.trainer import precision
 from fastrl.trainer.config import TrainConfig
-from fastrl.trainer.precision import bfloat16_ratio, from_json, resolve_dtype, to_json
+from fastrl.trainer.precision import resolve_dtype
 from fastrl.trainer.setup import evaluate_model, prepare, train
 
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def test_a_run_records_what_auto_stood_for_and_its_resumption_keeps_it(monkeypat
     at_ratio(monkeypatch, 1 / ratio)  # another machine, or a busy one
     run = prepare(replace(config, resume=str(tmp_path / "run")))
     assert run.config.dtype == dtype
-    assert {p.dtype for p in run.learner.policy.model.parameters()} == {precision.DTYPES[dtype]}
+    assert {p.dtype for p in run.learner.policy.model.parameters()} == {DTYPES[dtype]}
     assert train(replace(config, resume=str(tmp_path / "run"))).status == "finished"
 
 
@@ -130,8 +131,8 @@ def test_the_ratio_weighs_each_shape_by_its_number_and_takes_the_quicker_product
         (torch.float32, (2, 4)): Probe([9.0], [4.0]),
         (torch.bfloat16, (2, 4)): Probe([9.0], [8.0]),
     }
-    monkeypatch.setattr(precision, "probe", lambda shape, dtypes, rows: {d: seconds[d, shape] for d in dtypes})
-    monkeypatch.setattr(precision, "_ratio", precision._ratio.__wrapped__)
+    monkeypatch.setattr(race, "probe", lambda shape, dtypes, rows: {d: seconds[d, shape] for d in dtypes})
+    monkeypatch.setattr(race, "_ratio", race._ratio.__wrapped__)
     assert bfloat16_ratio({(4, 2): 6, (2, 4): 1}) == pytest.approx((6 * 0.5 + 8) / (6 * 1 + 4))
     assert bfloat16_ratio({(4, 2): 6, (2, 4): 1}, native=False) == pytest.approx((6 * 50 + 8) / (6 * 2 + 4))
 

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from trainer.fabricated import HOSTILE, FakeClock, fabricate, recording_console
 
-from fastrl.trainer.charts import charts, rolling
-from fastrl.trainer.log import RunLog
-from fastrl.trainer.records import read_run
-from fastrl.trainer.report import full_marks, held_out, mark, verdict, write_report
+from fastrl.monitor.charts import charts, rolling
+from fastrl.monitor.log import RunLog
+from fastrl.monitor.records import read_run
+from fastrl.monitor.report import full_marks, held_out, mark, verdict, write_report
 from fastrl.types import Group, Prompt, Sample
 
 

@@ -20,15 +20,16 @@ from safetensors.torch import load_file
 from trainer.tiny import in_step, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastrl import files
 from fastrl.cli import main
+from fastrl.monitor.log import RunLog
+from fastrl.monitor.records import read_run
 from fastrl.rewards import RewardFailure
 from fastrl.sources import Rollouts
-from fastrl.trainer import checkpoint, files
+from fastrl.trainer import checkpoint
 from fastrl.trainer.config import EvalConfig, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig
 from fastrl.trainer.evaluate import OnPrompts
 from fastrl.trainer.learner import Learner
-from fastrl.trainer.log import RunLog
-from fastrl.trainer.records import read_run
 from fastrl.trainer.resume import resumable
 from fastrl.trainer.setup import train
 
@@ -39,7 +40,7 @@ SOMEWHERE = 7
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 class Crash(BaseException):
@@ -68,7 +69,7 @@ def config_for(tmp_path, name="run", **changes):
         "show_every": 0,
         "run_dir": str(tmp_path / name),
         "rewards": (RewardConfig("trainer.tiny:noisy_words"),),
-        "rollout": RolloutConfig(prompts=6, samples=3, max_new_tokens=5),
+        "rollout": RolloutConfig(prompts_per_step=6, group_size=3, max_new_tokens=5),
         "optimizer": OptimizerConfig(lr=1e-2, warmup_steps=3, schedule="cosine", weight_decay=0.01),
         "eval": EvalConfig(every=2),
     }
@@ -390,7 +391,10 @@ def test_a_checkpoint_that_a_resumed_run_has_left_behind_is_not_gone_back_to(sto
     [
         ({"seed": 1}, r"resume: seed: expected 0 as in .*step_000004, got 1\."),
         ({"dtype": "bfloat16"}, r"resume: dtype: expected 'float32'"),
-        ({"rollout": RolloutConfig(prompts=6, samples=4, max_new_tokens=5)}, r"resume: rollout.samples: expected 3"),
+        (
+            {"rollout": RolloutConfig(prompts_per_step=6, group_size=4, max_new_tokens=5)},
+            r"resume: rollout.group_size: expected 3",
+        ),
         ({"optimizer": OptimizerConfig(lr=1e-3)}, r"resume: optimizer.lr: .* So do .*optimizer.schedule"),
         ({"rewards": (RewardConfig("trainer.tiny:wanted_words"),)}, r"resume: rewards: expected .*noisy_words"),
         ({"steps": 3}, r"resume: steps: expected at least 4, .* got 3\."),
@@ -435,11 +439,11 @@ def test_other_prompts_under_the_same_name_are_refused_and_nothing_is_written(st
 
 def test_what_may_change_is_said_and_steps_are_added(stopped, capsys):
     directory, config = stopped
-    outcome = train(replace(config, steps=9, tokens_per_batch=48, eval=EvalConfig(every=3)))
+    outcome = train(replace(config, steps=9, max_tokens_per_microbatch=48, eval=EvalConfig(every=3)))
     assert outcome.steps == 9
     said = capsys.readouterr().out
     assert "resumed after step 4, from" in said
-    assert "; steps 7 -> 9; tokens_per_batch 64 -> 48; eval.every 0 -> 3" in " ".join(said.split())
+    assert "; steps 7 -> 9; max_tokens_per_microbatch 64 -> 48; eval.every 0 -> 3" in " ".join(said.split())
     (warning,) = lines(directory / "warnings.jsonl")
     assert "cosine schedule now ends at step 9 instead of 7" in warning["message"]
     assert [line["step"] for line in lines(directory / "metrics.jsonl")] == list(range(1, 10))

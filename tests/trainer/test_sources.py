@@ -24,7 +24,7 @@ from fastrl.types import Batch, Group, Prompt, Sample
 @pytest.fixture(autouse=True)
 def _report_without_pictures(monkeypatch):
     """They would take half of the time."""
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 def lines(path):
@@ -38,7 +38,7 @@ def lines(path):
     ("algorithm", "steps", "lr"), [("dpo", 25, 1e-2), ("simpo", 25, 1e-2), ("sft", 25, 1e-2), ("kto", 25, 1e-2)]
 )
 def test_losses_on_answers_learn_from_fresh_completions(tmp_path, algorithm, steps, lr):
-    rollout = RolloutConfig(prompts=6, samples=6, max_new_tokens=6, threshold=0.2)
+    rollout = RolloutConfig(prompts_per_step=6, group_size=6, max_new_tokens=6, threshold=0.2)
     optimizer = OptimizerConfig(lr=lr)
     config = tiny_config(
         tmp_path, algorithm=algorithm, source="rollouts", steps=steps, rollout=rollout, optimizer=optimizer
@@ -67,7 +67,7 @@ def test_a_pair_is_the_best_and_the_worst_of_a_group_and_equal_rewards_are_none(
 
 
 def test_a_step_whose_groups_make_no_pair_changes_nothing_and_is_logged(tmp_path):
-    rollout = RolloutConfig(prompts=2, samples=1, max_new_tokens=3)
+    rollout = RolloutConfig(prompts_per_step=2, group_size=1, max_new_tokens=3)
     config = tiny_config(tmp_path, algorithm="dpo", source="rollouts", steps=2, rollout=rollout)
     assert train(config).status == "finished"
     for line in lines(tmp_path / "run" / "metrics.jsonl"):
@@ -273,3 +273,21 @@ def test_every_token_says_how_many_updates_its_weights_had_seen(tmp_path):
     run.train()
     assert [found for _, found in seen] == [{True}] * 3
     assert 0 == seen[0][0] < seen[1][0] < seen[2][0]
+
+
+def test_grpo_learns_from_the_completions_that_another_run_wrote(tmp_path):
+    first = tiny_config(tmp_path, steps=6, run_dir=str(tmp_path / "first"))
+    train(first)
+    written = tmp_path / "first" / "completions.jsonl"
+    data = DataConfig(source=str(written), held_out=0, chat=False)
+    config = replace(first, source="offline", rows_per_step=4, run_dir=str(tmp_path / "second"), data=data)
+    run = prepare(config)
+    groups = run.source.rows.prompts
+    expected = {}
+    for line in lines(written):
+        if line["completion"]:
+            expected.setdefault((line["step"], line["prompt"]), []).append(line["reward"])
+    expected = [rewards for rewards in expected.values() if len(rewards) > 1]
+    assert sorted([one.reward for one in group.samples] for group in groups) == sorted(expected)
+    outcome = run.train()
+    assert outcome.after["sampled"] > outcome.before["sampled"]

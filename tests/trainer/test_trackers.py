@@ -12,7 +12,7 @@ import pytest
 from trainer.tiny import tiny_config
 
 from fastrl.cli import EXIT_ENVIRONMENT, main
-from fastrl.trainer import trackers
+from fastrl.monitor import trackers
 from fastrl.trainer.setup import train
 
 
@@ -20,7 +20,7 @@ from fastrl.trainer.setup import train
 def _all_are_installed(monkeypatch):
     monkeypatch.setattr(trackers, "require_installed", lambda names: None)
     monkeypatch.setattr("fastrl.trainer.setup.require_installed", lambda names: None)
-    monkeypatch.setattr("fastrl.trainer.report.charts", lambda run: [])
+    monkeypatch.setattr("fastrl.monitor.report.charts", lambda run: [])
 
 
 class Recorder:

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastrl.model.load import load_model
 from fastrl.rollout.collect import collect
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import (
@@ -22,7 +23,8 @@ from fastrl.trainer.config import (
     TaskConfig,
     TrainConfig,
 )
-from fastrl.trainer.loop import Trainer
+from fastrl.trainer.loop import Run
+from fastrl.trainer.trainer import Trainer
 
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(30))]
 
@@ -98,14 +100,14 @@ def sampled(run, prompts, samples, *, seed):
 
 def in_step(patch, number, arm):
     """Calls `arm` with the run when its step `number` begins, or goes on."""
-    original = Trainer._step
+    original = Run._step
 
     def step(run):
         if run.learner.steps + 1 == number:
             arm(run)
         return original(run)
 
-    patch.setattr(Trainer, "_step", step)
+    patch.setattr(Run, "_step", step)
 
 
 def tiny_config(tmp_path, **changes):
@@ -119,10 +121,10 @@ def tiny_config(tmp_path, **changes):
         "device": "cpu",
         "steps": 3,
         "run_dir": str(tmp_path / "run"),
-        "tokens_per_batch": 64,
+        "max_tokens_per_microbatch": 64,
         "task": TaskConfig(source=str(write_task(tmp_path / "task.jsonl")), held_out=4, chat=False),
         "rewards": (RewardConfig("trainer.tiny:wanted_words"),),
-        "rollout": RolloutConfig(prompts=4, samples=4, max_new_tokens=6),
+        "rollout": RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=6),
         "optimizer": OptimizerConfig(lr=1e-2),
         "eval": EvalConfig(samples=2),
     }
@@ -162,8 +164,30 @@ def offline_config(tmp_path, algorithm="dpo", **changes):
         "steps": 4,
         "rows_per_step": 5,
         "run_dir": str(tmp_path / "run"),
-        "tokens_per_batch": 64,
+        "max_tokens_per_microbatch": 64,
         "data": DataConfig(source=str(write_answers(tmp_path / f"{kind}.jsonl", kind)), held_out=6, chat=False),
         "optimizer": OptimizerConfig(lr=1e-2),
     }
     return TrainConfig(**(fields | changes))
+
+
+def small_trainers(monkeypatch, tmp_path):
+    """Every `Trainer` made from now on has a small model in the place of the one it names, and two steps; returns
+    those that were made."""
+    folder, original, load, made = write_model(tmp_path / "model"), Trainer.__init__, load_model, []
+
+    def small(self, model, rows=None, **given):
+        written = given.get("algorithm") == "dpo" and given.get("source") != "rollouts"
+        if written:  # the answers are digits, of which this model knows none
+            rows = [{"prompt": f"w{i}", "chosen": "w7", "rejected": "w9"} for i in range(30)]
+        section = "data" if written else "task"
+        less = {"chat": False} | ({} if written else {"held_out": 0})
+        given |= {"dtype": "float32", "device": "cpu", "steps": 2, "run_dir": tmp_path / "run"}
+        given |= {section: {**given.get(section, {}), **less}}
+        given |= {} if written else {"rollout": {"prompts_per_step": 2, "group_size": 3, "max_new_tokens": 4}}
+        original(self, str(folder), rows, **given)
+        made.append(self)
+
+    monkeypatch.setattr(Trainer, "__init__", small)
+    monkeypatch.setattr("fastrl.model.load.load_model", lambda name, dtype, **more: load(folder, dtype, **more))
+    return made

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fastrl.trainer.records import RunRecord
+from fastrl.monitor.records import RunRecord
 
 WINDOW = 10  # steps in a rolling mean
 # Drawn in these, then replaced by the page's CSS variables of the same name.

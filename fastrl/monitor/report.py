@@ -9,11 +9,11 @@ from typing import Any
 
 import jinja2
 
-from fastrl.trainer.charts import WINDOW, charts, rolling
-from fastrl.trainer.files import replace_text
-from fastrl.trainer.records import Evaluation, Record, RunRecord, read_run
-from fastrl.trainer.units import duration, number
-from fastrl.trainer.untrusted import clean
+from fastrl.files import replace_text
+from fastrl.monitor.charts import WINDOW, charts, rolling
+from fastrl.monitor.records import Evaluation, Record, RunRecord, read_run
+from fastrl.monitor.units import duration, number
+from fastrl.monitor.untrusted import clean
 
 SHOWN_PROMPTS = 3  # of a training step, with the best and the worst completion of each
 SHOWN_PAIRS = 2  # held-out prompts of each kind of change
@@ -30,7 +30,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(Path(run_dir))
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastrl.trainer", "."),
+        loader=jinja2.PackageLoader("fastrl.monitor", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

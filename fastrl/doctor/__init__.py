@@ -17,13 +17,13 @@ from rich.text import Text
 
 import fastrl
 from fastrl import env
+from fastrl.doctor import machine
+from fastrl.doctor.selfcheck import TOLERANCE, self_check
 from fastrl.kernels import cuda, native
 from fastrl.kernels.registry import OPS, TABLE, explain
 from fastrl.model.accelerate import ROWS, choose
 from fastrl.model.attention import slow_bfloat16, varlen_attention_backend
-from fastrl.trainer import machine
-from fastrl.trainer.precision import CLEARLY, DTYPES, bfloat16_ratio
-from fastrl.trainer.selfcheck import TOLERANCE, self_check
+from fastrl.model.race import CLEARLY, DTYPES, bfloat16_ratio
 
 EXIT_OK, EXIT_ENVIRONMENT = 0, 3
 MINIMUM_TORCH = (2, 6)

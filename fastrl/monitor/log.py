@@ -14,16 +14,17 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from fastrl.files import replace_text, sync
+from fastrl.monitor.alarms import Alarms
+from fastrl.monitor.interrupt import Interrupt
+from fastrl.monitor.records import lines, measured
+from fastrl.monitor.screen import BETWEEN_STEPS, COLUMNS, Column, Screen
+from fastrl.monitor.trackers import TRACKERS, Tracker, numbers
+from fastrl.monitor.untrusted import question
 from fastrl.progress import Progress
-from fastrl.trainer.alarms import Alarms
-from fastrl.trainer.files import replace_text, sync
-from fastrl.trainer.interrupt import Interrupt
-from fastrl.trainer.records import lines, measured
-from fastrl.trainer.screen import BETWEEN_STEPS, COLUMNS, Column, Screen
-from fastrl.trainer.trackers import TRACKERS, Tracker, numbers
-from fastrl.trainer.untrusted import question
 from fastrl.types import Group
 
+Callback = Callable[[int, dict[str, float]], None]  # (step, numbers by name; those of evaluations begin with eval/)
 FILES = ("metrics", "completions", "evaluations", "evaluation_completions", "warnings")  # .jsonl
 
 
@@ -77,6 +78,7 @@ class RunLog:
         self._evaluated: dict[int, dict[str, float]] = {}
         self._screen = Screen(total_steps, columns, console, clock)
         self._trackers: dict[str, Tracker] = {}
+        self._callbacks: list[Callback] = []
 
     def start(
         self, config: dict[str, Any], environment: dict[str, Any], *, trackers: Sequence[str] = (), done: int = 0
@@ -92,6 +94,10 @@ class RunLog:
         self._screen.header(config, environment, self.run_dir)
         for name in trackers:
             self._trackers[name] = TRACKERS[name](self.run_dir, _plain(config), done)
+
+    def call(self, callbacks: Sequence[Callback]) -> None:
+        """Each of them with every step's and every evaluation's numbers; what it raises ends the run."""
+        self._callbacks = list(callbacks)
 
     def state(self) -> dict[str, Any]:
         """`position`; what was logged until now is on the disk when this returns."""
@@ -212,6 +218,8 @@ class RunLog:
 
     def _track(self, record: dict[str, Any], step: int) -> None:
         values = numbers({name: value for name, value in record.items() if name != "step"})
+        for callback in self._callbacks:
+            callback(step, dict(values))
         for name in list(self._trackers):
             self._try(name, lambda tracker: tracker.log(values, step))
 

@@ -19,9 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastrl.trainer.units import clock as as_clock
-from fastrl.trainer.units import duration, number
-from fastrl.trainer.untrusted import clean, one_line, question
+from fastrl.monitor.units import clock as as_clock
+from fastrl.monitor.units import duration, number
+from fastrl.monitor.untrusted import clean, one_line, question
 from fastrl.types import Group, Sample
 
 WIDTH = 110  # of a line where no terminal says how wide it is
@@ -279,6 +279,9 @@ def _header_rows(config: dict[str, Any], environment: dict[str, Any], run_dir: P
         ("device", f"{device} on {where}"),
         ("threads", f"{threads.get('torch', '-')} of {threads.get('cores', '-')} cores"),
         *environment.get("speed", {}).items(),
-        ("layout", f"{config.get('layout', '-')}, {config.get('tokens_per_batch', '-')} tokens per micro-batch"),
+        (
+            "layout",
+            f"{config.get('layout', '-')}, {config.get('max_tokens_per_microbatch', '-')} tokens per micro-batch",
+        ),
         ("files", str(run_dir)),
     ]

@@ -1,0 +1,61 @@
+"""What this machine is quick at: bfloat16 against float32, fastrl's products against torch's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastrl.model.accelerate import Choices, Probe, Shape, probe
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CLEARLY = 0.9  # bfloat16 must take at most this share of float32's time: less tells it from noise
+DECODED, TRAINED = 64, 256  # rows of the race: a forward alone, and one with its gradients
+MOST_SHAPES = 3  # those that a token spends most of its products in
+
+
+def bfloat16_ratio(shapes: Mapping[Shape, int], *, native: bool = True) -> float:
+    """bfloat16's time over float32's for the linear layers of a model: (outputs, width) -> how many of them.
+
+    Of a decoded and of a trained batch, each with the same say. `native`: whether fastrl's products may be taken.
+    """
+    heaviest = tuple(sorted(shapes.items(), key=lambda item: -item[0][0] * item[0][1] * item[1])[:MOST_SHAPES])
+    return _ratio(heaviest, native)
+
+
+@cache
+def _ratio(shapes: tuple[tuple[Shape, int], ...], native: bool) -> float:
+    ratios = []
+    for rows in (DECODED, TRAINED):
+        total: Counter[torch.dtype] = Counter()
+        for shape, count in shapes:
+            for dtype, race in probe(shape, tuple(DTYPES.values()), rows).items():
+                total[dtype] += count * _seconds(race, native)
+        ratios.append(total[torch.bfloat16] / total[torch.float32])
+    return sum(ratios) / len(ratios)
+
+
+def _seconds(race: Probe, native: bool) -> float:
+    return median(race.native if native and race.prefers_native() else race.torch)
+
+
+def to_json(choices: Choices) -> dict[str, dict[str, list[bool]]]:
+    """Choices as a checkpoint holds them."""
+    return {
+        str(dtype).removeprefix("torch."): {
+            f"{outputs}x{width}": list(native) for (outputs, width), native in of.items()
+        }
+        for dtype, of in choices.items()
+    }
+
+
+def from_json(saved: Mapping[str, Any]) -> Choices:
+    """The inverse of `to_json`."""
+    return {
+        getattr(torch, dtype): {tuple(map(int, shape.split("x"))): tuple(native) for shape, native in of.items()}
+        for dtype, of in saved.items()
+    }
