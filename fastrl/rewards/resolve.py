@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fastrl import check
@@ -25,10 +28,10 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 
 
 def resolve_reward(name: str, **options: Any) -> Callable[..., Any]:
-    """The reward of that name: a built-in one, or `package.module:function` from anything that can be imported.
+    """The reward of that name: a built-in one, `package.module:function`, or `path/to/file.py:function`.
 
-    `options` are the arguments of a built-in reward, of a class, or further keyword arguments of a function. A name
-    with a colon runs that module's code.
+    Modules are also looked for in the current folder. `options` are the arguments of a built-in reward, of a class, or
+    further keyword arguments of a function. A name with a colon runs that module's code.
 
     Raises:
         ValueError: there is no such reward, or it does not take these options.
@@ -36,15 +39,30 @@ def resolve_reward(name: str, **options: Any) -> Callable[..., Any]:
     if ":" not in name:
         check.choice("resolve_reward", "name", name, (*BUILTINS, "package.module:function"))
         return _made(name, BUILTINS[name], options)
-    module_name, _, attribute = name.partition(":")
+    module_name, _, attribute = name.rpartition(":")
     try:
-        target = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+        target = getattr(_module(module_name), attribute)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise ValueError(f"resolve_reward: name: {name!r} cannot be imported: {error}.") from error
     check.require(callable(target), "resolve_reward", "name", "a function or class", f"{name} = {target!r}")
     if inspect.isclass(target):
         return _made(name, target, options)
     return functools.partial(target, **options) if options else target
+
+
+def _module(name: str) -> ModuleType:
+    """A module by its name, or of a file, which gets the file's name."""
+    if name.endswith(".py"):
+        path = Path(name).expanduser().resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # where classes of the file are looked up
+        spec.loader.exec_module(module)
+        return module
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:  # a console script has the folder of its own there instead
+        sys.path.append(here)
+    return importlib.import_module(name)
 
 
 def _made(name: str, target: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

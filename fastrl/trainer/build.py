@@ -62,6 +62,7 @@ def _require_fits(config: TrainConfig, objective: Objective) -> None:
     for field in ("steps_per_rollout", "epochs_per_rollout"):
         value, do = getattr(config.optimizer, field), "Set rows_per_step, or rollout.prompts_per_step."
         require(value == 1, OP, f"optimizer.{field}", f"1: {name} takes one optimizer step on a batch", value, do)
+    _require_groups(config, alone=objective.kind != "pairs")
     whole = name != "reward_model" or config.adapter.rank == 0
     require(whole, OP, "adapter.rank", "0 for reward_model, whose head is new", config.adapter.rank)
     written = name != "reward_model" or config.offline
@@ -111,6 +112,8 @@ def _policy_gradient(config: TrainConfig) -> PolicyGradient:
     }
     clip = {"low": loss.clip_low, "high": loss.clip_high, "dual": loss.clip_dual}
     clip = {name: value for name, value in clip.items() if value is not None}
+    low = loss.clip_low is None or loss.clip_low <= 1.0
+    require(low, OP, "loss.clip_low", "at most 1: a ratio is never below 0", loss.clip_low)
     if clip:
         require(
             isinstance(spec.surrogate, Clip),
@@ -144,10 +147,23 @@ def _policy_gradient(config: TrainConfig) -> PolicyGradient:
         schedule=_schedule(config),
         sampled=not config.offline,
     )
+    compares = not algorithm.needs_greedy and getattr(estimator, "baseline", "mean") != "none"
+    _require_groups(config, alone=not compares)
     equal_rewards_teach = algorithm.needs_greedy and config.rollout.dynamic_sampling > 0
     expected = f"0 with {config.algorithm}, which learns from equal rewards too"
     require(not equal_rewards_teach, OP, "rollout.dynamic_sampling", expected, config.rollout.dynamic_sampling)
     return algorithm
+
+
+def _require_groups(config: TrainConfig, *, alone: bool) -> None:
+    """Refuses one completion a prompt where completions of a prompt are compared.
+
+    Raises:
+        ValueError: it would teach nothing.
+    """
+    size, do = config.rollout.group_size, "One completion is compared with no other: nothing would be learned."
+    enough, expected = alone or config.offline or size > 1, f"2 or more for {config.algorithm}"
+    require(enough, OP, "rollout.group_size", expected, size, do)
 
 
 def _require_on_policy_only(config: TrainConfig, spec: PolicyLoss) -> None:

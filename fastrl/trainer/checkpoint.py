@@ -167,6 +167,14 @@ def find(where: Path) -> Checkpoint:
     raise ValueError(sentence("resume", str(where), "a run directory with a checkpoint, or a checkpoint", got, do))
 
 
+def model_of(name: str) -> str:
+    """The folder of the model in a run's folder or in a checkpoint's; any other name as it is."""
+    folder = Path(name).expanduser()
+    inside = folder / "model"
+    ours = (folder / MANIFEST).is_file() or (folder / "config.yaml").is_file()
+    return str(inside) if ours and inside.is_dir() else (str(folder) if name.startswith("~") else name)
+
+
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether the run has written any."""
     return bool(_up_to_latest(run_dir / CHECKPOINTS))
@@ -239,8 +247,11 @@ def _verified(folder: Path) -> dict[str, Any]:
         intact = False
     if not intact:
         raise Damaged(f"Checkpoint {folder} is damaged: {MANIFEST} is not what was written.")
-    if manifest["format"] != FORMAT:
-        raise Damaged(f"Checkpoint {folder} is of format {manifest['format']}; this fastrl reads {FORMAT}.")
+    if manifest.get("format") != FORMAT:
+        got = manifest.get("format", "none")
+        raise Damaged(f"Checkpoint {folder} is of format {got}; this fastrl reads {FORMAT}. Start anew.")
+    if not manifest.get("files"):
+        raise Damaged(f"Checkpoint {folder} is damaged: {MANIFEST} lists no files.")
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):

@@ -270,7 +270,7 @@ class TrainConfig:
     model: str = "smollm2-135m-instruct"
     """A folder, a hub id, or the name of a model that ships in a Python package."""
     algorithm: Literal[(*ALGORITHMS, "ppo", *OFFLINE)] = "grpo"
-    """Selects advantages and a loss, which `loss` overrides factor by factor; `fastrl recipes` lists them."""
+    """Selects advantages and a loss, which `loss` overrides factor by factor."""
     source: Literal["auto", "rollouts", "offline"] = "auto"
     """Where groups come from: sampled for each step from `task`, or rows of `data` that were written before. auto: what
     the algorithm is usually trained on."""
@@ -370,7 +370,7 @@ class TrainConfig:
 
     def directory(self) -> Path:
         """`run_dir` with its placeholders filled in."""
-        return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed))
+        return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed)).expanduser()
 
 
 def require_run_dir(op: str, config: TrainConfig) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,6 +22,39 @@ RENAMED = {  # keys of older recipes
 }
 
 
+class _Refused(yaml.YAMLError):
+    """Something that YAML reads otherwise than it looks."""
+
+
+class Strict(yaml.SafeLoader):
+    """YAML without its surprises: a key twice, of which the last would win, and numbers in other bases than ten."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class.
+
+        Raises:
+            yaml.YAMLError: a key stands twice.
+        """
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+            if name in seen:
+                raise _Refused(f"line {line}: {name}: a second time, after line {seen[name]}.")
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        """A number as it looks: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
+        text = str(node.value).replace("_", "")
+        if not text.lstrip("+-").isdecimal() or (len(text.lstrip("+-")) > 1 and text.lstrip("+-")[0] == "0"):
+            line = node.start_mark.line + 1
+            raise _Refused(f"line {line}: {node.value}: expected a whole number in digits that do not begin with 0.")
+        return int(text)
+
+
+Strict.add_constructor("tag:yaml.org,2002:int", Strict.whole_number)
+
+
 def load_recipe(path: str | Path) -> TrainConfig:
     """Reads a YAML recipe. Unknown keys and wrong types are errors that name the key, the nearest one, and the file.
 
@@ -29,14 +63,17 @@ def load_recipe(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Strict)  # noqa: S506, a safe loader
+    except _Refused as error:
+        raise ConfigError(f"{path}, {error}") from None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe. `recipes/` has some to start from.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected text in UTF-8, got {error}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    data = {} if data is None else data
+    if data is None:
+        raise ConfigError(f"{path}: the recipe is empty. `recipes/` has some to start from.")
     config = from_dict(TrainConfig, data, str(path))
     try:
         build_algorithm(config)  # refuses what the algorithm does not have
@@ -69,6 +106,108 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
+    """The configuration with what flags say: `--a.b value`, or `--a.b=value`, for every field, for the entries of its
+    mappings (`--task.options.min_terms 2`) and for the items of its lists (`--rewards.0.name format`).
+
+    A list takes several values. A value is read as YAML, but for fields that are text.
+
+    Raises:
+        ConfigError: a flag names no field, or its value has another type.
+    """
+    values = _plain(asdict(config))
+    for flag, given in _by_flag(flags):
+        where, keys = f"--{flag}", flag.replace("-", "_").split(".")
+        target, hint = values, TrainConfig
+        for depth, key in enumerate(keys):
+            target, key, hint = _step_into(target, key, hint, where, last=depth == len(keys) - 1)
+            if depth < len(keys) - 1:
+                target = target[key]
+        target[key] = _value(hint, given, where)
+    return from_dict(TrainConfig, values, "flags")
+
+
+def _by_flag(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(name, what follows it) of each flag."""
+    found: list[tuple[str, list[str]]] = []
+    for word in flags:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            found.append((name, [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+        else:
+            raise ConfigError(f"{word}: expected a flag, as in --steps 10.")
+    yield from found
+
+
+def _step_into(target: Any, key: str, hint: Any, where: str, *, last: bool) -> tuple[Any, Any, Any]:
+    """(what holds the key, the key in it, the hint of what it holds) on the way along a flag's name."""
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        if key not in hints:
+            near = get_close_matches(key, hints, n=1)
+            dotted = where[2:].replace("-", "_").split(".")
+            dotted[dotted.index(key)] = near[0] if near else key
+            hint_text = f" Did you mean --{'.'.join(dotted)}?" if near else f" Known: {', '.join(hints)}."
+            raise ConfigError(f"{where}: no such flag.{hint_text}")
+        if not last and target.get(key) is None:
+            target[key] = [] if get_origin(hints[key]) is tuple else {}
+        return target, key, _without_none(hints[key])
+    if get_origin(hint) is dict:
+        if not last:
+            target.setdefault(key, {})
+        return target, key, get_args(hint)[1] if last else hint
+    if get_origin(hint) is tuple:
+        if not (key.isdecimal() and int(key) <= len(target)):
+            raise ConfigError(f"{where}: expected a number up to {len(target)} in the place of {key}.")
+        if int(key) == len(target):
+            target.append({})
+        return target, int(key), get_args(hint)[0]
+    raise ConfigError(f"{where}: no such flag: what is before .{key} is a single value.")
+
+
+def _without_none(hint: Any) -> Any:
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return kinds[0] if get_origin(hint) in (Union, types.UnionType) and len(kinds) == 1 else hint
+
+
+def _value(hint: Any, given: list[str], where: str) -> Any:
+    """What the words after a flag stand for."""
+    if get_origin(hint) is tuple:
+        only = given[0] if len(given) == 1 and given[0].startswith("[") else None
+        words = given if only is None else None
+        return [_value(get_args(hint)[0], [word], where) for word in words] if only is None else _yaml(only, where)
+    if not given:
+        if hint is bool:
+            return True
+        raise ConfigError(f"{where}: expected a value.")
+    if len(given) > 1:
+        raise ConfigError(f"{where}: expected one value, got {' '.join(given)}.")
+    if hint is str or (get_origin(hint) is Literal and given[0] in get_args(hint)):
+        return given[0]
+    return _yaml(given[0], where)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Strict)  # noqa: S506, a safe loader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def shown(config: TrainConfig) -> str:
+    """The recipe in full, which runs as it is."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

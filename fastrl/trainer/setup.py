@@ -38,7 +38,7 @@ from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.sources import Offline, Rollouts, Sampling, Source
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.checkpoint import Checkpoint
+from fastrl.trainer.checkpoint import Checkpoint, model_of
 from fastrl.trainer.config import AdapterConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.learner import Learner
@@ -127,6 +127,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     """
     given = given or Given()
     algorithm = given.algorithm or build_algorithm(config)
+    config = replace(config, model=model_of(config.model), reference=model_of(config.reference))
     judges = not config.offline or config.task != TaskConfig()
     config, resumed, device, speed = begin(config)
     offline, dtype = config.offline, DTYPES[config.dtype]

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastrl.data import PromptSampler, load_prompts, split
 from fastrl.data.prompts import question
+from fastrl.data.sources import read_rows
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -414,3 +415,59 @@ def test_the_state_of_other_prompts_is_refused():
 def test_no_prompts_are_refused():
     with pytest.raises(ValueError, match="PromptSampler: prompts: expected at least one prompt"):
         PromptSampler([], seed=0)
+
+
+ROWS_OF_A_FILE = [{"prompt": "one", "answer": "1"}, {"prompt": 'two, and "more"', "answer": "2"}]
+
+
+def write_rows(path):
+    """The rows as the suffix says."""
+    import csv
+    import gzip
+
+    import datasets
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "answer"])
+            writer.writeheader()
+            writer.writerows(ROWS_OF_A_FILE)
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS_OF_A_FILE).to_parquet(str(path))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS_OF_A_FILE).encode()))
+    else:
+        path.write_text(json.dumps(ROWS_OF_A_FILE))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.json", "a.jsonl.gz"])
+def test_local_files_are_read_and_the_hub_is_not_asked(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = write_rows(tmp_path / name)
+    rows = read_rows(str(path), size=0, seed=0, options={})
+    assert [{"prompt": row.values["prompt"], "answer": str(row.values["answer"])} for row in rows] == ROWS_OF_A_FILE
+
+
+def test_a_cloned_data_set_is_read_by_split(tmp_path):
+    for name in ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test.parquet"):
+        write_rows(tmp_path / "set" / name)
+    (tmp_path / "set" / "README.md").write_text("about")
+    assert len(read_rows(tmp_path / "set", size=0, seed=0, options={})) == 4
+    assert len(read_rows(tmp_path / "set", size=0, seed=0, options={"split": "test"})) == 2
+    with pytest.raises(ValueError, match=r"options\.split: expected one of test, train, got 'valid'"):
+        read_rows(tmp_path / "set", size=0, seed=0, options={"split": "valid"})
+
+
+def test_a_home_folder_is_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "a.jsonl.gz")
+    assert len(read_rows("~/a.jsonl.gz", size=0, seed=0, options={})) == 2
+
+
+@pytest.mark.parametrize("name", ["gone.csv", "empty"])
+def test_a_file_that_is_not_there_is_said_at_once(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="a file that exists, or a folder with"):
+        read_rows(str(tmp_path / name), size=0, seed=0, options={})

@@ -456,3 +456,16 @@ def test_a_verifier_that_was_killed_is_started_again(compared):
     compared("7", "7")
     assert compared("7", "7") == 1.0
     assert compared("7", "8") == 0.0
+
+
+def test_a_reward_may_be_in_a_file_or_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_here.py").write_text("def vowels(completions, **_):\n    return [len(c) for c in completions]\n")
+    for name in ("mine_here:vowels", "./mine_here.py:vowels", str(tmp_path / "mine_here.py") + ":vowels"):
+        assert resolve_reward(name)(["abc"]) == [3]
+    with pytest.raises(ValueError, match=r"'\./gone\.py:vowels' cannot be imported"):
+        resolve_reward("./gone.py:vowels")
+    (tmp_path / "broken.py").write_text("def f(:")
+    with pytest.raises(ValueError, match="cannot be imported"):
+        resolve_reward("./broken.py:f")

@@ -10,8 +10,8 @@ from fastrl.algorithms import ALGORITHMS, TokenMasks
 from fastrl.algorithms.offline import OFFLINE
 from fastrl.spec import KL, Cispo, Clip, Correction
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import ConfigError, LossConfig, OptimizerConfig, RewardConfig, TrainConfig
-from fastrl.trainer.recipe import load_recipe
+from fastrl.trainer.config import ConfigError, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.recipe import load_recipe, shown, with_flags
 
 
 def recipe(tmp_path, text):
@@ -36,8 +36,61 @@ def test_recipe_values_arrive_typed_and_the_rest_are_defaults(tmp_path):
     assert config.rollout == TrainConfig().rollout
 
 
-def test_empty_recipe_is_the_defaults(tmp_path):
-    assert load_recipe(recipe(tmp_path, "")) == TrainConfig()
+def test_a_recipe_that_says_nothing_new_is_the_defaults(tmp_path):
+    assert load_recipe(recipe(tmp_path, "algorithm: grpo")) == TrainConfig()
+
+
+def test_the_printed_recipe_is_the_recipe(tmp_path):
+    text = (
+        "algorithm: dapo\nrewards: [{name: format, weight: 2.0}]\ntask: {options: {a: [1, 2]}}\n"
+        "loss: {correction: {kind: truncate, level: token, high: 2.0}}\nrollout: {stop: ['<a>']}\n"
+    )
+    config = load_recipe(recipe(tmp_path, text))
+    assert load_recipe(recipe(tmp_path, shown(config))) == config
+
+
+def test_every_field_entry_and_item_is_a_flag(tmp_path):
+    config = load_recipe(recipe(tmp_path, "algorithm: grpo\nrewards: [{name: format}]\n"))
+    flags = (
+        "--steps 7 --rollout.group-size=3 --rollout.group_size 4 --task.options.min_terms 2 "
+        "--task.options.more.deep 1e-3 --rewards.0.weight 0.5 --rewards.1.name mine:f --rewards.1.options.k v "
+        "--optimizer.betas 0.9 0.99 --model 123 "
+        "--loss.kl k3 --gradient-checkpointing --task.chat False --rollout.stop <a> <b> --loss.correction.kind mask "
+        "--loss.correction.level token --loss.correction.high 2 --log-to tensorboard --loss.baseline none"
+    )
+    got = with_flags(config, flags.split())
+    assert (got.steps, got.rollout.group_size, got.model, got.gradient_checkpointing) == (7, 4, "123", True)
+    assert got.task.options == {"min_terms": 2, "more": {"deep": "1e-3"}}
+    assert got.rewards == (RewardConfig("format", 0.5), RewardConfig("mine:f", options={"k": "v"}))
+    assert (got.optimizer.betas, got.rollout.stop, got.task.chat) == ((0.9, 0.99), ("<a>", "<b>"), False)
+    assert got.loss.correction == Correction("mask", "token", 2.0)
+    assert (got.log_to, got.loss.kl, got.loss.baseline) == (("tensorboard",), "k3", "none")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rollout.temperatur 1", r"--rollout.temperatur: no such flag. Did you mean --rollout.temperature\?"),
+        ("--steps many", "steps: expected int, got 'many'"),
+        ("--steps", "--steps: expected a value"),
+        ("--steps 1 2", "--steps: expected one value, got 1 2"),
+        ("--steps 010", "expected a whole number in digits that do not begin with 0"),
+        ("--steps.more 1", "what is before .more is a single value"),
+        ("--rewards.5.name format", "--rewards.5.name: expected a number up to 1 in the place of 5"),
+        ("steps 3", "steps: expected a flag, as in --steps 10"),
+    ],
+)
+def test_a_flag_that_is_none_is_refused_in_one_sentence(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        with_flags(TrainConfig(), flags.split())
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "rloo", "gdpo", "max_rl"])
+def test_one_completion_a_prompt_is_refused_where_it_would_be_compared_with_none(name):
+    with pytest.raises(ValueError, match=r"rollout\.group_size: expected 2 or more"):
+        build_algorithm(TrainConfig(algorithm=name, rollout=RolloutConfig(group_size=1)))
+    build_algorithm(TrainConfig(algorithm="remax", rollout=RolloutConfig(group_size=1)))
+    build_algorithm(TrainConfig(algorithm="ppo", rollout=RolloutConfig(group_size=1)))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +98,13 @@ def test_empty_recipe_is_the_defaults(tmp_path):
     [
         ("rollout: {samples: 8}", "rollout: samples: it is called 'group_size' now."),
         ("tokens_per_batch: 8", "tokens_per_batch: it is called 'max_tokens_per_microbatch' now."),
+        ("", "the recipe is empty"),
+        ("steps: 4\nmodel: x\nsteps: 1", "recipe.yaml, line 3: steps: a second time, after line 1"),
+        ("rollout:\n  top_k: 1\n  top_k: 2", "line 3: top_k: a second time, after line 2"),
+        ("steps: 010", "recipe.yaml, line 1: 010: expected a whole number in digits that do not begin with 0"),
+        ("steps: 1:30", "line 1: 1:30: expected a whole number"),
+        ("a:\n\t- b", "not valid YAML: .* line 2"),
+        ("loss: {clip_low: 5}", "loss.clip_low: expected at most 1"),
         ("stepz: 3", r"stepz: unknown key. Did you mean 'steps'\?"),
         ("rollout: {temperatur: 1}", r"rollout: temperatur: unknown key. Did you mean 'temperature'\?"),
         ("rewards:\n  - {nam: format}", r"rewards\[0\]: nam: unknown key. Did you mean 'name'\?"),

@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file
 from trainer.test_resume import config_for, everything, lines
 from trainer.tiny import in_step, tiny_config, wanted_words, write_model, write_task
 
@@ -15,10 +16,10 @@ from fastrl.cli import main
 from fastrl.monitor.log import RunLog
 from fastrl.rewards import RewardSuite
 from fastrl.trainer import checkpoint, loop
-from fastrl.trainer.config import EvalConfig, OptimizerConfig
+from fastrl.trainer.config import EvalConfig, OptimizerConfig, RewardConfig
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.optimizer import MasterOptimizer
-from fastrl.trainer.setup import train
+from fastrl.trainer.setup import evaluate_model, prepare, train
 
 
 @pytest.fixture(autouse=True)
@@ -185,3 +186,47 @@ def test_gradients_of_an_update_that_fails_are_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, "step", failing)
     assert train(tiny_config(tmp_path)).status == "failed"
     assert all(not optimizer.grad.any() for optimizer in kept[0].optimizers.values())
+
+
+def test_a_run_and_a_checkpoint_are_names_of_their_model(tmp_path, capsys):
+    rewards = (RewardConfig("trainer.tiny:wanted_words"),)
+    config = config_for(tmp_path, steps=4, save_every=2, eval=EvalConfig(), rewards=rewards)
+    outcome = train(config)
+    run_dir = tmp_path / "run"
+    for name in (run_dir, run_dir / "model", run_dir / "checkpoints" / "step_000004"):
+        assert evaluate_model(config, str(name)) == pytest.approx(outcome.after)
+    between = run_dir / "checkpoints" / "step_000002"
+    got = prepare(replace(config, model=str(between))).learner.policy.model.state_dict()
+    expected = load_file(between / "model" / "model.safetensors")
+    assert all(got[name].equal(weight) for name, weight in expected.items())
+
+
+def test_a_record_that_lost_the_end_of_its_last_line_is_not_glued_to_the_next(tmp_path):
+    config = config_for(tmp_path, steps=3, save_every=2, eval=EvalConfig())
+    train(replace(config, steps=2))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-20])
+    assert train(replace(config, resume=config.run_dir)).status == "finished"
+    assert [line["step"] for line in lines(metrics)] == [1, 3]
+    assert "metrics.jsonl is shorter than it was" in (tmp_path / "run" / "warnings.jsonl").read_text()
+
+
+@pytest.mark.parametrize("broken", ["format", "files"])
+def test_a_manifest_without_format_or_files_is_refused_in_a_sentence(tmp_path, broken):
+    config = config_for(tmp_path, steps=1, save_every=1, eval=EvalConfig())
+    train(config)
+    path = tmp_path / "run" / "checkpoints" / "step_000001" / "manifest.json"
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name not in (broken, "sha256")}
+    path.write_text(json.dumps(checkpoint._sealed(manifest)))
+    with pytest.raises(ValueError, match="is of format none" if broken == "format" else "lists no files"):
+        checkpoint.find(tmp_path / "run")
+
+
+def test_a_checkpoint_of_the_old_format_is_refused_in_a_sentence(tmp_path):
+    config = config_for(tmp_path, steps=1, save_every=1, eval=EvalConfig())
+    train(config)
+    path = tmp_path / "run" / "checkpoints" / "step_000001" / "manifest.json"
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+    path.write_text(json.dumps(checkpoint._sealed(manifest | {"format": 1})))
+    with pytest.raises(ValueError, match=r"is of format 1; this fastrl reads 2\. Start anew"):
+        train(replace(config, resume=config.run_dir))

@@ -345,3 +345,23 @@ def test_durations_round_without_ever_showing_sixty_seconds():
         "1 h 02 min",
     ]
     assert [clock(s) for s in (59.6, 228, 3727)] == ["1:00", "3:48", "1:02:07"]
+
+
+def test_a_hacked_reward_shows_in_lengths_and_entropies():
+    alarms, said = Alarms(), []
+    for step, (length, entropy) in enumerate([(12.0, 5.5)] * 4 + [(6.0, 3.0)] * 3 + [(1.4, 0.5)] * 4, start=1):
+        said += alarms.check(step, {"completions/mean_length": length, "entropy": entropy, "reward": 1.0})
+    assert [message.split(":")[0] for message in said] == ["Steps 8 to 10", "Steps 8 to 10"]
+    assert "completions have 1.4 tokens, a third or less of the 12.0 they began with" in said[0]
+    assert "the entropy is 0.500 nats per token, a tenth or less of the 5.500" in said[1]
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "kl"])
+def test_a_spike_is_said_at_once_and_slow_growth_is_none(name):
+    alarms, said = Alarms(), []
+    for step in range(1, 40):
+        said += alarms.check(step, {name: 1.1**step})
+    assert said == []
+    for step, value in enumerate([1.0] * 10 + [9.0, 11.0, 50.0], start=1):
+        said += Alarms.check(alarms, 40 + step, {name: value * 40})
+    assert [message.split(",")[0] for message in said] == [f"Step 52: {name} is 440"]

@@ -16,7 +16,7 @@ from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
 from fastrl.sources import Rollouts
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import DataConfig, OptimizerConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.config import DataConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
 from fastrl.trainer.setup import prepare, train
 from fastrl.types import Batch, Group, Prompt, Sample
 
@@ -67,12 +67,17 @@ def test_a_pair_is_the_best_and_the_worst_of_a_group_and_equal_rewards_are_none(
 
 
 def test_a_step_whose_groups_make_no_pair_changes_nothing_and_is_logged(tmp_path):
-    rollout = RolloutConfig(prompts_per_step=2, group_size=1, max_new_tokens=3)
-    config = tiny_config(tmp_path, algorithm="dpo", source="rollouts", steps=2, rollout=rollout)
+    rollout, rewards = RolloutConfig(2, 2, max_new_tokens=3), (RewardConfig("trainer.test_sources:indifferent"),)
+    config = tiny_config(tmp_path, algorithm="dpo", source="rollouts", steps=2, rollout=rollout, rewards=rewards)
     assert train(config).status == "finished"
     for line in lines(tmp_path / "run" / "metrics.jsonl"):
         assert line["groups/contributing"] == 0.0
         assert "loss" not in line
+
+
+def indifferent(completions, **_):
+    """Nobody is better."""
+    return [0.5] * len(completions)
 
 
 def scored_file(path, rows=24):
