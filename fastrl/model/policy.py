@@ -12,8 +12,9 @@ from fastrl.ops.linear_logprob import linear_logprob
 from fastrl.types import LogprobOutput, MicroBatch
 
 
-class Policy:
-    """A causal language model cut before its head.
+class Policy(torch.nn.Module):
+    """A causal language model cut before its head; its forward contains the head, so that what wraps a module's forward
+    (data parallelism, hooks) sees all of it.
 
     Args:
         model: a transformers model. It runs in evaluation mode, whatever mode it is in, and its dropout is switched
@@ -34,11 +35,16 @@ class Policy:
         router_aux_loss_coef: float | None = None,
         backend: str = "auto",
     ) -> None:
+        super().__init__()
         switch_off_dropout(model)
         self.model = model
         self.head = cut(model, vocab_size, softcap=softcap, logit_scale=logit_scale)
         self.router = router_loss(model, router_aux_loss_coef)
         self.backend = backend
+
+    def forward(self, batch: MicroBatch, *, temperature: float = 1.0, entropy: bool = False) -> LogprobOutput:
+        """Log-probabilities of the completion tokens, (N,) float32, and entropies when asked for; with gradient."""
+        return self.outputs(self.hidden(batch), batch.targets, temperature=temperature, entropy=entropy)
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
         """(N, H): the state that predicts each completion token, with gradient; the routers' loss rides on it."""

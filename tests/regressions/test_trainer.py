@@ -167,3 +167,17 @@ def gradient_of_reference(run, batch):
     token_weights = (batch.advantages / lengths / 9.0).repeat_interleave(lengths)
     loss = -((logps - logps.detach()).exp() * token_weights).sum()
     return torch.autograd.grad(loss, weight)[0]
+
+
+def test_a_policy_is_a_module_whose_forward_is_all_of_it(tmp_path):
+    run = prepare(tiny_config(tmp_path))
+    policy, seen = run.learner.policy, []
+    (batch,) = pack(make_groups(3)[:1], layout="padded", max_tokens=10_000)
+    handle = policy.register_forward_hook(lambda *args: seen.append(args[-1]))
+    out = policy(batch, entropy=True)
+    handle.remove()
+    assert seen == [out]
+    assert torch.equal(out.logps, policy.score(batch, temperature=1.0))
+    assert {id(p) for p in policy.parameters()} == {id(p) for p in policy.model.parameters()}
+    out.logps.sum().backward()
+    assert policy.head.weight.grad.abs().max() > 0
