@@ -75,6 +75,7 @@ class Run:
     callbacks: Sequence[Callback] = ()
     batch: Batch | None = None  # the next step's, once the source has given it
     log: RunLog = field(init=False)
+    start: dict[str, Any] = field(init=False)  # where what is not done yet of the next step, or of its batch, began
     saved: tuple[Path, dict[str, Any]] | None = field(default=None, init=False)  # the last checkpoint, and of what
 
     def train(self) -> Outcome:
@@ -128,14 +129,16 @@ class Run:
         """Every step that is left. Whatever ends them, the weights are those of the last whole update."""
         learner, log, config = self.learner, self.log, self.config
         while True:
-            trains, at, start = False, f"Evaluation after step {learner.steps}", resume.position(self)
+            trains, at = False, f"Evaluation after step {learner.steps}"
+            start = self.start = resume.position(self)
             try:
                 log.interrupt.check()
                 self._evaluate_if_due()
                 log.interrupt.check()
                 if learner.steps == config.steps:
                     return Ended("finished")
-                trains, at, start = True, f"Step {learner.steps + 1}", resume.position(self)
+                trains, at = True, f"Step {learner.steps + 1}"
+                start = self.start = resume.position(self)
                 self._step()
             except NonFiniteLoss as error:
                 path = error.save(self.directory)

@@ -213,6 +213,31 @@ def test_the_second_of_three_updates_that_is_cut_short_is_done_again(tmp_path, o
     assert resumed == whole
 
 
+def test_a_run_that_is_stopped_again_before_it_goes_on_keeps_the_rest_of_its_batch(tmp_path, monkeypatch):
+    config = config_for(tmp_path, "whole", steps=4, optimizer=OptimizerConfig(lr=1e-2, epochs_per_rollout=3))
+    train(config)
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    original, updates = Learner.step, []
+
+    def step(*args, **kwargs):
+        updates.append(1)
+        if len(updates) == 3 + 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        train(stopped)
+    with monkeypatch.context() as patch:  # before its first step, and before the evaluation that may come first
+        arrives_in(patch, loop.resume, "resume_log", 1)
+        outcome = train(replace(stopped, resume=stopped.run_dir))
+    assert (outcome.status, outcome.steps) == ("interrupted", 1)
+    assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == "step_000001_update_1\n"
+    train(replace(stopped, resume=stopped.run_dir))
+    whole, resumed = (everything(tmp_path / name, "step_000004") for name in ("whole", "stopped"))
+    assert resumed[1:] == whole[1:]
+
+
 def test_prompts_drawn_for_a_round_of_dynamic_sampling_that_is_cut_short_are_drawn_again(tmp_path):
     rollout = RolloutConfig(prompts_per_step=6, group_size=2, max_new_tokens=2, dynamic_sampling=3)
     rewards = (RewardConfig("trainer.tiny:wanted_words"),)
