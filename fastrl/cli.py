@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentParser
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +15,8 @@ USAGE = """fastrl: reinforcement learning of language models.
 
   fastrl train RECIPE.yaml [--field value ...]   train as the recipe says; with --help, list its fields
   fastrl train RECIPE.yaml --print               the recipe with every field, which runs to the same losses
-  fastrl eval MODEL RECIPE.yaml [--field ...]    a model or checkpoint on what a recipe holds out
+  fastrl eval MODEL RECIPE.yaml [--field ...]    a run, checkpoint or model on what a recipe holds out; with --json,
+                                                 its numbers alone
   fastrl bench [OP] [--against PEERS ...]        every op, or one, timed against torch and other projects; --help
   fastrl bench --tune                            times the Triton kernels' tiles on this GPU and keeps the fastest
   fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
@@ -77,7 +80,12 @@ def _eval(args: list[str]) -> int:
         raise ValueError("fastrl eval: MODEL: expected a folder, hub id or model name first. See fastrl --help.")
     from fastrl.trainer.setup import evaluate_model
 
-    evaluate_model(_configure("fastrl eval MODEL", args[1:]), args[0])
+    as_json = "--json" in args
+    config = _configure("fastrl eval MODEL", [word for word in args[1:] if word != "--json"])
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        results = evaluate_model(config, args[0])
+    if as_json:
+        print(json.dumps(results))
     return EXIT_OK
 
 

@@ -86,6 +86,15 @@ def test_unknown_flag_names_the_nearest(recipe, capsys):
     assert capsys.readouterr().err == expected
 
 
+def test_eval_of_a_run_gives_its_numbers_as_json(recipe, capsys, tmp_path):
+    assert main(["train", str(recipe), "--steps", "2"]) == 0
+    last = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()][-2:]
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), str(recipe), "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got == {line["name"]: pytest.approx(line["reward"]) for line in last}
+
+
 def test_print_shows_the_recipe_in_full_and_trains_nothing(recipe, capsys, tmp_path):
     assert main(["train", str(recipe), "--steps", "3", "--print"]) == 0
     whole = tmp_path / "whole.yaml"
