@@ -101,7 +101,8 @@ class Run:
     def _open_log(self) -> RunLog:
         config, done = self.config, self.resumed.manifest["step"] if self.resumed else 0
         show_every = config.show_every
-        columns = columns_for(config.algorithm if config.algorithm == "reward_model" else self.algorithm.kind)
+        kind = self.algorithm.kind if self.source.kind != "rewarded" else "rewarded"
+        columns = columns_for("reward_model" if config.algorithm == "reward_model" else kind)
         log = RunLog(self.directory, total_steps=config.steps, show_every=show_every, columns=columns)
         about = environment() | {"speed": self.speed.about()}
         log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=done)

