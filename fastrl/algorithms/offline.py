@@ -98,11 +98,17 @@ class Objective:
         """Whether it can read `Answers.soft_labels`."""
         return False
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The groups that it takes as they are; of rewarded ones it takes what `chosen` makes of them."""
+        return (self.kind,)
+
     def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Answers]:
         """As `Algorithm`: one step, on all of the batch."""
         if batch.updates:
             return
-        groups = batch.groups if batch.kind == self.kind else self.chosen(batch)
+        require(batch.kind in (*self.kinds, "rewarded"), type(self).__name__, "groups", f"{self.kind}", batch.kind)
+        groups = self.chosen(batch) if batch.kind == "rewarded" else batch.groups
         if not groups:
             return
         if self.needs_mismatched and not all(group.mismatched for group in groups):
@@ -358,6 +364,7 @@ class RewardModelling(Objective):
 
     center_coef: float = 0.0
     kind: ClassVar[Kind] = "pairs"  # or ranked
+    kinds: ClassVar[tuple[Kind, ...]] = ("pairs", "ranked")
     takes_margins: ClassVar[bool] = True
     takes_soft_labels: ClassVar[bool] = True
 

@@ -73,6 +73,7 @@ class PolicyGradient:
     def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Part]:
         """As `Algorithm`. Advantages, parts and estimates follow from the groups, so they are not kept anywhere."""
         plan = self.schedule
+        require(batch.kind == self.kind, type(self).__name__, "groups", "completions with rewards", batch.kind)
         self.advantages(batch.groups)
         batch.contributing = self.contributing(batch.groups)  # the others have a gradient of exactly zero
         counted = batch.contributing if plan.filter_zero_variance else batch.groups

@@ -38,6 +38,7 @@ class AskedOnce:
         """
         groups = [*self.groups, *(Group(one.prompt, [one.mismatched]) for one in self.groups if one.mismatched)]
         about = {"model": self.fingerprint, "answers": fingerprint(groups), "dtype": self.dtype}
+        about["temperature"] = str(learner.temperature)
         samples = [sample for group in groups for sample in group.samples]
         path = run_dir / FOLDER / FILE if run_dir else None
         kept = _read(path, about) if path else None
@@ -56,7 +57,7 @@ class AskedOnce:
         for start in range(0, len(groups), AT_ONCE):
             for batch in learner.pack(groups[start : start + AT_ONCE], whole_groups=True):
                 progress(found, answers)
-                logps = self.reference.score(batch, temperature=1.0).cpu()
+                logps = self.reference.score(batch, temperature=learner.temperature).cpu()
                 for sample, part in zip(batch.samples, logps.split(batch.cu_seqlens.diff().tolist()), strict=True):
                     sample.ref_logps = part.tolist()
                 found += len(batch.samples)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from trainer.tiny import offline_config, tiny_config, write_model
 
-from fastrl.algorithms.offline import OFFLINE, objective_of
+from fastrl.algorithms.offline import OFFLINE, comparisons, objective_of
 from fastrl.data.groups import batch_from_json, batch_to_json
 from fastrl.data.pack import count, pack
 from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
+from fastrl.progress import Unwatched
 from fastrl.sources import Rollouts
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import DataConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.config import DataConfig, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
 from fastrl.trainer.setup import prepare, train
 from fastrl.types import Batch, Group, Prompt, Sample
 
@@ -296,3 +297,37 @@ def test_grpo_learns_from_the_completions_that_another_run_wrote(tmp_path):
     assert sorted([one.reward for one in group.samples] for group in groups) == sorted(expected)
     outcome = run.train()
     assert outcome.after["sampled"] > outcome.before["sampled"]
+
+
+def test_every_pair_of_a_ranking_is_compared_and_not_the_best_and_the_worst_alone(tmp_path):
+    rows = [{"prompt": f"w{i}", "responses": ["w7", "w8 w9", "w3"], "ranking": [1, 2, 3]} for i in range(8)]
+    path = tmp_path / "ranked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = offline_config(tmp_path, "reward_model", steps=1)
+    run = prepare(replace(config, data=DataConfig(source=str(path), held_out=0, chat=False, ranked=True)))
+    batch = run.source.next(run.learner, Unwatched())
+    (answers,) = run.algorithm.updates(run.learner, batch, Unwatched())
+        3 * batch.group_ids.unique().numel() for batch in answers.batches
+    ]
+    assert sum(len(comparisons(batch)[0]) for batch in answers.batches) == 3 * 5
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), [("grpo", "pairs"), ("dpo", "labelled"), ("sft", "pairs")])
+def test_groups_of_a_kind_that_an_algorithm_cannot_learn_from_are_refused(algorithm, kind):
+    built = build_algorithm(TrainConfig(algorithm=algorithm))
+    with pytest.raises(ValueError, match=f"groups: expected .*, got {kind}"):
+        next(built.updates(None, Batch([], seed=1, kind=kind), Unwatched()))
+
+
+def test_a_file_of_completions_is_compared_with_the_reference_at_the_temperature_of_training(tmp_path):
+    """Before the first update policy and reference are the same, so their KL is 0."""
+    rollout = RolloutConfig(max_new_tokens=6, temperature=0.5)
+    config = replace(
+        tiny_config(tmp_path, rollout=rollout, loss=LossConfig(kl="k3", kl_coef=0.1)),
+        source="offline",
+        steps=1,
+        data=DataConfig(source=scored_file(tmp_path / "scored.jsonl"), held_out=0, chat=False),
+    )
+    train(config)
+    (line,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["kl"] == pytest.approx(0.0, abs=1e-6)
