@@ -36,4 +36,4 @@ def fastrl_provider(backend: str, head: HeadTensors, **options: Any) -> Provider
     return with_gradients(head, lambda: fastrl.linear_logprob(*inputs, **options, backend=backend).logps)
 
 
-VARIANTS = {"stream": lambda head: fastrl_provider("auto", head, memory="stream")}  # the least memory
+VARIANTS = {"recompute": lambda head: fastrl_provider("auto", head, memory="recompute")}  # the least memory

@@ -24,7 +24,7 @@ from bench.timing import Outputs, Provider
 
 OP, SHAPES, DEFAULT = "linear_policy_loss", HEADS, ("smollm2-2k", "gemma3-270m-1k")
 # In GRPO on verifiable rewards, a third to two thirds of the groups often have equal rewards, so advantages of zero.
-SILENT = {"all groups train": 0.0, "half of the groups silent": 0.5}
+ZERO_ADVANTAGE = {"all groups train": 0.0, "half of the groups zero-advantage": 0.5}
 
 
 def tensors(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[HeadTensors, TokenTensors]]:
@@ -35,8 +35,8 @@ def tensors(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> dict[
         parts = zip(head.hidden.split(64), head.targets.split(64), strict=True)
         around = torch.cat([plain_logps(hidden, head.weight, targets) for hidden, targets in parts]).view(batch)
     return {
-        mode: (head, token_tensors(batch, device, around=around, silent=s, padded=shape.padded))
-        for mode, s in SILENT.items()
+        mode: (head, token_tensors(batch, device, around=around, zero_advantage=s, padded=shape.padded))
+        for mode, s in ZERO_ADVANTAGE.items()
     }
 
 
@@ -76,5 +76,5 @@ def fastrl_provider(backend: str, head: HeadTensors, tokens: TokenTensors, **opt
     )
 
 
-# Without metrics silent rows need no logits either.
+# Without metrics zero-advantage rows need no logits either.
 VARIANTS = {"no-metrics": lambda head, tokens: fastrl_provider("auto", head, tokens, metrics=False)}

@@ -146,11 +146,11 @@ def token_tensors(
     device: torch.device,
     *,
     around: torch.Tensor | None = None,
-    silent: float = 0.0,
+    zero_advantage: float = 0.0,
     padded: bool = True,
 ) -> TokenTensors:
-    """Sequences of a quarter of T to T tokens, or all of T where not `padded`; the first `silent` share of the groups
-    has advantages of 0.
+    """Sequences of a quarter of T to T tokens, or all of T where not `padded`; the first `zero_advantage` share of the
+    groups has advantages of 0.
 
     `around`: (B, T) log-probabilities that the old and reference ones differ from by little.
     """
@@ -158,7 +158,7 @@ def token_tensors(
     sequences, length = batch
     logps = -torch.rand(batch, generator=made) * 3 if around is None else around.detach().float().cpu()
     advantages = torch.randn(sequences, generator=made)
-    advantages[: int(silent * sequences / GROUP) * GROUP] = 0.0
+    advantages[: int(zero_advantage * sequences / GROUP) * GROUP] = 0.0
     lengths = torch.randint(max(1, length // 4), length + 1, (sequences, 1), generator=made)
     # A fifth of the ratios far beyond the clip bounds, the others well inside: a ratio beside a bound would be clipped
     # or not by the rounding of 16-bit logits, and every such provider would look wrong by a whole token's gradient.

@@ -19,6 +19,7 @@ _EXPORTS = {
     "gae": "fastrl.ops.gae",
     "FusedLMHead": "fastrl.ops.fused_lm_head",
     "accelerate_cpu": "fastrl.model.accelerate",
+    "split_head": "fastrl.model.head",
     "policy_loss": "fastrl.losses.policy",
     "linear_policy_loss": "fastrl.losses.linear_policy",
     "preference_loss": "fastrl.losses.preference",
@@ -27,6 +28,7 @@ _EXPORTS = {
     "value_loss": "fastrl.losses.value",
     "group_policy_loss": "fastrl.losses.group_policy",
     "PolicyLoss": "fastrl.spec",
+    "GroupAdvantage": "fastrl.ops.group_advantages",
     "Clip": "fastrl.spec",
     "Cispo": "fastrl.spec",
     "Sapo": "fastrl.spec",
@@ -67,8 +69,10 @@ if TYPE_CHECKING:
     from fastrl.losses.unpaired import unpaired_preference_loss as unpaired_preference_loss
     from fastrl.losses.value import value_loss as value_loss
     from fastrl.model.accelerate import accelerate_cpu as accelerate_cpu
+    from fastrl.model.head import split_head as split_head
     from fastrl.ops.fused_lm_head import FusedLMHead as FusedLMHead
     from fastrl.ops.gae import gae as gae
+    from fastrl.ops.group_advantages import GroupAdvantage as GroupAdvantage
     from fastrl.ops.group_advantages import group_advantages as group_advantages
     from fastrl.ops.linear_logprob import linear_logprob as linear_logprob
     from fastrl.ops.linear_token_loss import linear_token_loss as linear_token_loss

@@ -64,6 +64,20 @@ def device(op: str, argument: str, tensor: torch.Tensor, expected: torch.device,
     )
 
 
+def values(op: str, argument: str, tensor: torch.Tensor, good: torch.Tensor, expected: str) -> torch.Tensor:
+    """The tensor, of whose values those that are not `good`, bool of its shape, are refused.
+
+    On a device that would have to be waited for, or in a graph, they become NaN instead, which shows in the loss.
+    """
+    import torch
+
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(good, tensor, torch.nan)
+    bad = tensor[~good]
+    require(bad.numel() == 0, op, argument, expected, f"{bad.flatten()[0].item():g}" if bad.numel() else "")
+    return tensor
+
+
 def choice(op: str, argument: str, value: object, choices: Iterable[str]) -> None:
     """Require one of a set of names, and offer the nearest when it is not."""
     choices = tuple(choices)

@@ -1,4 +1,4 @@
-"""The command line: `fastrl train`, `fastrl eval`, `fastrl bench`, `fastrl doctor`."""
+"""The command line: `fastrl train`, `fastrl eval`, `fastrl recipes`, `fastrl bench`, `fastrl doctor`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ USAGE = """fastrl: reinforcement learning of language models.
   fastrl train RECIPE.yaml --print               the recipe with every field, which runs to the same losses
   fastrl eval MODEL RECIPE.yaml [--field ...]    a run, checkpoint or model on what a recipe holds out; with --json,
                                                  its numbers alone
+  fastrl recipes [FOLDER] [--markdown]           the recipes of a folder (here: recipes) and every algorithm
   fastrl bench [OP] [--against PEERS ...]        every op, or one, timed against torch and other projects; --help
   fastrl bench --tune                            times the Triton kernels' tiles on this GPU and keeps the fastest
   fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     signal's number where one stopped it."""
     env.wait_briefly()
     args = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor}
+    commands = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor, "recipes": _recipes}
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return EXIT_OK if args else EXIT_USAGE
@@ -113,6 +114,19 @@ def _doctor(args: list[str]) -> int:
     parser = ArgumentParser("fastrl doctor", description="What was found on this machine.")  # also without tyro
     parser.add_argument("--json", action="store_true", help="print JSON")
     return print_doctor(Console(), as_json=parser.parse_args(args).json)
+
+
+def _recipes(args: list[str]) -> int:
+    from rich.console import Console
+
+    from fastrl.menu import page, print_menu
+
+    parser = ArgumentParser("fastrl recipes", description="The recipes of a folder and every algorithm.")
+    parser.add_argument("folder", nargs="?", default="recipes", type=Path)
+    parser.add_argument("--markdown", action="store_true", help="print the table of algorithms as docs/algorithms.md")
+    found = parser.parse_args(args)
+    print(page(), end="") if found.markdown else print_menu(Console(), found.folder)
+    return EXIT_OK
 
 
 def _configure(prog: str, args: list[str]) -> object:

@@ -114,7 +114,7 @@ class MicroBatch:
     ref_logps: torch.Tensor | None = None  # (N,) float32
     values: torch.Tensor | None = None  # (N,) float32, of the critic before the update
     returns: torch.Tensor | None = None  # (N,) float32, what the critic should have said
-    held: torch.Tensor | None = None  # (N,) float32, how strongly KL-Cov holds each token to the old policy
+    kl_cov_weights: torch.Tensor | None = None  # (N,) float32, how strongly KL-Cov holds each token to the old policy
     nll_weights: torch.Tensor | None = None  # (N,) float32, of a negative log-likelihood beside the policy loss
     attention_cu_seqlens: torch.Tensor | None = None  # (S + 1,) int32, bounds in L of sequences laid end to end, R = 1
     attention_max_seqlen: int = 0  # length of the longest of them

@@ -1,4 +1,4 @@
-"""The backends that tests run on: the torch ones, the native one under each instruction set of this processor, and
+"""The backends that tests run on: the torch ones, the C++ one under each instruction set of this processor, and
 Triton in its interpreter, CUDA where it was built to be emulated. With FASTRL_TEST_DEVICE=cuda: those that run on a
 GPU, compiled."""
 
@@ -15,7 +15,7 @@ if DEVICE == "cpu":
 from fastrl.kernels import cuda, native  # noqa: E402
 
 _extension = native.load()[0] if DEVICE == "cpu" else None
-NATIVE = tuple(f"native-{isa}" for isa in _extension.isas()) if _extension else ()
+NATIVE = tuple(f"cpu-{isa}" for isa in _extension.isas()) if _extension else ()
 _cuda = cuda.load_emulated() if DEVICE == "cpu" else cuda.load()[0]
 CUDA = ("cuda",) if _cuda else ()
 FASTER = ("chunked", *NATIVE, *CUDA, "triton")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastrl.kernels import native, registry
-from fastrl.kernels.registry import OPS, TABLE, Kernel, explain, resolve
+from fastrl.kernels.registry import OPS, TABLE, Kernel, choose, explain, instruction_set, resolve
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_every_importable_backend_has_the_signatures_of_the_reference(op):
 @pytest.mark.parametrize("op", registry.HEAD_OPS)
 def test_auto_prefers_triton_to_unmeasured_cuda_kernels_between_matmuls(op, monkeypatch):
     takes_all = {name: Kernel(kernel.module, auto_on=kernel.auto_on) for name, kernel in TABLE[op].items()}
-    del takes_all["native"]  # which no GPU has
+    del takes_all["cpu"]  # which no GPU has
     monkeypatch.setitem(registry.TABLE, op, takes_all)
     monkeypatch.setattr(registry, "import_module", lambda name: name)
     assert resolve(op, "auto", torch.device("cuda")) == f"fastrl.kernels.{op}.triton_impl"
@@ -130,3 +130,18 @@ def test_the_self_test_is_on_the_cpu_whatever_the_default_device_is():
     with torch.device("meta"):
         assert native.load.__wrapped__() == (extension, isa)
     extension.use(before)
+
+
+def test_an_older_name_of_a_backend_is_taken_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"logprob: backend: 'native' is called 'cpu' now\."):
+        assert choose("logprob", "native", CPU) is TABLE["logprob"]["cpu"]
+
+
+def test_the_dispatcher_knows_the_instruction_set_of_what_it_picks():
+    kernel = Kernel("fastrl.kernels.logprob.reference", isa=lambda: "abacus")
+    table = {"cpu": kernel, "reference": Kernel("fastrl.kernels.logprob.reference")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.TABLE, "logprob", table)
+        assert instruction_set("logprob", "auto", CPU) == "abacus"
+        assert instruction_set("logprob", "reference", CPU) == ""
+        assert instruction_set("logprob", "cpu", torch.device("meta")) == ""

@@ -73,7 +73,7 @@ class GroupPolicyGradient(PolicyGradient):
         return self.estimator.function(rewards, **inputs)
 
     def contributing(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups that can have a gradient: all of them with a KL or entropy term, else those that are not silent.
+        """The groups that can have a gradient: with a KL or entropy term all, else all but the zero-advantage ones.
 
         A group whose rewards are all equal has advantages of exactly 0; it costs neither a forward nor a backward pass.
         """
@@ -98,7 +98,7 @@ class GroupPolicyGradient(PolicyGradient):
         self, policy: Policy, critic: None, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
     ) -> Iterator[LossOutput]:
         """As `policy_gradient_loss`."""
-        options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler}
+        options = {"temperature": temperature, "entropy": entropy, "ratio_to_sampler": self.ratio_to_sampler}
         batch = batch if self.sampled else replace(batch, sampling_logps=None)
         yield policy_gradient_loss(policy, batch, self.spec, normalizer, terms=self.terms, **options)
 

@@ -54,7 +54,7 @@ class TokenMasks:
     """Upper bound of them."""
     kl_cov: float | None = None
     """KL-Cov, arXiv:2505.22617: share of the tokens, those of the highest covariance, that are held to the old policy;
-    2e-4 there, with a surrogate that is not clipped: loss.clip_low 1 and loss.clip_high 1e9."""
+    2e-4 there, with a surrogate that is not clipped: loss.surrogate.low 1 and loss.surrogate.high 1e9."""
     kl_cov_coef: float = 1.0
     """Weight of their distance |log pi - log pi_old|."""
 
@@ -106,20 +106,21 @@ def masked(
     spec: PolicyLoss,
     *,
     temperature: float,
-    to_sampler: bool,
+    ratio_to_sampler: bool,
     seed: int,
     progress: Progress = unseen,
 ) -> tuple[list[MicroBatch], Metrics]:
-    """The micro-batches of one optimizer step with token advantages, 0 where `masks` take a token out, and with `held`.
+    """The micro-batches of one optimizer step with token advantages, 0 where `masks` take a token out, and with
+    `kl_cov_weights`.
 
     Args:
-        to_sampler: as in `policy_gradient_loss`, of the old policy that the ratio and KL-Cov compare with.
+        ratio_to_sampler: as in `policy_gradient_loss`, of the old policy that the ratio and KL-Cov compare with.
         seed: of Clip-Cov's draw, another one for each optimizer step.
         progress: told of the micro-batches, before each, as of the first of two passes over them.
 
     Returns:
         (micro-batches, metrics): `masks/kept_fraction`, of the tokens with an advantage those that keep it, and for
-        KL-Cov `masks/held_fraction`.
+        KL-Cov `masks/kl_cov_fraction`.
     """
     if not masks.on or not batches:
         return list(batches), {}
@@ -149,8 +150,10 @@ def masked(
         held = scores >= top_threshold(scores, live, masks.kl_cov)
     if masks.clip_cov is not None:
         scores = covariance(logps, advantages, live)
-        on_policy = not to_sampler and batches[0].old_logps is None  # then nothing is clipped
-        old = logps if on_policy else sampling if to_sampler else torch.cat([batch.old_logps for batch in batches])
+        on_policy = not ratio_to_sampler and batches[0].old_logps is None  # then nothing is clipped
+        old = sampling if ratio_to_sampler else logps
+        if not (on_policy or ratio_to_sampler):
+            old = torch.cat([batch.old_logps for batch in batches])
         term = clip(logps - old, advantages, spec.surrogate.low, spec.surrogate.high, spec.surrogate.dual)
         scores = scores.masked_fill(term.low | term.high, -torch.inf)
         noise = torch.cat([_noise(batch, seed) for batch in batches])
@@ -161,8 +164,8 @@ def masked(
     columns = {"advantages": torch.where(keep, advantages, 0.0).split(sizes)}
     metrics = {"masks/kept_fraction": (keep.sum().float(), count)}
     if held is not None:
-        columns["held"] = (masks.kl_cov_coef * held).split(sizes)
-        metrics["masks/held_fraction"] = (held.sum().float(), count)
+        columns["kl_cov_weights"] = (masks.kl_cov_coef * held).split(sizes)
+        metrics["masks/kl_cov_fraction"] = (held.sum().float(), count)
     pieces = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [replace(batch, **piece) for batch, piece in zip(batches, pieces, strict=True)], metrics
 

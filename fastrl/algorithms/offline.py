@@ -23,7 +23,6 @@ import torch
 from fastrl.algorithms.base import Kind, Learner
 from fastrl.check import require
 from fastrl.data.preferences import mismatched
-from fastrl.losses import presets
 from fastrl.losses.answer_rows import split_pairs
 from fastrl.losses.linear_policy import linear_policy_loss
 from fastrl.losses.metrics import Metrics, finish, merge
@@ -418,18 +417,10 @@ def comparisons(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return better, worse
 
 
-# name -> preset, or what has none: what a recipe's `algorithm` selects.
-OFFLINE: dict[str, PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Objective] = {
-    **{name.lower(): spec for name, spec in presets.PREFERENCE_PRESETS.items()},
-    "sft": SupervisedTuning(),
-    "reward_model": RewardModelling(),
-}
-
-
 def objective_of(
     chosen: PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Objective, *, threshold: float = 0.5
 ) -> Objective:
-    """What trains a value of `OFFLINE`."""
+    """What trains with that loss; `threshold` is the reward from which on a completion is a good one."""
     if isinstance(chosen, PreferenceLoss | PreferenceMix):
         return PairedPreference(chosen, threshold=threshold)
     if isinstance(chosen, UnpairedPreferenceLoss):

@@ -62,7 +62,7 @@ class PolicyGradient:
     spec: PolicyLoss
     kind: ClassVar[str] = "rewarded"
     masks: TokenMasks = field(default_factory=TokenMasks, kw_only=True)
-    to_sampler: bool = field(default=False, kw_only=True)
+    ratio_to_sampler: bool = field(default=False, kw_only=True)
     """The ratio is to the sampler's log-probabilities, not the trainer's of the same weights."""
     schedule: Schedule = field(default_factory=Schedule, kw_only=True)
     terms: tuple[LossTerm, ...] = field(default=(), kw_only=True)
@@ -82,7 +82,7 @@ class PolicyGradient:
             parts = [self._part(learner, groups) for groups in minibatches(counted, plan.updates, order)]
         with watch.stage("score", "micro-batches") as progress:
             # With one update the policy is that of the rollout, and a ratio to the sampler has its numbers from it.
-            old = (len(parts) * plan.epochs > 1 and not self.to_sampler) or self.needs_old
+            old = (len(parts) * plan.epochs > 1 and not self.ratio_to_sampler) or self.needs_old
             parts = [part for part in parts if part.batches]
             if not batch.scored:
                 scored = iter(learner.score([one for part in parts for one in part.batches], progress, old=old))
@@ -105,7 +105,11 @@ class PolicyGradient:
         selects = self.masks.on and policy is not None  # in a pass of its own
         if policy is not None:
             # The policy's optimizer steps are in a checkpoint, so a resumed run draws what it would have drawn.
-            options = {"temperature": learner.temperature, "to_sampler": self.to_sampler, "seed": learner.updates}
+            options = {
+                "temperature": learner.temperature,
+                "ratio_to_sampler": self.ratio_to_sampler,
+                "seed": learner.updates,
+            }
             batches, noted = masked(policy, batches, self.masks, self.spec, **options, progress=progress)
             metrics.append(noted)
         loss = 0.0
@@ -185,22 +189,22 @@ def policy_gradient_loss(
     *,
     temperature: float,
     entropy: bool,
-    to_sampler: bool = False,
+    ratio_to_sampler: bool = False,
     hidden: torch.Tensor | None = None,
     terms: Sequence[LossTerm] = (),
 ) -> LossOutput:
     """One micro-batch's share of the step's loss, from hidden states, with its metrics.
 
-    With `to_sampler` the ratio is to `sampling_logps` instead of `old_logps`; its metrics tell how far the sampler is.
-    What the batch asks for beside the policy loss, `held` and `nll_weights`, is added. `hidden` is
-    `policy.hidden(batch)`, for a caller that has it already. Where the head's weight has a `main_grad`, its gradient by
-    the policy loss is there when this returns.
+    With `ratio_to_sampler` the ratio is to `sampling_logps` instead of `old_logps`; its metrics tell how far the
+    sampler is. What the batch asks for beside the policy loss, `kl_cov_weights` and `nll_weights`, is added. `hidden`
+    is `policy.hidden(batch)`, for a caller that has it already. Where the head's weight has a `main_grad`, its gradient
+    by the policy loss is there when this returns.
     """
     if spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
         normalizer = normalizer * batch.group_tokens
     weight = policy.head.weight
     hidden = policy.hidden(batch) if hidden is None else hidden
-    old_logps = batch.sampling_logps if to_sampler else batch.old_logps
+    old_logps = batch.sampling_logps if ratio_to_sampler else batch.old_logps
     out = linear_policy_loss(
         hidden,
         weight,
@@ -210,7 +214,7 @@ def policy_gradient_loss(
         mask=batch.mask,
         old_logps=old_logps,
         ref_logps=batch.ref_logps,
-        sampling_logps=None if to_sampler else batch.sampling_logps,
+        sampling_logps=None if ratio_to_sampler else batch.sampling_logps,
         group_ids=batch.group_ids,
         normalizer=normalizer,
         cu_seqlens=batch.cu_seqlens,
@@ -220,8 +224,8 @@ def policy_gradient_loss(
         backend=policy.backend,
         **policy.head.options,
     )
-    if batch.held is not None and old_logps is not None:  # else the distance is 0, and so is its gradient
-        out = _plus(out, _held(policy, hidden, batch, spec, normalizer, old_logps, temperature))
+    if batch.kl_cov_weights is not None and old_logps is not None:  # else the distance is 0, and so is its gradient
+        out = _plus(out, _kl_cov(policy, hidden, batch, spec, normalizer, old_logps, temperature))
     if batch.nll_weights is not None:
         out = _plus(out, _nll(policy, hidden, batch, temperature))
     if terms:
@@ -258,7 +262,7 @@ def _plus(one: LossOutput, other: LossOutput) -> LossOutput:
     return LossOutput(one.loss + other.loss, one.metrics | other.metrics)
 
 
-def _held(
+def _kl_cov(
     policy: Policy,
     hidden: torch.Tensor,
     batch: MicroBatch,
@@ -268,15 +272,15 @@ def _held(
     temperature: float,
 ) -> LossOutput:
     """KL-Cov's penalty, from the few rows that it is about."""
-    selected = batch.held != 0
+    selected = batch.kl_cov_weights != 0
     weights = token_weights(
         batch.mask, spec.aggregate, normalizer=normalizer, group_ids=batch.group_ids, cu_seqlens=batch.cu_seqlens
     )
     logps = policy.outputs(hidden[selected], batch.targets[selected], temperature=temperature).logps
     old_logps, every = old_logps[selected], torch.ones_like(logps, dtype=torch.bool)
-    loss = kl_cov_penalty(logps, old_logps, every, (weights * batch.held)[selected])
+    loss = kl_cov_penalty(logps, old_logps, every, (weights * batch.kl_cov_weights)[selected])
     distance = (logps.detach() - old_logps).abs().sum()
-    return LossOutput(loss, {"masks/held_distance": (distance, selected.sum().to(distance.dtype))})
+    return LossOutput(loss, {"masks/kl_cov_distance": (distance, selected.sum().to(distance.dtype))})
 
 
 def _nll(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, temperature: float) -> LossOutput:

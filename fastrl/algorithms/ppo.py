@@ -196,11 +196,16 @@ class ActorCritic(PolicyGradient):
     ) -> Iterator[LossOutput]:
         """One micro-batch's shares of the step's loss; each is to be backpropagated before the next is asked for.
 
-        A critic with a trunk of its own comes after the policy, when the policy's activations are free again; one that
-        shares the policy's trunk comes with it, from the same hidden states. Without a policy there is the
+        A critic with a backbone of its own comes after the policy, when the policy's activations are free again; one
+        that shares the policy's backbone comes with it, from the same hidden states. Without a policy there is the
         loss of a separate critic alone.
         """
-        options = {"temperature": temperature, "entropy": entropy, "to_sampler": self.to_sampler, "terms": self.terms}
+        options = {
+            "temperature": temperature,
+            "entropy": entropy,
+            "ratio_to_sampler": self.ratio_to_sampler,
+            "terms": self.terms,
+        }
         if isinstance(critic, SharedCritic):
             hidden = policy.hidden(batch)
             out = policy_gradient_loss(policy, batch, self.spec, normalizer, hidden=hidden, **options)

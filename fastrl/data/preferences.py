@@ -6,6 +6,10 @@
 | `ranked`      | prompt, responses, ranking      | responses, advantages minus their ranks    | reward model |
 | `labelled`    | prompt, completion, label       | [completion], advantage 1 if true, else -1 | KTO and kin  |
 | `completions` | prompt, completion; or messages | [completion], advantage 1                  | SFT          |
+|               | or text                         | [text], advantage 1                        |              |
+
+A `text` is learned whole, from its first token where the tokenizer begins texts with one of its own, else from its
+second.
 
 `ranking` has a number for each of the `responses`, 1 for the best one; equal numbers are a tie. Reward models learn
 from pairs too.
@@ -191,7 +195,7 @@ def split_groups(groups: Sequence[Group], held_out: int, seed: int) -> tuple[lis
     Raises:
         ValueError: `held_out` leaves nothing to train on.
     """
-    return by_question(groups, held_out, seed, lambda group: question(group.prompt))
+    return by_question(groups, held_out, seed, lambda group: question(group.prompt) or group.samples[0].text)
 
 
 def with_end(groups: Sequence[Group], token_id: int) -> list[Group]:
@@ -263,10 +267,10 @@ def _require_columns(rows: list[Row], kind: Kind, columns: PairColumns) -> None:
         "completions": ("prompt",),
     }
     needed = beside.get(kind, ()) + ANSWERS[kind] + tuple(filter(None, columns))
-    if kind == "completions" and "messages" in present:
-        needed = ("messages",)
+    if kind == "completions" and "completion" not in present:
+        needed = next(((name,) for name in ("messages", "text") if name in present), needed)
     missing = [name for name in needed if name not in present]
-    expected = ", ".join(map(repr, needed)) + (" (or 'messages')" if kind == "completions" else "")
+    expected = ", ".join(map(repr, needed)) + (" (or 'messages', or 'text')" if kind == "completions" else "")
     check.require(
         not missing, OP, f"columns of kind={kind!r}", expected, ", ".join(map(repr, sorted(present))) or "none"
     )
@@ -276,6 +280,11 @@ def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Mes
     """The prompt, and the answers to it as text or as one assistant message each."""
     if kind == "completions" and values.get("messages") is not None:
         values = {"completion": values["messages"]}
+    if kind == "completions" and values.get("completion") is None and values.get("text") is not None:
+        text = _content(values, "text")
+        if not isinstance(text, str):
+            raise BadRow("whose 'text' is no text")
+        return "", [text]
     names = ANSWERS[kind]
     if kind in ("ranked", "rewarded"):
         names, values = _responses(values)
@@ -412,6 +421,10 @@ def _group(
         text = answer if isinstance(answer, str) else content_text(answer[-1])
         whole = writer.render(values, [*prompt, *answer]) if chat else prompt + answer
         ids = _answer_ids(writer, prompt_text, prompt_ids, whole, chat)
+        if not prompt_ids:  # the first token of a text has nothing before it
+            prompt_ids, ids = ids[:1], ids[1:]
+        if not ids:
+            raise BadRow("of one token")
         if limits.all is not None and len(prompt_ids) + len(ids) > limits.all:
             raise BadRow(f"longer than {limits.all} tokens")
         reward = sign if kind in ("ranked", "rewarded") else float(sign > 0)
@@ -421,7 +434,7 @@ def _group(
     if kind == "rewarded":
         for sample in samples:
             sample.rewards, sample.advantage = {"reward": sample.reward}, 0.0
-    used = {"prompt", "messages", "label", "ranking", "rewards", *ANSWERS[kind]}
+    used = {"prompt", "messages", "text", "label", "ranking", "rewards", *ANSWERS[kind]}
     columns = {name: value for name, value in values.items() if name not in used}
     return Group(Prompt(index, prompt, tuple(prompt_ids), columns), samples)
 

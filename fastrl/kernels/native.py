@@ -64,6 +64,11 @@ def extension() -> ModuleType:
     return module
 
 
+def isa() -> str:
+    """The instruction set in use."""
+    return extension().isa()
+
+
 def address(tensor: torch.Tensor | None) -> int:
     """Where a tensor's values start; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Kernel:
     refuses: Callable[[torch.device], str | None] = any_device
     auto_on: str | None = None
     lacks: Callable[[PolicyLoss], str | None] = any_spec
+    isa: Callable[[], str] = str  # the instruction set that it runs on, where it is one of several
 
 
 HEAD_OPS = ("linear_logprob", "linear_policy_loss")  # matmuls and kernels between them
@@ -54,7 +56,7 @@ def _backends(op: str) -> dict[str, Kernel]:
     # Emulated CUDA and interpreted Triton are for tests: nobody gets them without asking.
     cuda_kernel = Kernel(f"{folder}.cuda_impl", cuda.refuses, "cuda", only_in_torch)
     triton_kernel = Kernel(f"{folder}.triton_impl", triton_jit.refuses, "cuda", only_in_torch)
-    backends = {"native": Kernel(f"{folder}.native", native.refuses, lacks=only_in_torch)}
+    backends = {"cpu": Kernel(f"{folder}.native", native.refuses, lacks=only_in_torch, isa=native.isa)}
     if op in CPU_OPS:
         return backends | {"reference": Kernel(f"{folder}.reference")}
     # Triton has a kernel with the first matmul inside; which of the others are quicker is unmeasured.
@@ -74,8 +76,19 @@ OPS = (
     "gae",
     "linear",
 )
+RENAMED = {"native": "cpu"}
 # In order of preference: "auto" takes the first that does not refuse.
 TABLE: dict[str, dict[str, Kernel]] = {op: _backends(op) for op in OPS}
+
+
+def backend_of(op: str, backend: str) -> str:
+    """As given, if there is such a backend or it is "auto"; an older name becomes today's."""
+    if backend in RENAMED:
+        new = RENAMED[backend]
+        warnings.warn(f"{op}: backend: {backend!r} is called {new!r} now.", DeprecationWarning, stacklevel=3)
+        backend = new
+    choice(op, "backend", backend, ("auto", *TABLE[op]))
+    return backend
 
 
 def explain(op: str, device: torch.device) -> dict[str, str | None]:
@@ -91,14 +104,24 @@ def as_written(device: torch.device) -> AbstractContextManager:
 
 
 def resolve(op: str, backend: str, device: torch.device, spec: PolicyLoss | None = None) -> ModuleType:
-    """The module that implements `op`. "auto" takes the first backend that supports `device` and, for an op with a
+    """The module that implements `op` on the backend that `choose` gives."""
+    return import_module(choose(op, backend, device, spec).module)
+
+
+@torch.compiler.assume_constant_result
+def instruction_set(op: str, backend: str, device: torch.device) -> str:
+    """That of the backend that `choose` gives; "" for one that has none, and where there are only shapes."""
+    return "" if device.type == "meta" else choose(op, backend, device).isa()
+
+
+def choose(op: str, backend: str, device: torch.device, spec: PolicyLoss | None = None) -> Kernel:
+    """The implementation of `op`. "auto" takes the first backend that supports `device` and, for an op with a
     policy loss, `spec`; a backend asked for by name is used or refused, never replaced.
 
     Raises:
         ValueError: the backend does not exist, or every candidate refuses; the message carries each reason.
     """
-    table = TABLE[op]
-    choice(op, "backend", backend, ("auto", *table))
+    table, backend = TABLE[op], backend_of(op, backend)
     refusals = []
     if backend == "auto":
         candidates = [name for name, kernel in table.items() if kernel.auto_on in (None, device.type)]
@@ -107,7 +130,7 @@ def resolve(op: str, backend: str, device: torch.device, spec: PolicyLoss | None
     for name in candidates:
         reason = table[name].refuses(device) or (table[name].lacks(spec) if spec else None)
         if reason is None:
-            return import_module(table[name].module)
+            return table[name]
         refusals.append(f"{name}: {reason}")
     what = f"device {device}" + (f" with {spec}" if spec else "")
     raise ValueError(f"{op}: backend: no backend takes {what}.\n  " + "\n  ".join(refusals))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from fastrl import check
-from fastrl.kernels.linear_policy_loss.reference import silent_rows
+from fastrl.kernels.linear_policy_loss.reference import zero_advantage_rows
 from fastrl.losses.aggregate import check_layout
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import flatten_tokens
-from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save, logit_budget
+from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save, logit_budget, memory_of
 from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
 from fastrl.ops.linear_policy_loss import in_one_pass
 from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
@@ -104,11 +104,12 @@ def linear_policy_loss(
         check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
         main_grad = main_grad[: len(head.weight)]
     entropy = entropy or spec.needs_entropy
+    memory = memory_of(OP, memory)
     save = choose_save(OP, head, memory, entropy=spec.needs_entropy, backend=backend)
     logit_bytes = logit_budget(OP, memory, hidden.device)
     live = tokens.mask
     if spec.separable and not metrics:
-        live = live & ~silent_rows(tokens.advantages, tokens.weights, spec)
+        live = live & ~zero_advantage_rows(tokens.advantages, tokens.weights, spec)
     constants = (tokens.advantages, tokens.weights, live, tokens.old_logps, tokens.ref_logps, tokens.sampling_logps)
     if spec.separable and in_one_pass(head, main_grad, logit_bytes, backend):
         out = linear_policy_loss_op(
@@ -143,6 +144,6 @@ def _logps(
         logit_scale=head.logit_scale,
         ignore_index=head.ignore_index,
         entropy=entropy,
-        memory=save if save in ("keep", "stream") else "auto",
+        memory=save if save in ("store", "recompute") else "auto",
         backend=backend,
     )

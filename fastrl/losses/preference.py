@@ -12,7 +12,7 @@ from fastrl import check
 from fastrl.losses.aggregate import check_normalizer, token_weights
 from fastrl.losses.answer_rows import Rows, answer_rows, sequence_logps
 from fastrl.losses.metrics import Metrics
-from fastrl.losses.preference_links import Answers, Flip, pair_loss, transform
+from fastrl.losses.preference_links import Answers, Flip, flip_of, pair_loss, transform
 from fastrl.preference_spec import PreferenceLoss, PreferenceMix, Sft
 from fastrl.types import LossOutput
 
@@ -106,7 +106,9 @@ def preference_loss(
             continue
         sides = _answers(term, chosen_rows, rejected_rows)
         first = first or sides
-        flip: Flip = term.label_smoothing if soft_labels is None else (1 - soft_labels.detach()).to(loss.dtype)
+        flip: Flip = term.label_smoothing
+        if soft_labels is not None:
+            flip = flip_of(OP, soft_labels).to(loss.dtype)
         margin: float | torch.Tensor = term.margin if margins is None else margins.detach().to(loss.dtype)
         losses = pair_loss(*sides, margin, flip, term)
         if term.weighting == "wpo":

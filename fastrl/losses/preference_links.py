@@ -13,10 +13,17 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
+from fastrl import check
 from fastrl.preference_spec import JensenShannon, LogOdds, Power, PreferenceLoss, Transform
 
 EXPONENT_BOUND = 80.0  # e^80 is 5e34: finite in float32, as are its products with beta and a gradient
 Flip = float | torch.Tensor  # the probability that a pair's label is wrong
+
+
+def flip_of(op: str, soft_labels: torch.Tensor) -> torch.Tensor:
+    """1 - p of the probabilities p that the chosen answer is the better one; those that are none are refused."""
+    p = soft_labels.detach()
+    return 1 - check.values(op, "soft_labels", p, (p >= 0) & (p <= 1), "probabilities")
 
 
 def transform(h: torch.Tensor, kind: Transform) -> torch.Tensor:

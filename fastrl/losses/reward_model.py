@@ -6,7 +6,7 @@ import torch
 
 from fastrl import check
 from fastrl.losses.aggregate import check_normalizer
-from fastrl.losses.preference_links import margin_loss
+from fastrl.losses.preference_links import flip_of, margin_loss
 from fastrl.preference_spec import PreferenceLoss
 from fastrl.types import LossOutput
 
@@ -60,7 +60,7 @@ def reward_model_loss(
     chosen, rejected = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
     difference = chosen - rejected
     compared = difference if margins is None else difference - margins.detach().to(dtype)
-    flip = 0.0 if soft_labels is None else (1 - soft_labels.detach()).to(dtype)
+    flip = 0.0 if soft_labels is None else flip_of(OP, soft_labels).to(dtype)
     losses = margin_loss(compared, flip, BRADLEY_TERRY) + center_coef * (chosen + rejected) ** 2
     if weights is not None:
         losses = losses * weights.detach().to(dtype)

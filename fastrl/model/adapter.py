@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +45,7 @@ def add_adapter(
 
     # peft would put the new one in the place of the trained one.
     bare = not getattr(model, "peft_config", None)
-    do = "Start from the model that the adapter was trained on, or from one saved with adapter.save=merged."
+    do = "Start from the folder of the adapter, to train it further, or from a model saved with adapter.save=merged."
     require(bare, "add_adapter", "model", "a model without an adapter", f"{type(model).__name__} with one", do)
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     unknown = [target for target in targets if target != ALL_LINEAR and target not in known]
@@ -54,10 +56,45 @@ def add_adapter(
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # `merged` unties what needs it
         # peft would keep 16-bit adapters in float32; the optimizer's masters are float32 in any case.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    return _in_dtype_of(model, adapted)
+
+
+def _in_dtype_of(model: PreTrainedModel, adapted: PeftModel) -> PeftModel:
     for param in model.parameters():
         if param.requires_grad:  # those of 4-bit layers are float32 nevertheless
             param.data = param.data.to(model.dtype)
     return adapted
+
+
+def base_of(name: str) -> str:
+    """The model that the adapter in a folder was trained on; empty where the folder has no adapter."""
+    path = Path(name) / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else ""
+
+
+def load_adapter(model: PreTrainedModel, folder: str, *, rank: int, alpha: float, targets: Sequence[str]) -> PeftModel:
+    """Puts a trained adapter into the model that it was trained on, in place, to be trained further.
+
+    Args:
+        rank, alpha, targets: what the recipe says, which must be what the adapter has; targets of all-linear says
+            nothing.
+
+    Raises:
+        ValueError: it is another.
+    """
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(folder)
+    has = {"rank": getattr(config, "r", None), "alpha": float(getattr(config, "lora_alpha", 0.0))}
+    asked = {"rank": rank, "alpha": alpha}
+    if ALL_LINEAR not in targets:
+        named = {name.rpartition(".")[2] for name in config.target_modules}
+        has["targets"], asked["targets"] = sorted(named), sorted(targets)
+    for name, value in has.items():
+        same = asked[name] == value
+        require(same, "load_adapter", f"adapter.{name}", f"{value}, as the adapter in {folder!r} has", asked[name])
+    adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+    return _in_dtype_of(model, adapted)
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:

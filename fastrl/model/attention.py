@@ -1,4 +1,4 @@
-"""How a transformers model attends in each layout of `fastrl.data.pack`: the arguments that its trunk needs, and
+"""How a transformers model attends in each layout of `fastrl.data.pack`: the arguments that its backbone needs, and
 attention over sequences laid end to end.
 """
 
@@ -77,12 +77,13 @@ def _refusal(model: nn.Module) -> tuple[str, str] | None:
 
 
 def attention_inputs(batch: MicroBatch) -> dict[str, Any]:
-    """The keyword arguments, besides `input_ids` and `position_ids`, with which a trunk attends as `batch` is laid out.
+    """The keyword arguments besides `input_ids` and `position_ids` with which `SplitModel.backbone` attends as the
+    batch is laid out.
 
-    For `fastrl.model.head.CutModel.trunk`. `padded`: no mask, as padding lies to the right, where a causal query never
-    looks, and without a mask SDPA may skip what lies above the diagonal. `shared`: the dense mask. `varlen`: the
-    bounds, and an empty 4-D mask, which stops transformers from building a dense one and makes any other attention fail
-    on its shape instead of attending across sequences.
+    `padded`: no mask, as padding lies to the right, where a causal query never looks, and without a mask SDPA may skip
+    what lies above the diagonal. `shared`: the dense mask. `varlen`: the bounds, and an empty 4-D mask, which stops
+    transformers from building a dense one and makes any other attention fail on its shape instead of attending across
+    sequences.
     """
     if batch.attention_cu_seqlens is None:
         dense = batch.attention_mask is not None and batch.attention_mask.dim() == 4

@@ -1,4 +1,4 @@
-"""A causal language model cut at its head: the trunk that gives hidden states, and what turns them into logits."""
+"""A causal language model split at its head: the backbone that gives hidden states, and what turns them into logits."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _variant(layer: Any, name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class CutModel:
+class SplitModel:
     """The halves of a model: logits = cap(logit_scale (hidden weight^T + bias)), cap(z) = softcap tanh(z / softcap).
 
     The halves are the model's own modules, so training or sharding the model is training or sharding them.
@@ -146,7 +146,7 @@ class CutModel:
             "vocab_size": self.vocab_size,
         }
 
-    def trunk(self, *inputs: Any, **named: Any) -> torch.Tensor:
+    def backbone(self, *inputs: Any, **named: Any) -> torch.Tensor:
         """`last_hidden` of the model's own decoder."""
         return last_hidden(self.decoder, *inputs, **named)
 
@@ -156,21 +156,21 @@ class CutModel:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# What configurations call the constants between the head's product and the logits, in the order of `CutModel`.
+# What configurations call the constants between the head's product and the logits, in the order of `SplitModel`.
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon H1; muP models
 DIVISORS = ("logits_scaling",)  # Granite
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_softcap")
 LARGE = 100.0  # of the logits on which a model is compared with its halves: a cap on small ones is nothing
 
 
-def cut(
+def split_head(
     model: PreTrainedModel,
     vocab_size: int | None = None,
     *,
     softcap: float | None = None,
     logit_scale: float | None = None,
-) -> CutModel:
-    """Cut a causal language model at its head, after checking on four tokens that the halves give the model's logits,
+) -> SplitModel:
+    """Split a causal language model at its head, after checking on four tokens that the halves give the model's logits,
     large ones and those that it has.
 
     `softcap` and `logit_scale` are found in the model's configuration under the names that transformers' models use
@@ -191,7 +191,7 @@ def cut(
     scales = [getattr(config, name, None) or 1.0 for name in SCALES]
     scales += [1.0 / (getattr(config, name, None) or 1.0) for name in DIVISORS]
     caps = [cap for name in SOFTCAPS if (cap := getattr(config, name, None))]
-    halves = CutModel(
+    halves = SplitModel(
         model=model,
         decoder=model.get_decoder(),
         head=head,
@@ -207,7 +207,7 @@ def _require_decoder_only(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, getattr(model, "active_peft_config", None)
     check.require(
         not getattr(model.config, "is_encoder_decoder", False),
-        "cut",
+        "split_head",
         "model",
         "a decoder alone",
         f"{name}, an encoder and a decoder",
@@ -215,7 +215,7 @@ def _require_decoder_only(model: PreTrainedModel) -> None:
     )
     check.require(
         not getattr(config, "is_prompt_learning", False),
-        "cut",
+        "split_head",
         "model",
         "adapters in the model's layers, or none",
         f"prompt tuning ({getattr(config, 'peft_type', '')})",
@@ -228,11 +228,16 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
 
     name = type(model).__name__
     check.require(
-        head is not None, "cut", "model", "a model with output embeddings", name, "Load it with AutoModelForCausalLM."
+        head is not None,
+        "split_head",
+        "model",
+        "a model with output embeddings",
+        name,
+        "Load it with AutoModelForCausalLM.",
     )
     check.require(
         not isinstance(getattr(head, "weight", None), DTensor),
-        "cut",
+        "split_head",
         "head.weight",
         "a plain tensor",
         "a DTensor",
@@ -242,7 +247,7 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
     refused = adapter_refusal(head) if is_adapted(head) else None
     check.require(
         refused is None,
-        "cut",
+        "split_head",
         "head",
         "a linear layer, or one with adapters that are a matrix",
         f"one with {refused}",
@@ -253,12 +258,12 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
         advice = "Give the head LoRA or DoRA, leave it out of the adapter, or call merge_and_unload() first."
         tuner = type(head).__module__.split(".")[-2]  # such as loha, whose layer is called Linear too
         kind = f"one with another adapter of peft ({tuner}.{kind})"
-    check.require(is_linear(head) or is_adapted(head), "cut", "head", "a torch.nn.Linear", kind, advice)
+    check.require(is_linear(head) or is_adapted(head), "split_head", "head", "a torch.nn.Linear", kind, advice)
 
 
-def _require_same_logits(halves: CutModel) -> None:
+def _require_same_logits(halves: SplitModel) -> None:
     ids = torch.arange(4, device=halves.weight.device).unsqueeze(0) % halves.weight.shape[0]
-    hidden = halves.trunk(ids)
+    hidden = halves.backbone(ids)
     if hidden.shape[-1] != halves.weight.shape[1]:
         _refuse(halves, float("inf"), float("nan"), "")
     largest = halves.head(hidden).abs().max().item()
@@ -269,22 +274,30 @@ def _require_same_logits(halves: CutModel) -> None:
         error, scale = (ours - expected).abs().max().item(), expected.abs().max().item()
         # Each of the few roundings after the matmul is at most half an epsilon of the largest logit.
         if not error <= 4 * torch.finfo(hidden.dtype).eps * scale:
+            _require_finite(halves.model)
             _refuse(halves, error, scale, _would_do(halves, ids, hidden))
 
 
-def _refuse(halves: CutModel, error: float, scale: float, do: str) -> None:
+def _require_finite(model: PreTrainedModel) -> None:
+    """Refuses weights that are NaN or infinite, which a run that diverged leaves, before the head is blamed."""
+    bad = [name for name, one in model.named_parameters() if one.is_floating_point() and not one.isfinite().all()]
+    got = f"NaN or infinity in {len(bad)} of its tensors, {bad[0]} first" if bad else ""
+    check.require(not bad, "split_head", "model", "finite weights", got, "Take a checkpoint from before it diverged.")
+
+
+def _refuse(halves: SplitModel, error: float, scale: float, do: str) -> None:
     check.require(
         False,
-        "cut",
+        "split_head",
         "model",
         f"logits that follow from the last hidden states and the head (softcap {halves.softcap}, "
         f"logit scale {halves.logit_scale:g})",
         f"a {type(halves.model).__name__} whose own differ by up to {error:.3g} (largest logit {scale:.3g})",
-        do or "This model's head cannot be cut.",
+        do or "This model's head cannot be split off.",
     )
 
 
-def _would_do(halves: CutModel, ids: torch.Tensor, hidden: torch.Tensor) -> str:
+def _would_do(halves: SplitModel, ids: torch.Tensor, hidden: torch.Tensor) -> str:
     """The constants with which the halves would give the model's logits, as an advice; empty where none do."""
     largest = halves.head(hidden).abs().max().item()
     if not largest:
@@ -302,9 +315,7 @@ def _would_do(halves: CutModel, ids: torch.Tensor, hidden: torch.Tensor) -> str:
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         if bool((logits - large).abs().max() <= near):
             too = "" if softcap is None else f" and softcap={softcap:.4g}"
-            return (
-                f"With logit_scale={scale:.4g}{too} they agree: pass them to cut or Policy, or set them in the recipe."
-            )
+            return f"With logit_scale={scale:.4g}{too} they agree: pass them to split_head, or set them in the recipe."
     return ""
 
 

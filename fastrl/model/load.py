@@ -30,6 +30,7 @@ def load_model(
     *,
     quantize: Quantize = "none",
     device: torch.device | str = "cpu",
+    tokenizer: str | Path = "",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode and its tokenizer, which always has a padding token.
 
@@ -41,6 +42,7 @@ def load_model(
         quantize: `nf4` holds every linear layer but the head in 4 bits, whose values are the quantiles of a normal
             distribution, with scales of 64 weights each in 8 bits: QLoRA, arXiv:2305.14314. bitsandbytes does it.
         device: where the model is put.
+        tokenizer: the folder of the tokenizer, where it is not the model's.
 
     Raises:
         ValueError: there is no such model.
@@ -49,13 +51,13 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options = _in_4_bits(dtype, device) if quantize == "nf4" else {}
-    model, tokenizer, _ = load_pretrained(AutoModelForCausalLM, name_or_path, dtype, **options)
+    model, its_tokenizer, _ = load_pretrained(AutoModelForCausalLM, name_or_path, dtype, tokenizer, **options)
     for module in model.modules() if options else ():
         # On processors with AVX-512 BF16, bitsandbytes rounds a layer's weights once more and lays them out for
         # inference as soon as it is called without a gradient, and from then on no gradient passes through it.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.to(device), tokenizer
+    return model.to(device), its_tokenizer
 
 
 def _in_4_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def _in_4_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]
 
 
 def load_pretrained(
-    kind: Any, name_or_path: str | Path, dtype: torch.dtype, **options: Any
+    kind: Any, name_or_path: str | Path, dtype: torch.dtype, tokenizer: str | Path = "", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """(model of the transformers class `kind`, tokenizer, names of the weights that the checkpoint did not have)."""
     from transformers import AutoTokenizer
@@ -84,12 +86,12 @@ def load_pretrained(
             model, loading = kind.from_pretrained(
                 source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            read = AutoTokenizer.from_pretrained(str(tokenizer) or source, trust_remote_code=False)
         except OSError as error:
             raise ValueError(_no_such_model(name, error)) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer, sorted(loading["missing_keys"])
+    if read.pad_token_id is None:
+        read.pad_token = read.eos_token
+    return model.eval(), read, sorted(loading["missing_keys"])
 
 
 def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
@@ -146,7 +148,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **template
 def vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many rows of the head are tokens, where it has more: the rest only pads it, and stands for no text."""
     tokens = max(*tokenizer.get_vocab().values(), *_ends(model, tokenizer)) + 1
-    weight = getattr(model.get_output_embeddings(), "weight", None)  # whose absence `cut` refuses
+    weight = getattr(model.get_output_embeddings(), "weight", None)  # whose absence `split_head` refuses
     return tokens if weight is not None and tokens < weight.shape[0] else None
 
 

@@ -33,8 +33,8 @@ def dense_masks(
         ValueError: the mask has another shape or dtype, or the model's attention takes no dense mask.
     """
     rows, length = input_ids.shape
-    check.shape("trunk", "attention_mask", mask, (rows, 1, length, length), "as (R, 1, L, L) from input_ids")
-    check.require(mask.dtype == torch.bool, "trunk", "attention_mask", "torch.bool when 4-D", mask.dtype)
+    check.shape("backbone", "attention_mask", mask, (rows, 1, length, length), "as (R, 1, L, L) from input_ids")
+    check.require(mask.dtype == torch.bool, "backbone", "attention_mask", "torch.bool when 4-D", mask.dtype)
     config: Any = decoder.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     _require_dense_attention(config, kinds)
@@ -55,7 +55,7 @@ def _require_dense_attention(config: Any, kinds: set[str]) -> None:
     attention = config._attn_implementation
     check.require(
         not any(name in attention for name in ("flash", "flex", "paged")),
-        "trunk",
+        "backbone",
         "attention_mask",
         f"a 2-D mask, which is all that {attention!r} attention takes",
         "a 4-D mask",
@@ -64,7 +64,7 @@ def _require_dense_attention(config: Any, kinds: set[str]) -> None:
     unknown = sorted(kinds - {FULL, SLIDING})
     check.require(
         not unknown,
-        "trunk",
+        "backbone",
         "attention_mask",
         "a 2-D mask, as this model has layers that take no dense mask",
         f"a 4-D mask and layers of kind {', '.join(unknown)}",

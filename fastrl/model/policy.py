@@ -6,21 +6,21 @@ import torch
 from transformers import PreTrainedModel
 
 from fastrl.model.attention import attention_inputs
-from fastrl.model.head import cut, run_decoder
+from fastrl.model.head import run_decoder, split_head
 from fastrl.model.router import RouterLoss, router_loss
 from fastrl.ops.linear_logprob import linear_logprob
 from fastrl.types import LogprobOutput, MicroBatch
 
 
 class Policy(torch.nn.Module):
-    """A causal language model cut before its head; its forward contains the head, so that what wraps a module's forward
+    """A causal language model split at its head; its forward contains the head, so that what wraps a module's forward
     (data parallelism, hooks) sees all of it.
 
     Args:
         model: a transformers model. It runs in evaluation mode, whatever mode it is in, and its dropout is switched
             off: with it the same weights would give two different log-probabilities, and the ratio of an on-policy step
             would not be 1.
-        vocab_size, softcap, logit_scale: as `cut`.
+        vocab_size, softcap, logit_scale: as `split_head`.
         router_aux_loss_coef: of a mixture of experts, as `router_loss`.
         backend: which backend the head's ops use.
     """
@@ -38,7 +38,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         switch_off_dropout(model)
         self.model = model
-        self.head = cut(model, vocab_size, softcap=softcap, logit_scale=logit_scale)
+        self.head = split_head(model, vocab_size, softcap=softcap, logit_scale=logit_scale)
         self.router = router_loss(model, router_aux_loss_coef)
         self.backend = backend
 

@@ -122,7 +122,7 @@ class SharedCritic:
         return self.of(self.policy.hidden(batch))
 
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(N,) float32 of `policy.hidden(batch)`; gradient to the trunk too."""
+        """(N,) float32 of `policy.hidden(batch)`; gradient to the backbone too."""
         return self.head(hidden).squeeze(-1).float()
 
 

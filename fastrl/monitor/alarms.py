@@ -64,7 +64,7 @@ class Alarms:
                 "policy explores no more. Where the reward is not what you want yet, lower the learning rate or add "
                 "loss.entropy_coef.",
             )
-        for name, where in (("grad_norm", "optimizer.max_grad_norm holds it"), ("kl", "loss.kl_coef holds it")):
+        for name, where in (("grad_norm", "optimizer.max_grad_norm holds it"), ("kl", "loss.kl.coef holds it")):
             value, before = metrics.get(name), self._recent[name]
             if value is not None and len(before) == RECENT:
                 usual = median(before)

@@ -96,7 +96,7 @@ _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     (
         "Masks of tokens",
         "fraction of the tokens with an advantage",
-        {"masks/kept_fraction": "learn", "masks/held_fraction": "held to the old policy"},
+        {"masks/kept_fraction": "learn", "masks/kl_cov_fraction": "held to the old policy"},
     ),
     ("KL to the reference", "nats per token", {"kl": "k3 estimate"}),
     (

@@ -8,10 +8,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from fastrl.check import choice, require
+from fastrl.check import require
 from fastrl.kernels import native
 from fastrl.kernels.linear import native as products
-from fastrl.kernels.registry import TABLE
+from fastrl.kernels.registry import backend_of
 from fastrl.ops.derivatives import once_differentiable
 
 OP = "linear"
@@ -29,22 +29,22 @@ def linear(
 
     Args:
         x: (..., K). weight: (V, K); float32 or bfloat16, as x. bias: (V,).
-        backend: native, reference, or auto: native for what it takes.
+        backend: cpu, reference, or auto: cpu for what it takes.
 
     Returns:
         (..., V). x, weight and bias get gradients, once differentiable; a weight with an attribute `main_grad`, a
         contiguous float32 tensor of its shape, gets its own added there, unrounded, and not to `weight.grad`.
 
     Raises:
-        ValueError: there is no such backend, or native does not take these tensors.
+        ValueError: there is no such backend, or cpu does not take these tensors.
         RuntimeError: torch's own, for shapes that do not fit.
     """
     if torch.compiler.is_compiling():
         return functional.linear(x, weight, bias)
-    choice(OP, "backend", backend, ("auto", *TABLE[OP]))
+    backend = backend_of(OP, backend)
     reason = "backend='reference'" if backend == "reference" else refusal(x, weight, bias)
-    if backend == "native":
-        require(reason is None, OP, "backend", "tensors that native takes", reason)
+    if backend == "cpu":
+        require(reason is None, OP, "backend", "tensors that cpu takes", reason)
     return functional.linear(x, weight, bias) if reason else native_linear(x, weight, bias)
 
 

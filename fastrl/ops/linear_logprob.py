@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 
 from fastrl import check, env
 from fastrl.kernels.linear_logprob.storage import KEEP_BYTES, stored_rows
-from fastrl.kernels.registry import as_written, resolve
+from fastrl.kernels.registry import as_written, instruction_set, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
 from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
 from fastrl.types import LogprobOutput
 
-MEMORY = ("auto", "keep", "stream")
+MEMORY = ("auto", "store", "recompute")
+RENAMED = {"keep": "store", "stream": "recompute"}
 GATHER = (
     "Call a FusedLMHead, whose forward runs inside the sharded module, or gather the head with "
     "full_tensor(grad_placements=[Partial('avg')]), or with [Replicate()] where all ranks have the same tokens."
@@ -110,9 +113,9 @@ def check_head(
         weight,
         targets.reshape(rows).long(),
         bias,
-        check_temperature(op, temperature, targets, accumulate_dtype(hidden.dtype)),
+        check_temperature(op, temperature, targets, accumulate_dtype(hidden.dtype), ignore_index),
         check_softcap(op, softcap),
-        float(logit_scale),
+        check_logit_scale(op, logit_scale),
         int(ignore_index),
     )
 
@@ -140,19 +143,34 @@ def check_softcap(op: str, softcap: float | None) -> float:
     return NO_SOFTCAP if softcap is None else float(softcap)
 
 
+def check_logit_scale(op: str, logit_scale: float) -> float:
+    """The scale as the kernels take it."""
+    check.require(math.isfinite(logit_scale), op, "logit_scale", "a finite number", logit_scale)
+    return float(logit_scale)
+
+
 def check_temperature(
-    op: str, temperature: float | torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+    op: str, temperature: float | torch.Tensor, targets: torch.Tensor, dtype: torch.dtype, ignore_index: int
 ) -> torch.Tensor:
-    """The temperature as a tensor of 1 or N values, so that no value of it ever recompiles anything."""
+    """The temperature as a tensor of 1 or N values, so that no value of it ever recompiles anything.
+
+    That of a token without a target is not read.
+    """
     if isinstance(temperature, torch.Tensor):
         if temperature.dim() == 0:
-            return temperature.detach().reshape(1).to(targets.device, dtype)
+            good = (temperature > 0) & temperature.isfinite()
+            one = check.values(op, "temperature", temperature.detach(), good, "a positive number")
+            return one.reshape(1).to(targets.device, dtype)
         check.shape(op, "temperature", temperature, targets.shape, "as targets, or a number")
         check.device(op, "temperature", temperature, targets.device, "targets")
         if temperature.numel() == 0:  # of no tokens; kernels read at least one number
             return torch.ones(1, dtype=dtype, device=targets.device)
-        return temperature.detach().reshape(-1).to(dtype)
-    check.require(temperature > 0, op, "temperature", "a positive number", temperature, "For greedy use argmax.")
+        read = targets != ignore_index
+        good = ((temperature > 0) & temperature.isfinite()) | ~read
+        given = check.values(op, "temperature", temperature.detach(), good, "positive numbers")
+        return torch.where(read, given, 1.0).reshape(-1).to(dtype)
+    finite = 0 < temperature < math.inf
+    check.require(finite, op, "temperature", "a positive number", temperature, "For greedy use argmax.")
     return torch.full((1,), float(temperature), dtype=dtype, device=targets.device)
 
 
@@ -187,8 +205,8 @@ def linear_logprob(
         vocab_size: rows of weight and bias that are tokens; those behind, which many models have as padding, have
             probability 0: they are in neither logsumexp nor entropy, and their gradient is 0. None: all are tokens.
         entropy: also return the entropy, with its gradient.
-        memory: what is kept for backward when the head is trainable: "keep" stores probabilities in the input dtype
-            (2 matmuls in backward), "stream" stores nothing and recomputes (3), "auto" keeps what fits in a budget
+        memory: what is stored for backward when the head is trainable: "store" stores probabilities in the input dtype
+            (2 matmuls in backward), "recompute" nothing (3 matmuls), "auto" stores what fits in a budget
             (256 MiB on a CPU, 4 GiB on a GPU, or $FASTRL_KEEP_BYTES); an int is that budget in bytes. With 16-bit
             inputs and `entropy`, "auto" recomputes.
             With a frozen head the derivative itself is kept, (..., H), and backward has no matmul.
@@ -206,56 +224,57 @@ def linear_logprob(
     inputs = check_head(
         "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size
     )
+    memory = memory_of("linear_logprob", memory)
     save = choose_save("linear_logprob", inputs, memory, entropy=entropy, backend=backend)
     logps, entropies, _, _, _ = _op(*inputs, entropy, save, backend)
     return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
 
 
 def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool, backend: str) -> str:
-    """What the forward pass keeps: none, frozen, keep or stream.
+    """What the forward pass keeps: none, frozen, store or recompute.
 
     A budget is filled only where that is the quicker way, by the rule that `stores_logits` asks. 16-bit probabilities
-    lose digits of log p + H, the entropy's gradient, where the distribution is nearly uniform: only an explicit "keep"
+    lose digits of log p + H, the entropy's gradient, where the distribution is nearly uniform: only an explicit "store"
     takes that.
     """
     budget = logit_budget(op, memory, inputs.hidden.device)
     needs_hidden, *needs_head = needs_grad(inputs)
     if not any(needs_head):
         return "frozen" if needs_hidden else "none"
-    if memory in ("keep", "stream"):
+    if memory in ("store", "recompute"):
         return str(memory)
     if entropy and inputs.hidden.element_size() < 4:
-        return "stream"
+        return "recompute"
     logits = inputs.hidden.shape[0] * inputs.weight.shape[0]
     kept = logits * inputs.hidden.element_size()
-    if inputs.hidden.element_size() < 4 and native_isa("linear_logprob", backend, inputs.hidden.device):
+    if inputs.hidden.element_size() < 4 and instruction_set("linear_logprob", backend, inputs.hidden.device):
         kept += min(KEEP_BYTES, 4 * logits)  # the float32 logits that these come from
-    return "keep" if kept <= budget and stores_logits("linear_logprob", inputs, budget, backend) else "stream"
+    return "store" if kept <= budget and stores_logits("linear_logprob", inputs, budget, backend) else "recompute"
+
+
+def memory_of(op: str, memory: str | int) -> str | int:
+    """As given; an older name becomes today's."""
+    if memory in RENAMED:
+        new = RENAMED[memory]
+        warnings.warn(f"{op}: memory: {memory!r} is called {new!r} now.", DeprecationWarning, stacklevel=3)
+        return new
+    return memory
 
 
 def logit_budget(op: str, memory: str | int, device: torch.device) -> int:
-    """Bytes of logits or probabilities that `memory` allows; "keep" has no bound."""
+    """Bytes of logits or probabilities that `memory` allows; "store" has no bound."""
     if isinstance(memory, str):
         check.choice(op, "memory", memory, MEMORY)
-        return {"keep": 1 << 62, "stream": 0}.get(memory, keep_budget(device))
+        return {"store": 1 << 62, "recompute": 0}.get(memory, keep_budget(device))
     check.require(isinstance(memory, int) and memory >= 0, op, "memory", "a byte budget of at least 0", memory)
     return memory
 
 
 def stores_logits(op: str, inputs: HeadInputs, budget: int, backend: str) -> bool:
     """Whether a backend had better store logits than compute them twice; torch's and the GPU's do in any case."""
-    isa = native_isa(op, backend, inputs.hidden.device)
+    isa = instruction_set(op, backend, inputs.hidden.device)
     rows, width, vocabulary = inputs.hidden.shape[0], inputs.hidden.shape[1], inputs.weight.shape[0]
     return not isa or stored_rows(inputs.hidden.dtype, isa, rows, width, vocabulary, budget) > 0
-
-
-@torch.compiler.assume_constant_result
-def native_isa(op: str, backend: str, device: torch.device) -> str:
-    """The instruction set of the native backend, "" for another one, and where there are only shapes."""
-    if device.type == "meta":
-        return ""
-    kernel = resolve(op, backend, device)
-    return kernel.isa() if hasattr(kernel, "isa") else ""
 
 
 def keep_budget(device: torch.device) -> int:
@@ -299,7 +318,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     entropy, save = rest[-3:-1]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
-    saved = {"keep": (rows, weight.shape[0]), "frozen": (rows, hidden.shape[1])}.get(save, (0,))
+    saved = {"store": (rows, weight.shape[0]), "frozen": (rows, hidden.shape[1])}.get(save, (0,))
     saved_entropy = (rows, hidden.shape[1]) if save == "frozen" and entropy else (0,)
     return (
         hidden.new_empty(rows, dtype=dtype),

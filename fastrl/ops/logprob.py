@@ -53,7 +53,7 @@ def logprob(
     check.integer("logprob", "targets", targets)
     check.shape("logprob", "targets", targets, logits.shape[:-1], "as logits without its last dimension")
     check.device("logprob", "targets", targets, logits.device, "logits")
-    flat_temperature = check_temperature("logprob", temperature, targets, accumulate_dtype(logits.dtype))
+    flat_temperature = check_temperature("logprob", temperature, targets, accumulate_dtype(logits.dtype), ignore_index)
     rows, vocabulary = targets.numel(), logits.shape[-1]
     flat_logits, flat_targets = logits.reshape(rows, vocabulary), targets.reshape(rows).long()
     logps, h, _ = _op(flat_logits, flat_targets, flat_temperature, int(ignore_index), entropy, backend)

@@ -36,7 +36,7 @@ from fastrl.check import sentence
 from fastrl.files import clear_leftovers, complete_or_absent, remove, replace_text
 from fastrl.model.load import quiet_progress
 
-FORMAT = 2  # of the folder; a checkpoint of another format is not read
+FORMAT = 3  # of the folder; a checkpoint of another format is not read
 CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
 _NAME = re.compile(r"step_(\d{6,})(?:_update_(\d+))?")
 Contents = Callable[[Path], None]  # writes files into the folder it is given

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from fastrl.algorithms import ALGORITHMS, TokenMasks
-from fastrl.algorithms.offline import OFFLINE
+from fastrl.algorithms import ALGORITHMS, OFFLINE, TokenMasks
 from fastrl.check import choice, require
-from fastrl.preference_spec import Length, Link, Match, SftAggregate, Weighting
-from fastrl.spec import Aggregate, Correction, Ratio
+from fastrl.trainer.typed import nested
 
 # What a resumed run may do otherwise than it began: how long, how often and on what it runs, not what it computes.
 # `model` may have another name, if its weights are the same.
@@ -20,10 +18,6 @@ RESUME_MAY_CHANGE = {
     "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
     "max_failure_fraction", "adapter.save", "log_to",
 }  # fmt: skip
-
-
-class ConfigError(ValueError):
-    """A recipe or flag that cannot be run, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -120,66 +114,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Overrides of the algorithm's preset; null keeps the preset's value, and what it does not have is refused."""
+class PolicyGradientConfig:
+    """What a policy gradient does with a batch of completions beside its loss."""
 
-    ratio: Ratio | None = None
-    clip_low: float | None = None
-    """Lower distance of a Clip surrogate from 1."""
-    clip_high: float | None = None
-    """Upper distance of a Clip surrogate from 1."""
-    clip_dual: float | None = None
-    """Dual clip: a negative advantage A costs at most -clip_dual A; 3 in verl."""
-    old_policy: Literal["trainer", "sampler"] | None = None
-    """Whose log-probabilities of the policy that sampled the ratio compares with: the trainer's, computed once before
-    the first update, or those that the sampler reported. The latter correct for the mismatch of the two as well."""
-    kl: Literal["none", "k1", "k2", "k3", "k3_ratio", "k1+", "k3+"] | None = None
-    """KL estimate in the loss; needs a reference model in memory."""
-    kl_coef: float | None = None
-    aggregate: Literal[(*get_args(Aggregate), *get_args(SftAggregate))] | None = None
-    """How tokens and sequences are averaged; of a mix of preference losses, its NLL."""
-    entropy_coef: float | None = None
-    baseline: Literal["mean", "leave_one_out", "none", "kl", "zero"] | None = None
-    """Of advantages: mean, leave_one_out or none; of KTO's rewards: kl or zero."""
-    scale: Literal["group", "batch", "none"] | None = None
-    """Advantage scale."""
-    correction: Correction | None = None
-    """Importance weight for the mismatch between sampler and trainer."""
+    ratio_to_sampler: bool | None = None
+    """Whether the ratio is to the log-probabilities that the sampler reported, which corrects for the mismatch of
+    sampler and trainer as well, or to the trainer's own, computed once before the first update; null: as the
+    algorithm's paper."""
     filter_zero_variance: bool = False
     """Also take groups of equal rewards out of the normaliser, as ScaleRL does; their gradient is zero either way."""
-    mask_truncated: bool = False
+    mask_truncated_completions: bool = False
     """Leave completions that the length limit cut out of loss and normaliser."""
-    link: Link | None = None
-    """The loss as a function of the margin, or of the two rewards; of a mix, that of all its pair losses."""
-    beta: float | None = None
-    reference: bool | None = None
-    """Whether a reward is of the log-ratio to the reference, or of the log-probability itself."""
-    length: Length | None = None
-    """Where a reward is divided by the answer's length."""
-    transform: Literal["power", "jensen_shannon", "log_odds"] | None = None
-    """The f-divergence from the reference: power with an exponent of 0 is reverse KL, -1 forward KL; or ORPO's odds."""
-    exponent: float | None = None
-    """Of the transform power: alpha - 1 of an alpha divergence."""
-    margin: float | None = None
-    """Target margin of rewards, as in SimPO."""
-    label_smoothing: float | None = None
-    """Probability that a pair's label is wrong."""
-    debias: bool | None = None
-    """Make the loss under label noise unbiased, as robust DPO does."""
-    match: Match | None = None
-    """What is compared: the sides of each pair, or what the batch's sorted ones are, as in AOT."""
-    ld_alpha: float | None = None
-    """Weight of the tokens past the length of the pair's shorter answer."""
-    weighting: Weighting | None = None
-    """wpo weighs a pair by how probable its answers are."""
-    tau: float | None = None
-    """Temperature of discopop."""
-    weights: tuple[float, ...] | None = None
-    """Of the terms of a mix, in the order of its preset: ORPO's is 1 of the NLL, then its lambda."""
-    desirable_weight: float | None = None
-    undesirable_weight: float | None = None
-    center_coef: float | None = None
-    """Of a reward model: weight of the term that keeps rewards around 0."""
 
 
 @dataclass(frozen=True)
@@ -187,13 +132,19 @@ class OptimizerConfig:
     """AdamW."""
 
     lr: float = 1e-6
+    """Learning rate, after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
     eps: float = 1e-8
+    """Added to the root of the latter."""
     weight_decay: float = 0.0
+    """Decoupled: lr times this share of each weight is taken off at every step, norms and biases included."""
     max_grad_norm: float = 1.0
-    """0 switches clipping off."""
+    """Euclidean norm that the whole gradient is scaled down to; 0 switches clipping off."""
     warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises, linearly, from lr / warmup_steps."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine falls to 0 at the run's last optimizer step."""
     steps_per_rollout: int = 1
     """Optimizer steps on each batch of completions, each on its own part of them; more than 1 makes the later ones
     off-policy."""
@@ -269,7 +220,7 @@ class TrainConfig:
 
     model: str = "smollm2-135m-instruct"
     """A folder, a hub id, or the name of a model that ships in a Python package."""
-    algorithm: Literal[(*ALGORITHMS, "ppo", *OFFLINE)] = "grpo"
+    algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
     """Selects advantages and a loss, which `loss` overrides factor by factor."""
     source: Literal["auto", "rollouts", "offline"] = "auto"
     """Where groups come from: sampled for each step from `task`, or rows of `data` that were written before. auto: what
@@ -279,6 +230,7 @@ class TrainConfig:
     steps: int = 100
     """Optimizer steps; with rollouts, rollout batches."""
     seed: int = 0
+    """Of sampling, of the order of prompts and rows, and of what is held out."""
     run_dir: str = "runs/{algorithm}"
     """Everything the run writes goes here; if it exists, -2, -3, ... is appended."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -304,6 +256,8 @@ class TrainConfig:
     layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
     """How sequences share a micro-batch."""
     gradient_checkpointing: bool = False
+    """Keep the inputs of the model's layers alone and compute the rest again in the backward pass: less memory, about a
+    third more time."""
     threads: int = 0
     """CPU threads; 0 keeps torch's choice."""
     save_every: int = 0
@@ -317,19 +271,35 @@ class TrainConfig:
     log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers that get the metrics too; metrics.jsonl is always written."""
     adapter: AdapterConfig = AdapterConfig()
+    """Low-rank adapters instead of every weight."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW, and how often it steps on a batch."""
     show_every: int = 10
     """Steps between tables of completions on the screen."""
     max_failure_fraction: float = 0.5
     """Stop when more than this share of a batch's rewards raise."""
     task: TaskConfig = TaskConfig()
+    """Prompts to sample completions of."""
     data: DataConfig = DataConfig()
+    """Rows that were written before."""
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
+    """What judges completions; their weighted sum is the reward."""
     rollout: RolloutConfig = RolloutConfig()
-    loss: LossConfig = LossConfig()
+    """How completions are sampled."""
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Changes of the algorithm's preset, by the names of its spec: {surrogate.high: 0.28, kl.coef: 0.001} of a
+    `fastrl.PolicyLoss`, {beta: 0.3} of a `fastrl.PreferenceLoss`. The KL of a policy loss is off until it is named: it
+    needs a reference in memory."""
+    advantages: dict[str, Any] = field(default_factory=dict)
+    """Changes of the advantages of a group-relative algorithm, by the names of `fastrl.GroupAdvantage`."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
+    """What else a policy gradient does with a batch."""
     masks: TokenMasks = field(default_factory=TokenMasks)
+    """Which tokens learn."""
     ppo: PPOConfig = PPOConfig()
+    """The critic of ppo, its advantages and the KL in its reward."""
     eval: EvalConfig = EvalConfig()
+    """What is measured on what is held out, and when."""
 
     @property
     def quantized(self) -> bool:
@@ -352,7 +322,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         op = "TrainConfig"
-        choice(op, "algorithm", self.algorithm, [*ALGORITHMS, "ppo", *OFFLINE])
+        for name in ("loss", "advantages"):
+            object.__setattr__(self, name, nested(getattr(self, name), name))
+        choice(op, "algorithm", self.algorithm, ALGORITHMS)
         for name in ("softcap", "logit_scale"):
             value = getattr(self, name)
             require(value is None or 0 < value < float("inf"), op, name, "a positive number, or null", value)

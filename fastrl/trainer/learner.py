@@ -76,7 +76,7 @@ class Learner:
         self.optimizers = self.make_optimizers(self)
 
     def models(self) -> dict[str, PreTrainedModel]:
-        """What is trained, by the name of its folder; the head of a critic that shares the trunk is no model."""
+        """What is trained, by the name of its folder; the head of a critic that shares the backbone is no model."""
         critic = {"critic": self.critic.model} if isinstance(self.critic, ScalarModel) else {}
         return {"model": self.adapted or self.policy.model} | critic
 

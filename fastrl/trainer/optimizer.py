@@ -45,13 +45,13 @@ class MasterOptimizer:
         ok = dtypes in ({torch.bfloat16}, {torch.float32})
         require(ok, "MasterOptimizer", "params", "parameters of one dtype, bfloat16 or float32", dtypes)
         self.weights = torch.cat([p.detach().flatten() for p in self.params])
-        self.rest = torch.zeros_like(self.weights, dtype=torch.int16) if dtypes == {torch.bfloat16} else None
+        self.low_bits = torch.zeros_like(self.weights, dtype=torch.int16) if dtypes == {torch.bfloat16} else None
         self.grad, self.exp_avg, self.exp_avg_sq = (
             torch.zeros_like(self.weights, dtype=torch.float32) for _ in range(3)
         )
         for param, weight, grad in zip(self.params, self._views(self.weights), self._views(self.grad), strict=True):
             param.data, param.main_grad = weight, grad
-            if self.rest is None:
+            if self.low_bits is None:
                 param.grad = grad
             else:
                 param.register_post_accumulate_grad_hook(_add_to(grad))
@@ -88,20 +88,21 @@ class MasterOptimizer:
     def discard(self) -> None:
         """Clears the gradients of micro-batches whose step is not taken."""
         self.grad.zero_()
-        if self.rest is not None:
+        if self.low_bits is not None:
             for param in self.params:
                 param.grad = None  # there is one where a backward pass was cut short
 
     def masters(self) -> list[torch.Tensor]:
         """The float32 weights, one tensor per parameter: views when the model is float32, copies when it is not."""
-        return self._views(self.weights if self.rest is None else join(self.weights, self.rest))
+        return self._views(self.weights if self.low_bits is None else join(self.weights, self.low_bits))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that the next step depends on besides `steps`: the flat buffers themselves, no copies.
 
-        weights `(n,)` in the model's dtype; rest `(n,)` int16, of a bfloat16 model; exp_avg, exp_avg_sq `(n,)` float32.
+        weights `(n,)` in the model's dtype; low_bits `(n,)` int16, of a bfloat16 model; exp_avg, exp_avg_sq `(n,)`
+        float32.
         """
-        named = {name: getattr(self, name) for name in ("weights", "rest", "exp_avg", "exp_avg_sq")}
+        named = {name: getattr(self, name) for name in ("weights", "low_bits", "exp_avg", "exp_avg_sq")}
         return {name: buffer for name, buffer in named.items() if buffer is not None}
 
     @torch.no_grad()
@@ -119,7 +120,7 @@ class MasterOptimizer:
         self.steps = steps
 
     def _update(self, piece: slice) -> None:
-        master = self.weights[piece] if self.rest is None else join(self.weights[piece], self.rest[piece])
+        master = self.weights[piece] if self.low_bits is None else join(self.weights[piece], self.low_bits[piece])
         adamw(
             [master],
             [self.grad[piece]],
@@ -136,8 +137,8 @@ class MasterOptimizer:
             eps=self.config.eps,
             maximize=False,
         )
-        if self.rest is not None:
-            split(master, self.weights[piece], self.rest[piece])
+        if self.low_bits is not None:
+            split(master, self.weights[piece], self.low_bits[piece])
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = flat.split([p.numel() for p in self.params])
@@ -155,19 +156,19 @@ def whole_step(optimizers: Iterable[MasterOptimizer]) -> Iterator[None]:
         raise
 
 
-def join(weights: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+def join(weights: torch.Tensor, low_bits: torch.Tensor) -> torch.Tensor:
     """float32 masters from bfloat16 weights and int16 rests: their bits are (weight's bits << 16) + rest."""
-    return (weights.view(torch.int16).int().bitwise_left_shift_(16)).add_(rest).view(torch.float32)
+    return (weights.view(torch.int16).int().bitwise_left_shift_(16)).add_(low_bits).view(torch.float32)
 
 
-def split(masters: torch.Tensor, weights: torch.Tensor, rest: torch.Tensor) -> None:
-    """Writes the nearest bfloat16 of each float32 master to `weights`, and the difference of their bits to `rest`.
+def split(masters: torch.Tensor, weights: torch.Tensor, low_bits: torch.Tensor) -> None:
+    """Writes the nearest bfloat16 of each float32 master to `weights`, and the difference of their bits to `low_bits`.
 
-    The rest of a tie that rounds down would be 2^15, one more than int16 holds: that master loses its last bit.
+    The low bits of a tie that rounds down would be 2^15, one more than int16 holds: that master loses its last bit.
     """
     weights.copy_(masters)
     high = weights.view(torch.int16).int().bitwise_left_shift_(16)
-    rest.copy_((masters.view(torch.int32) - high).clamp_(max=2**15 - 1))
+    low_bits.copy_((masters.view(torch.int32) - high).clamp_(max=2**15 - 1))
 
 
 def _add_to(grad: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import ConfigError, TrainConfig
-
-RENAMED = {  # keys of older recipes
-    "tokens_per_batch": "max_tokens_per_microbatch",
-    "batch": "rows_per_step",
-    "prompts": "prompts_per_step",
-    "samples": "group_size",
-}
+from fastrl.trainer.config import TrainConfig
+from fastrl.trainer.typed import ConfigError, from_dict, without_none
 
 
 class _Refused(yaml.YAMLError):
@@ -82,32 +75,6 @@ def load_recipe(path: str | Path) -> TrainConfig:
     return config
 
 
-def from_dict(cls: type, data: Any, where: str) -> Any:
-    """An instance of dataclass `cls` from plain YAML values; `where` is named in errors."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected a mapping of settings, got {type(data).__name__}.")
-    hints = get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        if RENAMED.get(key) in hints:
-            raise ConfigError(f"{where}: {key}: it is called {RENAMED[key]!r} now.")
-        if key not in hints:
-            near = get_close_matches(str(key), hints, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(hints)}."
-            raise ConfigError(f"{where}: {key}: unknown key.{hint}")
-        values[key] = _convert(hints[key], value, f"{where}: {key}")
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    for name in missing:
-        if name not in values:
-            raise ConfigError(f"{where}: {name}: missing.")
-    try:
-        return cls(**values)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
 def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     """The configuration with what flags say: `--a.b value`, or `--a.b=value`, for every field, for the entries of its
     mappings (`--task.options.min_terms 2`) and for the items of its lists (`--rewards.0.name format`).
@@ -155,8 +122,10 @@ def _step_into(target: Any, key: str, hint: Any, where: str, *, last: bool) -> t
             raise ConfigError(f"{where}: no such flag.{hint_text}")
         if not last and target.get(key) is None:
             target[key] = [] if get_origin(hints[key]) is tuple else {}
-        return target, key, _without_none(hints[key])
+        return target, key, without_none(hints[key])
     if get_origin(hint) is dict:
+        if not isinstance(target, dict):
+            raise ConfigError(f"{where}: no such flag: what is before .{key} is a single value.")
         if not last:
             target.setdefault(key, {})
         return target, key, get_args(hint)[1] if last else hint
@@ -167,11 +136,6 @@ def _step_into(target: Any, key: str, hint: Any, where: str, *, last: bool) -> t
             target.append({})
         return target, int(key), get_args(hint)[0]
     raise ConfigError(f"{where}: no such flag: what is before .{key} is a single value.")
-
-
-def _without_none(hint: Any) -> Any:
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    return kinds[0] if get_origin(hint) in (Union, types.UnionType) and len(kinds) == 1 else hint
 
 
 def _value(hint: Any, given: list[str], where: str) -> Any:
@@ -208,46 +172,3 @@ def _plain(value: Any) -> Any:
 def shown(config: TrainConfig) -> str:
     """The recipe in full, which runs as it is."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        return from_dict(hint, value, where)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (only,) = (a for a in args if a is not type(None))
-        return _convert(only, value, where)
-    if origin is Literal:
-        if value not in args:
-            near = get_close_matches(str(value), map(str, args), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{where}: expected one of {', '.join(map(str, args))}, got {value!r}.{hint}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, got {value!r}.")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        if len(kinds) != len(value):
-            raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}.")
-        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, got {value!r}.")
-        return dict(value)
-    return _scalar(hint, value, where)
-
-
-def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-5, without a dot, as text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}.")
-    return value

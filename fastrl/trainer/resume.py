@@ -183,7 +183,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of a nested mapping; a list is a value."""
-    if isinstance(values, dict) and values:
+    if isinstance(values, dict):
         for name, value in values.items():
             yield from _leaves(value, f"{prefix}.{name}" if prefix else name)
     else:

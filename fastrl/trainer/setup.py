@@ -24,7 +24,7 @@ from fastrl.data.preferences import load_preferences, split_groups, unpair, with
 from fastrl.data.prompts import load_prompts, split
 from fastrl.data.sampler import PromptSampler
 from fastrl.kernels.registry import resolve
-from fastrl.model.adapter import WithoutAdapter, add_adapter
+from fastrl.model.adapter import WithoutAdapter, add_adapter, base_of, load_adapter
 from fastrl.model.attention import prepare_attention
 from fastrl.model.load import embedding_rows, fingerprint, load_model, stop_token_ids, vocab_size
 from fastrl.model.policy import Policy
@@ -132,20 +132,24 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     config, resumed, device, speed = begin(config)
     offline, dtype = config.offline, DTYPES[config.dtype]
     rewards = _rewards(config, given.rewards) if judges else None
-    scalar = isinstance(algorithm, RewardModelling)
+    scalar, adapted = isinstance(algorithm, RewardModelling), None
     if given.model:
         model, tokenizer = given.model
     elif scalar:
         model, tokenizer = load_scalar_model(config.model, dtype)
     else:
-        model, tokenizer = load_model(config.model, dtype, quantize=config.adapter.quantize, device=device)
+        base = base_of(config.model) if trains else ""  # of an adapter that is trained further
+        options = {"quantize": config.adapter.quantize, "device": device, "tokenizer": config.model if base else ""}
+        model, tokenizer = load_model(base or config.model, dtype, **options)
+        adapted = trained_adapter(model, config) if base else None
     began = fingerprint(model)
     if resumed:
         require_same_model(resumed, config.model, began)
     layout = prepare_attention(model.to(device), config.layout, dtype=dtype)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    adapted = with_adapter(model, config.adapter) if trains else None
+    if trains and adapted is None:
+        adapted = with_adapter(model, config.adapter)
     speed.up(model, config)
     if scalar:
         policy = ScalarModel(model, router_aux_loss_coef=config.router_aux_loss_coef)
@@ -254,7 +258,7 @@ def _rollouts(
 ) -> _Made:
     """Prompts, an engine on the policy's own model, and what the algorithm has beside the policy."""
     rollout = config.rollout
-    if algorithm.needs_ref and learner.adapted and not config.reference:
+    if algorithm.needs_ref and learner.adapted and not (config.reference or base_of(config.model)):
         learner.reference = WithoutAdapter(learner.policy, learner.adapted)
     elif algorithm.needs_ref:
         other = tokenizer if config.reference else None
@@ -369,7 +373,7 @@ def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Spee
 
 
 def make_optimizers(config: TrainConfig, learner: Learner) -> dict[str, MasterOptimizer]:
-    """The policy's, which also has the head of a critic that shares its trunk; and that of a critic with its own."""
+    """The policy's, which also has the head of a critic that shares its backbone; and that of a critic with its own."""
     each, ppo = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout, config.ppo
     updates, without_policy = config.steps * each, ppo.critic_warmup * each
     params = [*learner.policy.model.parameters()]
@@ -387,6 +391,18 @@ def with_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel | N
     if not config.rank:
         return None
     return add_adapter(model, rank=config.rank, alpha=config.alpha, targets=config.targets)
+
+
+def trained_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
+    """The adapter that `config.model` is the folder of, in the model that it was trained on.
+
+    Raises:
+        ValueError: the recipe trains every weight, or another adapter.
+    """
+    adapter, do = config.adapter, "Or name a model saved with adapter.save=merged, to train every weight."
+    expected = f"the rank of the adapter in {config.model!r}, to train it further"
+    require(adapter.rank > 0, "TrainConfig", "adapter.rank", expected, adapter.rank, do)
+    return load_adapter(model, config.model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
 
 
 def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, layout: str) -> Critic:

@@ -171,7 +171,7 @@ def test_goals_stand_beside_what_was_measured_last_and_say_what_was_not():
         line(*large, goals.TRAINS, "fastrl", median=0.3, peak_bytes=0),
         line(*large, goals.TRAINS, "fastrl", median=0.08, peak_bytes=(2 << 30) + 2 * 4096 * (16384 + 151936)),
         line(*large, goals.TRAINS, "trl", median=0.1),
-        line(*large, goals.SILENT, "fastrl", median=0.084),
+        line(*large, goals.ZERO_ADVANTAGE, "fastrl", median=0.084),
         line("linear_policy_loss", goals.SMALL, goals.TRAINS, "fastrl", median=0.1),
         line("linear_logprob", goals.LARGE, "frozen head", "fastrl", status="OOM", detail="no memory"),
         line("linear_logprob", goals.LARGE, "no gradient", "fastrl", median=0.0285),
@@ -187,7 +187,7 @@ def test_goals_stand_beside_what_was_measured_last_and_say_what_was_not():
         ["fastrl: OOM no memory", ""],
         ["28.5", "yes"],
         ["2", "yes"],
-        ["fastrl/stream: not measured", ""],
+        ["fastrl/recompute: not measured", ""],
         ["1.15", "yes"],
         ["3e-06", "yes"],
         ["12", "yes"],
@@ -199,7 +199,7 @@ def test_every_goal_is_of_a_shape_and_a_mode_that_there_are():
     for goal in goals.GOALS:
         module = importlib.import_module(f"bench.bench_{goal.op}")
         assert goal.shape in module.SHAPES
-        assert goal.mode in ("", *getattr(module, "MODES", {}), *getattr(module, "SILENT", {}))
+        assert goal.mode in ("", *getattr(module, "MODES", {}), *getattr(module, "ZERO_ADVANTAGE", {}))
         assert goal.over in ("", *peers.PEERS[goal.op])
 
 

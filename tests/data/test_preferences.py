@@ -10,6 +10,7 @@ import pytest
 import reasoning_gym
 import torch
 from test_prompts import AGENT, CONVERSATION, TOOLS, tokenizer
+from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.data_utils import apply_chat_template, extract_prompt
 
@@ -252,7 +253,7 @@ def test_chat_messages_without_a_template_are_refused():
     [
         ("pairs", {"prompt": "a", "completion": "b"}, r"columns of kind='pairs': expected 'chosen', 'rejected', got"),
         ("labelled", {"prompt": "a", "completion": "b"}, r"expected 'prompt', 'label', 'completion', got"),
-        ("completions", GOOD, r"expected 'prompt', 'completion' \(or 'messages'\), got 'chosen', 'prompt', 'rejected'"),
+        ("completions", GOOD, r"'completion' \(or 'messages', or 'text'\), got 'chosen', 'prompt', 'rejected'"),
         ("pair", GOOD, r"load_preferences: kind: expected one of .* Did you mean 'pairs'\?"),
     ],
 )  # fmt: skip
@@ -352,6 +353,24 @@ def test_demonstrations_train_their_last_message(row):
     (group,) = load_preferences([row], CHAT, kind="completions")
     assert seen(group) == RENDERED[:2]
     assert group.samples[0].advantage == 1.0
+
+
+def test_a_text_is_learned_whole_and_its_first_token_only_given():
+    rows = [{"text": "Sky is blue"}, {"text": " "}, {"text": "Sea is red", "x": 1}]
+    with pytest.warns(UserWarning, match="left out 1 of 3 rows: 1 with an empty 'text'"):
+        groups = load_preferences(rows, CHAT, kind="completions")
+    assert [seen(group) for group in groups] == [["<bos>", "Sky is blue<bos>"], ["<bos>", "Sea is red<bos>"]]
+    assert (groups[1].prompt.content, groups[1].prompt.columns, groups[1].samples[0].text) == (
+        "",
+        {"x": 1},
+        "Sea is red",
+    )
+    bare = copy.deepcopy(PLAIN)
+    bare.backend_tokenizer.post_processor = processors.Sequence([])  # which begins texts with nothing
+    (group,) = load_preferences(rows[:1], bare, kind="completions")
+    assert seen(group) == ["S", "ky is blue<bos>"]
+    train, held_out = split_groups(groups, 1, seed=0)
+    assert {group.samples[0].text for group in (*train, *held_out)} == {"Sky is blue", "Sea is red"}
 
 
 def pair(index, prompt, chosen, rejected):

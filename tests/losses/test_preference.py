@@ -455,6 +455,7 @@ def emptied(side):
         ("DPO", without("chosen_mask"), r"chosen_mask: expected a mask .* Without one the padding would be trained on"),
         ("DPO", lambda d: d.update(weights=torch.ones(3)), r"weights: expected shape \(4,\) one per pair"),
         ("AOT", lambda d: d.update(weights=torch.ones(4)), r"weights: expected None for match='aot', which mixes"),
+        ("DPO", lambda d: d.update(soft_labels=torch.tensor([0.5, 1.1, 1, 0])), r"soft_labels: .* got 1\.1"),
         ("NCA", lambda d: d.update(soft_labels=torch.ones(4)), r"soft_labels: expected None for a loss that has no"),
         ("NCA", lambda d: d.update(margins=torch.ones(4)), r"margins: expected None for a loss that has no margin, or"),
         ("SIMPO", lambda d: d.update(margins=torch.ones(4)), r"margins: expected None for a loss that has no margin, "),

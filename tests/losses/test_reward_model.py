@@ -51,6 +51,12 @@ def test_it_equals_log_one_plus_exp():
     torch.testing.assert_close(reward_model_loss(chosen, rejected).loss, softplus(rejected - chosen).mean())
 
 
+@pytest.mark.parametrize("label", [-0.1, 1.5, float("nan")])
+def test_a_soft_label_that_is_no_probability_is_refused(label):
+    with pytest.raises(ValueError, match=rf"reward_model_loss: soft_labels: expected probabilities, got {label:g}\."):
+        reward_model_loss(torch.zeros(2), torch.ones(2), soft_labels=torch.tensor([0.5, label]))
+
+
 def test_soft_labels_are_a_cross_entropy_whose_optimum_is_their_log_odds():
     chosen, rejected = scores()
     p = torch.tensor([0.1, 0.5, 0.9, 1.0, 0.0], dtype=torch.float64)

@@ -27,7 +27,7 @@ from transformers import (
 import fastrl
 from fastrl.model import accelerate, attention
 from fastrl.model.accelerate import NativeLinear, Probe, accelerate_cpu, probe
-from fastrl.model.head import cut
+from fastrl.model.head import split_head
 
 SMALL = {
     "vocab_size": 64,
@@ -278,7 +278,7 @@ def test_generation_draws_the_same_tokens():
 def test_an_accelerated_model_can_be_cut_and_one_that_is_cut_can_be_accelerated():
     model = make()
     with accelerate_cpu(model):
-        assert cut(model).weight is model.lm_head.weight
+        assert split_head(model).weight is model.lm_head.weight
 
 
 @each_dtype

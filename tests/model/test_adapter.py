@@ -9,16 +9,17 @@ import peft
 import pytest
 import torch
 from backends import BACKENDS, using
+from safetensors.torch import load_file
 from trainer.tiny import offline_config, sampled, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
 from fastrl import FusedLMHead, linear_logprob
 from fastrl.data.pack import count
 from fastrl.model.adapter import add_adapter, merged
-from fastrl.model.head import cut
+from fastrl.model.head import split_head
 from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
-from fastrl.trainer.config import AdapterConfig, LossConfig, OptimizerConfig
+from fastrl.trainer.config import AdapterConfig, OptimizerConfig
 from fastrl.trainer.setup import evaluate_model, prepare, train
 
 TARGETS = pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "lm_head"), ("lm_head",)])
@@ -45,13 +46,13 @@ def adapted_model(tmp_path, targets):
 @TARGETS
 def test_logits_of_a_cut_model_are_those_of_the_adapted_one(tmp_path, targets):
     model, adapted = adapted_model(tmp_path, targets)
-    halves = cut(model)
-    hidden = halves.trunk(IDS)
+    halves = split_head(model)
+    hidden = halves.backbone(IDS)
     logits = model(IDS).logits
     torch.testing.assert_close(hidden @ halves.weight.T, logits, rtol=1e-5, atol=1e-5)
     with adapted.disable_adapter():
         plain = model(IDS).logits
-        torch.testing.assert_close(halves.trunk(IDS) @ halves.weight.T, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(halves.backbone(IDS) @ halves.weight.T, plain, rtol=1e-5, atol=1e-5)
     assert (plain - logits).abs().max() > 1e-2
     torch.testing.assert_close(merged(adapted)(IDS).logits, logits, rtol=1e-4, atol=1e-4)
 
@@ -96,7 +97,7 @@ def test_gradient_from_hidden_states_is_that_of_the_adapted_models_own_logits(tm
 def test_training_an_adapter_raises_the_reward_and_leaves_all_other_weights_alone(tmp_path, dtype):
     adapter = AdapterConfig(rank=8, alpha=16.0, targets=("all-linear",), save="adapter")
     config = tiny_config(
-        tmp_path, steps=20, dtype=dtype, adapter=adapter, loss=LossConfig(kl="k3", kl_coef=0.001),
+        tmp_path, steps=20, dtype=dtype, adapter=adapter, loss={"kl.coef": 0.001},
         optimizer=OptimizerConfig(lr=3e-2),
     )  # fmt: skip
     outcome = train(config)
@@ -132,7 +133,7 @@ def test_a_resumed_adapter_is_bit_for_bit_the_one_that_never_stopped(tmp_path):
     for name in ("whole", "stopped"):
         config = tiny_config(
             tmp_path, steps=4, dtype="bfloat16", adapter=AdapterConfig(rank=4), save_every=2,
-            loss=LossConfig(kl="k3"), run_dir=str(tmp_path / name),
+            loss={"kl": {}}, run_dir=str(tmp_path / name),
         )  # fmt: skip
         if name == "whole":
             train(config)
@@ -155,11 +156,51 @@ def test_a_saved_adapter_is_judged_as_it_was_when_training_ended(tmp_path):
     assert judged["margin"] > 0.01
 
 
-def test_an_adapter_on_an_adapter_is_refused(tmp_path):
-    config = tiny_config(tmp_path, steps=1, adapter=AdapterConfig(rank=4))
+def test_an_adapter_is_trained_further_in_a_second_stage(tmp_path):
+    """Offline, then on rollouts, with the first stage's policy as the reference; stopped and resumed, too."""
+    adapter = AdapterConfig(rank=4, alpha=8.0)
+    train(offline_config(tmp_path, "sft", steps=6, adapter=adapter, run_dir=str(tmp_path / "first")))
+    folder = str(tmp_path / "first" / "model")
+    optimizer = OptimizerConfig(lr=1e-2)
+    second = tiny_config(
+        tmp_path, steps=4, model=folder, adapter=adapter, loss={"kl": {}}, optimizer=optimizer, save_every=2
+    )
+    begins = evaluate_model(replace(second, adapter=AdapterConfig()), folder)
+    outcome = train(second)
+    assert outcome.before == pytest.approx(begins)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert lines[-1]["kl"] > 1e-4
+    first, then = (load_file(f"{run}/adapter_model.safetensors") for run in (folder, tmp_path / "run" / "model"))
+    assert first.keys() == then.keys()
+    assert all(not first[name].equal(then[name]) for name in first)
+    train(replace(second, steps=2, run_dir=str(tmp_path / "stopped")))
+    train(replace(second, run_dir=str(tmp_path / "stopped"), resume=str(tmp_path / "stopped")))
+    stopped = load_file(tmp_path / "stopped" / "model" / "adapter_model.safetensors")
+    assert all(stopped[name].equal(then[name]) for name in then)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "adapter.rank: expected the rank of the adapter in .*, to train it further, got 0. Or name"),
+        ({"rank": 8}, "adapter.rank: expected 4, as the adapter in .* has, got 8"),
+        ({"alpha": 16.0}, r"adapter.alpha: expected 8.0, as the adapter in .* has, got 16.0"),
+        ({"targets": ("q_proj",)}, r"adapter.targets: expected \['down_proj', .*\], as the adapter in .* has"),
+    ],
+)
+def test_a_trained_adapter_is_trained_further_as_it_is_or_not_at_all(tmp_path, changes, message):
+    config = tiny_config(tmp_path, steps=1, adapter=AdapterConfig(rank=4, alpha=8.0))
     train(config)
+    again = replace(config, model=str(tmp_path / "run"), adapter=replace(config.adapter, **changes))
+    with pytest.raises(ValueError, match=message):
+        prepare(again)
+
+
+def test_an_adapter_on_a_loaded_model_that_has_one_is_refused(tmp_path):
+    model, _ = adapted_model(tmp_path, ("all-linear",))
     with pytest.raises(ValueError, match="add_adapter: model: expected a model without an adapter, got Llama"):
-        prepare(replace(config, model=str(tmp_path / "run" / "model")))
+        add_adapter(model, rank=4, alpha=8.0)
 
 
 def test_a_target_that_no_module_has_is_refused(tmp_path):
@@ -192,7 +233,7 @@ ON_THE_HEAD = {"r": 4, "target_modules": ["lm_head"]}
 @pytest.mark.parametrize("name", BACKENDS)
 def test_an_adapter_on_the_head_is_computed_exactly_with_gradients_to_all_of_it(tmp_path, name, options):
     adapted = peft_model(tmp_path, **ON_THE_HEAD, **options)
-    halves, hidden = cut(adapted), cut(adapted).trunk(IDS).detach()
+    halves, hidden = split_head(adapted), split_head(adapted).backbone(IDS).detach()
     with using(name) as backend:
         ours = linear_logprob(hidden[:, :-1], halves.weight, IDS[:, 1:], bias=halves.bias, backend=backend).logps
     head = adapted.get_output_embeddings()
@@ -229,14 +270,14 @@ def test_an_adapter_on_the_head_is_computed_exactly_with_gradients_to_all_of_it(
 )
 def test_an_adapter_that_is_not_computed_exactly_is_refused_by_name(tmp_path, config, said):
     adapted = peft_model(tmp_path, **config)
-    with pytest.raises(ValueError, match=rf"^cut: .*{said}"):
-        cut(adapted)
+    with pytest.raises(ValueError, match=rf"^split_head: .*{said}"):
+        split_head(adapted)
 
 
 def test_dropout_of_an_adapter_on_the_head_is_switched_off_for_a_policy(tmp_path):
     adapted = peft_model(tmp_path, **ON_THE_HEAD, lora_dropout=0.5).train()
     policy = Policy(adapted.get_base_model())
-    hidden = policy.head.trunk(IDS)
+    hidden = policy.head.backbone(IDS)
     torch.testing.assert_close(hidden @ policy.head.weight.T, policy.model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastrl.data.pack import pack
 from fastrl.model.attention import attention_inputs, prepare_attention, varlen_attention, varlen_attention_backend
-from fastrl.model.head import cut
+from fastrl.model.head import split_head
 from fastrl.types import Group, Prompt, Sample
 
 VOCABULARY, EOS = 31, 0
@@ -89,10 +89,10 @@ def score_one_at_a_time(model, groups):
 
 def score_packed(model, groups, layout, max_tokens=64):
     layout = prepare_attention(model, layout, dtype=torch.float64)
-    halves = cut(model)
+    halves = split_head(model)
     logps = torch.full((sum(len(s.token_ids) for g in groups for s in g.samples),), torch.nan, dtype=torch.float64)
     for batch in pack(groups, layout=layout, max_tokens=max_tokens):
-        hidden = halves.trunk(batch.input_ids, position_ids=batch.position_ids, **attention_inputs(batch))
+        hidden = halves.backbone(batch.input_ids, position_ids=batch.position_ids, **attention_inputs(batch))
         assert hidden.isfinite().all()
         logits = halves.logits(hidden.flatten(0, 1)[batch.hidden_index])
         got = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]

@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fastrl.model.head import LARGE, cut
+from fastrl.model.head import LARGE, split_head
 from fastrl.model.load import load_model
 
 VOCAB, LENGTH = 41, 11
@@ -85,42 +85,42 @@ def causal(rows, length):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_trunk_and_head_give_the_models_logits(name):
+def test_backbone_and_head_give_the_models_logits(name):
     model = tiny(name)
-    halves = cut(model)
+    halves = split_head(model)
     expected = model(ids()).logits
     assert expected.std() > 0.01
-    torch.testing.assert_close(halves.logits(halves.trunk(ids())), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(halves.logits(halves.backbone(ids())), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_scales_and_caps_are_read_from_the_config():
-    assert cut(tiny("cohere")).logit_scale == 0.25
-    assert cut(tiny("granite")).logit_scale == 1 / 7
-    assert cut(tiny("gemma2")).softcap == 0.5
-    plain = cut(tiny("llama"))
+    assert split_head(tiny("cohere")).logit_scale == 0.25
+    assert split_head(tiny("granite")).logit_scale == 1 / 7
+    assert split_head(tiny("gemma2")).softcap == 0.5
+    plain = split_head(tiny("llama"))
     assert (plain.logit_scale, plain.softcap, plain.bias) == (1.0, None, None)
 
 
 def test_tied_weight_is_the_embedding_itself_and_a_new_head_is_seen():
     model = tiny("llama_biased_tied")
-    halves = cut(model)
+    halves = split_head(model)
     assert halves.weight is model.get_input_embeddings().weight
     model.resize_token_embeddings(VOCAB + 3)
-    assert cut(model).weight.shape == (VOCAB + 3, 16)
+    assert split_head(model).weight.shape == (VOCAB + 3, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["cohere", "granite", "gemma2", "gemma3", "gpt2"])
 def test_the_check_allows_the_rounding_of_the_dtype(name, dtype):
-    assert cut(tiny(name, dtype=dtype)).weight.dtype == dtype
+    assert split_head(tiny(name, dtype=dtype)).weight.dtype == dtype
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_4d_causal_mask_gives_the_hidden_states_of_the_plain_path(name, attention, exact_softmax):
-    halves = cut(tiny(name, attention=attention))
-    plain = halves.trunk(ids())
-    masked = halves.trunk(ids(), causal(2, LENGTH))
+    halves = split_head(tiny(name, attention=attention))
+    plain = halves.backbone(ids())
+    masked = halves.backbone(ids(), causal(2, LENGTH))
     torch.testing.assert_close(masked, plain, rtol=1e-12, atol=1e-12)
 
 
@@ -128,15 +128,15 @@ def test_a_4d_causal_mask_gives_the_hidden_states_of_the_plain_path(name, attent
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sequences_sharing_a_prompt_in_one_row_equal_sequences_in_rows_of_their_own(name, attention, exact_softmax):
     prompt, first, second = 5, 6, 4
-    halves = cut(tiny(name, attention=attention))
+    halves = split_head(tiny(name, attention=attention))
     row = ids(1, prompt + first + second)
     owner = torch.tensor([0] * prompt + [1] * first + [2] * second)
     mask = (owner[:, None] == owner) | (owner[None, :] == 0)
     mask = (mask & torch.ones_like(mask).tril())[None, None]
     positions = torch.cat([torch.arange(prompt + first), torch.arange(prompt, prompt + second)])[None]
-    shared = halves.trunk(row, mask, positions)[0]
-    alone_first = halves.trunk(row[:, : prompt + first])[0]
-    alone_second = halves.trunk(torch.cat([row[:, :prompt], row[:, prompt + first :]], dim=1))[0]
+    shared = halves.backbone(row, mask, positions)[0]
+    alone_first = halves.backbone(row[:, : prompt + first])[0]
+    alone_second = halves.backbone(torch.cat([row[:, :prompt], row[:, prompt + first :]], dim=1))[0]
     torch.testing.assert_close(shared[: prompt + first], alone_first, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(shared[prompt + first :], alone_second[prompt:], rtol=1e-12, atol=1e-12)
 
@@ -144,38 +144,47 @@ def test_sequences_sharing_a_prompt_in_one_row_equal_sequences_in_rows_of_their_
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_in_a_2d_mask_changes_no_hidden_state(name, side, exact_softmax):
-    halves = cut(tiny(name))
+    halves = split_head(tiny(name))
     short = ids(1, 7)
     pad = torch.zeros(1, LENGTH - 7, dtype=torch.long)
     parts = (pad, short) if side == "left" else (short, pad)
     padded = torch.cat(parts, dim=1)
     mask = torch.cat([torch.full_like(part, part is short) for part in parts], dim=1).bool()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    hidden = halves.trunk(padded, mask, positions)[mask]
-    torch.testing.assert_close(hidden, halves.trunk(short)[0], rtol=1e-12, atol=1e-12)
+    hidden = halves.backbone(padded, mask, positions)[mask]
+    torch.testing.assert_close(hidden, halves.backbone(short)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_query_that_may_attend_to_nothing_makes_no_other_token_nan(attention):
-    halves = cut(tiny("llama", attention=attention))
+    halves = split_head(tiny("llama", attention=attention))
     mask = causal(1, LENGTH).clone()
     mask[..., 8:, :] = False
     mask[..., :, 8:] = False
-    hidden = halves.trunk(ids(1), mask)
-    torch.testing.assert_close(hidden[:, :8], halves.trunk(ids(1)[:, :8]), rtol=1e-12, atol=1e-12)
+    hidden = halves.backbone(ids(1), mask)
+    torch.testing.assert_close(hidden[:, :8], halves.backbone(ids(1)[:, :8]), rtol=1e-12, atol=1e-12)
     assert torch.isfinite(hidden).all()
 
 
-def test_gradients_reach_the_trunk_through_hidden_states():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_and_the_head_not_blamed(value):
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
+    message = r"split_head: model: expected finite weights, got NaN or infinity in 1 of its tensors, .*up_proj.weight"
+    with pytest.raises(ValueError, match=message):
+        split_head(model)
+
+
+def test_gradients_reach_the_backbone_through_hidden_states():
     model = tiny("gemma3")
-    cut(model).trunk(ids(), causal(2, LENGTH)).sum().backward()
+    split_head(model).backbone(ids(), causal(2, LENGTH)).sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
 def test_dropout_does_not_disturb_the_check_and_training_mode_survives_it():
     model = tiny("gpt2").train()
     model.transformer.h[0].eval()
-    cut(model)
+    split_head(model)
     assert model.training
     assert model.transformer.drop.training
     assert not model.transformer.h[0].attn.training
@@ -195,34 +204,36 @@ class Bent(torch.nn.Module):
 def test_a_head_that_is_not_linear_is_refused_by_name():
     model = tiny("llama")
     model.lm_head = Bent(model.lm_head)
-    with pytest.raises(ValueError, match=r"cut: head: expected a torch.nn.Linear, got Bent\."):
-        cut(model)
+    with pytest.raises(ValueError, match=r"split_head: head: expected a torch.nn.Linear, got Bent\."):
+        split_head(model)
 
 
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match=r"expected a model with output embeddings, got LlamaModel\."):
-        cut(tiny("llama").model)
+        split_head(tiny("llama").model)
 
 
 def test_unknown_arithmetic_on_the_logits_is_refused(monkeypatch):
     model = tiny("llama")
-    halves = cut(model)
+    halves = split_head(model)
     forward = model.forward
     monkeypatch.setattr(
         model, "forward", lambda *a, **k: type("Output", (), {"logits": forward(*a, **k).logits.square()})
     )
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM whose own differ .* This model's head cannot be cut\."):
-        cut(model)
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM whose own differ .* This model's head cannot be split off\."
+    ):
+        split_head(model)
     assert halves.logit_scale == 1.0
 
 
 def test_hidden_states_that_are_not_the_heads_input_are_refused():
     model = tiny(OPTConfig(vocab_size=VOCAB, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2))
-    assert cut(model).weight.shape == (VOCAB, 16)
+    assert split_head(model).weight.shape == (VOCAB, 16)
     scaled = model.forward
     model.forward = lambda *args, **kwargs: type("Output", (), {"logits": scaled(*args, **kwargs).logits + 0.1})
-    with pytest.raises(ValueError, match="cannot be cut"):
-        cut(model)
+    with pytest.raises(ValueError, match="cannot be split off"):
+        split_head(model)
 
 
 @pytest.fixture
@@ -236,7 +247,7 @@ def test_a_sharded_head_is_refused(one_rank_mesh):
     model = tiny("llama")
     torch.distributed.fsdp.fully_shard(model.lm_head, mesh=one_rank_mesh)
     with pytest.raises(ValueError, match=r"head.weight: expected a plain tensor, got a DTensor\. Cut the model before"):
-        cut(model)
+        split_head(model)
 
 
 @pytest.mark.parametrize(
@@ -248,23 +259,23 @@ def test_a_sharded_head_is_refused(one_rank_mesh):
 )
 def test_a_4d_mask_of_another_shape_or_dtype_is_refused(mask, message):
     with pytest.raises(ValueError, match=message):
-        cut(tiny("llama")).trunk(ids(), mask)
+        split_head(tiny("llama")).backbone(ids(), mask)
 
 
 def test_attention_that_takes_no_dense_mask_refuses_one():
     model = tiny("llama")
-    halves = cut(model)
+    halves = split_head(model)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"Load the model with attn_implementation='sdpa'\."):
-        halves.trunk(ids(), causal(2, LENGTH))
+        halves.backbone(ids(), causal(2, LENGTH))
 
 
 def test_layers_of_another_kind_refuse_a_dense_mask():
     model = tiny("qwen3")
-    halves = cut(model)
+    halves = split_head(model)
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match=r"layers of kind linear_attention\. Give each sequence its own row\."):
-        halves.trunk(ids(), causal(2, LENGTH))
+        halves.backbone(ids(), causal(2, LENGTH))
 
 
 @pytest.mark.model
@@ -273,16 +284,16 @@ def test_smollm2_sharing_a_row_rounds_no_worse_than_with_rows_of_its_own(dtype):
     model, tokenizer = load_model("smollm2-135m-instruct", dtype)
     model.model.layers = model.model.layers[:4]  # enough to see a mask, and quick in float64
     model.config.num_hidden_layers = 4
-    halves = cut(model)
+    halves = split_head(model)
     assert halves.weight is model.get_input_embeddings().weight
     rows = [tokenizer(text, return_tensors="pt").input_ids for text in ("The sky is blue.", "Two and two")]
     mask = torch.block_diag(*(torch.ones(row.shape[1], row.shape[1]) for row in rows)).tril().bool()[None, None]
     positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
     with torch.no_grad():
-        shared = halves.trunk(torch.cat(rows, dim=1), mask, positions).double()
-        alone = torch.cat([halves.trunk(row) for row in rows], dim=1).double()
+        shared = halves.backbone(torch.cat(rows, dim=1), mask, positions).double()
+        alone = torch.cat([halves.backbone(row) for row in rows], dim=1).double()
         model.double()
-        exact = torch.cat([halves.trunk(row) for row in rows], dim=1)
+        exact = torch.cat([halves.backbone(row) for row in rows], dim=1)
     assert (shared - exact).norm() <= 2 * (alone - exact).norm()
 
 
@@ -304,11 +315,11 @@ def test_constants_of_the_logits_are_found_under_every_name_and_seen_however_sma
 ):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    halves = cut(model)
+    halves = split_head(model)
     assert (halves.logit_scale, halves.softcap) == (scale, softcap)
     for wrong in ({"logit_scale": 2 * scale}, {"softcap": 7.0}):
-        with pytest.raises(ValueError, match="cut: model: expected logits that follow from") as caught:
-            cut(model, **wrong)
+        with pytest.raises(ValueError, match="split_head: model: expected logits that follow from") as caught:
+            split_head(model, **wrong)
         advice = re.search(r"With logit_scale=([\d.]+)(?: and softcap=([\d.]+))? they agree", str(caught.value))
         rounding = 1e-3 if dtype == torch.float32 else 1e-2
         assert float(advice[1]) == pytest.approx(scale, rel=rounding)
@@ -319,14 +330,14 @@ def test_constants_by_hand_take_the_place_of_the_configurations():
     model = tiny("cohere")
     scale = model.config.logit_scale
     model.config.logit_scale = None  # of a model whose configuration calls it something else
-    with pytest.raises(ValueError, match=rf"With logit_scale={scale:.4g} they agree: pass them to cut or Policy"):
-        cut(model)
-    assert cut(model, logit_scale=scale).logit_scale == scale
+    with pytest.raises(ValueError, match=rf"With logit_scale={scale:.4g} they agree: pass them to split_head"):
+        split_head(model)
+    assert split_head(model, logit_scale=scale).logit_scale == scale
 
 
 def test_the_check_leaves_no_hook_behind():
     model = tiny("llama")
-    cut(model)
+    split_head(model)
     assert not model.lm_head._forward_pre_hooks
     assert LARGE >= 100  # where a cap of 30 is far from straight
 
@@ -334,11 +345,11 @@ def test_the_check_leaves_no_hook_behind():
 def test_an_encoder_and_decoder_is_refused_by_name():
     config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="got T5ForConditionalGeneration, an encoder and a decoder"):
-        cut(T5ForConditionalGeneration(config))
+        split_head(T5ForConditionalGeneration(config))
 
 
 def test_rows_behind_the_vocabulary_are_in_no_logits():
-    halves = cut(tiny("llama"), 30)
-    hidden = halves.trunk(ids())
+    halves = split_head(tiny("llama"), 30)
+    hidden = halves.backbone(ids())
     assert halves.logits(hidden).shape[-1] == 30
     assert halves.options["vocab_size"] == 30

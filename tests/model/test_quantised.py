@@ -11,15 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from fastrl.model import load
 from fastrl.model.adapter import add_adapter
-from fastrl.model.head import cut
+from fastrl.model.head import split_head
 from fastrl.model.load import load_model
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer import setup
-from fastrl.trainer.config import AdapterConfig, ConfigError, LossConfig, OptimizerConfig
+from fastrl.trainer.config import AdapterConfig, OptimizerConfig
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.recipe import load_recipe
 from fastrl.trainer.setup import evaluate_model, train
+from fastrl.trainer.typed import ConfigError
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 NF4 = AdapterConfig(rank=8, quantize="nf4")
@@ -73,7 +74,7 @@ def test_every_linear_layer_but_the_head_is_held_in_4_bits_and_adapters_in_the_m
     assert {name.removesuffix(".weight") for name in held} == linear - {"lm_head"}
     sizes = {name: module.weight.numel() for name, module in plain.named_modules() if name in linear}
     assert all(2 * held[f"{name}.weight"].numel() == sizes[name] for name in linear - {"lm_head"})
-    assert cut(model).weight.equal(cut(plain).weight)
+    assert split_head(model).weight.equal(split_head(plain).weight)
     difference = (model(IDS).logits - plain(IDS).logits).float()
     assert 0 < difference.norm() < 0.2 * plain(IDS).logits.float().norm()
     add_adapter(model, rank=4, alpha=8.0, targets=("all-linear", "lm_head"))
@@ -136,9 +137,7 @@ def test_grpo_on_a_model_in_4_bits_leaves_its_weights_alone(tmp_path, monkeypatc
     held = []
     first = Learner.begin
     monkeypatch.setattr(Learner, "begin", lambda learner: held.append(layers(learner.policy.model)) or first(learner))
-    config = tiny_config(
-        tmp_path, steps=10, adapter=NF4, loss=LossConfig(kl="k3", kl_coef=0.001), optimizer=OptimizerConfig(lr=3e-2)
-    )
+    config = tiny_config(tmp_path, steps=10, adapter=NF4, loss={"kl.coef": 0.001}, optimizer=OptimizerConfig(lr=3e-2))
     outcome = train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)

@@ -94,7 +94,7 @@ STORED = {"logit_bytes": 1 << 30}  # of the native backend alone; the others tak
 NEEDS = {"needs_hidden": True, "needs_weight": True, "needs_bias": True}
 
 
-@pytest.mark.parametrize(("save", "backward"), [("keep", 1), ("stream", 1), ("frozen", 0), ("none", None)])
+@pytest.mark.parametrize(("save", "backward"), [("store", 1), ("recompute", 1), ("frozen", 0), ("none", None)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_host_learns_the_number_of_rows_once_in_each_direction(
     as_on_a_device, backend, save, backward, small_chunks
@@ -218,8 +218,8 @@ def test_mixed_matmuls_give_the_gradients_of_widened_ones(backend, small_chunks,
     head = head_of(gaussian(23, 8, 37).leaves(dtype=torch.bfloat16))
 
     def run():
-        known = kernel.forward(*head, **FINISH, entropy=True, save="stream")
-        return *known[:3], *kernel.backward(*grads, *head, *known, **FINISH, **NEEDS, save="stream", rounded=False)
+        known = kernel.forward(*head, **FINISH, entropy=True, save="recompute")
+        return *known[:3], *kernel.backward(*grads, *head, *known, **FINISH, **NEEDS, save="recompute", rounded=False)
 
     mixed = run()
     (how, *calls) = mixed_matmuls
@@ -309,7 +309,7 @@ def test_gpu_nothing_but_the_choice_of_rows_waits_for_the_device(backend, dtype,
     try:
         for mode in ("default", "error"):  # the first time compiles, asks the device what it can, and moves constants
             torch.cuda.set_sync_debug_mode(mode)
-            for save in ("none", "frozen", "keep", "stream"):
+            for save in ("none", "frozen", "store", "recompute"):
                 known = logprob.forward(*head, **FINISH, entropy=True, save=save)
                 if save != "none":
                     logprob.backward(*grads, *head, *known, **FINISH, **NEEDS, save=save, rounded=True)

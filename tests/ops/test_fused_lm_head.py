@@ -20,7 +20,7 @@ def linear(inputs):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_equals_the_dense_head(backend, bias, memory):
     inputs = gaussian(11, 8, 37, bias=bias)
     head = linear(inputs)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def compare_with_dense(inputs, requires, options, **paths):
 # The definition.
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["logps", "entropy"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_equals_dense_with_every_option(backend, option, entropy, memory, small_chunks):
@@ -93,7 +93,7 @@ def test_equals_dense_with_every_option(backend, option, entropy, memory, small_
     compare_with_dense(inputs, EVERYTHING, options, entropy=entropy, memory=memory, backend=backend)
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_dense_at_every_shape(backend, shape, memory):
     inputs = gaussian(*SHAPES[shape])
@@ -111,7 +111,7 @@ def test_gives_a_gradient_to_exactly_what_requires_one(backend, requires, option
     compare_with_dense(inputs, requires, OPTIONS[option](11), entropy=True, backend=backend)
 
 
-@pytest.mark.parametrize("memory", ["auto", "keep", "stream", 0, 1 << 20])
+@pytest.mark.parametrize("memory", ["auto", "store", "recompute", 0, 1 << 20])
 def test_memory_changes_no_result(backend, memory):
     compare_with_dense(gaussian(11, 8, 37), EVERYTHING, {}, entropy=True, memory=memory, backend=backend)
 
@@ -144,7 +144,7 @@ STRIDES = {
 }
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 @pytest.mark.parametrize("layout", STRIDES)
 def test_any_strides(backend, layout, memory, small_chunks):
     names = {"hidden": torch.randn(3, 4, 8, dtype=torch.float64), "weight": torch.randn(37, 8, dtype=torch.float64)}
@@ -187,7 +187,7 @@ def test_only_the_entropy_is_differentiated(backend, small_chunks):
 
 
 @pytest.mark.parametrize("requires", [EVERYTHING, ("hidden",)], ids=["trainable head", "frozen head"])
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_gradcheck(backend, memory, requires, small_chunks):
     inputs = gaussian(5, 3, 7).leaves(*requires)
     temperature = torch.linspace(0.5, 2.0, 5, dtype=torch.float64)
@@ -205,7 +205,7 @@ def test_gradcheck(backend, memory, requires, small_chunks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+@pytest.mark.parametrize("memory", ["store", "recompute", "frozen head"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 30.0}], ids=["plain", "softcap"])
 def test_no_worse_than_plain_torch_on_peaked_logits(backend, dtype, memory, options, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 100 * 515 * 4)
@@ -233,7 +233,7 @@ def test_no_worse_than_plain_torch_on_peaked_logits(backend, dtype, memory, opti
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+@pytest.mark.parametrize("memory", ["store", "recompute", "frozen head"])
 def test_ignored_rows_are_exactly_zero_whatever_they_hold(backend, garbage, memory, small_chunks):
     clean = gaussian(11, 8, 37)
     ignored = clean.targets == IGNORE
@@ -255,7 +255,7 @@ def test_ignored_rows_are_exactly_zero_whatever_they_hold(backend, garbage, memo
 
 
 @pytest.mark.parametrize("masked", [(0, 36), (0, 20), (5, 6), (20, 37)], ids=["all but one", "first", "one", "last"])
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_a_masked_vocabulary_equals_a_smaller_one(backend, masked, memory, small_chunks):
     inputs = gaussian(11, 8, 37)
     live = torch.ones(37, dtype=torch.bool)
@@ -278,7 +278,7 @@ def test_a_masked_vocabulary_equals_a_smaller_one(backend, masked, memory, small
 
 
 @pytest.mark.parametrize("requires", [EVERYTHING, ("hidden",)], ids=["trainable head", "frozen head"])
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_a_masked_target_has_logp_minus_infinity_and_a_finite_gradient(backend, requires, memory):
     inputs = gaussian(4, 8, 37, ignored=False)
     inputs.targets[:] = 5
@@ -328,7 +328,7 @@ def test_a_broken_row_without_upstream_gradient_reaches_no_weight(backend, small
     grads = upstream((11,))
     grads[:, 4] = 0
     others = torch.arange(11) != 4
-    for memory in ("keep", "stream"):
+    for memory in ("store", "recompute"):
         ours = inputs.leaves(*EVERYTHING)
         theirs = Inputs(inputs.hidden[others], inputs.weight, inputs.targets[others], inputs.bias).leaves(*EVERYTHING)
         pull(fused(ours, entropy=True, memory=memory, backend=backend), grads)
@@ -350,7 +350,7 @@ def test_a_broken_row_without_upstream_gradient_is_zero_with_a_frozen_head(backe
         assert ours.hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_all_rows_ignored_gives_zeros_and_zero_gradients(backend, memory):
     inputs = gaussian(6, 8, 37)
     inputs.targets[:] = IGNORE
@@ -375,7 +375,7 @@ def test_an_ignored_id_outside_the_vocabulary_is_never_read(backend, small_chunk
     compare_with_dense(inputs, EVERYTHING, {"ignore_index": 2**40}, entropy=True, backend=backend)
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+@pytest.mark.parametrize("memory", ["store", "recompute", "frozen head"])
 @pytest.mark.parametrize("size", [1e4, 1.7e38])
 def test_huge_logits_stay_exact(backend, size, memory):
     # one hidden state of 1, so that the head's rows are the logits
@@ -400,13 +400,13 @@ def test_softcap_keeps_the_gradient_of_a_target_whose_probability_underflows(bac
     results = {}
     for dtype in (torch.float16, torch.float64):
         ours = inputs.leaves("hidden", "weight", dtype=dtype)
-        fused(ours, softcap=30.0, memory="keep", backend=backend).logps.sum().backward()
+        fused(ours, softcap=30.0, memory="store", backend=backend).logps.sum().backward()
         results[dtype] = ours.weight.grad.double()
     assert results[torch.float64][1] > 0.5
     torch.testing.assert_close(results[torch.float16], results[torch.float64], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+@pytest.mark.parametrize("memory", ["store", "recompute", "frozen head"])
 def test_backward_twice_doubles_the_gradient(backend, memory, small_chunks):
     inputs = gaussian(11, 8, 37).leaves(*(("hidden",) if memory == "frozen head" else EVERYTHING))
     out = fused(inputs, entropy=True, memory="auto" if memory == "frozen head" else memory, backend=backend)
@@ -419,7 +419,7 @@ def test_backward_twice_doubles_the_gradient(backend, memory, small_chunks):
             torch.testing.assert_close(grad, 2 * once[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream", "frozen head"])
+@pytest.mark.parametrize("memory", ["store", "recompute", "frozen head"])
 def test_double_backward_raises(backend, memory):
     inputs = gaussian(4, 8, 37).leaves(*(("hidden",) if memory == "frozen head" else EVERYTHING))
     out = fused(inputs, memory="auto" if memory == "frozen head" else memory, backend=backend)
@@ -429,7 +429,7 @@ def test_double_backward_raises(backend, memory):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 def test_inputs_are_never_overwritten(backend, memory, small_chunks):
     inputs = gaussian(11, 8, 37)
     temperature = torch.rand(11, dtype=torch.float64) + 0.5
@@ -493,7 +493,7 @@ def test_chunks_and_row_order_change_no_result(seed, rows, per_chunk, tile):
 
     def run(inputs, grads):
         inputs = inputs.leaves(*EVERYTHING)
-        out = fused(inputs, entropy=True, memory="stream", backend="chunked")
+        out = fused(inputs, entropy=True, memory="recompute", backend="chunked")
         pull(out, grads)
         return (*(t.detach() for t in out), inputs.hidden.grad), (inputs.weight.grad, inputs.bias.grad)
 
@@ -514,16 +514,16 @@ def test_chunks_and_row_order_change_no_result(seed, rows, per_chunk, tile):
     ("memory", "requires", "expected"),
     [
         ("auto", (), "none"),
-        ("keep", (), "none"),
+        ("store", (), "none"),
         ("auto", ("hidden",), "frozen"),
-        ("stream", ("hidden",), "frozen"),
-        ("auto", ("weight",), "keep"),
-        ("auto", ("bias",), "keep"),
-        ("keep", EVERYTHING, "keep"),
-        ("stream", EVERYTHING, "stream"),
-        (11 * 37 * 8, EVERYTHING, "keep"),
-        (11 * 37 * 8 - 1, EVERYTHING, "stream"),
-        (0, EVERYTHING, "stream"),
+        ("recompute", ("hidden",), "frozen"),
+        ("auto", ("weight",), "store"),
+        ("auto", ("bias",), "store"),
+        ("store", EVERYTHING, "store"),
+        ("recompute", EVERYTHING, "recompute"),
+        (11 * 37 * 8, EVERYTHING, "store"),
+        (11 * 37 * 8 - 1, EVERYTHING, "recompute"),
+        (0, EVERYTHING, "recompute"),
     ],
 )
 def test_what_is_kept_follows_the_budget(memory, requires, expected):
@@ -556,10 +556,15 @@ WRONG = {
     "targets of another shape": ({"targets": torch.ones(5, dtype=torch.int64)}, ValueError, "targets: expected shape"),
     "targets not integers": ({"targets": torch.ones(4)}, TypeError, "targets: expected an int64"),
     "temperature zero": ({"temperature": 0.0}, ValueError, "temperature: expected a positive"),
+    "temperature infinite": ({"temperature": math.inf}, ValueError, "temperature: expected a positive"),
+    "temperature of a tensor, zero": ({"temperature": torch.tensor(0.0)}, ValueError, "temperature: .* got 0"),
+    "temperature of a row, negative": ({"temperature": torch.tensor([1.0, 1, -2, 1])}, ValueError, "temperature.*-2"),
+    "temperature of a row, NaN": ({"temperature": torch.tensor([1.0, 1, 1, math.nan])}, ValueError, "temperature.*nan"),
+    "scale NaN": ({"logit_scale": math.nan}, ValueError, "logit_scale: expected a finite number, got nan"),
     "temperature of another shape": ({"temperature": torch.ones(3)}, ValueError, "temperature: expected shape"),
     "softcap zero": ({"softcap": 0.0}, ValueError, "softcap: expected a positive"),
     "softcap infinite": ({"softcap": math.inf}, ValueError, "softcap: expected a positive, finite"),
-    "memory misspelt": ({"memory": "kepe"}, ValueError, "Did you mean 'keep'"),
+    "memory misspelt": ({"memory": "stoer"}, ValueError, "Did you mean 'store'"),
     "memory negative": ({"memory": -1}, ValueError, "memory: expected a byte budget"),
     "memory not a number of bytes": ({"memory": None}, ValueError, "memory: expected a byte budget"),
     "backend misspelt": ({"backend": "refrence"}, ValueError, "Did you mean 'reference'"),
@@ -574,11 +579,38 @@ def test_a_wrong_argument_is_refused_by_name(case):
         linear_logprob(**(good | changes))
 
 
+@pytest.mark.parametrize(("old", "new"), [("keep", "store"), ("stream", "recompute")])
+def test_an_older_name_of_memory_is_taken_with_a_warning(old, new):
+    results = []
+    for memory in (old, new):
+        inputs = gaussian(4, 8, 37).leaves(*EVERYTHING)
+        warns = (
+            pytest.warns(DeprecationWarning, match=f"'{old}' is called '{new}' now") if memory == old else nullcontext()
+        )
+        with warns:
+            out = linear_logprob(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, memory=memory)
+        out.logps.sum().backward()
+        results.append((out.logps, inputs.weight.grad))
+    assert all(map(torch.equal, *results))
+
+
+def test_the_temperature_of_a_token_without_a_target_is_not_read(backend):
+    inputs = gaussian(4, 8, 37)
+    targets = inputs.targets.masked_fill(torch.tensor([False, True, False, True]), IGNORE)
+    temperature = torch.tensor([0.5, 0.0, 2.0, math.nan], dtype=torch.float64)
+    with_any, with_ones = (
+        linear_logprob(inputs.hidden, inputs.weight, targets, temperature=t, entropy=True, backend=backend)
+        for t in (temperature, torch.tensor([0.5, 1.0, 2.0, 1.0], dtype=torch.float64))
+    )
+    assert torch.equal(with_any.logps, with_ones.logps)
+    assert torch.equal(with_any.entropy, with_ones.entropy)
+
+
 # torch.library and torch.compile.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("save", ["stream", "keep"])
+@pytest.mark.parametrize("save", ["recompute", "store"])
 def test_gradients_are_rounded_once_from_the_accumulated_sums(backend, save, dtype):
     inputs = gaussian(70, 65, 131, dtype=dtype)
     head = (inputs.hidden, inputs.weight, inputs.targets, inputs.bias, torch.full((1,), 0.7))
@@ -590,7 +622,7 @@ def test_gradients_are_rounded_once_from_the_accumulated_sums(backend, save, dty
         assert torch.equal(r, w.to(dtype))
 
 
-@pytest.mark.parametrize("save", ["none", "stream", "keep", "frozen"])
+@pytest.mark.parametrize("save", ["none", "recompute", "store", "frozen"])
 @pytest.mark.parametrize("layout", ["contiguous", "column-major"])
 def test_operators_pass_opcheck(backend, save, layout):
     requires = {"none": (), "frozen": ("hidden",)}.get(save, EVERYTHING)
@@ -638,10 +670,10 @@ def test_sixteen_bit_entropy_is_recomputed_unless_keep_is_asked_for():
         head = module.check_head("op", hidden, weight, targets, None, 1.0, None, 1.0, IGNORE)
         return module.choose_save("op", head, memory, entropy=entropy, backend="chunked")
 
-    assert save(torch.bfloat16, "auto", True) == "stream"
-    assert save(torch.bfloat16, "keep", True) == "keep"
-    assert save(torch.bfloat16, "auto", False) == "keep"
-    assert save(torch.float32, "auto", True) == "keep"
+    assert save(torch.bfloat16, "auto", True) == "recompute"
+    assert save(torch.bfloat16, "store", True) == "store"
+    assert save(torch.bfloat16, "auto", False) == "store"
+    assert save(torch.float32, "auto", True) == "store"
 
 
 def test_autocast_takes_float32_weights_as_a_linear_layer_does(backend):
@@ -665,7 +697,7 @@ def test_native_bits_depend_neither_on_threads_nor_on_the_other_rows(native_isa)
 
     def run(rows):
         part = Inputs(inputs.hidden[rows], inputs.weight, inputs.targets[rows], inputs.bias).leaves("hidden", "weight")
-        out = fused(part, entropy=True, backend="native")
+        out = fused(part, entropy=True, backend="cpu")
         (out.logps.sum() + out.entropy.sum()).backward()
         return out.logps.detach(), out.entropy.detach(), part.hidden.grad, part.weight.grad
 

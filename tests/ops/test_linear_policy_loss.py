@@ -107,7 +107,7 @@ def token_weights(spec, mask):
 
 
 def batch(shape=(4, 6), size=8, vocabulary=37, **options):
-    """Inputs, and the token tensors of a policy loss: a masked-out sequence, a silent one, ratios beyond the bounds."""
+    """Inputs, and token tensors: a masked-out sequence, a zero-advantage one, ratios beyond the bounds."""
     flat = gaussian(math.prod(shape), size, vocabulary, **options)
     inputs = Inputs(flat.hidden.reshape(*shape, size), flat.weight, flat.targets.reshape(shape), flat.bias)
     mask = torch.rand(shape) < 0.8
@@ -185,7 +185,7 @@ def test_gives_a_gradient_to_exactly_what_requires_one(backend, requires, spec, 
 
 
 @pytest.mark.parametrize(
-    ("spec", "memory"), [*product(SPECS, ["auto"]), *product(TWO_OPS, ["keep", "stream", "auto", 0])]
+    ("spec", "memory"), [*product(SPECS, ["auto"]), *product(TWO_OPS, ["store", "recompute", "auto", 0])]
 )
 def test_equals_the_two_ops_with_loss_gradients_and_metrics(backend, spec, memory, small_chunks):
     (inputs, advantages, tokens), spec = batch(), (SPECS | TWO_OPS)[spec]
@@ -561,7 +561,7 @@ def test_memory_is_refused_where_it_is_no_choice_and_no_budget(backend, spec, me
             fused(inputs.leaves(*requires), advantages, (SPECS | TWO_OPS)[spec], tokens, memory=memory, backend=backend)
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream", 0])
+@pytest.mark.parametrize("memory", ["store", "recompute", 0])
 def test_memory_changes_nothing_of_a_loss_that_separates(backend, memory, small_chunks):
     compare_with_dense(batch(), SPECS["entropy bonus"], EVERYTHING, {}, memory=memory, backend=backend)
 

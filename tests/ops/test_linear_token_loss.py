@@ -248,7 +248,7 @@ def test_without_gradients_the_loss_is_the_same(backend):
         ({"weights": torch.ones(3)}, "weights: expected shape"),
         ({"context": (torch.ones(4), torch.ones(3))}, r"context\[1\]: expected shape"),
         ({"memory": -1}, "memory: expected a byte budget"),
-        ({"memory": "stream"}, "memory: expected a byte budget"),
+        ({"memory": "recompute"}, "memory: expected a byte budget"),
         ({"token_loss": lambda logps: logps.sum()}, "token_loss: expected shape"),
         ({"backend": "chunkd"}, "Did you mean 'chunked'"),
     ],

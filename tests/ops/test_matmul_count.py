@@ -138,7 +138,7 @@ def test_frozen_head_with_entropy_three_and_none_in_backward(matmuls):
     assert matmuls() == 0
 
 
-@pytest.mark.parametrize(("memory", "backward"), [("keep", 2), ("stream", 3)])
+@pytest.mark.parametrize(("memory", "backward"), [("store", 2), ("recompute", 3)])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_trainable_head_one_and_two_or_three(matmuls, memory, backward, entropy):
     out = logprob_of(inputs_for(*EVERYTHING), memory=memory, entropy=entropy)
@@ -149,14 +149,14 @@ def test_trainable_head_one_and_two_or_three(matmuls, memory, backward, entropy)
 
 @pytest.mark.parametrize(("requires", "keep"), [(("weight",), 1), (("bias",), 0), (("hidden", "bias"), 1)])
 def test_only_the_products_that_someone_needs(matmuls, requires, keep):
-    for memory, recomputed in (("keep", 0), ("stream", 1)):
+    for memory, recomputed in (("store", 0), ("recompute", 1)):
         out = logprob_of(inputs_for(*requires), memory=memory)
         assert matmuls() == 1
         out.logps.sum().backward()
         assert matmuls() == keep + recomputed
 
 
-@pytest.mark.parametrize(("memory", "backward"), [("keep", 2), ("stream", 3)])
+@pytest.mark.parametrize(("memory", "backward"), [("store", 2), ("recompute", 3)])
 @pytest.mark.parametrize("silent", [0, 6, 18, 24])
 def test_rows_without_upstream_gradient_cost_nothing_in_backward(matmuls, memory, backward, silent):
     out = logprob_of(inputs_for(*EVERYTHING), memory=memory)
@@ -173,7 +173,7 @@ def test_rows_without_upstream_gradient_cost_nothing_in_backward(matmuls, memory
 def test_ignored_rows_cost_nothing(matmuls, requires):
     inputs = inputs_for(*requires)
     inputs.targets[::4] = IGNORE
-    out = logprob_of(inputs, memory="keep")
+    out = logprob_of(inputs, memory="store")
     if requires:
         out.logps.sum().backward()
     assert matmuls() == {3: 3, 1: 2, 0: 1}[len(requires)] * 0.75
@@ -253,7 +253,7 @@ def test_policy_loss_masked_tokens_cost_nothing(matmuls):
     assert matmuls() == 1.5
 
 
-@pytest.mark.parametrize(("memory", "count"), [("keep", 3), ("stream", 4)])
+@pytest.mark.parametrize(("memory", "count"), [("store", 3), ("recompute", 4)])
 def test_policy_loss_of_a_sequence_ratio_runs_as_two_ops(matmuls, memory, count):
     spec = PolicyLoss(ratio="sequence", surrogate=Clip(0.2, 0.2))
     bounds = torch.tensor([0, 10, ROWS])

@@ -214,7 +214,7 @@ def matmul_precision():
 def head_logits(hidden, weight):
     """The logits of a head on tiles."""
     targets, rows = torch.zeros(len(hidden), dtype=torch.int64), torch.arange(len(hidden))
-    with using(f"native-{TILES}"):
+    with using(f"cpu-{TILES}"):
         head = NativeHead(hidden, weight, targets, None, torch.ones(1), 0.0, 1.0)
         logits, panel = head.logits_buffer(rows), EXTENSION.lane_tile(False)
         head.forward(rows, torch.empty(len(rows)), torch.empty(2, len(rows)), None, logits)
@@ -256,10 +256,10 @@ def test_float32_is_no_worse_than_plain_torch_on_tiles(shape):
         return logps.detach(), entropy.detach(), x.hidden.grad, x.weight.grad
 
     leaves = ("hidden", "weight")
-    with using(f"native-{TILES}") as name:
+    with using(f"cpu-{TILES}") as name:
         got = run(
             inputs.leaves(*leaves),
-            lambda x: linear_logprob(x.hidden, x.weight, x.targets, entropy=True, memory="stream", backend=name),
+            lambda x: linear_logprob(x.hidden, x.weight, x.targets, entropy=True, memory="recompute", backend=name),
         )
     plains = []
     for seed in range(ORDERS):
@@ -300,11 +300,11 @@ def test_torch_decides_how_many_pieces_a_float32_has(matmul_precision):
             return linear_logprob(inputs.hidden, inputs.weight, inputs.targets, backend=name).logps
 
     expected = dense(inputs.leaves(dtype=torch.float64))[0]
-    three, two = logps(f"native-{TILES}", "highest"), logps(f"native-{TILES}", "high")
+    three, two = logps(f"cpu-{TILES}", "highest"), logps(f"cpu-{TILES}", "high")
     assert error(three, expected) < 2e-7
     assert 2e-7 < error(two, expected) < 2**-15
-    assert torch.equal(logps(f"native-{TILES}", "medium"), two)
-    assert torch.equal(logps("native-avx512_bf16", "high"), logps("native-avx512_bf16", "highest"))
+    assert torch.equal(logps(f"cpu-{TILES}", "medium"), two)
+    assert torch.equal(logps("cpu-avx512_bf16", "high"), logps("cpu-avx512_bf16", "highest"))
 
 
 @pytest.mark.parametrize(("precision", "reduced"), [("highest", False), ("high", True), ("medium", True)])

@@ -220,7 +220,7 @@ def test_newer_surrogates_equal_autograd_of_the_definition(name, aggregate, monk
 @pytest.mark.parametrize("name", IN_TORCH)
 def test_a_compiled_backend_refuses_what_only_torch_has_and_auto_takes_one_that_has_it(name):
     data = batch()
-    for backend in ("native", "cuda", "triton"):
+    for backend in ("cpu", "cuda", "triton"):
         with pytest.raises(ValueError, match=f"{backend}: "):
             run(IN_TORCH[name], data, backend)
     assert registry.only_in_torch(IN_TORCH[name]).endswith("which the torch backends have")
@@ -691,7 +691,7 @@ each_long_spec = pytest.mark.parametrize("spec", LONG_SPECS, ids=["clip", "gspo"
 @each_long_spec
 def test_threads_change_no_bit(native_isa, spec):
     tokens, ids, sequences = long_batch()
-    one, two = (with_threads(n, lambda: op(*tokens, ids, sequences, spec.code, "native")) for n in (1, 2))
+    one, two = (with_threads(n, lambda: op(*tokens, ids, sequences, spec.code, "cpu")) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
 
@@ -711,7 +711,7 @@ def test_triton_takes_the_tokens_of_sequences_in_any_order(spec):
 
 @each_long_spec
 def test_native_float32_is_no_worse_than_the_reference_in_float32(native_isa, spec):
-    assert_float32_no_worse(spec, "native")
+    assert_float32_no_worse(spec, "cpu")
 
 
 @each_long_spec

@@ -27,7 +27,7 @@ def of_the_tokens(leaves):
     return leaves.weight[:TOKENS], leaves.bias[:TOKENS]
 
 
-@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_log_probabilities_entropy_and_gradients_leave_padding_rows_out(name, memory):
     ours, theirs = (inputs().leaves("hidden", "weight", "bias") for _ in range(2))

@@ -13,7 +13,7 @@ from tolerance import assert_exact
 from fastrl import KL, PolicyLoss, linear_logprob, linear_policy_loss, linear_token_loss, logprob
 from fastrl.kernels.linear_logprob import chunked
 
-MEMORY = pytest.mark.parametrize("memory", ["keep", "stream"])
+MEMORY = pytest.mark.parametrize("memory", ["store", "recompute"])
 
 
 @pytest.fixture

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import ast
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 
 from fastrl.advantages import GroupAdvantage
-from fastrl.algorithms import ALGORITHMS, TokenMasks
-from fastrl.algorithms.offline import OFFLINE
-from fastrl.spec import KL, Cispo, Clip, Correction
+from fastrl.algorithms import ALGORITHMS, OFFLINE, TokenMasks
+from fastrl.spec import KL, Cispo, Clip, Correction, Sapo
+from fastrl.trainer import config as config_module
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import ConfigError, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.config import OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
 from fastrl.trainer.recipe import load_recipe, shown, with_flags
+from fastrl.trainer.typed import ConfigError, changed, nested
 
 
 def recipe(tmp_path, text):
@@ -54,17 +56,20 @@ def test_every_field_entry_and_item_is_a_flag(tmp_path):
     flags = (
         "--steps 7 --rollout.group-size=3 --rollout.group_size 4 --task.options.min_terms 2 "
         "--task.options.more.deep 1e-3 --rewards.0.weight 0.5 --rewards.1.name mine:f --rewards.1.options.k v "
-        "--optimizer.betas 0.9 0.99 --model 123 "
-        "--loss.kl k3 --gradient-checkpointing --task.chat False --rollout.stop <a> <b> --loss.correction.kind mask "
-        "--loss.correction.level token --loss.correction.high 2 --log-to tensorboard --loss.baseline none"
+        "--optimizer.betas 0.9 0.99 --model 123 --loss.kl.coef 1e-3 "
+        "--gradient-checkpointing --task.chat False --rollout.stop <a> <b> --loss.correction.kind mask "
+        "--loss.correction.level token --loss.correction.high 2 --log-to tensorboard "
+        "--advantages.baseline leave_one_out"
     )
     got = with_flags(config, flags.split())
     assert (got.steps, got.rollout.group_size, got.model, got.gradient_checkpointing) == (7, 4, "123", True)
     assert got.task.options == {"min_terms": 2, "more": {"deep": "1e-3"}}
     assert got.rewards == (RewardConfig("format", 0.5), RewardConfig("mine:f", options={"k": "v"}))
     assert (got.optimizer.betas, got.rollout.stop, got.task.chat) == ((0.9, 0.99), ("<a>", "<b>"), False)
-    assert got.loss.correction == Correction("mask", "token", 2.0)
-    assert (got.log_to, got.loss.kl, got.loss.baseline) == (("tensorboard",), "k3", "none")
+    assert got.log_to == ("tensorboard",)
+    algorithm = build_algorithm(got)
+    assert (algorithm.spec.correction, algorithm.spec.kl) == (Correction("mask", "token", 2.0), KL("k3", 0.001))
+    assert algorithm.estimator == GroupAdvantage("leave_one_out", "group")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +82,7 @@ def test_every_field_entry_and_item_is_a_flag(tmp_path):
         ("--steps 1 2", "--steps: expected one value, got 1 2"),
         ("--steps 010", "expected a whole number in digits that do not begin with 0"),
         ("--steps.more 1", "what is before .more is a single value"),
+        ("--loss.surrogate cispo --loss.surrogate.ratio_max 4", "what is before .ratio_max is a single value"),
         ("--rewards.5.name format", "--rewards.5.name: expected a number up to 1 in the place of 5"),
         ("steps 3", "steps: expected a flag, as in --steps 10"),
     ],
@@ -105,7 +111,16 @@ def test_one_completion_a_prompt_is_refused_where_it_would_be_compared_with_none
         ("steps: 010", "recipe.yaml, line 1: 010: expected a whole number in digits that do not begin with 0"),
         ("steps: 1:30", "line 1: 1:30: expected a whole number"),
         ("a:\n\t- b", "not valid YAML: .* line 2"),
-        ("loss: {clip_low: 5}", "loss.clip_low: expected at most 1"),
+        ("loss: {surrogate.low: 5}", "loss.surrogate.low: expected at most 1"),
+        ("loss: {clip_low: 0.1}", "loss.clip_low: it is called 'loss.surrogate.low' now"),
+        ("loss: {old_policy: sampler}", "loss.old_policy: it is called 'policy_gradient.ratio_to_sampler' now"),
+        ("loss: {kl: k3}", r"loss.kl: expected a mapping, of kl \(kind, coef\), got 'k3'"),
+        ("loss: {surrogate.lo: 0.1}", r"loss.surrogate.lo: unknown key. Did you mean 'low'\?"),
+        ("loss: {surrogate: {low: 0.1}, surrogate.low: 0.2}", "loss.surrogate.low: a second time"),
+        ("loss: {surrogate: clipp}", "loss.surrogate.name: expected one of clip, cispo, sapo, .* got 'clipp'"),
+        ("loss: {surrogate: cispo}", "loss.surrogate: ratio_max: missing"),
+        ("loss: {entropy_coef: high}", "loss.entropy_coef: expected float, got 'high'"),
+        ("loss: {code: x}", "loss.code: expected nothing for grpo, which has ratio, surrogate"),
         ("stepz: 3", r"stepz: unknown key. Did you mean 'steps'\?"),
         ("rollout: {temperatur: 1}", r"rollout: temperatur: unknown key. Did you mean 'temperature'\?"),
         ("rewards:\n  - {nam: format}", r"rewards\[0\]: nam: unknown key. Did you mean 'name'\?"),
@@ -120,8 +135,11 @@ def test_one_completion_a_prompt_is_refused_where_it_would_be_compared_with_none
         ("- 1", "expected a mapping of settings, got list"),
         ("a: [1", "not valid YAML"),
         ("loss: {correction: {kind: truncate, level: token, high: -1}}", "Correction.high"),
-        ("algorithm: cispo\nloss: {clip_low: 0.1}", "an algorithm with a Clip surrogate"),
-        ("algorithm: opo\nloss: {scale: none}", "loss.baseline, loss.scale: expected None with opo, which has its own"),
+        (
+            "algorithm: cispo\nloss: {surrogate.low: 0.1}",
+            "loss.surrogate.low: unknown key. Known: ratio_max, ratio_min",
+        ),
+        ("algorithm: opo\nadvantages: {scale: none}", "advantages: expected nothing with opo, which has its own"),
         ("algorithm: vespo\nloss: {ratio: token}", "PolicyLoss.ratio: expected 'sequence' with Vespo, got 'token'"),
         ("masks: {top_entropi: 0.2}", r"masks: top_entropi: unknown key. Did you mean 'top_entropy'\?"),
         (
@@ -178,23 +196,50 @@ def test_recipe_cannot_construct_python_objects(tmp_path):
 
 def test_algorithm_is_its_preset_without_a_reference_model_unless_asked():
     assert build_algorithm(TrainConfig()).spec.kl is None
-    assert build_algorithm(TrainConfig(loss=LossConfig(kl_coef=0.1))).spec.kl == KL("k3", 0.1)
-    assert build_algorithm(TrainConfig(loss=LossConfig(kl="k2"))).spec.kl == KL("k2", 0.04)
-    assert build_algorithm(TrainConfig(loss=LossConfig(kl="none", kl_coef=0.1))).spec.kl is None
+    assert build_algorithm(TrainConfig(loss={"kl.coef": 0.1})).spec.kl == KL("k3", 0.1)
+    assert build_algorithm(TrainConfig(loss={"kl.kind": "k2"})).spec.kl == KL("k2", 0.04)
+    assert build_algorithm(TrainConfig(algorithm="dapo", loss={"kl": {}})).spec.kl == KL("k3", 0.04)
+    assert build_algorithm(TrainConfig(loss={"kl": None})).spec.kl is None
 
 
 def test_overrides_replace_single_factors():
-    correction = Correction("truncate", "token", high=2.0)
-    loss = LossConfig(
-        ratio="sequence", clip_high=0.3, aggregate="token_mean", scale="none", entropy_coef=0.01, correction=correction
-    )
-    algorithm = build_algorithm(TrainConfig(loss=loss))
+    loss = {
+        "ratio": "sequence",
+        "surrogate.high": 0.3,
+        "aggregate": "token_mean",
+        "entropy_coef": 0.01,
+        "correction": {"kind": "truncate", "level": "token", "high": 2},
+    }
+    algorithm = build_algorithm(TrainConfig(loss=loss, advantages={"scale": "none"}))
     assert algorithm.spec.ratio == "sequence"
     assert algorithm.spec.surrogate == Clip(low=0.2, high=0.3)
     assert algorithm.spec.aggregate == "token_mean"
     assert algorithm.spec.entropy_coef == 0.01
-    assert algorithm.spec.correction == correction
+    assert algorithm.spec.correction == Correction("truncate", "token", high=2.0)
     assert algorithm.estimator == GroupAdvantage("mean", "none")
+
+
+def test_a_surrogate_of_another_kind_is_chosen_by_its_name():
+    def surrogate(algorithm, **loss):
+        return build_algorithm(TrainConfig(algorithm=algorithm, loss=loss)).spec.surrogate
+
+    assert surrogate("grpo", surrogate={"name": "cispo", "ratio_max": 4}) == Cispo(ratio_max=4.0)
+    assert surrogate("grpo", surrogate="sapo") == Sapo()
+    assert surrogate("cispo", **{"surrogate.ratio_max": 8}) == Cispo(ratio_max=8.0)
+    assert surrogate("intellect2", **{"surrogate.dual": None}) == Clip(0.2, 0.2)
+
+
+def test_dotted_and_nested_names_are_the_same_change():
+    assert nested({"a.b": 1, "a": {"c.d": 2}, "e": 3}, "x") == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    dotted, written = TrainConfig(loss={"kl.coef": 0.1}), TrainConfig(loss={"kl": {"coef": 0.1}})
+    assert dotted == written
+    for twice in ({"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}):
+        with pytest.raises(ValueError, match=r"x\.a"):
+            nested(twice, "x")
+
+
+def test_what_a_field_of_a_spec_is_called_is_what_a_recipe_calls_it():
+    assert changed(KL("k1", 0.1), {"kind": "k3", "coef": "1e-3"}, "kl") == KL("k3", 0.001)
 
 
 def test_scale_rl_is_cispo_per_prompt_with_batch_scaled_advantages():
@@ -206,5 +251,20 @@ def test_scale_rl_is_cispo_per_prompt_with_batch_scaled_advantages():
 
 def test_every_algorithm_can_be_selected_and_is_in_the_help():
     for name in ALGORITHMS:
-        assert build_algorithm(TrainConfig(algorithm=name)).spec == replace(ALGORITHMS[name][1], kl=None)
-    assert get_args(get_type_hints(TrainConfig)["algorithm"]) == (*ALGORITHMS, "ppo", *OFFLINE)
+        spec = getattr(build_algorithm(TrainConfig(algorithm=name)), "spec", None)
+        entry = ALGORITHMS[name]
+        assert spec == (
+            None if name in ("sft", "reward_model") else entry.spec if name in OFFLINE else entry.without_kl()
+        )
+    assert get_args(get_type_hints(TrainConfig)["algorithm"]) == tuple(ALGORITHMS)
+
+
+def test_every_setting_says_what_it_is():
+    module = ast.parse(Path(config_module.__file__).read_text())
+    silent = []
+    for cls in (node for node in module.body if isinstance(node, ast.ClassDef)):
+        for node, after in zip(cls.body, [*cls.body[1:], None], strict=True):
+            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
+            if isinstance(node, ast.AnnAssign) and not told:
+                silent.append(f"{cls.name}.{node.target.id}")
+    assert silent == []

@@ -61,14 +61,14 @@ def test_facts_name_each_op_backend_and_device(found):
 
 def test_refusing_backend_is_shown_with_its_reason(monkeypatch):
     refusing = registry.Kernel("nowhere", lambda device: "needs a unicorn")
-    table = {**registry.TABLE["gae"], "native": refusing}
+    table = {**registry.TABLE["gae"], "cpu": refusing}
     monkeypatch.setitem(registry.TABLE, "gae", table)
-    shown = [fact for fact in doctor._op_backends("gae", CPU) if fact.value == "native"]
-    assert shown == [Fact("backends on cpu", "gae", "native", "needs a unicorn", "missing")]
+    shown = [fact for fact in doctor._op_backends("gae", CPU) if fact.value == "cpu"]
+    assert shown == [Fact("backends on cpu", "gae", "cpu", "needs a unicorn", "missing")]
 
 
 def test_op_without_any_backend_fails(monkeypatch):
-    monkeypatch.setitem(registry.TABLE, "gae", {"native": registry.Kernel("nowhere", lambda device: "no compiler")})
+    monkeypatch.setitem(registry.TABLE, "gae", {"cpu": registry.Kernel("nowhere", lambda device: "no compiler")})
     (fact,) = doctor._op_backends("gae", CPU)
     assert fact.level == "failed"
     assert "no compiler" in fact.note

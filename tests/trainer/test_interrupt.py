@@ -25,7 +25,7 @@ from fastrl.model.scalar import ScalarModel
 from fastrl.rewards import RewardFailure, call
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer import loop, reference, setup
-from fastrl.trainer.config import EvalConfig, LossConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig
+from fastrl.trainer.config import EvalConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig
 from fastrl.trainer.evaluate import OnPrompts, OnRows
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.setup import train
@@ -98,7 +98,7 @@ def what_stopped(resumed, whole):
         ({}, (TransformersSampler, "_step"), 2, "step_000002"),
         ({"algorithm": "remax"}, (TransformersSampler, "_decode"), 2, "step_000002"),
         ({"rewards": REWARDS}, (call, "_finish"), 1, "step_000002"),
-        ({"loss": LossConfig(kl="k3")}, (Policy, "score"), 2, "step_000002_update_0"),
+        ({"loss": {"kl": {}}}, (Policy, "score"), 2, "step_000002_update_0"),
         ({"masks": TokenMasks(top_entropy=0.5)}, (Policy, "outputs"), 2, "step_000002_update_0"),
         ({}, (Policy, "hidden"), 1, "step_000002_update_0"),
         ({"dtype": "bfloat16"}, (Policy, "hidden"), 1, "step_000002_update_0"),

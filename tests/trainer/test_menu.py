@@ -23,9 +23,15 @@ from fastrl.losses.token_masks import kl_cov_penalty
 from fastrl.ops.gae import gae
 from fastrl.rollout.collect import collect
 from fastrl.sources import collect as judging
-from fastrl.spec import Correction
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import LossConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.config import (
+    OptimizerConfig,
+    PolicyGradientConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from fastrl.trainer.setup import prepare, train
 
 MASKS = {
@@ -121,22 +127,22 @@ def test_remax_learns_from_one_completion_per_prompt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "old_policy", "updates", "to_sampler"),
+    ("algorithm", "asked", "updates", "ratio_to_sampler"),
     [
         ("dppo", None, 1, True),
         ("dppo", None, 2, True),
         ("vespo", None, 2, True),
         ("scale_rl", None, 1, True),
-        ("grpo", "sampler", 2, True),
+        ("grpo", True, 2, True),
         ("grpo", None, 2, False),
-        ("dppo", "trainer", 1, False),
+        ("dppo", False, 1, False),
     ],
 )
 def test_ratio_is_to_the_policy_that_the_paper_or_the_recipe_names(
-    tmp_path, monkeypatch, algorithm, old_policy, updates, to_sampler
+    tmp_path, monkeypatch, algorithm, asked, updates, ratio_to_sampler
 ):
     sampler_is_off_by(monkeypatch, -0.25)
-    changes = {"algorithm": algorithm, "loss": LossConfig(old_policy=old_policy)}
+    changes = {"algorithm": algorithm, "policy_gradient": PolicyGradientConfig(ratio_to_sampler=asked)}
     changes["optimizer"] = OptimizerConfig(lr=0.0, steps_per_rollout=updates)
     changes["rollout"] = RolloutConfig(
         prompts_per_step=4, group_size=4, max_new_tokens=1
@@ -144,13 +150,13 @@ def test_ratio_is_to_the_policy_that_the_paper_or_the_recipe_names(
     changes["rewards"] = (RewardConfig("trainer.tiny:noisy_words"),)
     train(tiny_config(tmp_path, steps=1, **changes))
     (line,) = lines(tmp_path / "run" / "metrics.jsonl")
-    assert line["ratio/mean"] == pytest.approx(1.2840254 if to_sampler else 1.0, rel=1e-5)
-    assert ("sampling/sampling_logp_difference/mean" in line) != to_sampler
+    assert line["ratio/mean"] == pytest.approx(1.2840254 if ratio_to_sampler else 1.0, rel=1e-5)
+    assert ("sampling/sampling_logp_difference/mean" in line) != ratio_to_sampler
 
 
 def test_ppo_clips_the_ratio_to_the_sampler_where_its_recipe_says_so(tmp_path, monkeypatch):
     sampler_is_off_by(monkeypatch, -0.25)
-    train(tiny_config(tmp_path, steps=1, algorithm="ppo", loss=LossConfig(old_policy="sampler")))
+    train(tiny_config(tmp_path, steps=1, algorithm="ppo", policy_gradient=PolicyGradientConfig(ratio_to_sampler=True)))
     (line,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert line["ratio/mean"] == pytest.approx(1.2840254, rel=1e-5)
     assert line["objective/kl"] == pytest.approx(0.0, abs=1e-5)  # of the trainer's own numbers
@@ -160,8 +166,9 @@ def test_dual_clip_bounds_what_a_negative_advantage_costs(tmp_path, monkeypatch)
     sampler_is_off_by(monkeypatch, -2.0)  # every ratio is e^2
     losses = {}
     for dual in (None, 3.0):
-        loss = LossConfig(old_policy="sampler", clip_dual=dual, scale="none")
-        train(tiny_config(tmp_path, steps=1, loss=loss, run_dir=str(tmp_path / f"run{dual}")))
+        changes = {"loss": {"surrogate.dual": dual}, "advantages": {"scale": "none"}}
+        changes["policy_gradient"] = PolicyGradientConfig(ratio_to_sampler=True)
+        train(tiny_config(tmp_path, steps=1, **changes, run_dir=str(tmp_path / f"run{dual}")))
         losses[dual] = lines(tmp_path / f"run{dual}" / "metrics.jsonl")[0]["loss"]
     rows = lines(tmp_path / "runNone" / "completions.jsonl")
     negative = -sum(min(row["advantage"], 0.0) for row in rows) / len(rows)
@@ -173,7 +180,7 @@ def test_dual_clip_bounds_what_a_negative_advantage_costs(tmp_path, monkeypatch)
 
 @pytest.fixture
 def rollout(tmp_path):
-    """A scored rollout whose sampler and old policy are a little off, and one group that is silent."""
+    """A scored rollout whose sampler and old policy are a little off, and one zero-advantage group."""
     run = prepare(tiny_config(tmp_path))
     groups = sampled(run, 5, 4, seed=3)
     run.source.rewards.score(groups)
@@ -200,7 +207,7 @@ def packed(run, groups, algorithm, layout, budget):
 
 def select(run, algorithm, batches, *, seed):
     """The micro-batches of an optimizer step as the algorithm's masks leave them, and metrics."""
-    options = {"temperature": 1.0, "to_sampler": algorithm.to_sampler, "seed": seed}
+    options = {"temperature": 1.0, "ratio_to_sampler": algorithm.ratio_to_sampler, "seed": seed}
     return masked(run.learner.policy, batches, algorithm.masks, algorithm.spec, **options)
 
 
@@ -289,7 +296,7 @@ def test_masked_gradient_is_that_of_the_plain_expression(tmp_path, rollout, name
 def test_clip_cov_drops_its_share_of_the_tokens_between_its_bounds_and_others_at_each_step(tmp_path, rollout):
     run, groups = rollout
     masks = TokenMasks(clip_cov=0.1, cov_low=0.0, cov_high=1.0)
-    algorithm = with_masks(tmp_path, masks, loss=LossConfig(clip_low=1.0, clip_high=9.0))
+    algorithm = with_masks(tmp_path, masks, loss={"surrogate.low": 1.0, "surrogate.high": 9.0})
     algorithm.advantages(groups)
     (batch,) = packed(run, groups, algorithm, "padded", 10_000)
     each = batch.advantages.repeat_interleave(batch.cu_seqlens.diff())
@@ -323,8 +330,8 @@ def test_masks_of_a_recipe_act_in_the_run(tmp_path, monkeypatch, name):
     for line in metrics:
         if name == "kl_cov":
             assert line["masks/kept_fraction"] == 1.0
-            assert 0.03 < line["masks/held_fraction"] <= 0.1
-            assert line["masks/held_distance"] > 0
+            assert 0.03 < line["masks/kl_cov_fraction"] <= 0.1
+            assert line["masks/kl_cov_distance"] > 0
         else:
             assert 0 < line["masks/kept_fraction"] < 1
             assert line["gradient_fraction"] <= line["masks/kept_fraction"]
@@ -386,7 +393,7 @@ def test_vapo_by_recipe_imitates_what_scored_and_learns(tmp_path):
     found = {}
     for nll in (0.0, 0.3):
         ppo = PPOConfig(critic="shared", lam=1.0, length_alpha=0.4, positive_nll=nll, kl_coef=0.0, value_coef=0.5)
-        loss, directory = LossConfig(clip_high=0.28), tmp_path / f"run{nll}"
+        loss, directory = {"surrogate.high": 0.28}, tmp_path / f"run{nll}"
         optimizer = OptimizerConfig(lr=1e-2, steps_per_rollout=2)
         changes = {"loss": loss, "ppo": ppo, "optimizer": optimizer, "run_dir": str(directory), "algorithm": "ppo"}
         outcome = train(tiny_config(tmp_path, steps=12, **changes))
@@ -473,13 +480,22 @@ def test_reinforce_pp_by_recipe_takes_whitened_rewards_to_go_with_the_kl_in_them
             {"algorithm": "remax", "rollout": RolloutConfig(dynamic_sampling=2)},
             "dynamic_sampling: expected 0 with remax",
         ),
-        ({"algorithm": "remax", "loss": LossConfig(baseline="mean")}, "expected None with remax, which has its own"),
+        (
+            {"algorithm": "remax", "advantages": {"baseline": "mean"}},
+            "advantages: expected nothing with remax, which has its own",
+        ),
         ({"algorithm": "dppo", "rollout": RolloutConfig(top_p=0.9)}, "rollout.top_p, rollout.top_k: expected 1 and 0"),
         ({"masks": TokenMasks(off_policy=0.5), "rollout": RolloutConfig(top_k=9)}, "Leave masks.off_policy"),
-        ({"loss": LossConfig(old_policy="sampler", correction=Correction("mask", "token", 2.0))}, "loss.correction"),
         (
-            {"algorithm": "cispo", "loss": LossConfig(clip_dual=3.0)},
-            "loss.clip_dual: expected an algorithm with a Clip",
+            {
+                "policy_gradient": PolicyGradientConfig(ratio_to_sampler=True),
+                "loss": {"correction": {"kind": "mask", "level": "token", "high": 2.0}},
+            },
+            "loss.correction: expected nothing with policy_gradient.ratio_to_sampler",
+        ),
+        (
+            {"algorithm": "cispo", "loss": {"surrogate.dual": 3.0}},
+            "loss.surrogate.dual: unknown key. Known: ratio_max, ratio_min",
         ),
         ({"masks": TokenMasks(kl_cov=2e-4)}, "masks.kl_cov: expected more than 1 optimizer step per rollout"),
         ({"algorithm": "gmpo", "masks": TokenMasks(top_entropy=0.2)}, "top_entropy: expected null with gmpo"),
@@ -496,8 +512,8 @@ def test_reinforce_pp_by_recipe_takes_whitened_rewards_to_go_with_the_kl_in_them
         ),
         ({"algorithm": "ppo", "ppo": PPOConfig(length_alpha=0.0)}, "length_alpha: expected above 0"),
         (
-            {"algorithm": "rloo", "loss": LossConfig(old_policy="sampler")},
-            "loss.old_policy: expected nothing with rloo",
+            {"algorithm": "rloo", "policy_gradient": PolicyGradientConfig(ratio_to_sampler=True)},
+            "policy_gradient.ratio_to_sampler: expected null with rloo",
         ),
         ({"ppo": PPOConfig(positive_nll=0.1)}, "ppo: expected its defaults, as grpo has no critic"),
         ({"algorithm": "ppo", "ppo": PPOConfig(critic="none", lam=0.9)}, "ppo.lam: expected left out without a critic"),

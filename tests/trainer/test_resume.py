@@ -27,7 +27,7 @@ from fastrl.monitor.records import read_run
 from fastrl.rewards import RewardFailure
 from fastrl.sources import Rollouts
 from fastrl.trainer import checkpoint
-from fastrl.trainer.config import EvalConfig, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig
+from fastrl.trainer.config import EvalConfig, OptimizerConfig, RewardConfig, RolloutConfig
 from fastrl.trainer.evaluate import OnPrompts
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.resume import resumable
@@ -98,7 +98,7 @@ def everything(run_dir, last="step_000007"):
     [("float32", 1, None, 2), ("bfloat16", 1, "k3", 5), ("float32", 3, "k3", 5), ("bfloat16", 2, None, 2)],
 )
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, dtype, steps_per_rollout, kl, saved):
-    changes = {"dtype": dtype, "loss": LossConfig(kl=kl), "save_every": saved}
+    changes = {"dtype": dtype, "loss": {"kl": {"kind": kl} if kl else None}, "save_every": saved}
     config = config_for(tmp_path, "whole", **changes)
     config = replace(config, optimizer=replace(config.optimizer, steps_per_rollout=steps_per_rollout))
     train(config)
@@ -118,7 +118,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, dtype
 @pytest.mark.parametrize(("updates", "dtype"), [(1, "float32"), (2, "bfloat16")])
 def test_sigterm_between_two_optimizer_steps_of_a_rollout_saves_the_rest_of_it(tmp_path, monkeypatch, updates, dtype):
     optimizer = OptimizerConfig(lr=1e-2, steps_per_rollout=3)
-    changes = {"dtype": dtype, "loss": LossConfig(kl="k3"), "optimizer": optimizer, "steps": 4}
+    changes = {"dtype": dtype, "loss": {"kl": {}}, "optimizer": optimizer, "steps": 4}
     train(config_for(tmp_path, "whole", **changes))
     config = config_for(tmp_path, "stopped", **changes)
     calls, original = [], Learner.step

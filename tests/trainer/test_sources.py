@@ -9,7 +9,8 @@ import pytest
 import torch
 from trainer.tiny import offline_config, tiny_config, write_model
 
-from fastrl.algorithms.offline import OFFLINE, comparisons, objective_of
+from fastrl.algorithms import ALGORITHMS
+from fastrl.algorithms.offline import comparisons, objective_of
 from fastrl.data.groups import batch_from_json, batch_to_json
 from fastrl.data.pack import count, pack
 from fastrl.model.load import load_model
@@ -17,7 +18,7 @@ from fastrl.model.policy import Policy
 from fastrl.progress import Unwatched
 from fastrl.sources import Rollouts
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import DataConfig, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.config import DataConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
 from fastrl.trainer.setup import prepare, train
 from fastrl.types import Batch, Group, Prompt, Sample
 
@@ -57,13 +58,13 @@ def test_a_pair_is_the_best_and_the_worst_of_a_group_and_equal_rewards_are_none(
 
     groups = [group(0, 0.5, 1.0, None, 0.0), group(1, 1.0, 1.0), group(2, None, 3.0)]
     batch = Batch(groups, seed=1)
-    (pair,) = objective_of(OFFLINE["dpo"]).chosen(batch)
+    (pair,) = objective_of(ALGORITHMS["dpo"].spec).chosen(batch)
     assert [sample.token_ids for sample in pair.samples] == [[3], [5]]
     assert [sample.advantage for sample in pair.samples] == [1.0, -1.0]
     assert batch.contributing == groups[:1]
-    shown = objective_of(OFFLINE["sft"], threshold=1.0).chosen(Batch(groups, seed=1))
+    shown = objective_of(ALGORITHMS["sft"].spec, threshold=1.0).chosen(Batch(groups, seed=1))
     assert [[sample.reward for sample in one.samples] for one in shown] == [[1.0], [1.0], [1.0], [3.0]]
-    labelled = objective_of(OFFLINE["kto"], threshold=1.0).chosen(Batch(groups, seed=1))
+    labelled = objective_of(ALGORITHMS["kto"].spec, threshold=1.0).chosen(Batch(groups, seed=1))
     assert [one.samples[0].advantage for one in labelled] == [-1.0, 1.0, -1.0, 1.0, 1.0, 1.0]
 
 
@@ -321,7 +322,7 @@ def test_a_file_of_completions_is_compared_with_the_reference_at_the_temperature
     """Before the first update policy and reference are the same, so their KL is 0."""
     rollout = RolloutConfig(max_new_tokens=6, temperature=0.5)
     config = replace(
-        tiny_config(tmp_path, rollout=rollout, loss=LossConfig(kl="k3", kl_coef=0.1)),
+        tiny_config(tmp_path, rollout=rollout, loss={"kl.coef": 0.1}),
         source="offline",
         steps=1,
         data=DataConfig(source=scored_file(tmp_path / "scored.jsonl"), held_out=0, chat=False),

@@ -260,14 +260,14 @@ def forward_in_chunks(
     logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(2, count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
-    if save == "keep":
+    if save == "store":
         saved = hidden.new_empty(count, vocabulary)
     elif save == "frozen":
         saved = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         saved_entropy = torch.zeros_like(saved) if entropy else saved_entropy
     safe, poisoned = check_targets(targets, vocabulary, ignore_index)
     live, ignored = chosen.rows()
-    if save == "keep":
+    if save == "store":
         saved.index_fill_(0, ignored, 0)
     for rows in row_chunks(live, vocabulary, logps.element_size()):
         chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
@@ -277,7 +277,7 @@ def forward_in_chunks(
         logps[rows], lse[:, rows] = known.logps, known.lse
         if entropy:
             entropies[rows] = known.entropy
-        if save == "keep":
+        if save == "store":
             chunk.keep(known, saved, rows)
         elif save == "frozen":
             one = torch.ones_like(known.logps)
@@ -326,7 +326,7 @@ def backward_in_chunks(
     for rows in row_chunks(live, weight.shape[0], logps.element_size()):
         chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
         h = hidden[rows]
-        if save == "keep":
+        if save == "store":
             chunk.recall(saved, rows)
         else:
             chunk.reread(head.logits(h))

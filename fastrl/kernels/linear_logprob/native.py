@@ -12,11 +12,6 @@ from fastrl.kernels.native import address
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype, check_targets, scale_rows
 
 
-def isa() -> str:
-    """The instruction set in use, by which `storage.stored_rows` decides."""
-    return native.extension().isa()
-
-
 class NativeHead:
     """An LM head as the extension takes it. Rows are lists of indices; per-row arrays hold all N rows."""
 
@@ -71,7 +66,7 @@ class NativeHead:
 
     def stored_rows(self, rows: torch.Tensor, budget: int) -> int:
         """How many of these rows have their logits stored at a time; 0: computing them twice is quicker."""
-        return storage.stored_rows(self.hidden.dtype, isa(), len(rows), self.width, self.vocabulary, budget)
+        return storage.stored_rows(self.hidden.dtype, native.isa(), len(rows), self.width, self.vocabulary, budget)
 
     def chunks(self, rows: torch.Tensor, most: int) -> list[torch.Tensor]:
         """Row indices in pieces of about one length, at most `most`; whole panels but for the last."""
@@ -154,7 +149,7 @@ def forward(
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     wanted = entropies if entropy else None
-    if save == "keep":
+    if save == "store":
         saved = hidden.new_empty(count, vocabulary)
         kept, used = saved.view(-1), len(rows) * vocabulary
         if hidden.dtype == head.dtype:
@@ -225,12 +220,12 @@ def backward(
     # What `forward` kept: logits, or in 16 bits probabilities, which alone tell neither the slope of a softcap nor
     # log p where p has no digits left.
     logits, kept, places = None, None, None
-    if save == "keep" and hidden.dtype == head.dtype:
+    if save == "store" and hidden.dtype == head.dtype:
         logits = saved
-    elif save == "keep" and softcap == NO_SOFTCAP and grad_entropy is None:
+    elif save == "store" and softcap == NO_SOFTCAP and grad_entropy is None:
         kept = saved
     stored = targets != ignore_index
-    if save == "keep" and len(rows) < stored.sum():
+    if save == "store" and len(rows) < stored.sum():
         places = (stored.cumsum(0) - 1)[rows]
     head.backward(
         rows,

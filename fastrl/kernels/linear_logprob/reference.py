@@ -65,7 +65,7 @@ def forward(
         logps = logps.masked_fill(poisoned, float("nan"))
     h = entropy_of(p) if entropy else p.new_empty(0)
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
-    if save == "keep":
+    if save == "store":
         saved = p.to(hidden.dtype)
     elif save == "frozen":
         one, zero = torch.ones_like(logps), torch.zeros_like(logps)

@@ -14,7 +14,7 @@ import torch
 
 from fastrl.kernels.linear_logprob import chunked as linear_logprob
 from fastrl.kernels.linear_logprob.chunked import Head, Selection, Statistics, at_rows, row_chunks
-from fastrl.kernels.linear_policy_loss.reference import silent_rows
+from fastrl.kernels.linear_policy_loss.reference import zero_advantage_rows
 from fastrl.kernels.policy_loss import reference as policy_loss
 from fastrl.kernels.softmax_row import check_targets
 from fastrl.spec import PolicyLoss
@@ -88,7 +88,7 @@ def forward_in_chunks(
     """
     head = Head(weight, main_grad)
     count, vocabulary = len(targets), weight.shape[0]
-    live, silent = mask & (targets != ignore_index), silent_rows(advantages, weights, spec)
+    live, silent = mask & (targets != ignore_index), zero_advantage_rows(advantages, weights, spec)
     chosen = Selection(live & silent, live & ~silent)
     logps = hidden.new_zeros(count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.kernels.linear_logprob.native import NativeHead, isa
-from fastrl.kernels.linear_policy_loss.reference import silent_rows
+from fastrl.kernels.linear_logprob.native import NativeHead
+from fastrl.kernels.linear_policy_loss.reference import zero_advantage_rows
 from fastrl.kernels.policy_loss import native as policy_loss
 from fastrl.kernels.softmax_row import check_targets
 from fastrl.spec import PolicyLoss
-
-__all__ = ["forward", "isa"]
 
 
 def forward(
@@ -89,7 +87,7 @@ def forward(
     rows, chunks = live.nonzero().squeeze(-1), []
     needs_grad = needs_hidden or needs_weight or needs_bias
     if needs_grad:
-        silent = silent_rows(advantages, weights, spec)
+        silent = zero_advantage_rows(advantages, weights, spec)
         trains = (live & ~silent).nonzero().squeeze(-1)
         most = head.stored_rows(trains, logit_bytes)
         if most:

@@ -47,7 +47,7 @@ def forward(
     shared = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     masked_targets = targets.masked_fill(~mask, ignore_index)
     head = (hidden, weight, masked_targets, bias, temperature)
-    logps, h, lse, *saved = linear_logprob.forward(*head, **shared, entropy=entropy, save="stream")
+    logps, h, lse, *saved = linear_logprob.forward(*head, **shared, entropy=entropy, save="recompute")
     mask = mask & (masked_targets != ignore_index)
     loss, dlogps, dentropy, metrics = policy_loss.forward(
         logps,
@@ -71,7 +71,7 @@ def forward(
         lse,
         *saved,
         **shared,
-        save="stream",
+        save="recompute",
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         needs_bias=needs_bias,
@@ -84,7 +84,7 @@ def forward(
     return loss, logps, h, d_hidden, d_weight, d_bias, metrics
 
 
-def silent_rows(advantages: torch.Tensor, weights: torch.Tensor, spec: PolicyLoss) -> torch.Tensor:
+def zero_advantage_rows(advantages: torch.Tensor, weights: torch.Tensor, spec: PolicyLoss) -> torch.Tensor:
     """True where the loss and its gradient are zero whatever the log-probability is."""
     silent = weights == 0
     if spec.kl is None and not spec.needs_entropy:

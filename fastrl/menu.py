@@ -1,0 +1,75 @@
+"""What there is to train with: the recipes of a folder and the table of algorithms, for the terminal and as a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastrl.algorithms import ALGORITHMS, Kind
+from fastrl.algorithms.registry import ROWS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HEADER = ("algorithm", "what it is", "paper", "needs")
+INTRODUCTION = """# Algorithms
+
+What `algorithm` of a recipe takes, written by `fastrl recipes --markdown`. `loss` changes a preset by the names of its
+spec, as in `loss: {surrogate.high: 0.28}`; a policy loss has a KL, and with it a reference, once `loss.kl` is named.
+Those that learn from anything but rewards take completions with rewards too, `source: rollouts`: of each group the best
+and the worst as a pair, those that score `rollout.threshold` as demonstrations, or all with that as their label.
+"""
+
+
+def print_menu(console: Console, folder: Path) -> None:
+    """All tables."""
+    recipes = [(path.name, algorithm, about) for path, algorithm, about in about_recipes(folder)]
+    if recipes:
+        _print(console, f"Recipes in {folder}", ("recipe", "algorithm", "about"), recipes)
+    for kind, rows in _by_kind():
+        _print(console, f"Algorithms that learn from {ROWS[kind]}", HEADER, rows)
+
+
+def page() -> str:
+    """The algorithms in Markdown."""
+    lines = [INTRODUCTION]
+    for kind, rows in _by_kind():
+        lines += [f"## From {ROWS[kind]}", ""]
+        cells = [HEADER, ("---",) * len(HEADER), *((f"`{name}`", line, _link(of), do) for name, line, of, do in rows)]
+        lines += [f"| {' | '.join(row)} |" for row in cells] + [""]
+    return "\n".join(lines)
+
+
+def _by_kind() -> Iterator[tuple[Kind, list[tuple[str, ...]]]]:
+    for kind in ROWS:
+        of_kind = {name: entry for name, entry in ALGORITHMS.items() if entry.kind == kind}
+        yield kind, [(name, one.line, one.paper, ", ".join(one.needs)) for name, one in of_kind.items()]
+
+
+def _print(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, style="dim" if name == "paper" else None, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+    console.print()
+
+
+def about_recipes(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """(file, algorithm, the first sentence of the comment that it begins with) of each recipe in a folder."""
+    for path in sorted(folder.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        comment = " ".join(line.lstrip("# ") for line in re.match(r"(#.*\n)*", text).group().splitlines())
+        algorithm = re.search(r"^algorithm:\s*(\w+)", text, re.MULTILINE)
+        yield path, algorithm.group(1) if algorithm else "", re.split(r"(?<=\w)[.:] ", comment)[0].rstrip(".")
+
+
+def _link(paper: str) -> str:
+    if paper.startswith("arXiv:"):
+        return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
+    return f"[{paper.rsplit('/', 1)[-1]}]({paper})"

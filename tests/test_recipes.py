@@ -1,0 +1,64 @@
+"""The table of algorithms, and what shows it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastrl.algorithms import ALGORITHMS
+from fastrl.algorithms.registry import ROWS
+from fastrl.cli import main
+from fastrl.losses.presets import PREFERENCE_PRESETS, PRESETS
+from fastrl.menu import about_recipes, page
+from fastrl.trainer.build import build_algorithm
+from fastrl.trainer.config import TrainConfig
+from fastrl.trainer.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_preset_is_an_algorithm():
+    specs = [entry.spec for entry in ALGORITHMS.values()]
+    assert [name for name, preset in (PRESETS | PREFERENCE_PRESETS).items() if preset not in specs] == []
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_table_says_what_the_algorithm_that_is_built_reads(name):
+    entry, built = ALGORITHMS[name], build_algorithm(TrainConfig(algorithm=name))
+    assert built.kind == entry.kind in ROWS
+    assert built.needs_ref == ("reference" in entry.needs)
+    assert built.needs_critic == ("critic" in entry.needs)
+    assert built.needs_greedy == ("greedy completions" in entry.needs)
+    assert getattr(built, "ratio_to_sampler", False) == ("sampling log-probabilities" in entry.needs)
+
+
+def test_every_algorithm_has_a_paper_and_a_line_of_its_own():
+    for entry in ALGORITHMS.values():
+        assert re.fullmatch(r"arXiv:\d{4}\.\d{5}|https://\S+", entry.paper)
+    lines = [entry.line for entry in ALGORITHMS.values()]
+    assert len(set(lines)) == len(lines)
+    assert max(map(len, lines)) <= 60
+
+
+def test_the_page_of_algorithms_is_the_table():
+    assert (ROOT / "docs" / "algorithms.md").read_text() == page()
+    for name in ALGORITHMS:
+        assert f"| `{name}` |" in page()
+
+
+def test_the_command_shows_every_recipe_and_every_algorithm(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(ROOT)
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    for path, algorithm, about in about_recipes(Path("recipes")):
+        assert load_recipe(path).algorithm == algorithm
+        assert len(about) > 10
+        assert path.name in shown
+    for name, entry in ALGORITHMS.items():
+        assert name in shown
+        assert entry.paper in shown
+    assert main(["recipes", "--markdown"]) == 0
+    assert capsys.readouterr().out == page()
