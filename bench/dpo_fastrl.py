@@ -30,7 +30,8 @@ def run(workload: PairsWorkload) -> list[StepRecord]:
 
 def _record(step: dict[str, float]) -> StepRecord:
     stages = dict.fromkeys(STAGES, 0.0) | {"train": step["time/train"]}
-    return StepRecord(step["step_time"], stages, step["loss"], 0.0, round(step["num_tokens"]), 0.0)
+    tokens = round(step["tokens_per_second"] * step["step_time"])
+    return StepRecord(step["step_time"], stages, step["loss"], 0.0, tokens, 0.0)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _record(step: dict[str, float], workload: Workload) -> StepRecord:
         stages=stages,
         reward=step["reward"],
         length=step["completions/mean_length"],
-        tokens=round(step["num_tokens"]),
+        tokens=round(step["tokens_per_second"] * step["step_time"]),
         equal_rewards=step["frac_reward_zero_std"],
     )
 

@@ -46,7 +46,7 @@ class Alarms:
 
     def _changes(self, metrics: dict[str, float]) -> dict[str, Sign]:
         """What is seen only beside earlier steps."""
-        length, entropy = metrics.get("completions/mean_length"), metrics.get("entropy")
+        length, entropy = metrics.get("completions/mean_length"), metrics.get("sampling/entropy")
         first = {name: fmean(values) for name, values in self._first.items() if len(values) == FIRST}
         signs = {}
         if length is not None and "completions/mean_length" in first:
@@ -56,8 +56,8 @@ class Alarms:
                 f"completions have {length:.1f} tokens, a third or less of the {began:.1f} they began with. Read some: "
                 "a reward that short answers can have is the usual reason.",
             )
-        if entropy is not None and "entropy" in first:
-            began = first["entropy"]
+        if entropy is not None and "sampling/entropy" in first:
+            began = first["sampling/entropy"]
             signs["entropy collapse"] = Sign(
                 entropy < 0.1 * began,
                 f"the entropy is {entropy:.3f} nats per token, a tenth or less of the {began:.3f} it began with: the "
@@ -90,6 +90,11 @@ def _signs(metrics: dict[str, float]) -> dict[str, Sign]:
             equal >= 1.0,
             "all completions of each prompt got the same reward, so there is nothing to learn from. "
             "Choose an easier or harder task, more samples per prompt, or a higher temperature.",
+        ),
+        "few groups": Sign(
+            0.9 <= equal < 1.0,
+            f"{equal:.0%} of the prompts gave completions of one reward each, and little is left to learn. Choose "
+            "another task, or draw new prompts for those with rollout.dynamic_sampling.",
         ),
         "length limit": Sign(
             cut > 0.9,

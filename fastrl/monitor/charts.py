@@ -74,7 +74,11 @@ _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Value loss", "mean over tokens", {"value/loss": "value loss"}),
     ("KL in the reward", "nats per completion", {"objective/kl": "to the reference"}),
     ("Gradient norm", "before clipping", {"grad_norm": "policy", "critic/grad_norm": "critic"}),
-    ("Entropy", "nats per token", {"entropy": "entropy"}),
+    (
+        "Entropy",
+        "nats per token",
+        {"entropy": "of the groups that train", "sampling/entropy": "of all completions, as sampled"},
+    ),
     (
         "Completion length",
         "tokens",

@@ -74,6 +74,7 @@ class RunLog:
         self._clock = clock
         self._began = self._mark = clock()
         self._seconds: dict[str, float] = {}
+        self._tokens = 0.0
         self._alarms = Alarms()
         self._evaluated: dict[int, dict[str, float]] = {}
         self._screen = Screen(total_steps, columns, console, clock)
@@ -145,6 +146,7 @@ class RunLog:
                 short.append(path.name)
                 _drop_half_line(path)
         self._mark, self._seconds = self._clock() - state["seconds_of_step"], dict(state["stages"])
+        self._tokens = max((record.get("num_tokens", 0.0) for record in lines(self._path("metrics"))), default=0.0)
         self._evaluated = {}
         for record in lines(self._path("evaluations")):
             self._evaluated.setdefault(record["step"], {}).update(measured(record))
@@ -174,13 +176,18 @@ class RunLog:
             self._screen.stage(None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl: `metrics`, `step_time`, `tokens_per_second` and `time/<stage>`, all in seconds."""
+        """One line of metrics.jsonl: `metrics`, `step_time`, `tokens_per_second` and `time/<stage>`, all in seconds.
+
+        `num_tokens` of `metrics` are the step's; in the line they are those of the run until then, as TRL counts them.
+        """
         now = self._clock()
         outside = sum(self._seconds.get(name, 0.0) for name in BETWEEN_STEPS)
         step_time = now - self._mark - outside
         record = {"step": step, "time": now - self._began, **metrics, "step_time": step_time}
-        if "num_tokens" in metrics and step_time > 0:
-            record["tokens_per_second"] = metrics["num_tokens"] / step_time
+        if "num_tokens" in metrics:
+            record["num_tokens"] = self._tokens = self._tokens + metrics["num_tokens"]
+            if step_time > 0:
+                record["tokens_per_second"] = metrics["num_tokens"] / step_time
         stages, self._seconds, self._mark = self._seconds, {}, now
         record |= {f"time/{name}": seconds for name, seconds in stages.items()}
         self._append("metrics", record)

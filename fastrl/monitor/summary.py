@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean, pstdev, stdev
 
 from fastrl.losses.metrics import finish, merge
-from fastrl.types import Batch
+from fastrl.types import Batch, Sample
 
 
 def step_metrics(batch: Batch) -> dict[str, float]:
@@ -19,6 +20,12 @@ def step_metrics(batch: Batch) -> dict[str, float]:
         sum(len(group.prompt.token_ids) + len(sample.token_ids) for group in batch.groups for sample in group.samples)
     )
     return values | batch.numbers
+
+
+def _own(sample: Sample) -> list[float]:
+    """The sampler's log-probabilities of the tokens that the policy wrote."""
+    own = sample.own or [True] * len(sample.token_ids)
+    return [logp for logp, written in zip(sample.sampling_logps, own, strict=True) if written]
 
 
 def _rewards(batch: Batch) -> dict[str, float]:
@@ -37,6 +44,11 @@ def _rewards(batch: Batch) -> dict[str, float]:
         "completions/unscored": float(len(samples) - len(scored)),
         "groups/contributing": len(batch.contributing) / len(groups),
     }
+    surprise = [-logp for one in samples for logp in _own(one)]
+    if surprise and not math.isnan(surprise[0]):  # written completions have no sampler
+        # An unbiased estimate of the sampler's entropy, also of the groups that nothing is learned from, and so where
+        # `entropy`, which is exact and of the others alone, has holes.
+        values["sampling/entropy"] = fmean(surprise)
     if any(len(group.samples) > 1 for group in groups):  # one completion has no spread
         values["reward_std"] = fmean([stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in by_group])
         values["frac_reward_zero_std"] = fmean([float(len(set(rewards)) <= 1) for rewards in by_group])

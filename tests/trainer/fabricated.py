@@ -88,6 +88,7 @@ def metrics(step: int, rng: random.Random, total: int) -> dict[str, float]:
         "clip_ratio/low_mean": abs(rng.gauss(0, 0.004)),
         "clip_ratio/high_mean": abs(rng.gauss(0, 0.006)),
         "entropy": 1.3 - 0.7 * progress + rng.gauss(0, 0.03),
+        "sampling/entropy": 1.25 - 0.7 * progress + rng.gauss(0, 0.05),
         "kl": 0.02 * progress,
         "sampling/sampling_logp_difference/mean": 0.004 + abs(rng.gauss(0, 0.001)),
         "gradient_fraction": 0.6,

@@ -74,7 +74,7 @@ def test_stage_entered_twice_adds_up_and_starts_anew_with_the_next_step(ticking,
     log.step(1, {"num_tokens": 450.0})
     with log.stage("train"):
         time.now += 3.0
-    log.step(2, {})
+    log.step(2, {"num_tokens": 150.0})
     first, second = lines(tmp_path / "run" / "metrics.jsonl")
     assert first == {
         "step": 1,
@@ -84,7 +84,14 @@ def test_stage_entered_twice_adds_up_and_starts_anew_with_the_next_step(ticking,
         "tokens_per_second": 200.0,
         "time/score": 1.75,
     }
-    assert second == {"step": 2, "time": 5.25, "step_time": 3.0, "time/train": 3.0}
+    assert second == {
+        "step": 2,
+        "time": 5.25,
+        "num_tokens": 600.0,  # of the run
+        "step_time": 3.0,
+        "tokens_per_second": 50.0,
+        "time/train": 3.0,
+    }
 
 
 def test_stage_that_raises_is_still_timed(ticking, tmp_path):
@@ -350,7 +357,7 @@ def test_durations_round_without_ever_showing_sixty_seconds():
 def test_a_hacked_reward_shows_in_lengths_and_entropies():
     alarms, said = Alarms(), []
     for step, (length, entropy) in enumerate([(12.0, 5.5)] * 4 + [(6.0, 3.0)] * 3 + [(1.4, 0.5)] * 4, start=1):
-        said += alarms.check(step, {"completions/mean_length": length, "entropy": entropy, "reward": 1.0})
+        said += alarms.check(step, {"completions/mean_length": length, "sampling/entropy": entropy, "reward": 1.0})
     assert [message.split(":")[0] for message in said] == ["Steps 8 to 10", "Steps 8 to 10"]
     assert "completions have 1.4 tokens, a third or less of the 12.0 they began with" in said[0]
     assert "the entropy is 0.500 nats per token, a tenth or less of the 5.500" in said[1]

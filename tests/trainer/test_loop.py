@@ -419,6 +419,19 @@ def test_dynamic_sampling_draws_other_completions_and_is_reported(tmp_path):
         assert line["frac_reward_zero_std"] < metrics[0][0]["frac_reward_zero_std"]
 
 
+def test_the_entropy_of_what_was_sampled_is_known_where_no_group_teaches_anything(tmp_path):
+    config = tiny_config(tmp_path, steps=2, rewards=(RewardConfig("trainer.tiny:always_one"),))
+    train(config)
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert all("entropy" not in row and row["groups/contributing"] == 0 for row in rows)
+    run = prepare(config)
+    policy, batches = run.learner.policy, run.learner.pack(run.source.next(run.learner, Unwatched()).groups)
+    exact = [policy.outputs(policy.hidden(batch), batch.targets, entropy=True).entropy for batch in batches]
+    assert rows[0]["sampling/entropy"] == pytest.approx(
+        float(torch.cat(exact).mean()), rel=0.2
+    )  # drawn, not integrated
+
+
 def test_rewards_differ_by_equality_and_not_for_want_of_a_score(rollout):
     group = rollout[1][0]
     for rewards, differ in (

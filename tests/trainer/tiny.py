@@ -73,6 +73,11 @@ def noisy_words(completions, wanted, **_):
     return [w + 0.1 * (random.random() + np.random.random() + torch.rand(()).item()) for w in words]
 
 
+def always_one(completions, **_):
+    """Nothing to learn from."""
+    return [1.0] * len(completions)
+
+
 def short(completions, **_):
     """The shorter, the better."""
     return [1.0 / (1 + len(text.split())) for text in completions]
