@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrl import check
+from fastrl.hub import or_cache
 
 READERS = {".csv": "csv", ".parquet": "parquet", ".json": "json"}  # suffix -> the reader of `datasets`
 GYM = "reasoning_gym:"
@@ -178,7 +179,8 @@ def _open_dataset(source: str | Path, options: Mapping[str, Any]) -> Iterable[Ma
             _no_options(source, options, ())
         return dataset
     try:
-        return datasets.load_dataset(str(source), options.get("name"), split=options.get("split"))
+        with or_cache(str(source)):
+            return datasets.load_dataset(str(source), options.get("name"), split=options.get("split"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"load_prompts: source: expected {GYM}TASK, a .jsonl file, a folder written by save_to_disk or a dataset "

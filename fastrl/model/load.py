@@ -15,6 +15,7 @@ import torch
 
 from fastrl import check
 from fastrl.chat import end_of_turn
+from fastrl.hub import or_cache
 from fastrl.model.packaged import PACKAGED, converted
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def load_pretrained(
     name = str(name_or_path)
     with quiet_progress():
         source = str(converted(PACKAGED[name])) if name in PACKAGED else name
+    with quiet_progress(), or_cache(source):
         try:
             model, loading = kind.from_pretrained(
                 source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
@@ -104,7 +106,7 @@ def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
     name = str(name_or_path)
     try:
         source = str(converted(PACKAGED[name])) if name in PACKAGED else name
-        with quiet_progress(), torch.device("meta"):
+        with quiet_progress(), or_cache(source), torch.device("meta"):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):  # who loads the model says it better
