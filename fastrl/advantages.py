@@ -7,7 +7,7 @@ import torch
 from fastrl import check
 from fastrl.kernels.precision import answer, widest
 from fastrl.ops.gae import gae
-from fastrl.ops.group_advantages import GroupAdvantage, check_groups, group_advantages
+from fastrl.ops.group_advantages import GroupAdvantage, check_groups, finite, group_advantages
 
 GRPO = GroupAdvantage("mean", "group")  # arXiv:2402.03300, section 4.1.2
 DR_GRPO = GroupAdvantage("mean", "none")  # arXiv:2503.20783, section 3.2
@@ -136,7 +136,7 @@ def gdpo(
     check.require(rewards.dim() == 2, "gdpo", "rewards", "shape (B, K)", tuple(rewards.shape))
     weights = torch.ones(rewards.shape[1], device=rewards.device) if weights is None else weights
     check.shape("gdpo", "weights", weights, rewards.shape[1:], "one per reward")
-    rewards, dtype = rewards.detach(), answer(rewards)
+    rewards, dtype = finite("gdpo", "rewards", rewards), answer(rewards)
     groups = check_groups("gdpo", rewards.new_zeros(rewards.shape[0]), group_ids, group_size)
     wide = rewards.to(widest(rewards.device))
     total = torch.where(wide.isnan().all(1), torch.nan, 0.0).to(wide.dtype)
@@ -170,6 +170,7 @@ def reinforce_pp_baseline(
     """
     op = "reinforce_pp_baseline"
     groups = check_groups(op, rewards, group_ids, group_size)
+    rewards = finite(op, "rewards", rewards)
     _check_lengths(op, lengths, rewards)
     centred = group_advantages(rewards, group_ids=groups, scale="none")
     lengths = lengths.long().masked_fill(rewards.isnan(), 0)
@@ -201,9 +202,10 @@ def opo(
         (B,) float32, or float64 for float64 rewards. A constant.
     """
     groups = check_groups("opo", rewards, group_ids, group_size)
+    rewards = finite("opo", "rewards", rewards)
     _check_lengths("opo", lengths, rewards)
     valid, group, count = _indexed(rewards, groups)
-    wide = rewards.detach().to(widest(rewards.device))
+    wide = rewards.to(widest(rewards.device))
     low = _largest(-wide.masked_fill(~valid, torch.inf), group, count)  # minus the smallest reward of each group
     shifted = torch.where(valid, wide + low[group], 0.0)  # equal rewards are exactly 0
     weights = torch.where(valid, lengths, 0).to(wide.dtype)
@@ -228,8 +230,9 @@ def max_rl(
         (B,) float32, or float64 for float64 rewards. A constant.
     """
     groups = check_groups("max_rl", rewards, group_ids, group_size)
+    rewards = finite("max_rl", "rewards", rewards)
     valid, group, count = _indexed(rewards, groups)
-    wide = rewards.detach().to(widest(rewards.device))
+    wide = rewards.to(widest(rewards.device))
     seen = torch.stack((torch.where(valid, wide, 0.0), valid.to(wide.dtype)))
     total = wide.new_zeros(2, count).index_add(1, group, seen)
     mean = (total[0] / total[1].clamp(min=1))[group]
@@ -260,9 +263,10 @@ def pass_at_k(
         (B,) float32, or float64 for float64 rewards. A constant.
     """
     groups = check_groups("pass_at_k", rewards, group_ids, group_size)
+    rewards = finite("pass_at_k", "rewards", rewards)
     valid, group, count = _indexed(rewards, groups)
     # A difference of two advantages is that of their rewards, scaled.
-    wide = rewards.detach().to(widest(rewards.device))
+    wide = rewards.to(widest(rewards.device))
     relative = group_advantages(wide, group_ids=groups, scale=scale, eps=eps).masked_fill(~valid, -torch.inf)
     best = _largest(relative, group, count)[group]
     is_best = valid & (relative == best)
@@ -288,7 +292,8 @@ def remax(rewards: torch.Tensor, greedy_rewards: torch.Tensor) -> torch.Tensor:
     check.floating("remax", "greedy_rewards", greedy_rewards)
     check.shape("remax", "greedy_rewards", greedy_rewards, rewards.shape, "as rewards")
     wide = widest(rewards.device)
-    difference = rewards.detach().to(wide) - greedy_rewards.detach().to(wide)
+    rewards, greedy_rewards = finite("remax", "rewards", rewards), finite("remax", "greedy_rewards", greedy_rewards)
+    difference = rewards.to(wide) - greedy_rewards.to(wide)
     return torch.where(difference.isnan(), 0.0, difference).to(answer(rewards, greedy_rewards))
 
 

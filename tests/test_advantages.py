@@ -127,7 +127,7 @@ IDS = torch.tensor([7, -3, 7, 5, -3, 7, 9, -3, 11, 11, 7, 13, 13])
 REWARDS = f64(1, 0.1, 0, 2, 0.1, 0.5, NAN, 0.1, 0.3, NAN, NAN, 4, -1)
 LENGTHS = torch.tensor([3, 5, 1, 2, 0, 4, 6, 1, 2, 3, 9, 1, 3])
 GROUPS = {7: [0, 2, 5], -3: [1, 4, 7], 5: [3], 9: [], 11: [8], 13: [11, 12]}  # scorable members
-SILENT = [1, 3, 4, 6, 7, 8, 9, 10]  # no difference to learn from
+ZERO_ADVANTAGE = [1, 3, 4, 6, 7, 8, 9, 10]  # no difference to learn from
 
 ESTIMATORS = {
     "opo": lambda r, ids, lengths: adv.opo(r, lengths, group_ids=ids),
@@ -139,6 +139,21 @@ ESTIMATORS = {
 each_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 
 
+@pytest.mark.parametrize("reward", [math.inf, -math.inf])
+@pytest.mark.parametrize("name", [*ESTIMATORS, "group_advantages", "remax"])
+def test_an_infinite_reward_is_refused_by_every_estimator(name, reward):
+    others = {
+        "group_advantages": lambda r, ids, lengths: adv.GRPO(r, group_ids=ids),
+        "remax": lambda r, ids, lengths: adv.remax(torch.zeros_like(r), r),
+    }
+    rewards = REWARDS.clone()
+    rewards[2] = reward
+    with pytest.raises(
+        ValueError, match=rf"{name}: (greedy_)?rewards: expected finite numbers, or NaN .*, got {reward}"
+    ):
+        (ESTIMATORS | others)[name](rewards, IDS, LENGTHS)
+
+
 @each_estimator
 def test_estimators_take_groups_in_any_order_and_leave_the_unscorable_at_zero(name):
     estimate = ESTIMATORS[name]
@@ -146,7 +161,7 @@ def test_estimators_take_groups_in_any_order_and_leave_the_unscorable_at_zero(na
     assert (got.dtype, got.isfinite().all().item()) == (torch.float64, True)
     assert (got[REWARDS.isnan()] == 0).all()
     if name != "reinforce_pp_baseline":  # which compares with the mean over all tokens
-        assert (got[SILENT] == 0).all()
+        assert (got[ZERO_ADVANTAGE] == 0).all()
     assert got[[0, 11]].gt(0).all()
     order = torch.randperm(len(IDS))
     shuffled = estimate(REWARDS[order], IDS[order], LENGTHS[order])

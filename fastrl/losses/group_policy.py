@@ -8,7 +8,7 @@ from fastrl import check
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import check_entropy, flat, flatten_tokens
 from fastrl.ops.derivatives import refuse_forward_mode
-from fastrl.ops.group_advantages import GroupAdvantage, check_groups
+from fastrl.ops.group_advantages import GroupAdvantage, check_groups, finite
 from fastrl.ops.group_policy_loss import group_policy_loss as group_policy_loss_op
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput
@@ -43,8 +43,8 @@ def group_policy_loss(
     Args:
         logps, spec, mask, old_logps, ref_logps, sampling_logps, entropy, normalizer, cu_seqlens, backend: as
             `policy_loss`, with logps (B, T), or (N,) with `cu_seqlens`.
-        rewards, group_ids, group_size: as `group_advantages`, one per sequence: (B,) or (S,). The groups are also those
-            of `prompt_mean`.
+        rewards, group_ids, group_size: as `group_advantages`, one per sequence: (B,) or (S,). On a device nobody looks
+            whether they are finite or NaN. The groups are also those of `prompt_mean`.
         estimator: what an advantage is, such as `fastrl.advantages.GRPO`.
 
     Returns:
@@ -85,7 +85,7 @@ def group_policy_loss(
     )
     loss, _, _, table = group_policy_loss_op(
         flat(logps, dtype),
-        rewards.detach(),
+        finite(OP, "rewards", rewards) if rewards.device.type == "cpu" else rewards.detach(),  # no launches for it
         groups,
         tokens.weights,
         tokens.mask,

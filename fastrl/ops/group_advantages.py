@@ -43,6 +43,13 @@ def check_estimator(op: str, baseline: str, scale: str, eps: float) -> None:
     )
 
 
+def finite(op: str, argument: str, rewards: torch.Tensor) -> torch.Tensor:
+    """The rewards without gradient. An infinite one, which leaves no advantage to its group, is refused; on a device,
+    where looking would have to wait for it, it counts as one that could not be scored."""
+    good = ~rewards.detach().isinf()
+    return check.values(op, argument, rewards.detach(), good, "finite numbers, or NaN where there is none")
+
+
 def check_groups(
     op: str, rewards: torch.Tensor, group_ids: torch.Tensor | None, group_size: int | None
 ) -> torch.Tensor:
@@ -125,12 +132,12 @@ def group_advantages(
 
     Raises:
         ValueError: groups given twice, not at all or with another shape; a size that does not divide B; an unknown
-            baseline or scale; a negative eps; `baseline="none"` with `scale="group"`.
+            baseline or scale; a negative eps; `baseline="none"` with `scale="group"`; infinite rewards, on a CPU.
         TypeError: rewards are not floating point, or group ids no integers.
     """
     check_estimator(OP, baseline, scale, eps)
     groups = check_groups(OP, rewards, group_ids, group_size)
-    return _group_advantages(rewards.detach(), groups, baseline, scale, float(eps), backend)
+    return _group_advantages(finite(OP, "rewards", rewards), groups, baseline, scale, float(eps), backend)
 
 
 @dataclass(frozen=True)
