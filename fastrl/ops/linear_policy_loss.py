@@ -60,7 +60,9 @@ def linear_policy_loss(
         *needs,
         backend,
     )
-    if any(needs):
+    if main_grad is not None and needs == (False, True, False):
+        loss = loss.detach().requires_grad_()  # all its gradient is in `main_grad`, but callers call backward
+    elif any(needs):
         weight = head.weight if main_grad is None else head.weight.detach()
         loss = attach_gradients(loss, head.hidden, weight, head.bias, *gradients)
     return LinearPolicyLoss(loss, logps, entropies, metrics)

@@ -566,6 +566,18 @@ def test_memory_changes_nothing_of_a_loss_that_separates(backend, memory, small_
     compare_with_dense(batch(), SPECS["entropy bonus"], EVERYTHING, {}, memory=memory, backend=backend)
 
 
+def test_a_weight_that_alone_trains_into_main_grad_has_a_loss_to_call_backward_on(backend):
+    inputs, advantages, tokens = batch()
+    both, alone = torch.zeros_like(inputs.weight), torch.zeros_like(inputs.weight)
+    fused(inputs.leaves(*EVERYTHING), advantages, SPECS["clip"], tokens, main_grad=both, backend=backend)
+    only = inputs.leaves("weight")
+    loss = fused(only, advantages, SPECS["clip"], tokens, main_grad=alone, backend=backend).loss
+    (2 * loss).backward()  # joins any graph
+    assert alone.abs().sum() > 0
+    assert torch.equal(alone, both)
+    assert only.weight.grad is None
+
+
 def test_main_grad_is_refused_where_it_would_be_wrong():
     hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
     targets, advantages, mask = torch.randint(0, 9, (6,)), torch.randn(6), torch.ones(6, dtype=torch.bool)
