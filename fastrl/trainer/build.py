@@ -198,8 +198,8 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     whole, name = not config.policy_gradient.filter_zero_variance, "policy_gradient.filter_zero_variance"
     require(whole, OP, name, "False: a critic learns from equal rewards too", True)
     require(spec.kl is None, OP, "loss.kl", "nothing: PPO's KL is in the reward, ppo.kl_coef", spec.kl)
-    finite = 0 <= ppo.critic_lr < math.inf
-    require(finite, OP, "ppo.critic_lr", "0 or more, and finite", ppo.critic_lr)
+    finite = ppo.critic_lr is None or 0 <= ppo.critic_lr < math.inf
+    require(finite, OP, "ppo.critic_lr", "0 or more, and finite, or null", ppo.critic_lr)
     own = ppo.critic != "shared" or not ppo.critic_model
     require(own, OP, "ppo.critic_model", "none for a critic that shares the policy's backbone", ppo.critic_model)
     warm = ppo.critic_warmup == 0 or (ppo.critic == "separate" and 0 < ppo.critic_warmup < config.steps)

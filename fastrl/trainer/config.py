@@ -176,8 +176,9 @@ class PPOConfig:
     """A model of its own, or a linear layer on the policy's hidden states; none is REINFORCE++."""
     critic_model: str = ""
     """What a separate critic starts from: the policy's own model, if empty, or a trained reward model."""
-    critic_lr: float = 1e-5
-    """Learning rate of a separate critic."""
+    critic_lr: float | None = None
+    """Learning rate of the critic's own weights; null is 1e-5 for a separate one, and 1e-4 for a layer on the policy's
+    hidden states, which begins as zeros."""
     critic_warmup: int = 0
     """Steps at the start in which a separate critic alone learns: VAPO's value pre-training."""
     gamma: float = 1.0

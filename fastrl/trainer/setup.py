@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     Loaded = TypeVar("Loaded")
 
 
+SEPARATE_CRITIC_LR, SHARED_CRITIC_LR = 1e-5, 1e-4  # of a whole model; of a layer that begins as zeros
+
+
 @dataclass(frozen=True)
 class _Made:
     """What a kind of source brings."""
@@ -373,17 +376,18 @@ def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Spee
 
 
 def make_optimizers(config: TrainConfig, learner: Learner) -> dict[str, MasterOptimizer]:
-    """The policy's, which also has the head of a critic that shares its backbone; and that of a critic with its own."""
-    each, ppo = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout, config.ppo
-    updates, without_policy = config.steps * each, ppo.critic_warmup * each
-    params = [*learner.policy.model.parameters()]
-    if isinstance(learner.critic, SharedCritic):
-        params += learner.critic.head.parameters()
-    optimizers = {POLICY: MasterOptimizer(params, config.optimizer, updates - without_policy)}
+    """The policy's, and that of the critic's own weights."""
+    each, critic, lr = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout, None, 0.0
     if isinstance(learner.critic, ScalarModel):
-        rates = replace(config.optimizer, lr=ppo.critic_lr)
-        optimizers[CRITIC] = MasterOptimizer(learner.critic.model.parameters(), rates, updates)
-    return optimizers
+        critic, lr = learner.critic.model, SEPARATE_CRITIC_LR
+    elif isinstance(learner.critic, SharedCritic):
+        critic, lr = learner.critic.head, SHARED_CRITIC_LR
+    updates, without_policy = config.steps * each, config.ppo.critic_warmup * each
+    policy = MasterOptimizer(learner.policy.model.parameters(), config.optimizer, updates - without_policy)
+    if critic is None:
+        return {POLICY: policy}
+    rates = replace(config.optimizer, lr=lr if config.ppo.critic_lr is None else config.ppo.critic_lr)
+    return {POLICY: policy, CRITIC: MasterOptimizer(critic.parameters(), rates, updates)}
 
 
 def with_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel | None:
