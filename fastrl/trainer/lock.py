@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastrl.check import sentence
+from fastrl.check import require, sentence
 from fastrl.trainer.config import TrainConfig
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows, where nobody has tried the trainer
 
 LOCK = ".lock"  # in a run's folder while a process writes there
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system without flock answers
@@ -26,8 +31,10 @@ def only_writer(folder: Path, config: TrainConfig) -> Iterator[Path]:
     again when the block leaves it empty.
 
     Raises:
-        ValueError: another process writes there.
+        ValueError: another process writes there, or the system has no such locks.
     """
+    do = "On Windows, WSL runs it."
+    require(fcntl is not None, "train", "system", "Linux, macOS or another with POSIX locks", sys.platform, do)
     made = not config.resume
     while made:
         try:

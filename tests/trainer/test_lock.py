@@ -89,6 +89,13 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch):
         assert (tmp_path / LOCK).exists()
 
 
+def test_a_system_without_such_locks_is_refused_by_name_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "fcntl", None)
+    with pytest.raises(ValueError, match="train: system: expected Linux, macOS .* On Windows, WSL runs it"):
+        train(tiny_config(tmp_path, steps=1))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("config", [tiny_config, offline_config])
 def test_two_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch, config):
     """The other one takes the name while this one loads its model."""
