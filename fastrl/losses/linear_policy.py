@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from fastrl import check
+from fastrl.kernels.inputs import HeadInputs, LossTokens
 from fastrl.kernels.linear_policy_loss.reference import zero_advantage_rows
 from fastrl.losses.aggregate import check_layout
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import flatten_tokens
-from fastrl.ops.linear_logprob import HeadInputs, check_head, choose_save, logit_budget, memory_of
+from fastrl.ops.linear_logprob import check_head, choose_save, logit_budget, memory_of
 from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
 from fastrl.ops.linear_policy_loss import in_one_pass
 from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
@@ -107,14 +108,13 @@ def linear_policy_loss(
     memory = memory_of(OP, memory)
     save = choose_save(OP, head, memory, entropy=spec.needs_entropy, backend=backend)
     logit_bytes = logit_budget(OP, memory, hidden.device)
-    live = tokens.mask
+    constants = LossTokens(*(getattr(tokens, name) for name in LossTokens._fields))
     if spec.separable and not metrics:
-        live = live & ~zero_advantage_rows(tokens.advantages, tokens.weights, spec)
-    constants = (tokens.advantages, tokens.weights, live, tokens.old_logps, tokens.ref_logps, tokens.sampling_logps)
+        constants = constants._replace(mask=tokens.mask & ~zero_advantage_rows(constants, spec))
     if spec.separable and in_one_pass(head, main_grad, logit_bytes, backend):
         out = linear_policy_loss_op(
             head,
-            *constants,
+            constants,
             spec,
             main_grad=main_grad,
             entropy=entropy,
@@ -123,7 +123,7 @@ def linear_policy_loss(
         )
         loss, table = out.loss, out.metrics
     else:
-        logps, entropies = _logps(head, live, entropy, save, backend)
+        logps, entropies = _logps(head, constants.mask, entropy, save, backend)
         loss, _, _, table = policy_loss_op(
             logps, *constants, entropies, tokens.seq_ids, tokens.num_seqs, spec.code, backend
         )

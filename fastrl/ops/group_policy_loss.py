@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastrl.kernels import registry
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.precision import answer
 from fastrl.ops.policy_loss import Outputs, fake, register_gradient
 from fastrl.spec import decode
@@ -48,16 +49,17 @@ def group_policy_loss(
     """
     what = decode(spec)
     loss = registry.resolve("policy_loss", backend, logps.device, what)
-    tokens = (weights, mask, old_logps, ref_logps, sampling_logps, entropy)
+    tokens = LossTokens(None, weights, mask, old_logps, ref_logps, sampling_logps)
     at_once = getattr(loss, "forward_from_rewards", None)
     if at_once is not None and scale != "batch" and answer(rewards) == logps.dtype and len(rewards) > 0:
-        return at_once(logps, rewards, group_ids, *tokens, seq_ids, what, baseline=baseline, scale=scale, eps=eps)
+        estimator = {"baseline": baseline, "scale": scale, "eps": eps}
+        return at_once(logps, rewards, group_ids, tokens, entropy, seq_ids, what, **estimator)
     groups = registry.resolve("group_advantages", backend, logps.device)
     advantages = groups.forward(rewards, group_ids, baseline, scale, eps).to(logps.dtype)
     if len(rewards) == 0:  # packed tokens may all be padding
         advantages = advantages.new_zeros(1)
     ids, sequences = (None, 0) if what.separable else (seq_ids, len(advantages))
-    return loss.forward(logps, advantages[seq_ids], *tokens, ids, sequences, what)
+    return loss.forward(logps, tokens._replace(advantages=advantages[seq_ids]), entropy, ids, sequences, what)
 
 
 @group_policy_loss.register_fake

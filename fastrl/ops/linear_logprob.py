@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastrl import check, env
+from fastrl.kernels.inputs import HeadInputs, Needs, Read
 from fastrl.kernels.linear_logprob.storage import KEEP_BYTES, stored_rows
 from fastrl.kernels.registry import as_written, instruction_set, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
@@ -24,23 +25,10 @@ GATHER = (
 DEFAULT_KEEP_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
-class HeadInputs(NamedTuple):
-    """Checked, flattened arguments of an op that contains the LM head."""
-
-    hidden: torch.Tensor  # (N, H)
-    weight: torch.Tensor  # (V, H)
-    targets: torch.Tensor  # (N,) int64
-    bias: torch.Tensor | None  # (V,)
-    temperature: torch.Tensor  # (1,) or (N,), in the accumulation dtype
-    softcap: float  # NO_SOFTCAP when there is none
-    logit_scale: float
-    ignore_index: int
-
-
-def needs_grad(inputs: HeadInputs) -> tuple[bool, bool, bool]:
-    """Whether the hidden states, the weight and the bias get a gradient; torch 2.6 compiles no property of it."""
+def needs_grad(inputs: HeadInputs) -> Needs:
+    """Which tensors get a gradient; torch 2.6 compiles no property of `inputs`."""
     tensors = (inputs.hidden, inputs.weight, inputs.bias)
-    return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
+    return Needs(*(torch.is_grad_enabled() and one is not None and one.requires_grad for one in tensors))
 
 
 def check_head(
@@ -298,18 +286,8 @@ def _op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with as_written(hidden.device):
-        return resolve("linear_logprob", backend, hidden.device).forward(
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-            entropy=entropy,
-            save=save,
-        )
+        inputs = HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
+        return tuple(resolve("linear_logprob", backend, hidden.device).forward(inputs, entropy=entropy, save=save))
 
 
 @_op.register_fake
@@ -358,23 +336,10 @@ def backward_op(
         gradients = resolve("linear_logprob", backend, hidden.device).backward(
             grad_logps,
             grad_entropy,
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature,
-            logps,
-            entropy,
-            lse,
-            saved,
-            saved_entropy,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
+            HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index),
+            Read(logps, entropy, lse, saved, saved_entropy),
             save=save,
-            needs_hidden=needs_hidden,
-            needs_weight=needs_weight,
-            needs_bias=needs_bias,
+            needs=Needs(needs_hidden, needs_weight, needs_bias),
             rounded=rounded,
         )
     dtype = hidden.dtype if rounded else accumulate_dtype(hidden.dtype)

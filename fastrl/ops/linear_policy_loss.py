@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastrl.kernels.inputs import HeadInputs, LossTokens, Needs
 from fastrl.kernels.policy_loss import METRICS
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
-from fastrl.ops.linear_logprob import HeadInputs, needs_grad, stores_logits
+from fastrl.ops.linear_logprob import needs_grad, stores_logits
 from fastrl.spec import PolicyLoss, decode
 
 
@@ -25,12 +26,7 @@ class LinearPolicyLoss(NamedTuple):
 
 def linear_policy_loss(
     head: HeadInputs,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    tokens: LossTokens,
     spec: PolicyLoss,
     *,
     main_grad: torch.Tensor | None,
@@ -47,13 +43,8 @@ def linear_policy_loss(
     needs = needs_grad(head)
     loss, logps, entropies, *gradients, metrics = _op(
         *(x.detach() if isinstance(x, torch.Tensor) else x for x in head),
-        advantages,
-        weights,
-        mask,
-        old_logps,
-        ref_logps,
-        sampling_logps,
-        main_grad if needs[1] else None,
+        *tokens,
+        main_grad if needs.weight else None,
         spec.code,
         entropy,
         logit_bytes,
@@ -107,27 +98,13 @@ def _op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with as_written(hidden.device):
         return resolve("linear_policy_loss", backend, hidden.device).forward(
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature,
-            advantages,
-            weights,
-            mask,
-            old_logps,
-            ref_logps,
-            sampling_logps,
+            HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index),
+            LossTokens(advantages, weights, mask, old_logps, ref_logps, sampling_logps),
             main_grad,
             spec=decode(spec),
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
             entropy=entropy,
             logit_bytes=logit_bytes,
-            needs_hidden=needs_hidden,
-            needs_weight=needs_weight,
-            needs_bias=needs_bias,
+            needs=Needs(needs_hidden, needs_weight, needs_bias),
         )
 
 

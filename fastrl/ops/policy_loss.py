@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastrl.kernels import registry
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.policy_loss import METRICS
 from fastrl.ops.derivatives import once_differentiable
 from fastrl.spec import decode
@@ -46,8 +47,8 @@ def policy_loss(
     """
     decoded = decode(spec)
     kernel = registry.resolve("policy_loss", backend, logps.device, decoded)
-    constants = (old_logps, ref_logps, sampling_logps, entropy, seq_ids, num_seqs, decoded)
-    return kernel.forward(logps, advantages, weights, mask, *constants)
+    tokens = LossTokens(advantages, weights, mask, old_logps, ref_logps, sampling_logps)
+    return kernel.forward(logps, tokens, entropy, seq_ids, num_seqs, decoded)
 
 
 @policy_loss.register_fake

@@ -11,6 +11,7 @@ from backends import CUDA, DEVICE
 from ops.test_policy_loss import each_long_spec, long_batch
 from tolerance import assert_exact, assert_no_worse
 
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.linear_logprob import chunked
 from fastrl.kernels.linear_logprob import cuda_impl as head_cuda
 from fastrl.kernels.logprob import cuda_impl
@@ -280,15 +281,17 @@ def test_the_table_of_metrics_has_a_row_for_each_name():
 @each_long_spec
 def test_rewards_in_the_launch_of_the_loss_give_the_bits_of_two_launches(spec, baseline, scale):
     """With sequences that end inside blocks, one without tokens and one without a reward."""
-    (logps, _, *tokens), _, _ = long_batch()
+    (logps, _, *others, entropy), _, _ = long_batch()
+    tokens = LossTokens(None, *others)
     ids = (torch.arange(len(logps)) // 97).add_(torch.arange(len(logps)) >= 4 * 97)  # none has the id 4
     sequences = int(ids[-1]) + 1
     rewards, groups = torch.randn(sequences), torch.arange(sequences) * 7 % 5
     rewards[2] = math.nan
     options = {"baseline": baseline, "scale": scale, "eps": 1e-6}
-    got = policy_cuda.forward_from_rewards(logps, rewards, groups, *tokens, ids, spec, **options)
+    got = policy_cuda.forward_from_rewards(logps, rewards, groups, tokens, entropy, ids, spec, **options)
     advantages = group_advantages(rewards, group_ids=groups, backend="cuda", **options)
-    want = policy_cuda.forward(logps, advantages[ids], *tokens, ids, sequences, spec)
+    tokens = tokens._replace(advantages=advantages[ids])
+    want = policy_cuda.forward(logps, tokens, entropy, ids, sequences, spec)
     assert_same_bits(got, want)
     assert (got[1] != 0).any()
 

@@ -10,6 +10,7 @@ from backends import CUDA, DEVICE
 from ops.cases import IGNORE, gaussian
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastrl.kernels.inputs import HeadInputs, LossTokens, Needs
 from fastrl.kernels.linear_logprob import chunked
 from fastrl.kernels.linear_policy_loss import chunked as policy_chunked
 from fastrl.kernels.registry import resolve
@@ -86,12 +87,12 @@ def as_on_a_device(monkeypatch):
 
 def head_of(inputs):
     dtype = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
-    return inputs.hidden, inputs.weight, inputs.targets, inputs.bias, torch.ones(1, dtype=dtype)
+    one = torch.ones(1, dtype=dtype)
+    return HeadInputs(inputs.hidden, inputs.weight, inputs.targets, inputs.bias, one, 0.0, 1.0, IGNORE)
 
 
-FINISH = {"softcap": 0.0, "logit_scale": 1.0, "ignore_index": IGNORE}
 STORED = {"logit_bytes": 1 << 30}  # of the native backend alone; the others take it and store by their own rule
-NEEDS = {"needs_hidden": True, "needs_weight": True, "needs_bias": True}
+NEEDS = Needs(hidden=True, weight=True, bias=True)
 
 
 @pytest.mark.parametrize(("save", "backward"), [("store", 1), ("recompute", 1), ("frozen", 0), ("none", None)])
@@ -102,10 +103,10 @@ def test_the_host_learns_the_number_of_rows_once_in_each_direction(
     kernel, head = resolve("linear_logprob", backend, torch.device("cpu")), head_of(gaussian(23, 8, 37))
     grads = torch.randn(2, 23, dtype=torch.float64)
     with HostReads() as reads:
-        known = kernel.forward(*head, **FINISH, entropy=True, save=save)
+        known = kernel.forward(head, entropy=True, save=save)
         assert as_on_a_device == ["rows"]
         if backward is not None:
-            kernel.backward(*grads, *head, *known, **FINISH, **NEEDS, save=save, rounded=True)
+            kernel.backward(*grads, head, known, needs=NEEDS, save=save, rounded=True)
             assert as_on_a_device == ["rows"] * (1 + backward)
     assert reads.count == 0
 
@@ -113,7 +114,7 @@ def test_the_host_learns_the_number_of_rows_once_in_each_direction(
 def test_statistics_inside_the_matmul_wait_for_nothing(as_on_a_device):
     kernel = resolve("linear_logprob", "triton", torch.device("cpu"))
     with HostReads() as reads:
-        kernel.forward(*head_of(gaussian(23, 16, 37).leaves(dtype=torch.bfloat16)), **FINISH, entropy=True, save="none")
+        kernel.forward(head_of(gaussian(23, 16, 37).leaves(dtype=torch.bfloat16)), entropy=True, save="none")
     assert as_on_a_device == []
     assert reads.count == 0
 
@@ -122,19 +123,12 @@ def policy_loss_of(backend, inputs, spec, *, main_grad=None, needs=NEEDS, old_lo
     """`linear_policy_loss` below autograd, a third of the advantages 0."""
     head, n = head_of(inputs), len(inputs.targets)
     torch.manual_seed(1)
-    advantages = torch.randn(n, dtype=head[-1].dtype)
+    advantages = torch.randn(n, dtype=head.temperature.dtype)
     advantages[::3] = 0
-    tokens = (
-        advantages,
-        torch.full_like(advantages, 1 / n),
-        torch.rand(n) < 0.9,
-        old_logps,
-        ref_logps,
-        None,
-        main_grad,
-    )
+    weights, mask = torch.full_like(advantages, 1 / n), torch.rand(n) < 0.9
+    tokens = LossTokens(advantages, weights, mask, old_logps, ref_logps, None)
     kernel = resolve("linear_policy_loss", backend, torch.device("cpu"))
-    return kernel.forward(*head, *tokens, spec=spec, **FINISH, **STORED, **needs, entropy=True)
+    return kernel.forward(head, tokens, main_grad, spec=spec, **STORED, needs=needs, entropy=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -148,7 +142,7 @@ def test_policy_loss_waits_for_the_number_of_rows_and_for_that_of_each_chunk_wit
     assert 2 <= with_gradient <= 4  # of the 23 rows some 12 have a gradient
     assert reads.count == 0
     as_on_a_device.clear()
-    policy_loss_of(backend, inputs, PolicyLoss(), needs=dict.fromkeys(NEEDS, False))
+    policy_loss_of(backend, inputs, PolicyLoss(), needs=Needs(False, False, False))
     assert as_on_a_device == ["rows"]
 
 
@@ -218,8 +212,8 @@ def test_mixed_matmuls_give_the_gradients_of_widened_ones(backend, small_chunks,
     head = head_of(gaussian(23, 8, 37).leaves(dtype=torch.bfloat16))
 
     def run():
-        known = kernel.forward(*head, **FINISH, entropy=True, save="recompute")
-        return *known[:3], *kernel.backward(*grads, *head, *known, **FINISH, **NEEDS, save="recompute", rounded=False)
+        known = kernel.forward(head, entropy=True, save="recompute")
+        return *known[:3], *kernel.backward(*grads, head, known, needs=NEEDS, save="recompute", rounded=False)
 
     mixed = run()
     (how, *calls) = mixed_matmuls
@@ -303,18 +297,18 @@ def test_gpu_nothing_but_the_choice_of_rows_waits_for_the_device(backend, dtype,
     """CUDA's own check knows every wait but that for an event, which is how the number of rows is waited for."""
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 1 << 16)
     inputs = gaussian(300, 64, 1000).leaves(dtype=dtype)
-    head = tuple(x.cuda() for x in head_of(inputs))
+    head = HeadInputs(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in head_of(inputs)))
     grads, advantages, mask = torch.randn(2, 300).cuda(), torch.randn(300).cuda(), (torch.rand(300) < 0.9).cuda()
-    logprob, policy = (resolve(op, backend, head[0].device) for op in ("linear_logprob", "linear_policy_loss"))
+    logprob, policy = (resolve(op, backend, head.hidden.device) for op in ("linear_logprob", "linear_policy_loss"))
     try:
         for mode in ("default", "error"):  # the first time compiles, asks the device what it can, and moves constants
             torch.cuda.set_sync_debug_mode(mode)
             for save in ("none", "frozen", "store", "recompute"):
-                known = logprob.forward(*head, **FINISH, entropy=True, save=save)
+                known = logprob.forward(head, entropy=True, save=save)
                 if save != "none":
-                    logprob.backward(*grads, *head, *known, **FINISH, **NEEDS, save=save, rounded=True)
-            tokens = (advantages, advantages.abs(), mask, None, None, None, None)
-            policy.forward(*head, *tokens, spec=PolicyLoss(), **FINISH, **STORED, **NEEDS, entropy=True)
+                    logprob.backward(*grads, head, known, needs=NEEDS, save=save, rounded=True)
+            tokens = LossTokens(advantages, advantages.abs(), mask, None, None, None)
+            policy.forward(head, tokens, None, spec=PolicyLoss(), **STORED, needs=NEEDS, entropy=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -91,7 +91,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch):
 
 def test_a_system_without_such_locks_is_refused_by_name_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)
-    with pytest.raises(ValueError, match="train: system: expected Linux, macOS .* On Windows, WSL runs it"):
+    with pytest.raises(ValueError, match=r"train: system: expected Linux, macOS .* On Windows, WSL runs it"):
         train(tiny_config(tmp_path, steps=1))
     assert not (tmp_path / "run").exists()
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastrl.kernels.inputs import HeadInputs, Needs, Read
 from fastrl.kernels.softmax_row import (
     accumulate_dtype,
     check_targets,
@@ -240,19 +241,13 @@ class Chunk:
 
 def forward_in_chunks(
     make: type[Chunk],
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
+    inputs: HeadInputs,
     *,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
     entropy: bool,
     save: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Read:
     """As `reference.forward`, in chunks of rows; on a GPU the host waits once, for the number of rows."""
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index = inputs
     head = Head(weight)
     ignored = targets == ignore_index
     chosen = Selection(~ignored, ignored)
@@ -285,35 +280,25 @@ def forward_in_chunks(
                 dz = chunk.gradient(known, torch.zeros_like(one), one, head.dz_dtype, last=False)
                 saved_entropy[rows] = head.grad_hidden(dz).to(hidden.dtype)
             saved[rows] = head.grad_hidden(chunk.gradient(known, one, None, head.dz_dtype)).to(hidden.dtype)
-    return logps, entropies, lse, saved, saved_entropy
+    return Read(logps, entropies, lse, saved, saved_entropy)
 
 
 def backward_in_chunks(
     make: type[Chunk],
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
-    logps: torch.Tensor,
-    entropy: torch.Tensor,
-    lse: torch.Tensor,
-    saved: torch.Tensor,
-    saved_entropy: torch.Tensor,
+    inputs: HeadInputs,
+    read: Read,
     *,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
     save: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    needs: Needs,
     rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing. On a GPU the host waits once,
     for the number of the others."""
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index = inputs
+    logps, entropy, lse, saved, saved_entropy = read
+    needs_hidden, needs_weight, needs_bias = needs
     head = Head(weight)
     if save == "frozen":
         return scale_rows(saved, grad_logps, saved_entropy, grad_entropy), *head.gradients(False, False)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastrl.kernels import native
+from fastrl.kernels.inputs import HeadInputs, Needs, Read
 from fastrl.kernels.linear_logprob import storage
+from fastrl.kernels.linear_logprob.chunked import Statistics
 from fastrl.kernels.native import address
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype, check_targets, scale_rows
+
+
+class Gradients(NamedTuple):
+    """Where d hidden (N, H), d weight (V, H) and d bias (V,) go; None where nobody needs them."""
+
+    hidden: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 class NativeHead:
     """An LM head as the extension takes it. Rows are lists of indices; per-row arrays hold all N rows."""
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        bias: torch.Tensor | None,
-        temperature: torch.Tensor,
-        softcap: float,
-        logit_scale: float,
-    ) -> None:
-        """`targets` are safe to read with; `temperature` is in the accumulation dtype."""
+    def __init__(self, inputs: HeadInputs) -> None:
+        """The targets are safe to read with."""
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, _ = inputs
         self.extension = native.extension()
         self.hidden, self.weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
         self.targets, self.bias, self.temperature = targets.contiguous(), native.dense(bias), native.dense(temperature)
@@ -99,14 +101,10 @@ class NativeHead:
     def backward(
         self,
         rows: torch.Tensor,
-        logps: torch.Tensor,
-        lse: torch.Tensor,
-        entropy: torch.Tensor | None,
+        known: Statistics,
         grad_logps: torch.Tensor,
         grad_entropy: torch.Tensor | None,
-        grad_hidden: torch.Tensor | None,
-        grad_weight: torch.Tensor | None = None,
-        grad_bias: torch.Tensor | None = None,
+        into: Gradients,
         *,
         logits: torch.Tensor | None = None,
         kept: torch.Tensor | None = None,
@@ -116,34 +114,27 @@ class NativeHead:
     ) -> None:
         """Writes d hidden at these rows and d bias of them all, and writes or adds d weight of them all.
 
-        A 16-bit `grad_weight` is written only, rounded once from the sum over all rows. `logits` or `kept` are those of
+        A 16-bit d weight is written only, rounded once from the sum over all rows. `logits` or `kept` are those of
         `stored` rows, among which these have `places`; of these rows where that is None.
         """
-        round_weight = grad_weight is not None and grad_weight.dtype != self.dtype
-        upstream = (logps, lse, entropy, grad_logps, grad_entropy, logits, kept)
-        outputs = (grad_hidden, grad_weight, grad_bias)
+        round_weight = into.weight is not None and into.weight.dtype != self.dtype
+        upstream = (*known, grad_logps, grad_entropy, logits, kept)
         self.extension.head_backward(
-            self.at(rows), *map(address, (*upstream, places)), stored, *map(address, outputs), add_weight, round_weight
+            self.at(rows), *map(address, (*upstream, places)), stored, *map(address, into), add_weight, round_weight
         )
 
 
 def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
+    inputs: HeadInputs,
     *,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
     entropy: bool,
     save: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Read:
     """As `reference.forward`."""
+    hidden, weight, targets, ignore_index = inputs.hidden, inputs.weight, inputs.targets, inputs.ignore_index
     count, vocabulary = len(targets), weight.shape[0]
     safe, _ = check_targets(targets, vocabulary, ignore_index)
-    head = NativeHead(hidden, weight, safe, bias, temperature, softcap, logit_scale)
+    head = NativeHead(inputs._replace(targets=safe))
     logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(2, count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
@@ -168,43 +159,32 @@ def forward(
         saved = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         saved_entropy = torch.zeros_like(saved) if entropy else saved_entropy
         zeros, ones = torch.zeros_like(logps), torch.ones_like(logps)
-        grad = hidden.new_zeros(hidden.shape, dtype=head.dtype)
+        grad, known = hidden.new_zeros(hidden.shape, dtype=head.dtype), Statistics(logps, lse, wanted)
         for chunk in chunks:
             head.forward(chunk, logps, lse, wanted, logits)
-            head.backward(chunk, logps, lse, wanted, ones, None, grad, logits=logits)
+            head.backward(chunk, known, ones, None, Gradients(grad), logits=logits)
             saved[chunk] = grad[chunk].to(hidden.dtype)
             if entropy:
-                head.backward(chunk, logps, lse, wanted, zeros, ones, grad, logits=logits)
+                head.backward(chunk, known, zeros, ones, Gradients(grad), logits=logits)
                 saved_entropy[chunk] = grad[chunk].to(hidden.dtype)
     else:
         head.forward(rows, logps, lse, wanted)
-    return logps, entropies, lse, saved, saved_entropy
+    return Read(logps, entropies, lse, saved, saved_entropy)
 
 
 def backward(
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
-    logps: torch.Tensor,
-    entropy: torch.Tensor,
-    lse: torch.Tensor,
-    saved: torch.Tensor,
-    saved_entropy: torch.Tensor,
+    inputs: HeadInputs,
+    read: Read,
     *,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
     save: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    needs: Needs,
     rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing."""
+    hidden, weight, targets, ignore_index = inputs.hidden, inputs.weight, inputs.targets, inputs.ignore_index
+    logps, entropy, lse, saved, saved_entropy = read
     vocabulary = weight.shape[0]
     if save == "frozen":
         nothing = (hidden.new_empty(0, dtype=logps.dtype) for _ in range(2))
@@ -212,31 +192,28 @@ def backward(
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     rows = (active & (targets != ignore_index)).nonzero().squeeze(-1)
     safe, _ = check_targets(targets, vocabulary, ignore_index)
-    head = NativeHead(hidden, weight, safe, bias, temperature, softcap, logit_scale)
+    head = NativeHead(inputs._replace(targets=safe))
     make = hidden.new_zeros if len(rows) == 0 else hidden.new_empty  # the kernel writes every entry
-    grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
-    grad_weight = make(weight.shape if needs_weight else (0,), dtype=weight.dtype if rounded else head.dtype)
-    grad_bias = make(vocabulary if needs_bias else 0, dtype=head.dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape if needs.hidden else (0,), dtype=head.dtype)
+    grad_weight = make(weight.shape if needs.weight else (0,), dtype=weight.dtype if rounded else head.dtype)
+    grad_bias = make(vocabulary if needs.bias else 0, dtype=head.dtype)
     # What `forward` kept: logits, or in 16 bits probabilities, which alone tell neither the slope of a softcap nor
     # log p where p has no digits left.
     logits, kept, places = None, None, None
     if save == "store" and hidden.dtype == head.dtype:
         logits = saved
-    elif save == "store" and softcap == NO_SOFTCAP and grad_entropy is None:
+    elif save == "store" and inputs.softcap == NO_SOFTCAP and grad_entropy is None:
         kept = saved
     stored = targets != ignore_index
     if save == "store" and len(rows) < stored.sum():
         places = (stored.cumsum(0) - 1)[rows]
+    outputs = (grad_hidden, grad_weight, grad_bias)
     head.backward(
         rows,
-        logps,
-        lse,
-        entropy,
+        Statistics(logps, lse, entropy),
         native.dense(grad_logps),
         native.dense(grad_entropy),
-        grad_hidden if needs_hidden else None,
-        grad_weight if needs_weight else None,
-        grad_bias if needs_bias else None,
+        Gradients(*(out if needed else None for out, needed in zip(outputs, needs, strict=True))),
         logits=logits,
         kept=kept,
         places=places,

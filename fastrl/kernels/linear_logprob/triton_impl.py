@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastrl.kernels import tuning
+from fastrl.kernels.inputs import HeadInputs, Read
 from fastrl.kernels.linear_logprob import epilogue
 from fastrl.kernels.linear_logprob.chunked import Statistics, backward_in_chunks, compact, forward_in_chunks
 from fastrl.kernels.softmax_row import NO_SOFTCAP, check_targets
@@ -263,42 +264,25 @@ def merge_kernel(
 
 
 def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
+    inputs: HeadInputs,
     *,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
     entropy: bool,
     save: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Read:
     """As `reference.forward`."""
-    options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index, "entropy": entropy}
+    hidden = inputs.hidden
     # Wider values would go to units that multiply no faster than the library uses them; odd rows cannot be copied to
     # shared memory while the kernel multiplies.
     size = hidden.shape[1]
     if save != "none" or hidden.element_size() > 2 or size > FUSED_HIDDEN or size % ALIGNED != 0:
-        return forward_in_chunks(Chunk, hidden, weight, targets, bias, temperature, **options, save=save)
+        return forward_in_chunks(Chunk, inputs, entropy=entropy, save=save)
     nothing = (hidden.new_empty(0) for _ in range(2))
-    return *_fused(hidden, weight, targets, bias, temperature, **options), *nothing
+    return Read(*_fused(inputs, entropy=entropy), *nothing)
 
 
-def _fused(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
-    *,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
-    entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fused(inputs: HeadInputs, *, entropy: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logps, entropy, lse) without logits, and without a wait for the device."""
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index = inputs
     hidden, weight = (x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (hidden, weight))
     temperature = temperature.contiguous()
     count, vocabulary = len(targets), weight.shape[0]

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
+from fastrl.kernels.inputs import HeadInputs, LossTokens, Needs
 from fastrl.kernels.linear_logprob import chunked as linear_logprob
 from fastrl.kernels.linear_logprob.chunked import Head, Selection, Statistics, at_rows, row_chunks
 from fastrl.kernels.linear_policy_loss.reference import zero_advantage_rows
 from fastrl.kernels.policy_loss import reference as policy_loss
 from fastrl.kernels.softmax_row import check_targets
 from fastrl.spec import PolicyLoss
-
-
-class Tokens(NamedTuple):
-    """What a policy loss takes of each token besides its log-probability, (N,) or None."""
-
-    advantages: torch.Tensor
-    weights: torch.Tensor
-    mask: torch.Tensor
-    old_logps: torch.Tensor | None
-    ref_logps: torch.Tensor | None
-    sampling_logps: torch.Tensor | None
 
 
 class Chunk(linear_logprob.Chunk):
@@ -39,7 +28,7 @@ class Chunk(linear_logprob.Chunk):
         logits: torch.Tensor,
         entropy: bool,
         spec: PolicyLoss,
-        tokens: Tokens,
+        tokens: LossTokens,
         rows: torch.Tensor,
         poisoned: torch.Tensor | None,
     ) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
@@ -50,52 +39,39 @@ class Chunk(linear_logprob.Chunk):
         known = self.read(logits, entropy)
         if poisoned is not None:
             known.logps.masked_fill_(poisoned[rows], float("nan"))
-        own = (None if x is None else x[rows] for x in tokens)
-        _, dlogps, dentropy, _ = policy_loss.forward(known.logps, *own, known.entropy, None, 0, spec)
+        own = LossTokens(*(None if x is None else x[rows] for x in tokens))
+        _, dlogps, dentropy, _ = policy_loss.forward(known.logps, own, known.entropy, None, 0, spec)
         return known, dlogps, dentropy
 
 
 def forward_in_chunks(
     make: type[Chunk],
     token_loss: ModuleType,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    inputs: HeadInputs,
+    tokens: LossTokens,
     main_grad: torch.Tensor | None,
     *,
     spec: PolicyLoss,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
     entropy: bool,
     logit_bytes: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    needs: Needs,
 ) -> tuple[torch.Tensor, ...]:
     """As `reference.forward`; `token_loss` is a backend of `policy_loss`.
 
     On a GPU the host waits for the number of rows that count, and for that of each chunk's rows with a gradient. With
     16-bit heads only the first of each finds the device without work: the others have the products of the chunk before.
     """
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index = inputs
+    needs_hidden, needs_weight, needs_bias = needs
     head = Head(weight, main_grad)
     count, vocabulary = len(targets), weight.shape[0]
-    live, silent = mask & (targets != ignore_index), zero_advantage_rows(advantages, weights, spec)
+    live, silent = tokens.mask & (targets != ignore_index), zero_advantage_rows(tokens, spec)
     chosen = Selection(live & silent, live & ~silent)
     logps = hidden.new_zeros(count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
-    tokens = Tokens(advantages, weights, live, old_logps, ref_logps, sampling_logps)
+    tokens = tokens._replace(mask=live)
     safe, poisoned = check_targets(targets.masked_fill(~live, ignore_index), vocabulary, ignore_index)
-    needs_grad = needs_hidden or needs_weight or needs_bias
 
     def multiply(dz: torch.Tensor, rows: torch.Tensor) -> None:
         if needs_hidden:
@@ -109,7 +85,7 @@ def forward_in_chunks(
     # less often.
     without, with_gradient = (row_chunks(rows, vocabulary, logps.element_size()) for rows in chosen.rows())
     waiting = None  # the last chunk's dz and rows: their products are launched before this chunk's count is waited for
-    for rows, derive in [*((rows, False) for rows in without), *((rows, needs_grad) for rows in with_gradient)]:
+    for rows, derive in [*((rows, False) for rows in without), *((rows, any(needs)) for rows in with_gradient)]:
         chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
         logits = head.logits(hidden[rows])
         if derive:
@@ -144,7 +120,7 @@ def forward_in_chunks(
         multiply(*waiting)
     if poisoned is not None:
         logps.masked_fill_(poisoned, float("nan"))
-    loss, _, _, metrics = token_loss.forward(logps, *tokens, entropies if entropy else None, None, 0, spec)
+    loss, _, _, metrics = token_loss.forward(logps, tokens, entropies if entropy else None, None, 0, spec)
     gradients = head.gradients(needs_weight and main_grad is None, needs_bias)
     return loss, logps, entropies, grad_hidden, *gradients, metrics
 

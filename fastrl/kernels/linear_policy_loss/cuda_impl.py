@@ -8,9 +8,10 @@ from functools import partial
 import torch
 
 from fastrl.kernels.cuda import DTYPES, address, extension, launch
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.linear_logprob import cuda_impl as linear_logprob
 from fastrl.kernels.linear_logprob.chunked import Statistics
-from fastrl.kernels.linear_policy_loss.chunked import Tokens, forward_in_chunks
+from fastrl.kernels.linear_policy_loss.chunked import forward_in_chunks
 from fastrl.kernels.native import dense
 from fastrl.kernels.policy_loss import cuda_impl as policy_loss
 from fastrl.spec import PolicyLoss
@@ -26,14 +27,14 @@ class Chunk(linear_logprob.Chunk):
         logits: torch.Tensor,
         entropy: bool,
         spec: PolicyLoss,
-        tokens: Tokens,
+        tokens: LossTokens,
         rows: torch.Tensor,
         poisoned: torch.Tensor | None,
     ) -> tuple[Statistics, torch.Tensor, torch.Tensor]:
         """Statistics of hidden W^T (n, V), and d loss / d logps and d entropy (n,)."""
         known, dlogps, dentropy = self.unknown(logits, entropy), *(logits.new_empty(len(logits)) for _ in range(2))
         targets = self.targets if poisoned is None else self.targets.masked_fill(poisoned[rows], self.vocabulary)
-        context = Tokens(*map(dense, tokens))
+        context = LossTokens(*map(dense, tokens))
         loss = extension(logits.device).PolicyLossCall(
             policy_loss.packed_spec(spec, logits.device),
             DTYPES[logits.dtype],

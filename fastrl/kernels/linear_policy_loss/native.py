@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from fastrl.kernels.linear_logprob.native import NativeHead
+from fastrl.kernels.inputs import HeadInputs, LossTokens, Needs
+from fastrl.kernels.linear_logprob.chunked import Statistics
+from fastrl.kernels.linear_logprob.native import Gradients, NativeHead
 from fastrl.kernels.linear_policy_loss.reference import zero_advantage_rows
 from fastrl.kernels.policy_loss import native as policy_loss
 from fastrl.kernels.softmax_row import check_targets
@@ -17,46 +19,36 @@ from fastrl.spec import PolicyLoss
 
 
 def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    inputs: HeadInputs,
+    tokens: LossTokens,
     main_grad: torch.Tensor | None,
     *,
     spec: PolicyLoss,
-    softcap: float,
-    logit_scale: float,
-    ignore_index: int,
     entropy: bool,
     logit_bytes: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    needs: Needs,
 ) -> tuple[torch.Tensor, ...]:
     """As `reference.forward`."""
-    live = mask & (targets != ignore_index)
+    hidden, weight, targets, ignore_index = inputs.hidden, inputs.weight, inputs.targets, inputs.ignore_index
+    live = tokens.mask & (targets != ignore_index)
+    tokens = tokens._replace(mask=live)
     safe, _ = check_targets(targets.masked_fill(~live, ignore_index), weight.shape[0], ignore_index)
-    head = NativeHead(hidden, weight, safe, bias, temperature, softcap, logit_scale)
+    head = NativeHead(inputs._replace(targets=safe))
     logps, dlogps, dentropy = (hidden.new_zeros(len(targets), dtype=head.dtype) for _ in range(3))
     lse = hidden.new_zeros(2, len(targets), dtype=head.dtype)
     entropies = hidden.new_zeros(len(targets) if entropy else 0, dtype=head.dtype)
-    grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape if needs.hidden else (0,), dtype=head.dtype)
     direct = main_grad is not None and main_grad.is_contiguous()
-    grad_weight = hidden.new_empty(weight.shape if needs_weight and not direct else (0,), dtype=head.dtype)
-    grad_bias = hidden.new_zeros(weight.shape[0] if needs_bias else 0, dtype=head.dtype)
+    grad_weight = hidden.new_empty(weight.shape if needs.weight and not direct else (0,), dtype=head.dtype)
+    grad_bias = hidden.new_zeros(weight.shape[0] if needs.bias else 0, dtype=head.dtype)
     bias_part = torch.empty_like(grad_bias)
+    outputs = (grad_hidden, main_grad if direct else grad_weight, bias_part)
+    into = Gradients(*(out if needed else None for out, needed in zip(outputs, needs, strict=True)))
     written = direct
 
     def losses(rows: torch.Tensor | slice) -> tuple[torch.Tensor, ...]:
-        context = (advantages, weights, live, old_logps, ref_logps, sampling_logps, entropies if entropy else None)
-        return policy_loss.forward(logps[rows], *(None if x is None else x[rows] for x in context), None, 0, spec)
+        own = LossTokens(*(None if x is None else x[rows] for x in tokens))
+        return policy_loss.forward(logps[rows], own, entropies[rows] if entropy else None, None, 0, spec)
 
     def backward(rows: torch.Tensor, logits: torch.Tensor | None) -> None:
         nonlocal written
@@ -68,14 +60,10 @@ def forward(
             return
         head.backward(
             rows if places is None else rows[places],
-            logps,
-            lse,
-            entropies,
+            Statistics(logps, lse, entropies),
             dlogps,
             dentropy if spec.needs_entropy else None,
-            grad_hidden if needs_hidden else None,
-            (main_grad if direct else grad_weight) if needs_weight else None,
-            bias_part if needs_bias else None,
+            into,
             logits=logits,
             places=places,
             stored=len(rows),
@@ -85,9 +73,8 @@ def forward(
         grad_bias.add_(bias_part)
 
     rows, chunks = live.nonzero().squeeze(-1), []
-    needs_grad = needs_hidden or needs_weight or needs_bias
-    if needs_grad:
-        silent = zero_advantage_rows(advantages, weights, spec)
+    if any(needs):
+        silent = zero_advantage_rows(tokens, spec)
         trains = (live & ~silent).nonzero().squeeze(-1)
         most = head.stored_rows(trains, logit_bytes)
         if most:
@@ -101,11 +88,11 @@ def forward(
     head.forward(rows, logps, lse, wanted)
     # All rows in one call, so that the sums have one order whatever needs a gradient.
     loss, dlogps, dentropy, metrics = losses(slice(None))
-    if not chunks and needs_grad:
+    if not chunks and any(needs):
         backward(rows, None)
     if not written:
         grad_weight.zero_()
-    if needs_weight and main_grad is not None and not direct:
+    if needs.weight and main_grad is not None and not direct:
         main_grad.add_(grad_weight)
         grad_weight = grad_weight.new_empty(0)
     return loss, logps, entropies, grad_hidden, grad_weight, grad_bias, metrics

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.linear_logprob import triton_impl as linear_logprob
 from fastrl.kernels.linear_logprob.chunked import Statistics
-from fastrl.kernels.linear_policy_loss.chunked import Tokens, forward_in_chunks
+from fastrl.kernels.linear_policy_loss.chunked import forward_in_chunks
 from fastrl.kernels.policy_loss import triton_impl as policy_loss
 from fastrl.kernels.policy_loss.triton_token import kinds, parameters, policy_token
 from fastrl.kernels.softmax_row_triton import build, logp_at, statistics
@@ -108,7 +109,7 @@ class Chunk(linear_logprob.Chunk):
         logits: torch.Tensor,
         entropy: bool,
         spec: PolicyLoss,
-        tokens: Tokens,
+        tokens: LossTokens,
         rows: torch.Tensor,
         poisoned: torch.Tensor | None,
     ) -> tuple[Statistics, torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics, metric_table
 from fastrl.kernels.policy_loss.reference import (
     Tokens,
@@ -28,12 +29,7 @@ def _part(x: torch.Tensor | None, start: int) -> torch.Tensor | None:
 
 def forward(
     logps: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    tokens: LossTokens,
     entropy: torch.Tensor | None,
     seq_ids: torch.Tensor | None,
     num_seqs: int,
@@ -43,26 +39,26 @@ def forward(
 
     A sequence may cross slices: a pass before sums what its tokens share, a pass after spreads its ratio's derivative.
     """
-    inputs = (logps, advantages, weights, mask, old_logps, ref_logps, sampling_logps, entropy)
     starts = range(0, logps.numel(), SLICE)
 
-    def tokens(start: int) -> Tokens:
-        return clean(*(_part(x, start) for x in inputs))
+    def safe(start: int) -> Tokens:
+        own = LossTokens(*(_part(x, start) for x in tokens))
+        return clean(_part(logps, start), own, _part(entropy, start))
 
     sums = None
     if not spec.separable:
         sums = logps.new_zeros(3, num_seqs)
         for start in starts:
-            sums += sequence_sums(tokens(start), spec, _part(seq_ids, start), num_seqs)
+            sums += sequence_sums(safe(start), spec, _part(seq_ids, start), num_seqs)
 
     by_sequence = spec.ratio == "sequence"
     loss = logps.new_zeros(())
     through_ratio = logps.new_zeros(num_seqs)  # d loss / d log-ratio of each sequence
     dlogps, dentropy = torch.empty_like(logps), torch.empty_like(logps)
-    metrics = metric_table({}, mask, logps.dtype)
+    metrics = metric_table({}, tokens.mask, logps.dtype)
     for start in starts:
         ids = _part(seq_ids, start)
-        terms = token_terms(tokens(start), spec, sums, ids)
+        terms = token_terms(safe(start), spec, sums, ids)
         loss += terms.loss
         metrics = merge_metrics(metrics, terms.metrics)
         _part(dentropy, start).copy_(terms.dentropy)
@@ -74,6 +70,6 @@ def forward(
         part = _part(dlogps, start)
         if by_sequence:
             mean = sequence_mean(through_ratio, sums[0], _part(seq_ids, start))
-            part += torch.where(token_log_ratio(spec.surrogate, tokens(start))[1], mean, 0)
-        metrics = with_gradient_fraction(metrics, _part(mask, start), part, _part(dentropy, start))
+            part += torch.where(token_log_ratio(spec.surrogate, safe(start))[1], mean, 0)
+        metrics = with_gradient_fraction(metrics, _part(tokens.mask, start), part, _part(dentropy, start))
     return loss, dlogps, dentropy, metrics

@@ -9,6 +9,7 @@ import torch
 from fastrl import check
 from fastrl.kernels.cuda import DTYPES, address, extension, launch, scratch
 from fastrl.kernels.group_advantages.cuda_impl import rewards_of_groups
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.native import dense
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics
 from fastrl.kernels.policy_loss.native import spec_arguments
@@ -25,12 +26,7 @@ def packed_spec(spec: PolicyLoss, device: torch.device) -> object:
 
 def forward(
     logps: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    tokens: LossTokens,
     entropy: torch.Tensor | None,
     seq_ids: torch.Tensor | None,
     num_seqs: int,
@@ -40,20 +36,15 @@ def forward(
 
     Where the spec looks at whole sequences, the tokens of each lie together, in the order of the ids.
     """
-    tokens = (logps, advantages, weights, mask, old_logps, ref_logps, sampling_logps, entropy, seq_ids)
     no_rewards = extension(logps.device).GroupRewards(DTYPES[logps.dtype], 0, 0, 0, 0, 0, 0.0)
-    return _run(tokens, num_seqs, spec, no_rewards)
+    return _run((logps, *tokens, entropy, seq_ids), num_seqs, spec, no_rewards)
 
 
 def forward_from_rewards(
     logps: torch.Tensor,
     rewards: torch.Tensor,
     group_ids: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    tokens: LossTokens,
     entropy: torch.Tensor | None,
     seq_ids: torch.Tensor,
     spec: PolicyLoss,
@@ -64,19 +55,18 @@ def forward_from_rewards(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`forward` with the `group_advantages` of the sequences' rewards, in the same launch.
 
-    Args: rewards and group_ids (S,), one per sequence; seq_ids (N,) in [0, S), also for a separable spec; scale "group"
-    or "none", because the spread of the batch is known only when every advantage is.
+    Args: rewards and group_ids (S,), one per sequence; `tokens` without advantages; seq_ids (N,) in [0, S), also for a
+    separable spec; scale "group" or "none", because the spread of the batch is known only when every advantage is.
     """
     check.choice("policy_loss", "scale", scale, ("group", "none"))
     x, group = dense(rewards.to(logps.dtype)), dense(group_ids)
-    tokens = (logps, None, weights, mask, old_logps, ref_logps, sampling_logps, entropy, seq_ids)
-    return _run(tokens, len(x), spec, rewards_of_groups(x, group, baseline, scale, eps))
+    return _run((logps, *tokens, entropy, seq_ids), len(x), spec, rewards_of_groups(x, group, baseline, scale, eps))
 
 
 def _run(
-    tokens: tuple[torch.Tensor | None, ...], num_seqs: int, spec: PolicyLoss, rewards: object
+    given: tuple[torch.Tensor | None, ...], num_seqs: int, spec: PolicyLoss, rewards: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = tuple(map(dense, tokens))
+    inputs = tuple(map(dense, given))
     logps, device = inputs[0], inputs[0].device
     loss, table = logps.new_empty(()), logps.new_empty(len(METRICS), 2)
     dlogps, dentropy = torch.empty_like(logps), torch.empty_like(logps)

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.native import DTYPES, address, dense, extension
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics
 from fastrl.spec import Cispo, Clip, Dppo, PolicyLoss, Reinforce, Sapo
@@ -51,21 +52,14 @@ def _spec(spec: PolicyLoss) -> object:
 
 def forward(
     logps: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    tokens: LossTokens,
     entropy: torch.Tensor | None,
     seq_ids: torch.Tensor | None,
     num_seqs: int,
     spec: PolicyLoss,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, dlogps (N,), dentropy (N,), metrics (K, 2): the contract is in `fastrl.kernels.policy_loss`."""
-    inputs = tuple(
-        map(dense, (logps, advantages, weights, mask, old_logps, ref_logps, sampling_logps, entropy, seq_ids))
-    )
+    inputs = tuple(map(dense, (logps, *tokens, entropy, seq_ids)))
     logps = inputs[0]
     loss, table = logps.new_empty(()), logps.new_empty(len(METRICS), 2)
     dlogps, dentropy = torch.empty_like(logps), torch.empty_like(logps)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics, metric_table
 from fastrl.spec import Cispo, Clip, Correction, Dppo, Gmpo, KLKind, PolicyLoss, Sapo, Surrogate, Vespo
 
@@ -223,18 +224,10 @@ def sequence_mean(total: torch.Tensor, count: torch.Tensor, seq_ids: torch.Tenso
 # From the terms to the loss.
 
 
-def clean(
-    logps: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
-    entropy: torch.Tensor | None,
-) -> Tokens:
+def clean(logps: torch.Tensor, tokens: LossTokens, entropy: torch.Tensor | None) -> Tokens:
     """Put zeros wherever the mask is False, so that a NaN there reaches nothing: NaN times a weight of 0 is NaN."""
-    given = (logps, advantages, weights, old_logps, ref_logps, sampling_logps, entropy)
+    advantages, weights, mask, *others = tokens
+    given = (logps, advantages, weights, *others, entropy)
     logps, advantages, weights, old_logps, *rest = (None if x is None else torch.where(mask, x, 0) for x in given)
     return Tokens(logps, advantages, weights, mask, logps if old_logps is None else old_logps, *rest)
 
@@ -313,26 +306,21 @@ def with_gradient_fraction(
 
 def forward(
     logps: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    tokens: LossTokens,
     entropy: torch.Tensor | None,
     seq_ids: torch.Tensor | None,
     num_seqs: int,
     spec: PolicyLoss,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, dlogps (N,), dentropy (N,), metrics (K, 2): the contract is in `fastrl.kernels.policy_loss`."""
-    tokens = clean(logps, advantages, weights, mask, old_logps, ref_logps, sampling_logps, entropy)
-    sums = None if spec.separable else sequence_sums(tokens, spec, seq_ids, num_seqs)
-    terms = token_terms(tokens, spec, sums, seq_ids)
+    safe = clean(logps, tokens, entropy)
+    sums = None if spec.separable else sequence_sums(safe, spec, seq_ids, num_seqs)
+    terms = token_terms(safe, spec, sums, seq_ids)
     if spec.ratio == "sequence":
         through_ratio = segment_sum(terms.dlog_ratio, seq_ids, num_seqs)
-        takes_part = token_log_ratio(spec.surrogate, tokens)[1]
+        takes_part = token_log_ratio(spec.surrogate, safe)[1]
         dlogps = terms.dlogp + torch.where(takes_part, sequence_mean(through_ratio, sums[0], seq_ids), 0)
     else:
         dlogps = terms.dlogp + terms.dlog_ratio
-    metrics = with_gradient_fraction(terms.metrics, mask, dlogps, terms.dentropy)
+    metrics = with_gradient_fraction(terms.metrics, tokens.mask, dlogps, terms.dentropy)
     return terms.loss, dlogps, terms.dentropy, metrics

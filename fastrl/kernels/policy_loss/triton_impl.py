@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.native import dense
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics
 from fastrl.kernels.policy_loss.triton_token import kinds, parameters, policy_token
@@ -290,12 +291,7 @@ def _reported(
 
 def forward(
     logps: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    old_logps: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    sampling_logps: torch.Tensor | None,
+    tokens: LossTokens,
     entropy: torch.Tensor | None,
     seq_ids: torch.Tensor | None,
     num_seqs: int,
@@ -305,15 +301,15 @@ def forward(
     n, by_sequence = len(logps), spec.ratio == "sequence"
     if n == 0:
         return logps.new_zeros(()), logps.clone(), logps.clone(), logps.new_zeros(len(METRICS), 2)
-    logps, advantages, weights, mask = map(dense, (logps, advantages, weights, mask))
-    old_logps, ref_logps, sampling_logps, entropy = map(dense, (old_logps, ref_logps, sampling_logps, entropy))
+    logps, entropy = dense(logps), dense(entropy)
+    advantages, weights, mask, old_logps, ref_logps, sampling_logps = map(dense, tokens)
     loss, table = logps.new_empty(()), logps.new_empty(len(METRICS), 2)
     dlogps, dentropy = torch.empty_like(logps), torch.empty_like(logps)
     sizes = tuned("policy_loss", logps.device)
     seen = {"mask": mask, **sizes, **OPTIONS}
     outputs = {"loss": loss, "table": table, "reported": _reported(spec, ref_logps, sampling_logps, entropy)}
     derivatives = {"dlogps": dlogps, "dentropy": dentropy, "through_ratio": None}
-    tokens = {"logps": logps, "old_logps": old_logps, "sampling_logps": sampling_logps}
+    compared = {"logps": logps, "old_logps": old_logps, "sampling_logps": sampling_logps}
     shared = {"seq_ids": None, "means": None, "sequences": num_seqs}
     partial, blocks = None, triton.cdiv(n, sizes["BLOCK"])
     parts = blocks + (num_seqs if by_sequence else 0)
@@ -323,7 +319,7 @@ def forward(
         ids, order = seq_ids.sort(stable=True)  # a sequence's tokens side by side, whatever their order
         segments = {"order": order, "bounds": torch.searchsorted(ids, torch.arange(num_seqs + 1, device=ids.device))}
         means = logps.new_empty(2, num_seqs)
-        launch(_means, num_seqs, logps, **segments, **tokens, **seen, means=means, sequences=num_seqs)
+        launch(_means, num_seqs, logps, **segments, **compared, **seen, means=means, sequences=num_seqs)
         shared |= {"seq_ids": dense(seq_ids), "means": means}
     if by_sequence:
         derivatives["through_ratio"] = torch.empty_like(logps)
@@ -333,7 +329,7 @@ def forward(
         logps,
         **{"params": parameters(spec, logps.device), "advantages": advantages, "weights": weights, "n": n},
         **{"ref_logps": ref_logps, "entropy": entropy, "partial": partial},
-        **(tokens | shared | derivatives | outputs | kinds(spec) | seen),
+        **(compared | shared | derivatives | outputs | kinds(spec) | seen),
     )
     if by_sequence:
         launch(_share, num_seqs, logps, **segments, **derivatives, **seen, partial=partial, blocks=blocks)
