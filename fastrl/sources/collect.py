@@ -26,8 +26,12 @@ class Sampling:
     params: SamplingParams
 
     def greedy(self) -> Sampling:
-        """The same, but the most probable token each time."""
-        return replace(self, params=replace(self.params, temperature=0.0, top_p=1.0, top_k=0))
+        """The same, but the most probable token each time: nothing is cut by top_p, top_k and min_p.
+
+        The repetition penalty, min_new_tokens and what stops stay, as they decide which token is the most probable one
+        and where an answer ends.
+        """
+        return replace(self, params=replace(self.params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0))
 
 
 @dataclass(frozen=True)

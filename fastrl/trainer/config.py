@@ -78,13 +78,29 @@ class RolloutConfig:
     """Nucleus mass; 1 is off."""
     top_k: int = 0
     """Most probable tokens kept; 0 is off."""
+    min_p: float = 0.0
+    """Tokens are kept that are at least so many times as probable as the most probable one; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens less likely that are in the prompt or the completion; 1 is off."""
+    min_new_tokens: int = 0
+    """Before so many tokens no stop ends a completion."""
     stop: tuple[str, ...] = ()
     """Tokens that end a completion beside the model's own ends and that of its chat template, as the tokenizer writes
     them."""
+    stop_strings: tuple[str, ...] = ()
+    """Text that ends a completion: its last token is the one that completes such a string, which may be part of a token
+    or span several. Every token, that one too, is trained on."""
     threshold: float = 0.5
     """Where completions are shown or labelled instead of weighed (sft, kto): the reward from which on one is good."""
     dynamic_sampling: int = 0
     """DAPO: up to this many times a step, new prompts take the place of those whose rewards are all equal; 0 is off."""
+
+    @property
+    def reshaped(self) -> dict[str, Any]:
+        """The settings that are on with which tokens are drawn from something else than the softmax at the temperature,
+        whose log-probabilities are trained."""
+        names = ("top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
+        return {name: value for name in names if (value := getattr(self, name)) != getattr(RolloutConfig, name)}
 
 
 @dataclass(frozen=True)

@@ -213,11 +213,15 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
+        min_new_tokens=rollout.min_new_tokens,
+        stop_strings=rollout.stop_strings,
         stop_token_ids=stop_token_ids(model, tokenizer, also=rollout.stop, **config.task.template_options),
         seed=config.seed,
         vocab_size=learner.policy.head.vocab_size,
     )
-    return Sampling(TransformersSampler(model), tokenizer, params)
+    return Sampling(TransformersSampler(model, tokenizer), tokenizer, params)
 
 
 def _prompts(

@@ -216,6 +216,47 @@ def test_a_new_source_needs_no_change_of_the_loop(tmp_path, kind):
         assert [line["reward"] for line in plain] == [line["reward"] for line in toy]
 
 
+# How completions are sampled
+
+SAMPLED = {
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.02,
+    "repetition_penalty": 1.1,
+    "min_new_tokens": 2,
+    "stop_strings": ("w3 w4", "w5"),
+}
+
+
+def test_how_a_recipe_samples_reaches_the_sampler_and_greedy_completions_are_cut_by_nothing(tmp_path):
+    run = prepare(tiny_config(tmp_path, rollout=RolloutConfig(max_new_tokens=6, temperature=0.8, **SAMPLED)))
+    sampling = run.source.sampling
+    assert {name: getattr(sampling.params, name) for name in SAMPLED} == SAMPLED
+    greedy = sampling.greedy().params
+    off = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    assert greedy == replace(sampling.params, **off)
+
+
+def test_training_and_evaluation_end_completions_with_a_stop_string(tmp_path):
+    rollout = RolloutConfig(prompts_per_step=4, group_size=8, max_new_tokens=12, stop_strings=("w3", "4"))
+    train(tiny_config(tmp_path, steps=2, rollout=rollout))
+    for name in ("completions", "evaluation_completions"):
+        written = lines(tmp_path / "run" / f"{name}.jsonl")
+        # Words are tokens here; the last one completes a string.
+        found = [["w3" in word or "4" in word for word in line["completion"].split()] for line in written]
+        assert not any(any(words[:-1]) for words in found)
+        assert all(line["finished"] for line, words in zip(written, found, strict=True) if words and words[-1])
+        assert any(words and words[-1] for words in found)
+
+
+def test_a_rollout_names_the_settings_with_which_its_log_probabilities_are_not_those_that_are_trained():
+    assert RolloutConfig(temperature=0.5, stop_strings=("a",), stop=("<eos>",)).reshaped == {}
+    changed = {name: value for name, value in SAMPLED.items() if name != "stop_strings"}
+    assert RolloutConfig(**SAMPLED).reshaped == changed
+    for name, value in changed.items():
+        assert RolloutConfig(**{name: value}).reshaped == {name: value}
+
+
 # What crosses a boundary
 
 
