@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastrl.monitor.units import clock as as_clock
-from fastrl.monitor.units import duration, number
+from fastrl.monitor.units import duration, fixed, number
 from fastrl.monitor.untrusted import clean, one_line, question
 from fastrl.types import Group, Sample
 
@@ -155,7 +155,7 @@ class Screen:
                     self._text(prompt, "dim"),
                     self._text(one_line(sample.text, 240) + ("" if sample.finished else " [cut]")),
                     Text(number(sample.reward)),
-                    Text(f"{sample.advantage:+.2f}", style="green" if sample.advantage > 0 else ""),
+                    Text(fixed(sample.advantage, sign="+"), style="green" if sample.advantage > 0 else ""),
                 )
         self.console.print(table)
 
