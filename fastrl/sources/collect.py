@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import comb
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -91,3 +92,20 @@ def mean_reward(groups: Sequence[Group]) -> float:
     """Mean over the samples that could be scored; NaN where none could."""
     rewards = [sample.reward for group in groups for sample in group.samples if sample.reward is not None]
     return fmean(rewards) if rewards else float("nan")
+def pass_at_k(groups: Sequence[Group], k: int, threshold: float) -> float:
+    """The probability that one of `k` completions of a prompt has a reward of at least `threshold`, mean over prompts.
+
+        pass@k = 1 - C(n - c, k) / C(n, k)    where c of a prompt's n scored completions have it
+
+    That is unbiased (Chen et al. 2021, arXiv:2107.03374 eq. 1). Prompts with fewer than `k` scored completions, of
+    which nothing unbiased can be said, take no part; NaN where none has as many.
+    """
+    estimates = []
+    for group in groups:
+        rewards = [sample.reward for sample in group.samples if sample.reward is not None]
+        failed = sum(reward < threshold for reward in rewards)
+        if len(rewards) >= k:
+            estimates.append(1.0 - comb(failed, k) / comb(len(rewards), k))
+    return fmean(estimates) if estimates else float("nan")
+
+

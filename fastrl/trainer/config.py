@@ -277,6 +277,9 @@ class EvalConfig:
     """Steps between evaluations; 0 evaluates before and after only."""
     samples: int = 1
     """Sampled completions per held-out prompt, besides the greedy one."""
+    pass_at_k: tuple[int, ...] = ()
+    """Values of k, none above samples: pass@k estimates, from all sampled completions of a prompt, the probability that
+    one of k has a reward of at least rollout.threshold."""
 
 
 @dataclass(frozen=True)
@@ -434,6 +437,9 @@ def require_source(op: str, config: TrainConfig) -> None:
     }
     for name, value in positive.items():
         require(value >= 1, op, name, "at least 1", value)
+    counts, expected = config.eval.pass_at_k, f"numbers from 1 to eval.samples = {config.eval.samples}"
+    within = all(1 <= k <= config.eval.samples for k in counts)
+    require(within, op, "eval.pass_at_k", expected, ", ".join(map(str, counts)))
     require(config.eval.every >= 0, op, "eval.every", "0 (only before and after) or more", config.eval.every)
     rounds = rollout.dynamic_sampling
     require(rounds >= 0, op, "rollout.dynamic_sampling", "0 (off) or more", rounds)

@@ -166,7 +166,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         made = _offline(config, algorithm, learner, tokenizer, speed, began, given.rows)
         if on_prompts:
             _, held_out, said = _prompts(config, learner, tokenizer)
-            evaluation = OnPrompts(held_out, on_prompts, rewards, config.eval.samples, config.steps)
+            evaluation = _on_prompts(config, held_out, on_prompts, rewards)
             made = replace(made, evaluations=[*made.evaluations, evaluation], said=(*made.said, *said))
     else:
         made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards, given.rows)
@@ -222,6 +222,11 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
         vocab_size=learner.policy.head.vocab_size,
     )
     return Sampling(TransformersSampler(model, tokenizer), tokenizer, params)
+
+
+def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:
+    counts, threshold = config.eval.pass_at_k, config.rollout.threshold
+    return OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps, counts, threshold)
 
 
 def _prompts(
@@ -287,7 +292,7 @@ def _rollouts(
         seed=config.seed,
         total_steps=config.steps,
     )
-    evaluations = [OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps)] if held_out else []
+    evaluations = [_on_prompts(config, held_out, sampling, rewards)] if held_out else []
     return _Made(source, evaluations, said)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -16,8 +18,9 @@ from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
 from fastrl.progress import Unwatched
 from fastrl.sources import Rollouts
+from fastrl.sources.collect import pass_at_k
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import DataConfig, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.config import DataConfig, EvalConfig, LossConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
 from fastrl.trainer.setup import prepare, train
 from fastrl.types import Batch, Group, Prompt, Sample
 
@@ -255,6 +258,74 @@ def test_a_rollout_names_the_settings_with_which_its_log_probabilities_are_not_t
     assert RolloutConfig(**SAMPLED).reshaped == changed
     for name, value in changed.items():
         assert RolloutConfig(**{name: value}).reshaped == {name: value}
+
+
+# pass@k
+
+
+def prompts_with(*rewards):
+    return [Group(Prompt(0, "q", (1,)), [Sample([1], [0.0], True, reward=r) for r in group]) for group in rewards]
+
+
+@pytest.mark.parametrize("number", [4, 7])
+def test_pass_at_k_is_the_share_of_choices_of_k_completions_with_one_that_passed(number):
+    for passed in range(number + 1):
+        rewards = [1.0] * passed + [0.2] * (number - passed)
+        for k in range(1, number + 1):
+            choices = list(itertools.combinations(rewards, k))
+            expected = sum(max(choice) >= 0.5 for choice in choices) / len(choices)
+            assert pass_at_k(prompts_with(rewards), k, 0.5) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_takes_the_threshold_itself_as_passed_and_the_mean_over_prompts():
+    groups = prompts_with([0.5, 0.0], [0.4, 0.4])
+    assert pass_at_k(groups, 1, 0.5) == 0.25
+    assert pass_at_k(groups, 2, 0.5) == 0.5
+    assert pass_at_k(groups, 1, 0.4) == 0.75
+
+
+def test_completions_that_have_no_reward_do_not_count_in_pass_at_k():
+    assert pass_at_k(prompts_with([1.0, 0.0, None, None]), 1, 0.5) == 0.5
+    groups = prompts_with([1.0, 0.0, None, None], [1.0, 1.0, 0.0, 0.0])
+    assert pass_at_k(groups, 3, 0.5) == 1.0  # of the second alone
+    assert math.isnan(pass_at_k(groups[:1], 3, 0.5))
+    assert math.isnan(pass_at_k(prompts_with([None, None]), 1, 0.5))
+
+
+def test_pass_at_k_of_many_completions_is_exact():
+    rewards = [1.0] + [0.0] * 1023
+    assert pass_at_k(prompts_with(rewards), 512, 0.5) == 0.5
+
+
+def test_pass_at_k_is_logged_and_printed_beside_the_reward_of_sampled_completions(tmp_path, capsys):
+    rollout = RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=6, threshold=0.1)
+    config = tiny_config(tmp_path, steps=1, rollout=rollout, eval=EvalConfig(samples=6, pass_at_k=(1, 4)))
+    run = prepare(config)
+    run.train()
+    written = lines(tmp_path / "run" / "evaluation_completions.jsonl")
+    for line in lines(tmp_path / "run" / "evaluations.jsonl"):
+        if line["name"] == "greedy":
+            assert not any(key.startswith("pass@") for key in line)
+            continue
+        groups = {}
+        for one in written:
+            if (one["step"], one["name"]) == (line["step"], "sampled"):
+                groups.setdefault(one["prompt_index"], []).append(one["reward"])
+        for k in (1, 4):
+            assert line[f"pass@{k}"] == pytest.approx(pass_at_k(prompts_with(*groups.values()), k, 0.1))
+        assert 0 < line["pass@1"] < line["pass@4"] <= 1
+    assert "pass@4 " in capsys.readouterr().out
+    results = run.evaluate()
+    assert results.keys() == {"greedy", "sampled", "pass@1", "pass@4"}
+    assert f"over 4 prompts x 6, pass@1 {results['pass@1']:.3f}, pass@4 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("counts", [(8,), (1, 9), (0,)])
+def test_pass_at_k_of_more_than_the_samples_is_refused(counts):
+    with pytest.raises(
+        ValueError, match=r"^TrainConfig: eval.pass_at_k: expected numbers from 1 to eval.samples = 7, "
+    ):
+        TrainConfig(eval=EvalConfig(samples=7, pass_at_k=counts))
 
 
 # What crosses a boundary
