@@ -18,7 +18,7 @@ from fastrl.spec import Aggregate, Correction, Ratio
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
-    "max_failure_fraction", "adapter.save", "log_to",
+    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to",
 }  # fmt: skip
 
 
@@ -341,6 +341,9 @@ class TrainConfig:
     """Steps between tables of completions on the screen."""
     max_failure_fraction: float = 0.5
     """Stop when more than this share of a batch's rewards raise."""
+    reward_timeout: float = 0.0
+    """Seconds that a reward may take for a batch before it counts as failed; 0 waits for ever. Sync rewards then run in
+    threads, where signals such as math-verify's own timeout do not work."""
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
@@ -446,6 +449,8 @@ def require_source(op: str, config: TrainConfig) -> None:
     require(rollout.temperature > 0, op, "rollout.temperature", "more than 0", rollout.temperature)
     require(len(config.rewards) > 0, op, "rewards", "at least one reward", "none")
     require(0 <= share <= 1, op, "max_failure_fraction", "a share from 0 to 1", share)
+    seconds = config.reward_timeout
+    require(0 <= seconds < math.inf, op, "reward_timeout", "seconds, or 0 (off)", seconds)
     unused = config.offline or config.data == DataConfig()
     expected = f"nothing, as {config.algorithm} learns from completions that it samples"
     require(unused, op, "data", expected, "a value", "Prompts are in task; or set source: offline.")

@@ -202,7 +202,8 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
 def _rewards(config: TrainConfig, given: Sequence[tuple[RewardFunc, float]] | None) -> RewardSuite:
     named = ((resolve_reward(reward.name, **reward.options), reward.weight) for reward in config.rewards)
     funcs, weights = zip(*(named if given is None else given), strict=True)
-    return RewardSuite(funcs, weights, max_failure_fraction=config.max_failure_fraction)
+    limits = {"max_failure_fraction": config.max_failure_fraction, "timeout": config.reward_timeout}
+    return RewardSuite(funcs, weights, **limits)
 
 
 def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Sampling:
