@@ -265,4 +265,4 @@ def _samples(about: dict[str, Any], groups: list[Group]) -> Iterator[dict[str, A
                 "advantage": sample.advantage,
                 "finished": sample.finished,
                 "tokens": len(sample.token_ids),
-            }
+            } | ({"extra": sample.extra} if sample.extra else {})

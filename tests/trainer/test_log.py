@@ -175,6 +175,17 @@ def test_every_sample_of_a_step_is_written_with_its_numbers(ticking, tmp_path):
         }
 
 
+def test_what_rewards_log_of_a_sample_is_written_with_it(ticking, tmp_path):
+    log, *_ = ticking
+    made = groups(random.Random(3), 0.5, prompts=1, samples=2)
+    made[0].samples[1].extra = {"found": [7], "why": "no \u2028 idea"}
+    log.completions(1, made)
+    log.evaluation(1, "greedy", {"reward": 0.0}, made)
+    for name in ("completions", "evaluation_completions"):
+        records = lines(tmp_path / "run" / f"{name}.jsonl")
+        assert [record.get("extra") for record in records] == [None, {"found": [7], "why": "no \u2028 idea"}]
+
+
 def test_huge_and_tiny_numbers_are_short_on_the_screen(ticking):
     log, _, console = ticking
     huge = {"reward": -3.4e38, "loss": 1e300, "grad_norm": 1e-300, "entropy": 1e9}
