@@ -76,7 +76,7 @@ class RunLog:
         self._seconds: dict[str, float] = {}
         self._alarms = Alarms()
         self._evaluated: dict[int, dict[str, float]] = {}
-        self._screen = Screen(total_steps, columns, console, clock)
+        self._screen = Screen(total_steps, columns, console, clock, self.interrupt)
         self._trackers: dict[str, Tracker] = {}
         self._callbacks: list[Callback] = []
 
