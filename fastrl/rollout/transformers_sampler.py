@@ -25,7 +25,6 @@ AttentionInterface.register(DECODE_ATTENTION, decode_attention)
 
 _OP = "TransformersSampler"
 _PREFILL_TOKENS = 8192  # of one prefill batch, padding included
-_STEPS_BETWEEN_CHECKS = 8  # on accelerators, where looking for finished rows waits for the device
 
 
 @dataclass
@@ -232,7 +231,7 @@ class TransformersSampler:
         stop = [token for token in params.stop_token_ids if token < vocabulary]
         stop = torch.tensor(stop, dtype=torch.int64, device=u.device)
         texts = StopStrings(params.stop_strings, self.tokenizer, len(u), params.min_new_tokens)
-        every = 1 if u.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
+        every = _steps_between_checks(u.device)
         wasted = 0.0  # steps' worth of work spent on finished rows since the last compaction
         for step in tracked(range(params.max_new_tokens), progress):
             logits = rows.logits(logits, step, stop, params)
@@ -270,6 +269,11 @@ class TransformersSampler:
                 **passed_as(self.model, cache),
             )
         return out.logits[:, -1]
+
+
+def _steps_between_checks(device: torch.device) -> int:
+    """How often to look for finished rows, for which an accelerator has to be waited for."""
+    return 1 if device.type == "cpu" else 8
 
 
 def _first_rows(lengths: torch.Tensor, max_len: int, cursor: int, dtype: torch.dtype) -> _Rows:

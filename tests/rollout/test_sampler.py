@@ -263,7 +263,11 @@ def contains(text):
 
 @pytest.mark.parametrize("compact_after", [math.inf, 0.0])
 @pytest.mark.parametrize("stop_token_ids", [(), (7, 11)])
-def test_a_completion_ends_with_the_token_that_completes_a_stop_string(llama, letters, compact_after, stop_token_ids):
+@pytest.mark.parametrize("every", [1, 4])  # as on a CPU, and like an accelerator
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string(
+    llama, letters, compact_after, stop_token_ids, every, monkeypatch
+):
+    monkeypatch.setattr(module, "_steps_between_checks", lambda device: every)
     sampler = TransformersSampler(llama, letters, compact_after=compact_after)
     free, cut = (
         flat(
