@@ -58,6 +58,7 @@ class Sample:
     ref_logps: list[float] | None = None
     old_logps: list[float] | None = None
     values: list[float] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # what rewards log of it with `log_extra`, as JSON can hold it
 
 
 @dataclass

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from statistics import fmean, median
 from typing import NamedTuple
 
+from fastrl.monitor.units import number
+
 PATIENCE = 3  # steps in a row, because one unlucky batch is no sign of anything
 FIRST = 3  # steps whose mean is where a run began
 RECENT = 10  # steps before this one, of which a spike is a multiple
@@ -102,7 +104,7 @@ def _signs(metrics: dict[str, float]) -> dict[str, Sign]:
         ),
         "sampler mismatch": Sign(
             mismatch > 0.1,
-            f"sampler and trainer differ by {mismatch:.3f} nats per token on the same tokens. Compare their dtype, "
-            "temperature and truncation, or set loss.correction.",
+            f"sampler and trainer differ by {number(mismatch)} nats per token on the same tokens. Compare their dtype, "
+            "temperature, truncation and repetition penalty, or set loss.correction.",
         ),
     }

@@ -238,6 +238,8 @@ def _unit_interval(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _tick(value: float, _: int) -> str:
+    if abs(value) >= 1e9:
+        return f"{value:.3g}"
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 

@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 # Ctrl-C; the end of a job; a terminal that is closed, or a connection that is lost; what schedulers send some time
 # before the end of a job. The last two are not there on Windows.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+HEARD = "Stopping at the next safe point; once more stops at once."
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,6 +30,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.shown = False  # whether somebody shows `HEARD` who looks here
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -38,8 +42,8 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first of `SIGNALS` asks the run to stop; the second stops it at once. A hangup that was ignored
-        before, as under nohup, still is."""
+        """Inside, the first of `SIGNALS` asks the run to stop, and `HEARD` is said; the second stops it at once. A
+        hangup that was ignored before, as under nohup, still is."""
 
         hangup = getattr(signal, "SIGHUP", None)
         # Asked now: of a terminal that is gone, nobody can tell that it was one.
@@ -51,6 +55,8 @@ class Interrupt:
             if self:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(number)
+            if not self.shown:
+                _say(HEARD)
 
         heard = [one for one in SIGNALS if one != hangup or signal.getsignal(one) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, handle) for number in heard}
@@ -59,6 +65,12 @@ class Interrupt:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    """To standard error, past `sys.stderr`, which the code that was interrupted may be writing to."""
+    with suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
 
 
 def _to_nowhere(files: list[int]) -> None:

@@ -77,7 +77,7 @@ class RunLog:
         self._tokens = 0.0
         self._alarms = Alarms()
         self._evaluated: dict[int, dict[str, float]] = {}
-        self._screen = Screen(total_steps, columns, console, clock)
+        self._screen = Screen(total_steps, columns, console, clock, self.interrupt)
         self._trackers: dict[str, Tracker] = {}
         self._callbacks: list[Callback] = []
 
@@ -272,4 +272,4 @@ def _samples(about: dict[str, Any], groups: list[Group]) -> Iterator[dict[str, A
                 "advantage": sample.advantage,
                 "finished": sample.finished,
                 "tokens": len(sample.token_ids),
-            }
+            } | ({"extra": sample.extra} if sample.extra else {})

@@ -12,7 +12,7 @@ import jinja2
 from fastrl.files import replace_text
 from fastrl.monitor.charts import WINDOW, charts, rolling
 from fastrl.monitor.records import Evaluation, Record, RunRecord, read_run
-from fastrl.monitor.units import duration, number
+from fastrl.monitor.units import duration, fixed, number
 from fastrl.monitor.untrusted import clean
 
 SHOWN_PROMPTS = 3  # of a training step, with the best and the worst completion of each
@@ -70,7 +70,7 @@ def _achievement(run: RunRecord) -> str:
     if changes:
         return f"Held-out {', '.join(changes)}"
     for name in _evaluation_names(run):
-        rewards = [f"{e.reward:.2f}" for e in _first_and_last(run, name)]
+        rewards = [fixed(e.reward) for e in _first_and_last(run, name)]
         changes.append(f"{' → '.join(rewards)} ({name})")
     if changes:
         kind = "accuracy" if _is_accuracy(run) else "reward"
@@ -80,8 +80,8 @@ def _achievement(run: RunRecord) -> str:
         return "No step completed"
     first, last = rolling(rewards)[min(WINDOW, len(rewards)) - 1], rolling(rewards)[-1]
     if len(rewards) <= WINDOW:
-        return f"Training reward {last:.2f}"
-    return f"Training reward {first:.2f} → {last:.2f} (means of {WINDOW} steps)"
+        return f"Training reward {fixed(last)}"
+    return f"Training reward {fixed(first)} → {fixed(last)} (means of {WINDOW} steps)"
 
 
 def _evaluation_names(run: RunRecord) -> list[str]:
@@ -134,7 +134,7 @@ def _shown(sample: Record, full: float) -> Record:
         "prompt": clean(sample["prompt"]),
         "completion": _cut(clean(sample["completion"])),
         "reward": "none" if sample["reward"] is None else f"{float(sample['reward']):.3g}",
-        "advantage": f"{float(sample['advantage']):+.2f}",
+        "advantage": fixed(float(sample["advantage"]), sign="+"),
         "mark": mark(sample["reward"], full),
         "finished": sample["finished"],
         "tokens": sample["tokens"],
@@ -228,7 +228,7 @@ def judged(run: RunRecord) -> Judged | None:
         numbers = []
         for name in samples[0]["rewards"]:
             values = [found[index][0]["rewards"].get(name, math.nan) for found in by_row if index in found]
-            numbers.append((name.replace("_", " "), " → ".join(f"{round(value, 3) + 0.0:.3f}" for value in values)))
+            numbers.append((name.replace("_", " "), " → ".join(fixed(round(value, 3) + 0.0, 3) for value in values)))
         answers = [(*_role(names[0], s, samples), _cut(clean(s["completion"]))) for s in samples]
         rows.append(JudgedRow(clean(samples[0]["prompt"]), answers, numbers))
     return Judged((ends[0].step, ends[-1].step), int(ends[0].rows), rows)

@@ -19,8 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastrl.monitor.interrupt import HEARD, Interrupt
 from fastrl.monitor.units import clock as as_clock
-from fastrl.monitor.units import duration, number
+from fastrl.monitor.units import duration, fixed, number
 from fastrl.monitor.untrusted import clean, one_line, question
 from fastrl.types import Group, Sample
 
@@ -74,7 +75,12 @@ class Screen:
     """Everything that `RunLog` shows. Completions are printed as plain text, never as markup."""
 
     def __init__(
-        self, total_steps: int, columns: Sequence[Column], console: Console | None, clock: Callable[[], float]
+        self,
+        total_steps: int,
+        columns: Sequence[Column],
+        console: Console | None,
+        clock: Callable[[], float],
+        interrupt: Interrupt,
     ) -> None:
         self.console = console or Console(highlight=False)
         if not self.console.is_terminal:
@@ -88,6 +94,7 @@ class Screen:
         self._far = ""
         self._stages: dict[str, float] = {}
         self._live: Live | None = None
+        self._interrupt = interrupt
 
     def header(self, config: dict[str, Any], environment: dict[str, Any], run_dir: Path) -> None:
         """What is about to run, in a few lines."""
@@ -105,6 +112,7 @@ class Screen:
         if self._live is None and self.console.is_terminal:
             self._live = Live(console=self.console, get_renderable=self._status, refresh_per_second=4, transient=True)
             self._live.start()
+            self._interrupt.shown = True
             atexit.register(self._stop)  # a run that dies must not leave the terminal without its cursor
 
     def progress(self, done: int, total: int, unit: str) -> None:
@@ -155,7 +163,7 @@ class Screen:
                     self._text(prompt, "dim"),
                     self._text(one_line(sample.text, 240) + ("" if sample.finished else " [cut]")),
                     Text(number(sample.reward)),
-                    Text(f"{sample.advantage:+.2f}", style="green" if sample.advantage > 0 else ""),
+                    Text(fixed(sample.advantage, sign="+"), style="green" if sample.advantage > 0 else ""),
                 )
         self.console.print(table)
 
@@ -196,6 +204,7 @@ class Screen:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            self._interrupt.shown = False
             atexit.unregister(self._stop)
 
     def _print(self, line: str, style: str = "") -> None:
@@ -218,7 +227,8 @@ class Screen:
         return line
 
     def _status(self) -> RenderableType:
-        """The live display: bar, time gone and left; what runs now and how far it is; last reward and stages."""
+        """The live display: bar, time gone and left; what runs now and how far it is; last reward and stages; that a
+        signal was heard, which may come while nothing else is done or written."""
         top = Table.grid(padding=(0, 1))
         percent = f"{100 * self._done / max(self._total, 1):3.0f} %"
         left = f"about {as_clock(self.eta())} left" if self._step_times else ""
@@ -227,7 +237,8 @@ class Screen:
         top.add_row(f"step {self._done}/{self._total}", bar, percent, Text(times, style="dim"))
         bottom = Text("  ").join([*self._now(), *self._last()])
         bottom.truncate(self.console.width)
-        return Stack(Text(""), top, bottom)
+        heard = [Text(HEARD, style="bold yellow")] if self._interrupt else []
+        return Stack(Text(""), top, bottom, *heard)
 
     def _now(self) -> list[Text]:
         if self._stage is None:

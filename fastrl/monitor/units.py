@@ -6,12 +6,14 @@ import math
 
 
 def number(value: float | None) -> str:
-    """About three significant digits; `nan` and `inf` stay visible, None is a dash."""
+    """About three significant digits, however large or small; `nan` and `inf` stay visible, None is a dash."""
     if value is None:
         return "-"
     size = abs(value)
     if not math.isfinite(value):
         return str(value)
+    if size >= 1e7:
+        return f"{value:.2e}"
     if size >= 1000 or (size >= 10 and value == round(value)):
         return f"{value:,.0f}"
     if size >= 100:
@@ -19,6 +21,15 @@ def number(value: float | None) -> str:
     if size >= 10:
         return f"{value:.2f}"
     return f"{value:.3f}" if size >= 0.001 or size == 0 else f"{value:.1e}"
+
+
+def fixed(value: float, places: int = 2, sign: str = "") -> str:
+    """With so many decimals, to be compared with others; in short where that would be many digits.
+
+    Args:
+        sign: + writes the sign of positive numbers too.
+    """
+    return f"{value:{sign}.2e}" if abs(value) >= 1e6 else f"{value:{sign}.{places}f}"
 
 
 def duration(seconds: float) -> str:

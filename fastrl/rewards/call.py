@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import math
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +23,31 @@ def call_rewards(
     columns: Mapping[str, list[Any]],
     extras: Mapping[str, Any],
     progress: Progress = unseen,
+    *,
+    timeout: float = math.inf,
 ) -> list[list[Any]]:
     """One list per function, with each completion's value, or the exception that the function raised on it.
 
     The async functions are started first; they run on a thread of their own, concurrently with one another and with the
     sync ones, which run here in order. A function that raises is called again for each completion by itself.
 
+    With a timeout each sync call has a thread of its own as well, which is abandoned when it takes longer: nothing can
+    stop it. Such a function is not called again.
+
     Args:
         columns: keyword arguments that are lists with one value per completion; each function gets its own copy.
         extras: further keyword arguments; `log_extra` and `log_metric` are silenced in repeated calls.
         progress: told of the functions, before each is waited for; what it raises ends the call.
+        timeout: seconds that a function may take, and again as many for all the repeated calls together.
     """
+    began = time.monotonic()
     started = [_start(func, columns, extras) for func in funcs]
     calls = list(zip(funcs, names, started, strict=True))
-    return [_finish(func, name, wait, columns, extras) for func, name, wait in tracked(calls, progress)]
+    results = []
+    for func, name, answer in tracked(calls, progress):
+        until = (began if is_async(func) else time.monotonic()) + timeout
+        results.append(_finish(func, name, answer, columns, extras, timeout, until))
+    return results
 
 
 def is_async(func: Callable[..., Any]) -> bool:
@@ -49,12 +63,16 @@ class Ended(Exception):
     """A function tried to end the process or its thread."""
 
 
+class TimedOut(Exception):
+    """A function did not answer in time."""
+
+
 def told(error: BaseException, func: Callable[..., Any]) -> str:
     """An exception's type, text and place: the innermost line of the function's own file, else the innermost of all."""
     home, _ = defined(func)
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     own = [place for place in frames if place[0] == home] or [place for place in frames if place[0] != __file__]
-    what = str(error) if isinstance(error, (BadReturn, Ended)) else f"{type(error).__name__}: {error}"
+    what = str(error) if isinstance(error, (BadReturn, Ended, TimedOut)) else f"{type(error).__name__}: {error}"
     return f"{what} ({spot(*(own[-1] if own else defined(func)))})"
 
 
@@ -84,26 +102,64 @@ def silent(*_: Any) -> None:
     """A `log_extra` or `log_metric` that keeps nothing."""
 
 
-def _start(func: Callable[..., Any], columns: Mapping[str, list[Any]], extras: Mapping[str, Any]) -> Callable[[], Any]:
-    """What gives the function's result when called; an async function is running by then."""
+def _start(
+    func: Callable[..., Any], columns: Mapping[str, list[Any]], extras: Mapping[str, Any]
+) -> Callable[[float], Any]:
+    """What gives the function's result when called with the time until which to wait; an async function is running by
+    then."""
     arguments = {name: list(values) for name, values in columns.items()} | dict(extras)
     if is_async(func):
-        return asyncio.run_coroutine_threadsafe(_awaited(func, arguments), _loop()).result
-    return functools.partial(func, **arguments)
+        future = asyncio.run_coroutine_threadsafe(_awaited(func, arguments), _loop())
+        return lambda until: _result(future, until)
+    call = functools.partial(func, **arguments)
+    return lambda until: call() if until == math.inf else _result(_in_thread(call, until), until)
+
+
+def _in_thread(call: Callable[[], Any], until: float) -> Future[Any]:
+    """The result that `call` will have; it is not begun once the time is up."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if time.monotonic() < until:
+        threading.Thread(target=run, name="fastrl-reward", daemon=True).start()
+    return future
+
+
+def _result(future: Future[Any], until: float) -> Any:
+    """
+    Raises:
+        TimedOut: there is none in time.
+    """
+    left = None if until == math.inf else max(0.0, until - time.monotonic())
+    if not wait([future], left).done:
+        future.cancel()
+        raise TimedOut
+    return future.result()
 
 
 def _finish(
     func: Callable[..., Any],
     name: str,
-    wait: Callable[[], Any],
+    answer: Callable[[float], Any],
     columns: Mapping[str, list[Any]],
     extras: Mapping[str, Any],
+    timeout: float,
+    until: float,
 ) -> list[Any]:
     total = len(columns["completions"])
     try:
-        return _as_list(wait(), total)
+        return _as_list(answer(until), total)
     except BadReturn as error:  # about the function, not about a completion
         return [error] * total
+    except TimedOut:  # asked about each completion by itself, it might take that long each time
+        left = "" if is_async(func) else "; its thread was abandoned, and may still run"
+        return [TimedOut(f"no answer within {timeout:g} s{left}")] * total
     # Whatever a user's function raises is about its completions, and is reported with them: sys.exit too, which would
     # end the run as if it were done.
     except (Exception, SystemExit) as error:
@@ -112,11 +168,12 @@ def _finish(
             return [failure.with_traceback(error.__traceback__)]
         quiet = dict(extras) | {"log_extra": silent, "log_metric": silent}
         singles = [{key: values[place : place + 1] for key, values in columns.items()} for place in range(total)]
+        until = time.monotonic() + timeout
         started = [_start(func, single, quiet) for single in singles]
         return [
             value
             for single, again in zip(singles, started, strict=True)
-            for value in _finish(func, name, again, single, quiet)
+            for value in _finish(func, name, again, single, quiet, timeout, until)
         ]
 
 

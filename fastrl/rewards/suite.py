@@ -56,6 +56,9 @@ class RewardSuite:
         funcs: called with every completion of a rollout at once; async ones run concurrently with all others.
         weights: one per function; 1 each by default.
         max_failure_fraction: the share of completions on which a reward may fail before `score` raises.
+        timeout: seconds that a call of a reward on a batch may take, after which it has failed on all of it; 0 is off.
+            An async reward is cancelled then. A sync one runs in a thread with a timeout, where it cannot use signals,
+            and which is left running: it may hold on to what it uses until the process ends.
     """
 
     def __init__(
@@ -64,11 +67,13 @@ class RewardSuite:
         weights: Sequence[float] | None = None,
         *,
         max_failure_fraction: float = 0.5,
+        timeout: float = 0.0,
     ) -> None:
         self.funcs = list(funcs)
         self.weights = [1.0] * len(self.funcs) if weights is None else [float(weight) for weight in weights]
         self.names = [reward_name(func) for func in self.funcs]
         self.max_failure_fraction = max_failure_fraction
+        self.timeout = timeout
         op = "RewardSuite"
         check.require(len(self.funcs) > 0, op, "funcs", "at least one reward", "none")
         check.require(
@@ -80,6 +85,7 @@ class RewardSuite:
         )
         check.require(all(map(math.isfinite, self.weights)), op, "weights", "finite numbers", self.weights)
         check.require(0 <= max_failure_fraction <= 1, op, "max_failure_fraction", "0 to 1", max_failure_fraction)
+        check.require(0 <= timeout < math.inf, op, "timeout", "seconds, or 0 (off)", timeout)
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         check.require(
             not twice, op, "funcs", "different names", f"{', '.join(twice)} twice", "Set __name__ on one of them."
@@ -98,9 +104,9 @@ class RewardSuite:
 
         A reward that raises on the batch is asked about each completion by itself, without logging, so that only those
         on which it raises are lost; so are values that are not finite float32 numbers, and sums. A reward that does not
-        return one value per completion fails on all. `Sample.reward` is None where a reward failed, since a sum that
-        lacks a term cannot be compared with one that has it, and where none applies. `progress` is told of the rewards,
-        before each.
+        return one value per completion, or not in time, fails on all. `Sample.reward` is None where a reward failed,
+        since a sum that lacks a term cannot be compared with one that has it, and where none applies. `progress` is
+        told of the rewards, before each.
 
         Raises:
             RewardFailure: a reward failed on more than `max_failure_fraction` of the completions.
@@ -114,7 +120,8 @@ class RewardSuite:
             "log_extra": log_extra or silent,
             "log_metric": log_metric or silent,
         }
-        results = call_rewards(self.funcs, self.names, arguments, extras, progress)
+        timeout = self.timeout or math.inf
+        results = call_rewards(self.funcs, self.names, arguments, extras, progress, timeout=timeout)
         failures, failed = [], [False] * len(pairs)
         for _, sample in pairs:
             sample.rewards = {}
@@ -191,7 +198,8 @@ def _record(sample: Sample, func: RewardFunc, name: str, value: Any) -> str | No
     except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several numbers
         number = math.nan
     if not abs(number) <= LARGEST:
-        return f"expected a finite number that float32 holds, or None, got {shown(value)} {where}"
+        got = shown(value) if math.isnan(number) else f"{number:g}"
+        return f"expected a finite number that float32 holds, or None, got {got} {where}"
     sample.rewards[name] = number
     return None
 

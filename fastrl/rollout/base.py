@@ -16,7 +16,10 @@ _OP = "SamplingParams"
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn: `p = softmax(z[:vocab_size] / temperature)`, cut to `top_k` tokens, then to `top_p` mass,
-    renormalised.
+    then by `min_p`, renormalised. `repetition_penalty` and `min_new_tokens` change the logits `z` before.
+
+    The order is that of transformers. vLLM takes `min_p` before `top_k` and `top_p`, which makes a difference where
+    `top_p` is set as well: its mass is then that of fewer tokens.
 
     Raises:
         ValueError: a field is outside its range.
@@ -29,17 +32,28 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # sampling one of these ends the completion
     seed: int = 0
     vocab_size: int | None = None  # ids from here on are no tokens, and have probability 0; None: all are
+    min_p: float = 0.0  # keep tokens at least min_p times as probable as the most probable one; 0 = off
+    repetition_penalty: float = 1.0  # makes tokens of the prompt and the completion less likely; 1 = off
+    min_new_tokens: int = 0  # stop tokens have probability 0 before so many tokens, and stop strings do not count
+    stop_strings: tuple[str, ...] = ()  # the token that completes one in the completion's text ends the completion
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, _OP, "max_new_tokens", "at least 1", self.max_new_tokens)
         require(0.0 <= self.temperature < float("inf"), _OP, "temperature", "0 (greedy) or more", self.temperature)
         require(0.0 < self.top_p <= 1.0, _OP, "top_p", "a number in (0, 1]", self.top_p, "1.0 turns it off.")
         require(self.top_k >= 0, _OP, "top_k", "0 (off) or more", self.top_k)
+        require(0.0 <= self.min_p <= 1.0, _OP, "min_p", "a number in [0, 1]", self.min_p, "0.0 turns it off.")
+        penalty, low = self.repetition_penalty, self.min_new_tokens
+        require(0.0 < penalty < float("inf"), _OP, "repetition_penalty", "above 0", penalty, "1.0 turns it off.")
+        expected = f"0 to max_new_tokens = {self.max_new_tokens}"
+        require(0 <= low <= self.max_new_tokens, _OP, "min_new_tokens", expected, low)
         require(0 <= self.seed < 2**64, _OP, "seed", "an integer in [0, 2**64)", self.seed)
         positive = self.vocab_size is None or self.vocab_size >= 1
         require(positive, _OP, "vocab_size", "at least 1, or None", self.vocab_size)
         ids_ok = all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids)
         require(ids_ok, _OP, "stop_token_ids", "non-negative token ids", self.stop_token_ids)
+        texts_ok = isinstance(self.stop_strings, tuple) and all(self.stop_strings)
+        require(texts_ok, _OP, "stop_strings", "a tuple of texts, none of them empty", repr(self.stop_strings))
 
 
 class Sampler(Protocol):

@@ -27,7 +27,7 @@ def uniforms(seed: int, streams: Iterable[tuple[int, int]], steps: int) -> torch
 def draw(logits: torch.Tensor, u: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a token per row and give its log-probability under the distribution it was drawn from.
 
-        p = softmax(z / T), zero outside the top_k / top_p set, renormalised;  logp = log p[token]
+        p = softmax(z / T), zero outside the top_k / top_p / min_p set, renormalised;  logp = log p[token]
         T = 0: token = argmax z, and logp = log softmax(z)[token], the log-probability at temperature 1
 
     Args:
@@ -43,22 +43,33 @@ def draw(logits: torch.Tensor, u: torch.Tensor, params: SamplingParams) -> tuple
         tokens = z.argmax(-1)
         return tokens, z.gather(-1, tokens[:, None])[:, 0] - z.logsumexp(-1)
     z = z if params.temperature == 1.0 else z / params.temperature
-    weights = truncate(z.softmax(-1), params.top_k, params.top_p)
+    weights = truncate(z.softmax(-1), params.top_k, params.top_p, params.min_p)
     tokens, total = inverse_cdf(weights, u)
     return tokens, (weights.gather(-1, tokens[:, None])[:, 0] / total).log().float()
 
 
-def truncate(weights: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Zero `weights` `(n, V)`, in place, outside the `top_k` largest and then outside the nucleus of mass `top_p`.
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits `(n, V)` in float32, those of `seen` tokens `(n, V)` less likely: divided by `penalty` where they are
+    positive, multiplied by it where they are negative (Keskar et al. 2019, arXiv:1909.05858 section 4.1)."""
+    z = logits.float()
+    return torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
+
+
+def truncate(weights: torch.Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> torch.Tensor:
+    """Zero `weights` `(n, V)`, in place, outside the `top_k` largest, then outside the nucleus of mass `top_p`, then
+    below `min_p` times the largest.
 
     Tokens tied with the last one kept are kept too. Nucleus: the smallest set of most probable tokens whose mass
-    reaches `top_p` (Holtzman et al. 2020, arXiv:1904.09751), measured after top-k.
+    reaches `top_p` (Holtzman et al. 2020, arXiv:1904.09751), measured after top-k. Min-p: Nguyen et al. 2024,
+    arXiv:2407.01082.
     """
     if 0 < top_k < weights.shape[-1]:
         last_kept = weights.topk(top_k).values[:, -1:]
         weights.masked_fill_(weights < last_kept, 0.0)
     if top_p < 1.0:
         weights.masked_fill_(weights < _nucleus_edge(weights, top_p), 0.0)
+    if min_p > 0.0:
+        weights.masked_fill_(weights < min_p * weights.amax(-1, keepdim=True), 0.0)
     return weights
 
 

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl.check import require
 from fastrl.model.load import embedding_rows
 from fastrl.progress import Progress, tracked, unseen
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.cache import DECODE_ATTENTION, RolloutCache, decode_attention, passed_as
-from fastrl.rollout.draw import draw, uniforms
+from fastrl.rollout.draw import draw, penalise, uniforms
 from fastrl.rollout.prepack import prepacked
+from fastrl.rollout.stop_strings import StopStrings
 from fastrl.types import Sample
 
 AttentionInterface.register(DECODE_ATTENTION, decode_attention)
 
 _OP = "TransformersSampler"
 _PREFILL_TOKENS = 8192  # of one prefill batch, padding included
-_STEPS_BETWEEN_CHECKS = 8  # on accelerators, where looking for finished rows waits for the device
 
 
 @dataclass
@@ -34,11 +34,21 @@ class _Rows:
     index: torch.Tensor  # (n,) int64, which completion each row is
     position: torch.Tensor  # (n,) int64, prompt length: the position of the first new token
     mask: torch.Tensor | None  # (n, 1, 1, max_len) additive; None when no row is padded
-    done: torch.Tensor  # (n,) bool, a stop token was sampled
+    done: torch.Tensor  # (n,) bool, a stop token was sampled or a stop string completed
+    seen: torch.Tensor | None  # (n, V) bool, the tokens of prompt and completion; None where nobody asks
 
     def keep(self, rows: torch.Tensor) -> _Rows:
-        mask = None if self.mask is None else self.mask[rows]
-        return _Rows(self.index[rows], self.position[rows], mask, self.done[rows])
+        mask, seen = (None if one is None else one[rows] for one in (self.mask, self.seen))
+        return _Rows(self.index[rows], self.position[rows], mask, self.done[rows], seen)
+
+    def logits(self, logits: torch.Tensor, step: int, stop: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+        """What the next tokens are drawn from, of the model's `logits`."""
+        logits = logits[:, : params.vocab_size]
+        if self.seen is not None:
+            logits = penalise(logits, self.seen[:, : logits.shape[1]], params.repetition_penalty)
+        if step < params.min_new_tokens:
+            logits = logits.index_fill(1, stop, float("-inf"))
+        return logits
 
 
 class TransformersSampler:
@@ -46,13 +56,15 @@ class TransformersSampler:
 
     Each distinct prompt is prefilled once, and the tokens that all prompts begin with are prefilled once for all.
 
-    `Sample.sampling_logps` are under the distribution that was sampled, temperature and truncation applied; when
-    greedy (temperature 0) they are the plain log-probabilities at temperature 1. The stop token is part of the sample.
+    `Sample.sampling_logps` are under the distribution that was sampled, temperature, penalty and truncation applied;
+    when greedy (temperature 0) they are the log-probabilities at temperature 1. The stop token is part of the sample,
+    and so is all of the token that completes a stop string.
     Draws depend only on (seed, prompt index, sample index), never on the batch around them. Nothing is kept between
     calls, so the weights are always the current ones.
 
     Args:
         model: a transformers causal LM whose attention is pluggable; its mode and settings are restored after a call.
+        tokenizer: reads what `SamplingParams.stop_strings` are looked for in; not needed without them.
         compact_after: drop finished rows from the batch once they have wasted the work of this many whole steps
             (0: at once; infinity: never). Moving the cache of the live rows costs about a quarter of a step.
         prepack: on a CPU, compute with packed copies of bfloat16 weights during a call; see `prepacked`.
@@ -61,10 +73,18 @@ class TransformersSampler:
         ValueError: the model's attention cannot be replaced.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compact_after: float = 0.25, prepack: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        compact_after: float = 0.25,
+        prepack: bool = True,
+    ) -> None:
         pluggable = getattr(model, "_supports_attention_backend", False)
         require(pluggable, _OP, "model", "a causal LM with pluggable attention", type(model).__name__)
         self.model = model
+        self.tokenizer = tokenizer
         self.compact_after = compact_after
         self.prepack = prepack
 
@@ -79,22 +99,25 @@ class TransformersSampler:
         """Draw `num_samples` completions of each prompt; see `Sampler.sample`.
 
         Raises:
-            ValueError: no prompts, an empty prompt, or a prompt with no room for `max_new_tokens`.
+            ValueError: no prompts, an empty prompt, a prompt with no room for `max_new_tokens`, or stop strings and no
+                tokenizer.
             FloatingPointError: the model's logits are not finite.
         """
         self._check(prompts, num_samples, params)
         streams = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
         with _eval_mode(self.model), prepacked(self.model) if self.prepack else nullcontext():
             u = uniforms(params.seed, streams, params.max_new_tokens)
-            tokens, logps = self._complete(prompts, num_samples, params, u, progress)
+            tokens, logps, ends = self._complete(prompts, num_samples, params, u, progress)
         if not bool(logps.isfinite().all()):
             raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. Check the weights.")
-        samples = _collect(tokens, logps, params.stop_token_ids)
+        samples = _collect(tokens, logps, params.stop_token_ids, ends)
         return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
 
     def _check(self, prompts: Sequence[Sequence[int]], num_samples: int, params: SamplingParams) -> None:
         require(len(prompts) > 0, _OP, "prompts", "at least one prompt", "none")
         require(num_samples >= 1, _OP, "num_samples", "at least 1", num_samples)
+        readable = self.tokenizer is not None or not params.stop_strings
+        require(readable, _OP, "tokenizer", "one, to read stop_strings with", "none")
         lengths = [len(prompt) for prompt in prompts]
         empty = f"an empty prompt at index {lengths.index(0)}" if 0 in lengths else ""
         require(not empty, _OP, "prompts", "at least one token in each", empty)
@@ -118,8 +141,9 @@ class TransformersSampler:
         params: SamplingParams,
         u: torch.Tensor,
         progress: Progress,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and log-probabilities `(completions, max_new_tokens)`; what follows a stop token means nothing."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int]]:
+        """Token ids and log-probabilities `(completions, max_new_tokens)`, and how many tokens complete a stop string,
+        by completion; what follows a stop token or string means nothing."""
         distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
         place = {prompt: i for i, prompt in enumerate(distinct)}
         source = torch.tensor([place[tuple(prompt)] for prompt in prompts]).repeat_interleave(num_samples)
@@ -127,6 +151,8 @@ class TransformersSampler:
         lengths = torch.tensor([len(prompt) for prompt in distinct])[source].to(logits.device)
         layer = cache.layers[0]
         rows = _first_rows(lengths, layer.get_max_length(), layer.get_seq_length(), layer.keys.dtype)
+        if params.repetition_penalty != 1.0:
+            rows.seen = _tokens_in(distinct, logits)[source]
         return self._decode(cache, logits, rows, params, u.to(logits.device), progress)
 
     def _prefill(
@@ -197,20 +223,29 @@ class TransformersSampler:
         params: SamplingParams,
         u: torch.Tensor,
         progress: Progress,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int]]:
         """Draw, drop finished rows when it pays, feed the tokens back; one column of the result per step."""
         tokens = torch.zeros(u.shape, dtype=torch.int64, device=u.device)
         logps = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
-        stop = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=u.device)
-        every = 1 if u.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
+        vocabulary = logits[:, : params.vocab_size].shape[1]
+        stop = [token for token in params.stop_token_ids if token < vocabulary]
+        stop = torch.tensor(stop, dtype=torch.int64, device=u.device)
+        texts = StopStrings(params.stop_strings, self.tokenizer, len(u), params.min_new_tokens)
+        every = _steps_between_checks(u.device)
         wasted = 0.0  # steps' worth of work spent on finished rows since the last compaction
         for step in tracked(range(params.max_new_tokens), progress):
-            drawn, logps[rows.index, step] = draw(logits[:, : params.vocab_size], u[rows.index, step], params)
+            logits = rows.logits(logits, step, stop, params)
+            drawn, logps[rows.index, step] = draw(logits, u[rows.index, step], params)
             tokens[rows.index, step] = drawn
-            if step + 1 == params.max_new_tokens:
-                break
             rows.done |= torch.isin(drawn, stop)
-            if (step + 1) % every == 0:
+            last, checks = step + 1 == params.max_new_tokens, (step + 1) % every == 0
+            if params.stop_strings and (last or checks):
+                _read(texts, rows, tokens[:, step // every * every : step + 1])
+            if last:
+                break
+            if rows.seen is not None:
+                rows.seen.scatter_(1, drawn[:, None], True)
+            if checks:
                 live = int((~rows.done).sum())
                 if live == 0:
                     break
@@ -220,7 +255,7 @@ class TransformersSampler:
                     rows, drawn, wasted = rows.keep(kept), drawn[kept], 0.0
                     cache.keep(kept)
             logits = self._step(cache, rows, drawn, step)
-        return tokens, logps
+        return tokens, logps, texts.ends
 
     def _step(self, cache: RolloutCache, rows: _Rows, tokens: torch.Tensor, step: int) -> torch.Tensor:
         """Feed one token per row; next-token logits `(rows, V)`."""
@@ -236,6 +271,11 @@ class TransformersSampler:
         return out.logits[:, -1]
 
 
+def _steps_between_checks(device: torch.device) -> int:
+    """How often to look for finished rows, for which an accelerator has to be waited for."""
+    return 1 if device.type == "cpu" else 8
+
+
 def _first_rows(lengths: torch.Tensor, max_len: int, cursor: int, dtype: torch.dtype) -> _Rows:
     """All rows, none done, with the mask of their left padding."""
     mask = None
@@ -244,7 +284,22 @@ def _first_rows(lengths: torch.Tensor, max_len: int, cursor: int, dtype: torch.d
         mask = torch.zeros(padding.shape, dtype=dtype, device=lengths.device).masked_fill_(padding, float("-inf"))
         mask = mask[:, None, None]
     index = torch.arange(len(lengths), device=lengths.device)
-    return _Rows(index, lengths, mask, torch.zeros_like(index, dtype=torch.bool))
+    return _Rows(index, lengths, mask, torch.zeros_like(index, dtype=torch.bool), None)
+
+
+def _tokens_in(prompts: Sequence[tuple[int, ...]], logits: torch.Tensor) -> torch.Tensor:
+    """Which tokens each prompt has, `(prompts, V)` bool; an id that the head has no logit for is none."""
+    found = torch.zeros(len(prompts), logits.shape[1], dtype=torch.bool, device=logits.device)
+    for row, prompt in zip(found, prompts, strict=True):
+        row[[token for token in set(prompt) if token < logits.shape[1]]] = True
+    return found
+
+
+def _read(texts: StopStrings, rows: _Rows, tokens: torch.Tensor) -> None:
+    """Marks the rows done whose text contains a stop string with the newest `tokens` `(completions, steps)`."""
+    index = rows.index.tolist()
+    ended = [texts.read(i, ids) for i, ids in zip(index, tokens[rows.index].tolist(), strict=True)]
+    rows.done |= torch.tensor(ended, device=rows.done.device)
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -263,12 +318,14 @@ def _batches_by_length(prompts: list[tuple[int, ...]], budget: int) -> Iterator[
         order = order[size:]
 
 
-def _collect(tokens: torch.Tensor, logps: torch.Tensor, stop_token_ids: tuple[int, ...]) -> list[Sample]:
-    """Cut each completion after its first stop token."""
+def _collect(
+    tokens: torch.Tensor, logps: torch.Tensor, stop_token_ids: tuple[int, ...], ends: Mapping[int, int]
+) -> list[Sample]:
+    """Cut each completion after its first stop token, or before that where a stop string `ends` it."""
     stop = frozenset(stop_token_ids)
     samples = []
-    for ids, values in zip(tokens.tolist(), logps.tolist(), strict=True):
-        end = next((i + 1 for i, token in enumerate(ids) if token in stop), None)
+    for index, (ids, values) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
+        end = next((i + 1 for i, token in enumerate(ids[: ends.get(index)]) if token in stop), ends.get(index))
         samples.append(Sample(token_ids=ids[:end], sampling_logps=values[:end], finished=end is not None))
     return samples
 

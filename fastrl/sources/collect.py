@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import comb
 from statistics import fmean
 from types import SimpleNamespace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fastrl import env
+from fastrl.check import sentence
 from fastrl.progress import Watch
 from fastrl.rewards import RewardSuite
+from fastrl.rewards.call import shown
+from fastrl.rewards.suite import Failure
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.rollout.collect import collect
-from fastrl.types import Group, Prompt
+from fastrl.types import Group, Prompt, Sample
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,12 @@ class Sampling:
     params: SamplingParams
 
     def greedy(self) -> Sampling:
-        """The same, but the most probable token each time."""
-        return replace(self, params=replace(self.params, temperature=0.0, top_p=1.0, top_k=0))
+        """The same, but the most probable token each time: nothing is cut by top_p, top_k and min_p.
+
+        The repetition penalty, min_new_tokens and what stops stay, as they decide which token is the most probable one
+        and where an answer ends.
+        """
+        return replace(self, params=replace(self.params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0))
 
 
 @dataclass(frozen=True)
@@ -38,24 +48,55 @@ class Judge:
     step: int
     total_steps: int
     numbers: dict[str, float]  # where `log_metric` of a reward puts its numbers
+    failures: list[Failure] = field(default_factory=list)  # of all that was judged until now
 
     def score(self, groups: Sequence[Group], watch: Watch, stage: str, unit: str, about: str) -> None:
-        """Fills in the rewards of every sample; what failed is warned of.
+        """Fills in the rewards of every sample and what they log of it; what failed is warned of.
 
         Raises:
             RewardFailure: as `RewardSuite.score`.
         """
         logged: dict[str, list[float]] = {}
+        extras: list[tuple[str, Any]] = []
         with watch.stage(stage, unit) as progress:
             failures = self.rewards.score(
                 groups,
                 trainer_state=SimpleNamespace(global_step=self.step - 1, max_steps=self.total_steps),
+                log_extra=lambda name, values: extras.append((name, _listed(values))),
                 log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
                 progress=progress,
             )
-        for failure in failures:
-            watch.warn(f"{about}: {failure}")
-        self.numbers.update({name: fmean(values) for name, values in logged.items()})
+        self.failures.extend(failures)
+        samples = [sample for group in groups for sample in group.samples]
+        for message in (*map(str, failures), *filter(None, (_keep(samples, *extra) for extra in extras))):
+            watch.warn(f"{about}: {message}")
+        # Copied, as an async reward, or one that was abandoned, may log still.
+        self.numbers.update({name: fmean(values) for name, values in dict(logged).items()})
+
+
+def _keep(samples: Sequence[Sample], name: str, values: Any) -> str:
+    """Gives each sample its value of a column that a reward logged; says so where they are not one for each."""
+    if not isinstance(values, list) or len(values) != len(samples):
+        got = len(values) if isinstance(values, list) else shown(values)
+        return sentence("log_extra", str(name), f"{len(samples)} values, one per completion", got)
+    for sample, value in zip(samples, values, strict=True):
+        sample.extra[str(name)] = _plain(value)
+    return ""
+
+
+def _listed(values: Any) -> Any:
+    """A sequence as a list of its own, since a reward may go on with its; anything else as it is."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, (str, bytes)) else values
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it, or else how it prints."""
+    try:
+        return json.loads(json.dumps(_listed(value)))
+    except (TypeError, ValueError, RecursionError):
+        return shown(value)
 
 
 def judged(
@@ -81,6 +122,23 @@ def judged(
         env.return_freed_memory()  # nor the caches of a rollout one for training
     judge.score(groups, watch, stages[1], units[1], about or f"Step {judge.step}")
     return groups
+
+
+def pass_at_k(groups: Sequence[Group], k: int, threshold: float) -> float:
+    """The probability that one of `k` completions of a prompt has a reward of at least `threshold`, mean over prompts.
+
+        pass@k = 1 - C(n - c, k) / C(n, k)    where c of a prompt's n scored completions have it
+
+    That is unbiased (Chen et al. 2021, arXiv:2107.03374 eq. 1). Prompts with fewer than `k` scored completions, of
+    which nothing unbiased can be said, take no part; NaN where none has as many.
+    """
+    estimates = []
+    for group in groups:
+        rewards = [sample.reward for sample in group.samples if sample.reward is not None]
+        failed = sum(reward < threshold for reward in rewards)
+        if len(rewards) >= k:
+            estimates.append(1.0 - comb(failed, k) / comb(len(rewards), k))
+    return fmean(estimates) if estimates else float("nan")
 
 
 def mean_reward(groups: Sequence[Group]) -> float:

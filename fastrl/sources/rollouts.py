@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from fastrl.algorithms.base import Kind, Learner
 from fastrl.data.sampler import PromptSampler
 from fastrl.progress import Watch
-from fastrl.rewards import RewardSuite
+from fastrl.rewards import RewardFailure, RewardSuite
 from fastrl.sources.collect import Judge, Sampling, judged, mean_reward
 from fastrl.types import Batch, Group, Prompt
 
@@ -38,12 +38,17 @@ class Rollouts:
     replays: ClassVar[bool] = False
 
     def next(self, learner: Learner, watch: Watch) -> Batch:
-        """As `Source`."""
+        """As `Source`.
+
+        Raises:
+            RewardFailure: rewards failed on too many completions, or none of them applies to any.
+        """
         step = learner.steps + 1
         batch = Batch([], seed=self.seed + step)
         judge = Judge(self.rewards, step, self.total_steps, batch.numbers)
         groups = judged(self.prompts.next(self.number), self.samples, batch.seed, self.sampling, judge, watch)
         batch.groups = self._refilled(groups, batch, judge, watch) if self.refills else groups
+        _require_rewards(batch, judge)
         if self.greedy:
             self._baseline(batch, judge, watch)
         for sample in (sample for group in batch.groups for sample in group.samples):
@@ -94,6 +99,20 @@ class Rollouts:
         for group, other in zip(batch.groups, greedy, strict=True):
             group.greedy_reward = other.samples[0].reward
         batch.numbers["greedy/reward"] = mean_reward(greedy)
+
+
+def _require_rewards(batch: Batch, judge: Judge) -> None:
+    """Refuses a batch to which no reward applies. What failed is the suite's to weigh.
+
+    Raises:
+        RewardFailure: all rewards of all completions are None, and none failed.
+    """
+    samples = [sample for group in batch.groups for sample in group.samples]
+    if not judge.failures and all(sample.reward is None for sample in samples):
+        raise RewardFailure(
+            f"{' and '.join(judge.rewards.names)} returned None for all {len(samples)} completions. None says that a "
+            "reward does not apply, so there is nothing to learn from. Return a number where it does apply."
+        )
 
 
 def rewards_differ(group: Group) -> bool:

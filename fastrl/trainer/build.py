@@ -179,12 +179,13 @@ def _ratio_to_sampler(config: TrainConfig, spec: PolicyLoss) -> bool:
     rollout, ratio_to_sampler = config.rollout, _asks_sampler(config)
     expected = "nothing with policy_gradient.ratio_to_sampler: the mismatch is in the ratio"
     require(spec.correction is None or not ratio_to_sampler, OP, "loss.correction", expected, spec.correction)
-    whole, reads = rollout.top_p == 1.0 and rollout.top_k == 0, ratio_to_sampler or config.masks.reads_sampler
-    expected = "1 and 0 where the sampler's log-probabilities are compared with: they are of what was cut"
-    do = "Leave masks.off_policy and masks.total_variation out."
+    corrected = spec.correction is not None
+    reads, reshaped = ratio_to_sampler or config.masks.reads_sampler or corrected, rollout.reshaped
+    expected = "its default where the sampler's log-probabilities are compared with: they are of what was sampled from"
+    do = "Leave loss.correction out." if corrected else "Leave masks.off_policy and masks.total_variation out."
     do = "Set policy_gradient.ratio_to_sampler to false." if ratio_to_sampler else do
-    got = f"{rollout.top_p} and {rollout.top_k}"
-    require(whole or not reads, OP, "rollout.top_p, rollout.top_k", expected, got, do)
+    names, got = ", ".join(f"rollout.{name}" for name in reshaped), ", ".join(map(str, reshaped.values()))
+    require(not (reads and reshaped), OP, names, expected, got, do)
     optimizer = config.optimizer
     updates = optimizer.steps_per_rollout * optimizer.epochs_per_rollout
     moves = config.masks.kl_cov is None or updates > 1 or ratio_to_sampler

@@ -16,7 +16,7 @@ from fastrl.trainer.typed import nested
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
-    "max_failure_fraction", "adapter.save", "log_to",
+    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to",
 }  # fmt: skip
 
 
@@ -72,13 +72,29 @@ class RolloutConfig:
     """Nucleus mass; 1 is off."""
     top_k: int = 0
     """Most probable tokens kept; 0 is off."""
+    min_p: float = 0.0
+    """Tokens are kept that are at least so many times as probable as the most probable one; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens less likely that are in the prompt or the completion; 1 is off."""
+    min_new_tokens: int = 0
+    """Before so many tokens no stop ends a completion."""
     stop: tuple[str, ...] = ()
     """Tokens that end a completion beside the model's own ends and that of its chat template, as the tokenizer writes
     them."""
+    stop_strings: tuple[str, ...] = ()
+    """Text that ends a completion: its last token is the one that completes such a string, which may be part of a token
+    or span several. Every token, that one too, is trained on."""
     threshold: float = 0.5
     """Where completions are shown or labelled instead of weighed (sft, kto): the reward from which on one is good."""
     dynamic_sampling: int = 0
     """DAPO: up to this many times a step, new prompts take the place of those whose rewards are all equal; 0 is off."""
+
+    @property
+    def reshaped(self) -> dict[str, Any]:
+        """The settings that are on with which tokens are drawn from something else than the softmax at the temperature,
+        whose log-probabilities are trained."""
+        names = ("top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
+        return {name: value for name in names if (value := getattr(self, name)) != getattr(RolloutConfig, name)}
 
 
 @dataclass(frozen=True)
@@ -213,6 +229,9 @@ class EvalConfig:
     """Steps between evaluations; 0 evaluates before and after only."""
     samples: int = 1
     """Sampled completions per held-out prompt, besides the greedy one."""
+    pass_at_k: tuple[int, ...] = ()
+    """Values of k, none above samples: pass@k estimates, from all sampled completions of a prompt, the probability that
+    one of k has a reward of at least rollout.threshold."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +298,9 @@ class TrainConfig:
     """Steps between tables of completions on the screen."""
     max_failure_fraction: float = 0.5
     """Stop when more than this share of a batch's rewards raise."""
+    reward_timeout: float = 0.0
+    """Seconds that a reward may take for a batch before it counts as failed; 0 waits for ever. Sync rewards then run in
+    threads, where signals such as math-verify's own timeout do not work."""
     task: TaskConfig = TaskConfig()
     """Prompts to sample completions of."""
     data: DataConfig = DataConfig()
@@ -391,12 +413,17 @@ def require_source(op: str, config: TrainConfig) -> None:
     }
     for name, value in positive.items():
         require(value >= 1, op, name, "at least 1", value)
+    counts, expected = config.eval.pass_at_k, f"numbers from 1 to eval.samples = {config.eval.samples}"
+    within = all(1 <= k <= config.eval.samples for k in counts)
+    require(within, op, "eval.pass_at_k", expected, ", ".join(map(str, counts)))
     require(config.eval.every >= 0, op, "eval.every", "0 (only before and after) or more", config.eval.every)
     rounds = rollout.dynamic_sampling
     require(rounds >= 0, op, "rollout.dynamic_sampling", "0 (off) or more", rounds)
     require(rollout.temperature > 0, op, "rollout.temperature", "more than 0", rollout.temperature)
     require(len(config.rewards) > 0, op, "rewards", "at least one reward", "none")
     require(0 <= share <= 1, op, "max_failure_fraction", "a share from 0 to 1", share)
+    seconds = config.reward_timeout
+    require(0 <= seconds < math.inf, op, "reward_timeout", "seconds, or 0 (off)", seconds)
     unused = config.offline or config.data == DataConfig()
     expected = f"nothing, as {config.algorithm} learns from completions that it samples"
     require(unused, op, "data", expected, "a value", "Prompts are in task; or set source: offline.")

@@ -10,9 +10,10 @@ from typing import Protocol
 from fastrl import env
 from fastrl.algorithms.offline import Answers, Objective
 from fastrl.monitor.log import RunLog
+from fastrl.monitor.units import number
 from fastrl.progress import Unwatched, tracked
 from fastrl.rewards import RewardSuite
-from fastrl.sources.collect import Judge, Sampling, judged, mean_reward
+from fastrl.sources.collect import Judge, Sampling, judged, mean_reward, pass_at_k
 from fastrl.trainer.learner import Learner
 from fastrl.types import Group, Prompt
 
@@ -29,7 +30,7 @@ class Evaluation(Protocol):
 
 
 class Printed(Unwatched):
-    """Prints what is measured, and keeps it by name: a reward under that of its evaluation."""
+    """Prints what is measured, and keeps it by name: a reward under that of its evaluation, pass@k under its own."""
 
     def __init__(self) -> None:
         self.results: dict[str, float] = {}
@@ -38,21 +39,28 @@ class Printed(Unwatched):
         """As `RunLog.evaluation`."""
         if "reward" in result:
             self.results[name] = result["reward"]
-            number = len(samples[0].samples)
-            print(f"held-out {name}: {result['reward']:.3f} over {len(samples)} prompts x {number}")
+            passed = {key: value for key, value in result.items() if key.startswith("pass@")}
+            self.results |= passed
+            size = f"{len(samples)} prompts x {len(samples[0].samples)}"
+            rest = "".join(f", {key} {number(value)}" for key, value in passed.items())
+            print(f"held-out {name}: {number(result['reward'])} over {size}{rest}")
         else:
             values = {key: value for key, value in result.items() if key != "rows"}
             self.results |= values
-            shown = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
+            shown = ", ".join(f"{key} {number(value)}" for key, value in values.items())
             print(f"held out: {shown}, {result['rows']:.0f} rows")
 
 
 @dataclass(frozen=True)
 class OnPrompts:
-    """Mean held-out reward of one greedy completion and of some sampled ones.
+    """Mean held-out reward of one greedy completion and of some sampled ones, and pass@k of these.
 
     Sampling uses the training temperature and the same random numbers every time, so that two evaluations differ by the
     weights only.
+
+    Args:
+        pass_at_k: the values of k.
+        threshold: the reward from which on a completion has passed.
     """
 
     prompts: Sequence[Prompt]
@@ -60,6 +68,8 @@ class OnPrompts:
     rewards: RewardSuite
     samples: int = 1
     total_steps: int = 0
+    pass_at_k: tuple[int, ...] = ()
+    threshold: float = 0.5
 
     def run(self, learner: Learner, log: RunLog, step: int) -> None:
         """As `Evaluation`."""
@@ -78,6 +88,8 @@ class OnPrompts:
                 about=f"Evaluation at step {step}",
             )
             result = {"reward": mean_reward(groups), "prompts": float(len(groups)), **numbers}
+            if name == "sampled":
+                result |= {f"pass@{k}": pass_at_k(groups, k, self.threshold) for k in self.pass_at_k}
             log.evaluation(step, name, result, groups)
 
 
@@ -97,6 +109,8 @@ class OnRows:
         with log.stage("eval", "rows by themselves") as progress:
             shown = [self._judged(learner, group) for group in tracked(self.rows[:SHOWN_ROWS], progress)]
         log.evaluation(step, self.kind, values | {"rows": float(len(self.rows))}, shown)
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"the loss on what is held out is {values['loss']}. Lower optimizer.lr.")
 
     def _judged(self, learner: Learner, group: Group) -> Group:
         """The group with what the objective measures on it alone, in the place of its rewards.

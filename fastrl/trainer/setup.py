@@ -173,7 +173,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         made = _offline(config, algorithm, learner, tokenizer, speed, began, given.rows)
         if on_prompts:
             _, held_out, said = _prompts(config, learner, tokenizer)
-            evaluation = OnPrompts(held_out, on_prompts, rewards, config.eval.samples, config.steps)
+            evaluation = _on_prompts(config, held_out, on_prompts, rewards)
             made = replace(made, evaluations=[*made.evaluations, evaluation], said=(*made.said, *said))
     else:
         made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards, given.rows)
@@ -209,7 +209,8 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
 def _rewards(config: TrainConfig, given: Sequence[tuple[RewardFunc, float]] | None) -> RewardSuite:
     named = ((resolve_reward(reward.name, **reward.options), reward.weight) for reward in config.rewards)
     funcs, weights = zip(*(named if given is None else given), strict=True)
-    return RewardSuite(funcs, weights, max_failure_fraction=config.max_failure_fraction)
+    limits = {"max_failure_fraction": config.max_failure_fraction, "timeout": config.reward_timeout}
+    return RewardSuite(funcs, weights, **limits)
 
 
 def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Sampling:
@@ -220,11 +221,20 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
+        min_new_tokens=rollout.min_new_tokens,
+        stop_strings=rollout.stop_strings,
         stop_token_ids=stop_token_ids(model, tokenizer, also=rollout.stop, **config.task.template_options),
         seed=config.seed,
         vocab_size=learner.policy.head.vocab_size,
     )
-    return Sampling(TransformersSampler(model), tokenizer, params)
+    return Sampling(TransformersSampler(model, tokenizer), tokenizer, params)
+
+
+def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:
+    counts, threshold = config.eval.pass_at_k, config.rollout.threshold
+    return OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps, counts, threshold)
 
 
 def _prompts(
@@ -290,7 +300,7 @@ def _rollouts(
         seed=config.seed,
         total_steps=config.steps,
     )
-    evaluations = [OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps)] if held_out else []
+    evaluations = [_on_prompts(config, held_out, sampling, rewards)] if held_out else []
     return _Made(source, evaluations, said)
 
 

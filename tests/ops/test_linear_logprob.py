@@ -581,9 +581,9 @@ def test_a_wrong_argument_is_refused_by_name(case):
 
 @pytest.mark.parametrize(("old", "new"), [("keep", "store"), ("stream", "recompute")])
 def test_an_older_name_of_memory_is_taken_with_a_warning(old, new):
-    results = []
+    results, given = [], gaussian(4, 8, 37)
     for memory in (old, new):
-        inputs = gaussian(4, 8, 37).leaves(*EVERYTHING)
+        inputs = given.leaves(*EVERYTHING)
         warns = (
             pytest.warns(DeprecationWarning, match=f"'{old}' is called '{new}' now") if memory == old else nullcontext()
         )

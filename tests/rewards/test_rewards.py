@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -129,6 +130,12 @@ def test_numbers_beyond_float_are_failures(bad):
     assert f"of type {type(bad).__name__} beyond it" in failure.error
 
 
+@pytest.mark.parametrize("bad", [1e300, 10**300, np.float64(1e300)], ids=["float", "int", "numpy"])
+def test_a_number_of_hundreds_of_digits_is_told_in_short(bad):
+    (failure,) = RewardSuite([lambda completions, **kwargs: [1.0, bad]]).score([group("a", "b")])
+    assert "or None, got 1e+300 (" in failure.error
+
+
 @pytest.mark.parametrize("value", [2e38, 3e38])
 def test_a_sum_beyond_float32_is_a_failure_of_the_sum(value):
     def one(completions, **kwargs):
@@ -233,6 +240,8 @@ def test_what_is_not_one_value_per_completion_fails_on_all_with_the_rewards_name
         ([length], {"weights": [math.nan]}, "finite numbers"),
         ([length, length], {}, "different names, got length twice"),
         ([length], {"max_failure_fraction": 1.5}, "max_failure_fraction: expected 0 to 1"),
+        ([length], {"timeout": -1.0}, "timeout: expected seconds, or 0"),
+        ([length], {"timeout": math.nan}, "timeout: expected seconds, or 0"),
     ],
 )
 def test_a_suite_that_cannot_work_is_refused(funcs, options, message):
@@ -282,6 +291,152 @@ def test_async_rewards_fail_completion_by_completion_too():
     assert rewards(groups) == [1.0, None, 1.0]
     assert failure.reward == "Judge"
     assert failure.error == f"RuntimeError: refused (test_rewards.py, line {line_of(Judge.__call__) + 3})"
+
+
+@pytest.fixture
+def release():
+    """What keeps a reward from answering until the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_a_reward_that_does_not_answer_in_time_fails_on_all_completions_and_is_not_asked_again(release, kind):
+    calls, cancelled = [], []
+
+    def hangs(completions, **kwargs):
+        calls.append(len(completions))
+        release.wait(60)
+        return [1.0] * len(completions)
+
+    async def hangs_async(completions, **kwargs):
+        calls.append(len(completions))
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            release.set()
+            raise
+
+    reward = hangs if kind == "sync" else hangs_async
+    groups = [group("a", "b", index=5)]
+    (failure,) = RewardSuite([length, reward], max_failure_fraction=1.0, timeout=0.2).score(groups)
+    assert rewards(groups) == [None, None]
+    assert [sample.rewards for sample in groups[0].samples] == [{"length": 1.0, reward.__name__: None}] * 2
+    left = "; its thread was abandoned, and may still run" if kind == "sync" else ""
+    assert str(failure) == (
+        f"reward {reward.__name__!r} failed on 2 of 2 completions (first on prompt 5): no answer within 0.2 s{left} "
+        f"(test_rewards.py, line {line_of(reward)})"
+    )
+    assert calls == [2]
+    assert kind == "sync" or (release.wait(60) and cancelled)
+    with pytest.raises(RewardFailure, match=r"failed on 2 of 2 completions.* no answer within 0\.2 s"):
+        RewardSuite([reward], timeout=0.2).score(groups)
+
+
+def test_an_abandoned_reward_that_answers_after_all_is_not_heard(release, monkeypatch):
+    def late(completions, log_metric, **kwargs):
+        release.wait(60)
+        return [1.0] * len(completions)
+
+    raised, groups = [], [group("a")]
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    RewardSuite([late], max_failure_fraction=1.0, timeout=0.2).score(groups)
+    threads = [thread for thread in threading.enumerate() if thread.name == "fastrl-reward"]
+    release.set()
+    for thread in threads:
+        thread.join(60)
+    assert threads
+    assert raised == []
+    assert rewards(groups) == [None]
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_the_calls_for_single_completions_have_the_timeout_together(release, kind):
+    calls = []
+
+    def odd(completions, **kwargs):
+        calls.append(completions)
+        if len(completions) > 1:
+            raise RuntimeError("one by one, please")
+        if completions == ["hang"]:
+            release.wait(60)
+        return [1.0]
+
+    async def odd_async(completions, **kwargs):
+        calls.append(completions)
+        if len(completions) > 1:
+            raise RuntimeError("one by one, please")
+        if completions == ["hang"]:
+            await asyncio.sleep(60)
+        return [1.0]
+
+    groups = [group("a", "hang", "hang", "b")]
+    suite = RewardSuite([odd if kind == "sync" else odd_async], max_failure_fraction=1.0, timeout=0.5)
+    (failure,) = suite.score(groups)
+    assert "no answer within 0.5 s" in failure.error
+    # One thread after the other: nothing is begun once the time is up. The async ones run at the same time.
+    assert rewards(groups) == [1.0, None, None, None if kind == "sync" else 1.0]
+    assert len(calls) == (3 if kind == "sync" else 5)
+
+
+def test_the_calls_for_single_completions_have_a_timeout_of_their_own():
+    def slow(completions, **kwargs):
+        time.sleep(1.2 if len(completions) > 1 or completions == ["slow"] else 0.0)
+        if "bad" in completions:
+            raise RuntimeError("refused")
+        return [1.0] * len(completions)
+
+    groups = [group("bad", "slow", "quick")]
+    (failure,) = RewardSuite([slow], timeout=2.0).score(groups)
+    assert failure.error.startswith("RuntimeError: refused")
+    assert rewards(groups) == [None, 1.0, 1.0]
+
+
+def test_with_a_timeout_rewards_that_answer_or_fail_do_as_without(release):
+    def quick(completions, **kwargs):
+        assert threading.current_thread().daemon
+        return [float(len(text)) for text in completions]
+
+    def fails(completions, **kwargs):
+        return [1.0 / len(text) for text in completions]
+
+    def own_timeout(completions, **kwargs):
+        if "bad" in completions:
+            raise TimeoutError("the judge's own")
+        return [0.0] * len(completions)
+
+    def quits(completions, **kwargs):
+        if "" in completions:
+            sys.exit(3)
+        return [0.0] * len(completions)
+
+    groups = [group("a", "", "bad")]
+    suite = RewardSuite([quick, fails, own_timeout, quits], max_failure_fraction=1.0, timeout=60.0)
+    failures = suite.score(groups)
+    assert rewards(groups) == [2.0, None, None]
+    assert [failure.error.split(" (")[0] for failure in failures] == [
+        "ZeroDivisionError: float division by zero",
+        "TimeoutError: the judge's own",
+        "SystemExit(3)",
+    ]
+    assert f"line {line_of(fails) + 1})" in failures[0].error
+
+
+def test_after_an_async_reward_timed_out_the_next_call_of_others_is_answered():
+    async def hangs(completions, **kwargs):
+        await asyncio.sleep(60)
+
+    async def answers(completions, **kwargs):
+        await asyncio.sleep(0)
+        return [2.0] * len(completions)
+
+    groups = [group("a")]
+    assert len(RewardSuite([hangs, answers], max_failure_fraction=1.0, timeout=0.2).score(groups)) == 1
+    assert groups[0].samples[0].rewards == {"hangs": None, "answers": 2.0}
+    assert RewardSuite([answers], timeout=60.0).score(groups) == []
+    assert rewards(groups) == [2.0]
 
 
 def test_async_rewards_work_inside_a_running_event_loop():

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
 from tolerance import assert_no_worse
 from transformers import (
     Gemma3ForCausalLM,
@@ -14,10 +16,16 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from fastrl.rollout import SamplingParams
@@ -160,6 +168,186 @@ def test_sampling_logps_are_those_of_a_plain_forward_under_the_sampled_distribut
             torch.testing.assert_close(
                 torch.tensor(sample.sampling_logps, dtype=torch.float64), expected, rtol=0, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_sampling_logps_are_those_of_transformers_penalised_and_truncated_logits(model, temperature, penalty):
+    """Rows end and leave between, so that each has to take what it has seen along."""
+    stops = (2, 7, 11, 30)
+    params = SamplingParams(
+        12,
+        temperature=temperature,
+        min_p=0.05,
+        repetition_penalty=penalty,
+        min_new_tokens=3,
+        stop_token_ids=stops,
+        seed=3,
+    )
+    groups = TransformersSampler(model, compact_after=0.0).sample(PROMPTS, 6, params)
+    repetition, min_p = RepetitionPenaltyLogitsProcessor(penalty), MinPLogitsWarper(0.05)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        minimum = MinNewTokensLengthLogitsProcessor(len(prompt), 3, list(stops))
+        for sample in group:
+            for i, z in enumerate(completion_logits(model, prompt, sample.token_ids)):
+                before = torch.tensor([[*prompt, *sample.token_ids[:i]]])
+                z = minimum(before, repetition(before, z[None])) / (temperature or 1.0)
+                z = min_p(before, z) if temperature else z
+                expected = z.log_softmax(-1)[0, sample.token_ids[i]].item()
+                assert sample.sampling_logps[i] == pytest.approx(expected, abs=1e-5)
+    assert len({len(sample.token_ids) for sample in flat(groups)}) > 1 or not temperature
+
+
+@pytest.mark.parametrize("minimum", [0, 5])
+def test_greedy_with_a_penalty_and_a_minimum_length_equals_generate(model, minimum):
+    stops = [2, 7, 11, 30]
+    params = SamplingParams(
+        12, temperature=0.0, repetition_penalty=1.4, min_new_tokens=minimum, stop_token_ids=tuple(stops)
+    )
+    for prompt, (sample,) in zip(PROMPTS, TransformersSampler(model).sample(PROMPTS, 1, params), strict=True):
+        prompt = torch.tensor([prompt])
+        expected = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=12,
+            min_new_tokens=minimum,
+            repetition_penalty=1.4,
+            eos_token_id=stops,
+        )
+        assert sample.token_ids == expected[0, prompt.shape[1] :].tolist()
+
+
+def test_no_stop_token_is_drawn_before_the_minimum_and_some_right_after_it(llama):
+    params = SamplingParams(12, stop_token_ids=tuple(range(0, VOCAB, 2)), min_new_tokens=6, seed=0)
+    samples = flat(TransformersSampler(llama).sample(PROMPTS, 8, params))
+    assert {len(sample.token_ids) for sample in samples} >= {7, 8}
+    assert all(token % 2 for sample in samples for token in sample.token_ids[:6])
+    longest = SamplingParams(4, stop_token_ids=tuple(range(0, VOCAB, 2)), min_new_tokens=4, seed=0)
+    assert not any(sample.finished for sample in flat(TransformersSampler(llama).sample(PROMPTS, 8, longest)))
+
+
+def test_a_repetition_penalty_makes_completions_repeat_less(llama):
+    repeats = []
+    for penalty in (1.0, 1.5):
+        params = SamplingParams(20, temperature=0.7, repetition_penalty=penalty, seed=1)
+        samples = flat(TransformersSampler(llama).sample(PROMPTS, 8, params))
+        repeats.append(sum(20 - len(set(sample.token_ids)) for sample in samples))
+    assert repeats[1] < 0.5 * repeats[0]
+
+
+def test_ids_that_have_no_logit_may_stand_in_the_prompt_and_among_the_stops(llama):
+    params = SamplingParams(6, vocab_size=20, repetition_penalty=1.5, min_new_tokens=2, stop_token_ids=(3, 40), seed=0)
+    for sample in flat(TransformersSampler(llama).sample([[5, 55, 3], [33]], 4, params)):
+        assert max(sample.token_ids) < 20
+        assert 3 not in sample.token_ids[:2]
+
+
+# Pieces of letters, so that texts are short and stop strings span tokens; the stop strings below occur in most.
+PIECES = ["<pad>", "<bos>", "<eos>", *"abcdefgh", *(a + b for a in "abcdefg" for b in "abcdefgh")][:VOCAB]
+STOP_STRINGS = ("ab", "cd", "gh", "ff")
+
+
+@pytest.fixture
+def letters():
+    """A tokenizer of one or two letters a token."""
+    words = Tokenizer(tokenizer_models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # generate splits a text of its own
+    words.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>")
+
+
+def contains(text):
+    return any(stop in text for stop in STOP_STRINGS)
+
+
+@pytest.mark.parametrize("compact_after", [math.inf, 0.0])
+@pytest.mark.parametrize("stop_token_ids", [(), (7, 11)])
+@pytest.mark.parametrize("every", [1, 4])  # as on a CPU, and like an accelerator
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string(
+    llama, letters, compact_after, stop_token_ids, every, monkeypatch
+):
+    monkeypatch.setattr(module, "_steps_between_checks", lambda device: every)
+    sampler = TransformersSampler(llama, letters, compact_after=compact_after)
+    free, cut = (
+        flat(
+            sampler.sample(PROMPTS, 8, SamplingParams(10, seed=1, stop_token_ids=stop_token_ids, stop_strings=strings))
+        )
+        for strings in ((), STOP_STRINGS)
+    )
+    ends = {"string": 0, "token": 0, "length": 0, "spanning": 0}
+    for whole, sample in zip(free, cut, strict=True):
+        length = len(sample.token_ids)
+        assert sample.token_ids == whole.token_ids[:length]  # the draws are the same
+        assert sample.sampling_logps == pytest.approx(whole.sampling_logps[:length], abs=1e-5)
+        assert not contains(letters.decode(sample.token_ids[:-1]))
+        by_string = contains(letters.decode(sample.token_ids))
+        by_token = sample.token_ids[-1] in stop_token_ids
+        assert sample.finished == (by_string or by_token)
+        assert sample.finished or length == 10
+        ends["string" if by_string else "token" if by_token else "length"] += 1
+        ends["spanning"] += by_string and not contains(letters.decode(sample.token_ids[-1:]))
+    assert ends["string"] > 5
+    assert ends["spanning"] > 0
+    assert bool(ends["token"]) == bool(stop_token_ids)
+
+
+def test_decoding_ends_when_every_text_has_a_stop_string_and_the_last_token_is_read_too(llama, letters, monkeypatch):
+    steps, plain = [], TransformersSampler._step
+    monkeypatch.setattr(TransformersSampler, "_step", lambda self, *args: steps.append(1) or plain(self, *args))
+    params = SamplingParams(50, stop_strings=tuple("abcdefgh"), seed=0)
+    samples = flat(TransformersSampler(llama, letters).sample(PROMPTS, 4, params))
+    longest = max(len(sample.token_ids) for sample in samples)
+    assert len(steps) == longest - 1 < 10
+    assert all(sample.finished for sample in samples)
+    once = SamplingParams(1, stop_strings=tuple("abcdefgh"), seed=0)
+    found = [sample.finished for sample in flat(TransformersSampler(llama, letters).sample(PROMPTS, 8, once))]
+    assert sum(found) > 20
+
+
+def test_a_stop_string_in_the_prompt_does_not_end_a_completion(llama, letters):
+    prompt = letters.convert_tokens_to_ids(["ab", "cd", "g"])
+    assert contains(letters.decode(prompt))
+    params = SamplingParams(6, stop_strings=STOP_STRINGS, seed=3)
+    lengths = [
+        len(sample.token_ids) for sample in flat(TransformersSampler(llama, letters).sample([prompt], 20, params))
+    ]
+    assert min(lengths) >= 1
+    assert max(lengths) == 6
+
+
+def test_a_stop_string_among_the_minimum_of_tokens_does_not_end_a_completion(llama, letters):
+    params = SamplingParams(10, stop_strings=STOP_STRINGS, min_new_tokens=5, seed=1)
+    samples = flat(TransformersSampler(llama, letters).sample(PROMPTS, 8, params))
+    assert min(len(sample.token_ids) for sample in samples) > 5
+    early = [sample for sample in samples if contains(letters.decode(sample.token_ids[:5]))]
+    assert len(early) > 3
+    assert any(not sample.finished for sample in early)
+    assert any(sample.finished for sample in samples)
+
+
+def test_greedy_with_stop_strings_equals_generate(llama, letters):
+    params = SamplingParams(12, temperature=0.0, repetition_penalty=1.4, stop_strings=STOP_STRINGS)
+    samples = flat(TransformersSampler(llama, letters).sample(PROMPTS, 1, params))
+    for prompt, sample in zip(PROMPTS, samples, strict=True):
+        prompt = torch.tensor([prompt])
+        expected = llama.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=12,
+            repetition_penalty=1.4,
+            eos_token_id=None,
+            stop_strings=list(STOP_STRINGS),
+            tokenizer=letters,
+        )
+        assert sample.token_ids == expected[0, prompt.shape[1] :].tolist()
+    assert any(sample.finished for sample in samples)
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(llama):
+    with pytest.raises(ValueError, match="tokenizer: expected one, to read stop_strings with, got none"):
+        TransformersSampler(llama).sample(PROMPTS, 1, SamplingParams(4, stop_strings=("a",)))
 
 
 def test_first_token_frequencies_pass_a_chi_square_test():
@@ -369,6 +557,28 @@ def test_top_k_and_top_p_keep_the_sets_worked_out_by_hand():
     assert kept(3, 0.77)[0] == [0, 1, 0, 1, 1]
 
 
+def test_min_p_keeps_the_sets_worked_out_by_hand():
+    weights = torch.tensor([[0.05, 0.4, 0.1, 0.25, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]])
+    kept = lambda top_k, top_p, min_p: (truncate(weights.clone(), top_k, top_p, min_p) > 0).int().tolist()  # noqa: E731
+    assert kept(0, 1.0, 0.0) == [[1, 1, 1, 1, 1]] * 2
+    assert kept(0, 1.0, 0.49) == [[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]]  # 0.196 and more
+    assert kept(0, 1.0, 0.6)[0] == [0, 1, 0, 1, 0]
+    assert kept(0, 1.0, 1.0) == [[0, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert kept(0, 0.86, 0.3)[0] == [0, 1, 0, 1, 1]  # of 0.4, 0.25, 0.2 and 0.1, which top_p keeps
+    assert kept(2, 1.0, 0.3)[0] == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("min_p", [0.02, 0.2, 0.9])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (30, 1.0), (0, 0.8), (30, 0.8)])
+def test_min_p_after_top_k_and_top_p_keeps_what_transformers_keeps(min_p, top_k, top_p):
+    z = 2.0 * torch.randn(200, 500, generator=torch.Generator().manual_seed(0))
+    kept = truncate(z.softmax(-1), top_k, top_p, min_p) > 0
+    for warper in (TopKLogitsWarper(top_k) if top_k else None, TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):
+        z = warper(None, z) if warper else z
+    assert kept.equal(z.isfinite())
+    assert kept.sum() > 200 or min_p == 0.9
+
+
 def test_a_nucleus_wider_than_the_first_guess_is_found_whole():
     weights = torch.rand(3, 5000, generator=torch.Generator().manual_seed(0))
     kept = truncate(weights.clone(), 0, 0.9) > 0
@@ -426,6 +636,14 @@ def test_every_stream_of_uniforms_is_its_own_and_does_not_depend_on_the_others()
         ({"top_k": -1}, "top_k"),
         ({"seed": -1}, "seed"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+        ({"min_p": 1.1}, "min_p: expected a number in"),
+        ({"min_p": math.nan}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected above 0, got 0.0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
+        ({"min_new_tokens": 5}, "min_new_tokens: expected 0 to max_new_tokens = 4, got 5"),
+        ({"stop_strings": ("a", "")}, "stop_strings: expected a tuple of texts, none of them empty"),
+        ({"stop_strings": "stop"}, "stop_strings: expected a tuple of texts"),
     ],
 )
 def test_bad_params_are_refused_with_the_field_named(fields, message):

@@ -5,6 +5,7 @@ It arrives from inside the run, in a chosen call of a chosen function, so that n
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import signal
@@ -16,12 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from trainer.fabricated import FakeClock
 from trainer.test_resume import config_for, everything, lines
 from trainer.tiny import in_step, offline_config
 
 from fastrl.algorithms.masks import TokenMasks
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel
+from fastrl.monitor.interrupt import HEARD
+from fastrl.monitor.log import RunLog
 from fastrl.rewards import RewardFailure, call
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.trainer import loop, reference, setup
@@ -182,6 +187,65 @@ def test_after_a_hangup_nothing_is_written_to_the_terminal_that_is_gone():
         process.send_signal(signal.SIGHUP)
         assert process.wait(60) == 0
         assert place.read_text() == "SIGHUP"
+
+
+def test_the_first_signal_is_answered_at_once_and_the_second_ends_what_hangs(tmp_path):
+    """In a process of its own, which hangs in a reward."""
+    code = (
+        "import sys, time\n"
+        "from fastrl.monitor.interrupt import Interrupt\n"
+        "with Interrupt().listening():\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline() == "Stopping at the next safe point; once more stops at once.\n"
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert rest.endswith("KeyboardInterrupt\n")
+    assert "safe point" not in rest
+
+
+def test_a_live_display_shows_the_answer_in_the_place_of_standard_error(tmp_path, capfd):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    log = RunLog(tmp_path, total_steps=5, console=console, clock=FakeClock())
+    with log.interrupt.listening():
+        with log.stage("rollout"):
+            assert HEARD not in shown(console, log)
+            signal.raise_signal(signal.SIGINT)
+            assert HEARD in shown(console, log)
+        log.close("interrupted", {})
+    assert capfd.readouterr().err == ""
+    again = RunLog(tmp_path, total_steps=5, console=console, clock=FakeClock())
+    with again.interrupt.listening():
+        with again.stage("rollout"):
+            pass
+        again.close("finished", {})  # its display is gone by now
+        signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == f"\n{HEARD}\n"
+
+
+def shown(console, log):
+    """What the live display would draw now."""
+    with console.capture() as capture:
+        console.print(log._screen._status())
+    return capture.get()
+
+
+def test_where_standard_error_is_closed_a_signal_is_heard_all_the_same():
+    code = (
+        "import os, signal\n"
+        "from fastrl.monitor.interrupt import Interrupt\n"
+        "interrupt = Interrupt()\n"
+        "os.close(2)\n"
+        "with interrupt.listening():\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "print(interrupt.signal.name)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True).stdout == "SIGINT\n"
 
 
 def test_the_second_of_three_updates_that_is_cut_short_is_done_again(tmp_path, optimizers):

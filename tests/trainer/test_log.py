@@ -26,7 +26,7 @@ from trainer.fabricated import (
 from fastrl.monitor.alarms import Alarms
 from fastrl.monitor.log import RunLog, encode
 from fastrl.monitor.screen import WIDTH
-from fastrl.monitor.units import clock, duration, number
+from fastrl.monitor.units import clock, duration, fixed, number
 from fastrl.monitor.untrusted import clean, one_line, question
 from fastrl.types import Group, Prompt, Sample
 
@@ -182,6 +182,32 @@ def test_every_sample_of_a_step_is_written_with_its_numbers(ticking, tmp_path):
         }
 
 
+def test_what_rewards_log_of_a_sample_is_written_with_it(ticking, tmp_path):
+    log, *_ = ticking
+    made = groups(random.Random(3), 0.5, prompts=1, samples=2)
+    made[0].samples[1].extra = {"found": [7], "why": "no \u2028 idea"}
+    log.completions(1, made)
+    log.evaluation(1, "greedy", {"reward": 0.0}, made)
+    for name in ("completions", "evaluation_completions"):
+        records = lines(tmp_path / "run" / f"{name}.jsonl")
+        assert [record.get("extra") for record in records] == [None, {"found": [7], "why": "no \u2028 idea"}]
+
+
+def test_huge_and_tiny_numbers_are_short_on_the_screen(ticking):
+    log, _, console = ticking
+    huge = {"reward": -3.4e38, "loss": 1e300, "grad_norm": 1e-300, "entropy": 1e9}
+    log.step(1, huge)
+    samples = [Sample([1], [], True, "text", {}, reward, reward) for reward in (3e38, -3e38)]
+    log.completions(1, [Group(Prompt(0, "q", (1,)), samples)])
+    log.evaluation(1, "greedy", huge, [])
+    log.warn(next(Alarms().check(1, {"loss": math.inf})))
+    log.close("finished", {"before": huge, "after": huge})
+    text = console.file.getvalue()
+    for shown in ("-3.40e+38", "1.00e+300", "1.0e-300", "1.00e+09", "+3.00e+38"):
+        assert shown in text
+    assert max(len(digits) for digits in re.findall(r"[0-9,.]+", text)) < 12
+
+
 def test_completions_are_shown_at_step_one_and_every_show_every_steps(tmp_path):
     console = recording_console()
     log = RunLog(tmp_path, total_steps=40, show_every=10, console=console, clock=FakeClock())
@@ -335,12 +361,34 @@ def test_encoded_line_holds_one_line_whatever_the_text():
         (12.345, "12.35"),
         (123.45, "123.5"),
         (12345.6, "12,346"),
+        (9_876_543.2, "9,876,543"),
+        (12_345_678.9, "1.23e+07"),
+        (-1e300, "-1.00e+300"),
+        (1e-300, "1.0e-300"),
         (math.nan, "nan"),
         (-math.inf, "-inf"),
     ],
 )
 def test_numbers_are_written_for_people(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "places", "sign", "text"),
+    [
+        (0.125, 3, "", "0.125"),
+        (0.5, 2, "+", "+0.50"),
+        (-0.5, 2, "+", "-0.50"),
+        (123456.789, 2, "", "123456.79"),
+        (1e300, 2, "+", "+1.00e+300"),
+        (-3e38, 3, "", "-3.00e+38"),
+        (1e-300, 2, "", "0.00"),
+        (math.nan, 2, "", "nan"),
+        (math.inf, 2, "+", "+inf"),
+    ],
+)
+def test_numbers_of_fixed_places_are_short_too(value, places, sign, text):
+    assert fixed(value, places, sign) == text
 
 
 def test_durations_round_without_ever_showing_sixty_seconds():

@@ -484,7 +484,14 @@ def test_reinforce_pp_by_recipe_takes_whitened_rewards_to_go_with_the_kl_in_them
             {"algorithm": "remax", "advantages": {"baseline": "mean"}},
             "advantages: expected nothing with remax, which has its own",
         ),
-        ({"algorithm": "dppo", "rollout": RolloutConfig(top_p=0.9)}, "rollout.top_p, rollout.top_k: expected 1 and 0"),
+        ({"algorithm": "dppo", "rollout": RolloutConfig(top_p=0.9)}, "rollout.top_p: expected its default"),
+        (
+            {
+                "loss": {"correction": {"kind": "truncate", "level": "token", "high": 2.0}},
+                "rollout": RolloutConfig(min_p=0.1, repetition_penalty=1.1),
+            },
+            "rollout.min_p, rollout.repetition_penalty: expected its default .* Leave loss.correction out",
+        ),
         ({"masks": TokenMasks(off_policy=0.5), "rollout": RolloutConfig(top_k=9)}, "Leave masks.off_policy"),
         (
             {

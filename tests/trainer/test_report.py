@@ -143,6 +143,29 @@ def test_partial_rewards_make_the_verdict_a_reward_and_not_an_accuracy(tmp_path)
     assert verdict(read_run(tmp_path)).startswith("Held-out reward 0.70 (greedy), 0 of 5 steps")
 
 
+@pytest.mark.parametrize("kind", ["rewards", "answers"])
+def test_huge_numbers_are_short_and_the_page_is_written(tmp_path, kind):
+    log = started(tmp_path)
+    for step in range(1, 6):
+        log.step(step, {"reward": step * 3e37, "loss": -1e300 * step, "grad_norm": 3.4e38, "reward_std": 1e-300})
+    sample = one_sample("a", 3e38)
+    sample.samples[0].rewards, sample.samples[0].advantage = {"loss": -1e300}, 3e38
+    log.completions(5, [sample])
+    result = {"reward": 3e38} if kind == "rewards" else {"loss": 1e300, "rows": 1.0}
+    log.evaluation(0, "greedy" if kind == "rewards" else "pairs", result, [sample])
+    page = Page(write_report(tmp_path))
+    shown = "Held-out reward 3.00e+38 (greedy)" if kind == "rewards" else "Held-out loss 1.00e+300"
+    assert shown in page.text
+    assert max(len(digits) for digits in re.findall(r"[0-9,.]+", page.text)) < 12
+
+
+def test_training_rewards_without_evaluations_are_short_too(tmp_path):
+    log = started(tmp_path)
+    for step in range(1, 16):
+        log.step(step, {"reward": 1e37 * step})
+    assert verdict(read_run(tmp_path)).startswith("Training reward 5.50e+37 → 1.05e+38 (means of 10 steps)")
+
+
 def test_marks_follow_the_sum_of_the_reward_weights(tmp_path):
     log = started(tmp_path, rewards=[{"name": "a", "weight": 1.0}, {"name": "b", "weight": 0.5}])
     log.warn("x")

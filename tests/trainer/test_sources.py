@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 from trainer.tiny import offline_config, tiny_config, write_model
@@ -16,9 +20,18 @@ from fastrl.data.pack import count, pack
 from fastrl.model.load import load_model
 from fastrl.model.policy import Policy
 from fastrl.progress import Unwatched
+from fastrl.rewards import RewardSuite
 from fastrl.sources import Rollouts
+from fastrl.sources.collect import Judge, pass_at_k
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import DataConfig, OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
+from fastrl.trainer.config import (
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from fastrl.trainer.setup import prepare, train
 from fastrl.types import Batch, Group, Prompt, Sample
 
@@ -217,6 +230,240 @@ def test_a_new_source_needs_no_change_of_the_loop(tmp_path, kind):
         assert [line["reward"] for line in plain] == [line["reward"] for line in toy]
 
 
+# How completions are sampled
+
+SAMPLED = {
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.02,
+    "repetition_penalty": 1.1,
+    "min_new_tokens": 2,
+    "stop_strings": ("w3 w4", "w5"),
+}
+
+
+def test_how_a_recipe_samples_reaches_the_sampler_and_greedy_completions_are_cut_by_nothing(tmp_path):
+    run = prepare(tiny_config(tmp_path, rollout=RolloutConfig(max_new_tokens=6, temperature=0.8, **SAMPLED)))
+    sampling = run.source.sampling
+    assert {name: getattr(sampling.params, name) for name in SAMPLED} == SAMPLED
+    greedy = sampling.greedy().params
+    off = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    assert greedy == replace(sampling.params, **off)
+
+
+def test_training_and_evaluation_end_completions_with_a_stop_string(tmp_path):
+    rollout = RolloutConfig(prompts_per_step=4, group_size=8, max_new_tokens=12, stop_strings=("w3", "4"))
+    train(tiny_config(tmp_path, steps=2, rollout=rollout))
+    for name in ("completions", "evaluation_completions"):
+        written = lines(tmp_path / "run" / f"{name}.jsonl")
+        # Words are tokens here; the last one completes a string.
+        found = [["w3" in word or "4" in word for word in line["completion"].split()] for line in written]
+        assert not any(any(words[:-1]) for words in found)
+        assert all(line["finished"] for line, words in zip(written, found, strict=True) if words and words[-1])
+        assert any(words and words[-1] for words in found)
+
+
+def test_a_rollout_names_the_settings_with_which_its_log_probabilities_are_not_those_that_are_trained():
+    assert RolloutConfig(temperature=0.5, stop_strings=("a",), stop=("<eos>",)).reshaped == {}
+    changed = {name: value for name, value in SAMPLED.items() if name != "stop_strings"}
+    assert RolloutConfig(**SAMPLED).reshaped == changed
+    for name, value in changed.items():
+        assert RolloutConfig(**{name: value}).reshaped == {name: value}
+
+
+# What rewards say besides their values
+
+
+class Warnings(Unwatched):
+    """Keeps what is warned of."""
+
+    def __init__(self):
+        self.said = []
+
+    def warn(self, message):
+        self.said.append(message)
+
+
+def judge(reward, *texts):
+    """(samples, warnings) of one group that a reward has judged."""
+    group, watch = Group(Prompt(0, "q", (1,)), [Sample([1], [0.0], True, text) for text in texts]), Warnings()
+    Judge(RewardSuite([reward]), 1, 1, {}).score([group], watch, "reward", "rewards", "Step 1")
+    return group.samples, watch.said
+
+
+def test_log_extra_gives_each_sample_its_value_as_json_holds_it():
+    class Odd:
+        def __repr__(self):
+            return "<odd>"
+
+    def logs(completions, log_extra, **_):
+        texts = [text.upper() for text in completions]
+        log_extra("upper", texts)
+        texts.clear()  # is not what was logged
+        log_extra("numbers", np.array([1.5, 2.5]))
+        log_extra("tensors", (torch.tensor([1, 2]), torch.tensor(3)))
+        log_extra("odd", [Odd(), {(1, 2): 3}])
+        log_extra("none", [None, float("inf")])
+        return [0.0, 1.0]
+
+    (first, second), said = judge(logs, "a", "b")
+    assert said == []
+    assert first.extra == {"upper": "A", "numbers": 1.5, "tensors": [1, 2], "odd": "<odd>", "none": None}
+    assert second.extra == {"upper": "B", "numbers": 2.5, "tensors": 3, "odd": "{(1, 2): 3}", "none": float("inf")}
+
+
+@pytest.mark.parametrize(
+    ("values", "got"), [(["a"], "1"), ([], "0"), (["a", "b", "c"], "3"), ("ab", "'ab'"), (3.0, "3.0"), (None, "None")]
+)
+def test_what_is_not_one_value_per_completion_is_warned_of_and_left_out(values, got):
+    def logs(completions, log_extra, **_):
+        log_extra("column", values)
+        return [0.0, 1.0]
+
+    samples, said = judge(logs, "a", "b")
+    assert said == [f"Step 1: log_extra: column: expected 2 values, one per completion, got {got}."]
+    assert [sample.extra for sample in samples] == [{}, {}]
+    assert [sample.reward for sample in samples] == [0.0, 1.0]
+
+
+def logs_lengths(completions, log_extra, **_):
+    """Half a reward, and a column."""
+    log_extra("words", [len(text.split()) for text in completions])
+    return [len(text) / 10 for text in completions]
+
+
+def test_what_a_reward_logs_of_each_completion_is_in_the_runs_files(tmp_path):
+    config = tiny_config(tmp_path, steps=2, rewards=(RewardConfig("trainer.test_sources:logs_lengths"),))
+    train(config)
+    for name in ("completions", "evaluation_completions"):
+        written = lines(tmp_path / "run" / f"{name}.jsonl")
+        assert written
+        assert all(line["extra"] == {"words": len(line["completion"].split())} for line in written)
+
+
+def none_in_third_step(completions, trainer_state, **_):
+    """Applies at first."""
+    late = trainer_state.global_step == 2
+    return [None if late else float(len(text)) for text in completions]
+
+
+def never(completions, **_):
+    """Applies to nothing."""
+    return [None] * len(completions)
+
+
+def test_a_run_stops_at_the_first_step_to_which_no_reward_applies(tmp_path):
+    rewards = (RewardConfig("trainer.test_sources:none_in_third_step"), RewardConfig("trainer.test_sources:never"))
+    config = tiny_config(tmp_path, steps=5, rewards=rewards)
+    outcome = train(replace(config, task=replace(config.task, held_out=0)))
+    assert (outcome.status, outcome.steps) == ("rewards failed", 2)
+    assert [line["message"] for line in lines(tmp_path / "run" / "warnings.jsonl")] == [
+        "Step 3: none_in_third_step and never returned None for all 16 completions. None says that a reward does not "
+        "apply, so there is nothing to learn from. Return a number where it does apply."
+    ]
+
+
+def none_but_one(completions, **_):
+    """Applies to the first completion of each call."""
+    return [1.0, *[None] * (len(completions) - 1)]
+
+
+def outage(completions, **_):
+    """Fails."""
+    raise ConnectionError("judge is down")
+
+
+@pytest.mark.parametrize("reward", ["none_but_one", "outage"])
+def test_a_run_goes_on_where_a_reward_applies_to_something_or_may_fail(tmp_path, reward):
+    rewards = (RewardConfig(f"trainer.test_sources:{reward}"),)
+    outcome = train(tiny_config(tmp_path, steps=2, rewards=rewards, max_failure_fraction=1.0))
+    assert (outcome.status, outcome.steps) == ("finished", 2)
+
+
+def test_a_reward_that_hangs_ends_the_run_as_one_that_fails_does(tmp_path):
+    rewards = (RewardConfig("trainer.test_sources:hangs_in_second_step"),)
+    config = tiny_config(tmp_path, steps=5, rewards=rewards, reward_timeout=0.5)
+    outcome = train(replace(config, task=replace(config.task, held_out=0)))
+    assert (outcome.status, outcome.steps) == ("rewards failed", 1)
+    (line,) = lines(tmp_path / "run" / "warnings.jsonl")
+    assert "Step 2: reward 'hangs_in_second_step' failed on 16 of 16 completions" in line["message"]
+    assert "most often with no answer within 0.5 s" in line["message"]
+
+
+async def hangs_in_second_step(completions, trainer_state, **_):
+    """Answers once."""
+    await asyncio.sleep(60 if trainer_state.global_step == 1 else 0)
+    return [float(len(text)) for text in completions]
+
+
+# pass@k
+
+
+def prompts_with(*rewards):
+    return [Group(Prompt(0, "q", (1,)), [Sample([1], [0.0], True, reward=r) for r in group]) for group in rewards]
+
+
+@pytest.mark.parametrize("number", [4, 7])
+def test_pass_at_k_is_the_share_of_choices_of_k_completions_with_one_that_passed(number):
+    for passed in range(number + 1):
+        rewards = [1.0] * passed + [0.2] * (number - passed)
+        for k in range(1, number + 1):
+            choices = list(itertools.combinations(rewards, k))
+            expected = sum(max(choice) >= 0.5 for choice in choices) / len(choices)
+            assert pass_at_k(prompts_with(rewards), k, 0.5) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_takes_the_threshold_itself_as_passed_and_the_mean_over_prompts():
+    groups = prompts_with([0.5, 0.0], [0.4, 0.4])
+    assert pass_at_k(groups, 1, 0.5) == 0.25
+    assert pass_at_k(groups, 2, 0.5) == 0.5
+    assert pass_at_k(groups, 1, 0.4) == 0.75
+
+
+def test_completions_that_have_no_reward_do_not_count_in_pass_at_k():
+    assert pass_at_k(prompts_with([1.0, 0.0, None, None]), 1, 0.5) == 0.5
+    groups = prompts_with([1.0, 0.0, None, None], [1.0, 1.0, 0.0, 0.0])
+    assert pass_at_k(groups, 3, 0.5) == 1.0  # of the second alone
+    assert math.isnan(pass_at_k(groups[:1], 3, 0.5))
+    assert math.isnan(pass_at_k(prompts_with([None, None]), 1, 0.5))
+
+
+def test_pass_at_k_of_many_completions_is_exact():
+    rewards = [1.0] + [0.0] * 1023
+    assert pass_at_k(prompts_with(rewards), 512, 0.5) == 0.5
+
+
+def test_pass_at_k_is_logged_and_printed_beside_the_reward_of_sampled_completions(tmp_path, capsys):
+    rollout = RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=6, threshold=0.1)
+    config = tiny_config(tmp_path, steps=1, rollout=rollout, eval=EvalConfig(samples=6, pass_at_k=(1, 4)))
+    run = prepare(config)
+    run.train()
+    written = lines(tmp_path / "run" / "evaluation_completions.jsonl")
+    for line in lines(tmp_path / "run" / "evaluations.jsonl"):
+        if line["name"] == "greedy":
+            assert not any(key.startswith("pass@") for key in line)
+            continue
+        groups = {}
+        for one in written:
+            if (one["step"], one["name"]) == (line["step"], "sampled"):
+                groups.setdefault(one["prompt_index"], []).append(one["reward"])
+        for k in (1, 4):
+            assert line[f"pass@{k}"] == pytest.approx(pass_at_k(prompts_with(*groups.values()), k, 0.1))
+        assert 0 < line["pass@1"] < line["pass@4"] <= 1
+    assert "pass@4 " in capsys.readouterr().out
+    results = run.evaluate()
+    assert results.keys() == {"greedy", "sampled", "pass@1", "pass@4"}
+    assert f"over 4 prompts x 6, pass@1 {results['pass@1']:.3f}, pass@4 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("counts", [(8,), (1, 9), (0,)])
+def test_pass_at_k_of_more_than_the_samples_is_refused(counts):
+    with pytest.raises(
+        ValueError, match=r"^TrainConfig: eval.pass_at_k: expected numbers from 1 to eval.samples = 7, "
+    ):
+        TrainConfig(eval=EvalConfig(samples=7, pass_at_k=counts))
+
+
 # What crosses a boundary
 
 
@@ -230,6 +477,7 @@ def test_a_batch_comes_back_from_json_as_it_was():
         "entropy": (torch.tensor(1 / 3), torch.tensor(3)),
         "x/max": (torch.tensor(0.1).double(), torch.tensor(1)),
     }
+    sample.extra = {"found": [7, None]}
     batch = Batch(
         [group, Group(prompt, [other])], 5, "pairs", [group], {"loss": 0.1}, True, [(metrics, {"loss": 1 / 7})]
     )
