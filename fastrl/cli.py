@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
 from contextlib import nullcontext, redirect_stdout
@@ -79,14 +78,20 @@ def _train(args: list[str]) -> int:
 def _eval(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         raise ValueError("fastrl eval: MODEL: expected a folder, hub id or model name first. See fastrl --help.")
+    from fastrl.monitor.log import encode
+    from fastrl.rewards import RewardFailure
     from fastrl.trainer.setup import evaluate_model
 
     as_json = "--json" in args
     config = _configure("fastrl eval MODEL", [word for word in args[1:] if word != "--json"])
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        results = evaluate_model(config, args[0])
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            results = evaluate_model(config, args[0])
+    except (RewardFailure, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
     if as_json:
-        print(json.dumps(results))
+        print(encode(results))
     return EXIT_OK
 
 

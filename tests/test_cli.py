@@ -95,6 +95,20 @@ def test_eval_of_a_run_gives_its_numbers_as_json(recipe, capsys, tmp_path):
     assert got == {line["name"]: pytest.approx(line["reward"]) for line in last}
 
 
+def test_eval_ends_in_a_sentence_where_the_reward_fails_on_all(recipe, capsys, tmp_path):
+    flags = ["--rewards.0.name", "trainer.tiny:always_raises"]
+    assert main(["eval", str(tmp_path / "model"), str(recipe), *flags, "--json"]) == 1
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert "reward 'always_raises' failed on 4 of 4 completions" in caught.err.splitlines()[-1]
+
+
+def test_eval_prints_what_json_can_hold(recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastrl.trainer.setup.evaluate_model", lambda *_: {"greedy": float("nan"), "sampled": 0.5})
+    assert main(["eval", str(tmp_path / "model"), str(recipe), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"greedy": "NaN", "sampled": 0.5}
+
+
 def test_print_shows_the_recipe_in_full_and_trains_nothing(recipe, capsys, tmp_path):
     assert main(["train", str(recipe), "--steps", "3", "--print"]) == 0
     whole = tmp_path / "whole.yaml"

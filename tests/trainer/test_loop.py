@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer.tiny import in_step, sampled, tiny_config
+from trainer.tiny import in_step, offline_config, sampled, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -274,6 +274,13 @@ def test_weights_that_are_not_finite_stop_the_run_in_its_last_evaluation_too(tmp
     assert (outcome.status, outcome.steps) == ("diverged", 1)
     assert "Evaluation after step 1: " in (tmp_path / "run" / "warnings.jsonl").read_text()
     assert outcome.report.exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_a_run_on_rows_too(tmp_path):
+    outcome = train(offline_config(tmp_path, "sft", steps=1, optimizer=OptimizerConfig(lr=1e38)))
+    assert (outcome.status, outcome.steps) == ("diverged", 1)
+    said = (tmp_path / "run" / "warnings.jsonl").read_text()
+    assert "Evaluation after step 1: the loss on what is held out is" in said
 
 
 def test_reward_that_raises_on_some_samples_excludes_only_those(tmp_path):
