@@ -84,6 +84,26 @@ def test_a_time_is_that_of_one_call_however_many_a_sample_holds(monkeypatch):
     assert (result.low, result.median, result.high) == pytest.approx((0.001, 0.001, 0.001))
 
 
+def test_a_provider_that_takes_minutes_is_called_once_and_says_so(monkeypatch):
+    clock, calls = [0.0], {"slow": 0, "quick": 0}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def provider(name, seconds):
+        def call():
+            calls[name] += 1
+            clock[0] += seconds
+            return ones()
+
+        return call
+
+    providers = {"slow": provider("slow", 2 * timing.SLOW_SECONDS), "quick": provider("quick", 2.0)}
+    slow, quick = timing.measure(case(providers), 3, CPU)
+    assert (slow.status, slow.samples, slow.detail) == ("ok", 1, "one call, the first")
+    assert (slow.low, slow.median, slow.high) == (40.0, 40.0, 40.0)
+    assert (quick.median, quick.samples, quick.detail) == (2.0, 3, "")
+    assert calls == {"slow": 1, "quick": 5}  # a check, a peak and three rounds
+
+
 @pytest.mark.skipif(platform.system() != "Linux", reason="the high-water mark is Linux's")
 def test_peak_memory_counts_what_a_call_needs_and_gives_back():
     def needs_64_mib():
