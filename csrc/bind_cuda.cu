@@ -36,9 +36,9 @@ HeadChunk head_chunk(int dtype, Address logits, int64_t rows, int64_t vocabulary
 }
 
 PolicySpec policy_spec(int surrogate, double low, double high, double dual, double tau_pos, double tau_neg,
-                       bool sequence_ratio, int kl, double kl_coef, int correction, bool sequence_correction,
-                       double correction_low, double correction_high, double entropy_coef) {
-  return {Surrogate(surrogate), low, high, dual, tau_pos, tau_neg, sequence_ratio, KLKind(kl), kl_coef,
+                       bool sequence_ratio, bool shared_ratio, int kl, double kl_coef, int correction,
+                       bool sequence_correction, double correction_low, double correction_high, double entropy_coef) {
+  return {Surrogate(surrogate), low, high, dual, tau_pos, tau_neg, sequence_ratio, shared_ratio, KLKind(kl), kl_coef,
           CorrectionKind(correction), sequence_correction, correction_low, correction_high, entropy_coef};
 }
 

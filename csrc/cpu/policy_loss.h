@@ -52,6 +52,19 @@ struct PolicyLossKernel {
     for (ptrdiff_t s = 0; s < a.sequences; ++s) out[s] = Real(total[s] / (count[s] > 1 ? count[s] : 1));
   }
 
+  // What a sequence adds up of token i.
+  template <typename Number>
+  Number summed(ptrdiff_t i) const {
+    const Number raw = Number(static_cast<const Real*>(a.logps)[i]) - Number(old_logp(i));
+    return summed_log_ratio<Number>(spec, raw, Number(static_cast<const Real*>(a.advantages)[i]));
+  }
+
+  // Whether the derivative of its sequence's ratio reaches token i.
+  bool takes_part(ptrdiff_t i) const {
+    const bool clips = spec.surrogate == Surrogate::gmpo;
+    return a.mask[i] && (!clips || summed<Real>(i) == static_cast<const Real*>(a.logps)[i] - old_logp(i));
+  }
+
   T read(const void* array, ptrdiff_t i, ptrdiff_t count, Truth<T> mask) const {
     T x{};
     if (!array) return x;
@@ -86,12 +99,14 @@ struct PolicyLossKernel {
 
   void run() {
     Buffer<double> count(a.sequences), total(a.sequences);
-    Buffer<Real> mean_log_ratio(a.sequences), mean_mismatch(a.sequences), through_ratio(spec.sequence_ratio ? n : 0);
+    Buffer<Real> mean_log_ratio(a.sequences), mean_mismatch(a.sequences), through_ratio(spec.shared_ratio ? n : 0);
     if (spec.sequence_ratio || corrects_sequences()) sum_by_sequence(count, [&](ptrdiff_t) { return 1.0; });
     if (spec.sequence_ratio) {
-      const Real* logps = static_cast<const Real*>(a.logps);
-      sum_by_sequence(total, [&](ptrdiff_t i) { return double(logps[i]) - old_logp(i); });
-      means(mean_log_ratio, total, count);
+      sum_by_sequence(total, [&](ptrdiff_t i) { return summed<double>(i); });
+      if (spec.surrogate == Surrogate::vespo)
+        for (ptrdiff_t s = 0; s < a.sequences; ++s) mean_log_ratio[s] = Real(total[s]);
+      else
+        means(mean_log_ratio, total, count);
     }
     if (corrects_sequences()) {
       const Real* sampling = static_cast<const Real*>(a.sampling_logps);
@@ -105,7 +120,7 @@ struct PolicyLossKernel {
 #pragma omp for schedule(static)
       for (ptrdiff_t b = 0; b < blocks; ++b)
         tokens(b, partial + b * sums, mean_log_ratio, mean_mismatch, through_ratio);
-      if (spec.sequence_ratio) {
+      if (spec.shared_ratio) {
 #pragma omp single
         {
           sum_by_sequence(total, [&](ptrdiff_t i) { return through_ratio[i]; });
@@ -115,7 +130,7 @@ struct PolicyLossKernel {
 #pragma omp for schedule(static)
         for (ptrdiff_t i = 0; i < n; ++i) {
           const Real shared = mean_log_ratio[a.sequence_ids[i]];
-          dlogps[i] += a.mask[i] ? shared : 0;
+          dlogps[i] += takes_part(i) ? shared : 0;
         }
       }
 #pragma omp for schedule(static)
@@ -144,8 +159,8 @@ struct PolicyLossKernel {
       x.mean_log_ratio = spec.sequence_ratio ? gather(mean_log_ratio, i, left) : T{};
       x.mean_mismatch = corrects_sequences() ? gather(mean_mismatch, i, left) : T{};
       const PolicyTerm<T> term = policy_token<T>(spec, x);
-      if (spec.sequence_ratio) write(through_ratio, i, left, term.dlog_ratio);
-      write(a.dlogps, i, left, spec.sequence_ratio ? term.dlogp : term.dlogp + term.dlog_ratio);
+      if (spec.shared_ratio) write(through_ratio, i, left, term.dlog_ratio);
+      write(a.dlogps, i, left, spec.shared_ratio ? term.dlogp : term.dlogp + term.dlog_ratio);
       write(a.dentropy, i, left, term.dentropy);
       for (int k = 0; k < metrics; ++k) {
         const T seen = mask ? term.metric[k] : T{};

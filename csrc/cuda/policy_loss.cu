@@ -22,7 +22,7 @@ struct Scratch {
   T* mean_log_ratio;      // (S)
   T* mean_mismatch;       // (S)
   double* valid_tokens;   // (S)
-  T* through_ratio;       // (N), where the ratio is the sequence's
+  T* through_ratio;       // (N), where the ratio's derivative is the sequence's
   unsigned* tickets;      // (2)
   unsigned long long* with_gradient;  // (1)
 };
@@ -48,6 +48,14 @@ __device__ int64_t first_token(const PolicyLossCall& a, int64_t id) {
   return low;
 }
 
+// What a sequence adds up of token i, given its old log-probability.
+template <typename Number, typename T>
+__device__ Number summed(const PolicyLossCall& a, int64_t i) {
+  const T *logps = static_cast<const T*>(a.logps), *old = a.old_logps ? static_cast<const T*>(a.old_logps) : logps;
+  const T advantage = a.advantages ? static_cast<const T*>(a.advantages)[i] : T(0);
+  return summed_log_ratio<Number>(a.spec, Number(logps[i]) - Number(old[i]), Number(advantage));
+}
+
 // Over the masked-in tokens of this block's sequence.
 template <typename Value>
 __device__ double sum_of_sequence(const PolicyLossCall& a, Value value) {
@@ -70,8 +78,9 @@ __global__ void __launch_bounds__(threads) sequence_means(PolicyLossCall a, Scra
   const double count = sum_of_sequence(a, [](int64_t) { return 1.0; });
   if (threadIdx.x == 0) s.valid_tokens[blockIdx.x] = count;
   if (a.spec.sequence_ratio) {
-    const double total = sum_of_sequence(a, [=](int64_t i) { return double(logps[i]) - old[i]; });
-    if (threadIdx.x == 0) s.mean_log_ratio[blockIdx.x] = mean<T>(total, count);
+    const double total = sum_of_sequence(a, [&](int64_t i) { return summed<double, T>(a, i); });
+    const bool adds = a.spec.surrogate == Surrogate::vespo;
+    if (threadIdx.x == 0) s.mean_log_ratio[blockIdx.x] = adds ? T(total) : mean<T>(total, count);
   }
   if (corrects_sequences(a.spec)) {
     const double total = sum_of_sequence(a, [=](int64_t i) { return double(old[i]) - sampling[i]; });
@@ -103,10 +112,10 @@ __device__ void token(const PolicyLossCall& a, const Scratch<T>& s, int64_t i, c
   x.mean_mismatch = corrects_sequences(a.spec) ? s.mean_mismatch[a.sequence_ids[i]] : T(0);
   const PolicyTerm<T> term = policy_token<T>(a.spec, x);
 
-  const T dlogp = a.spec.sequence_ratio ? term.dlogp : term.dlogp + term.dlog_ratio;
+  const T dlogp = a.spec.shared_ratio ? term.dlogp : term.dlogp + term.dlog_ratio;
   static_cast<T*>(a.dlogps)[i] = dlogp;
   static_cast<T*>(a.dentropy)[i] = term.dentropy;
-  if (a.spec.sequence_ratio) s.through_ratio[i] = term.dlog_ratio;
+  if (a.spec.shared_ratio) s.through_ratio[i] = term.dlog_ratio;
 #pragma unroll
   for (int k = 0; k < metrics; ++k)
     if (mask) sum[k] = join_sums(k, sum[k], term.metric[k]);
@@ -155,10 +164,11 @@ template <typename T>
 __global__ void __launch_bounds__(threads) share_ratio(PolicyLossCall a, Scratch<T> s) {
   T* dlogps = static_cast<T*>(a.dlogps);
   const T* dentropy = static_cast<const T*>(a.dentropy);
-  const T* through = s.through_ratio;
+  const T *through = s.through_ratio, *logps = static_cast<const T*>(a.logps);
+  const T* old = a.old_logps ? static_cast<const T*>(a.old_logps) : logps;
   const T shared = mean<T>(sum_of_sequence(a, [=](int64_t i) { return double(through[i]); }), s.valid_tokens[blockIdx.x]);
-  const double found = sum_of_sequence(a, [=](int64_t i) {
-    dlogps[i] += shared;
+  const double found = sum_of_sequence(a, [&](int64_t i) {
+    if (a.spec.surrogate != Surrogate::gmpo || summed<T, T>(a, i) == logps[i] - old[i]) dlogps[i] += shared;
     return double(dlogps[i] != 0 || dentropy[i] != 0);
   });
   if (threadIdx.x == 0) atomicAdd(s.with_gradient, static_cast<unsigned long long>(found));
@@ -180,7 +190,7 @@ size_t place(const PolicyLossCall& a, void* memory, Scratch<T>* s) {
   take(s->mean_log_ratio, a.sequences);
   take(s->mean_mismatch, a.sequences);
   take(s->valid_tokens, a.sequences);
-  take(s->through_ratio, a.spec.sequence_ratio ? a.count : 0);
+  take(s->through_ratio, a.spec.shared_ratio ? a.count : 0);
   return size_t(next - static_cast<char*>(memory));
 }
 
@@ -192,7 +202,7 @@ void launch_policy_loss(const PolicyLossCall& a, const GroupRewards& rewards, vo
   const bool by_sequence = a.spec.sequence_ratio || (a.spec.correction != CorrectionKind::none && a.spec.sequence_correction);
   if (by_sequence && a.sequences > 0) launch(sequence_means<T>, a.sequences, threads, 0, stream, a, s);
   launch(every_token<T>, blocks_of(a), threads, 0, stream, a, rewards, s);
-  if (a.spec.sequence_ratio && a.sequences > 0) launch(share_ratio<T>, a.sequences, threads, 0, stream, a, s);
+  if (a.spec.shared_ratio && a.sequences > 0) launch(share_ratio<T>, a.sequences, threads, 0, stream, a, s);
 }
 
 }  // namespace

@@ -21,7 +21,10 @@ template <typename Call>
 FASTRL_HD bool reported(const Call& a, int k) {
   switch (k) {
     case metric_clip_low:
-    case metric_clip_high: return a.spec.surrogate != Surrogate::sapo && a.spec.surrogate != Surrogate::reinforce;
+    case metric_clip_high: {
+      const Surrogate s = a.spec.surrogate;
+      return s != Surrogate::sapo && s != Surrogate::reinforce && s != Surrogate::vespo;
+    }
     case metric_kl: return a.ref_logps;
     case metric_entropy: return a.entropy;
     case metric_difference_mean:

@@ -1,16 +1,19 @@
 // A `fastrl.spec.PolicyLoss` as plain numbers, and the rows of `fastrl.kernels.policy_loss.metrics.METRICS`, in order.
 #pragma once
 
-enum class Surrogate : int { clip, cispo, sapo, reinforce, dppo };
+enum class Surrogate : int { clip, cispo, sapo, reinforce, dppo, gmpo, vespo };
 enum class KLKind : int { none, k1, k2, k3, k3_ratio, k1_plus, k3_plus };
 enum class CorrectionKind : int { none, truncate, mask };
 
 struct PolicySpec {
   Surrogate surrogate;
-  double low, high;         // bounds of the ratio itself: clip and cispo; distances of probabilities: dppo
+  // Bounds of the ratio itself: clip and cispo; distances of probabilities: dppo; of log-ratios: gmpo; k of advantages of
+  // at least 0, and of the others: vespo.
+  double low, high;
   double dual;              // clip; 0: none
-  double tau_pos, tau_neg;  // sapo
-  bool sequence_ratio;
+  double tau_pos, tau_neg;  // sapo; lambda: vespo
+  bool sequence_ratio;      // the ratio is the sequence's
+  bool shared_ratio;        // and so is its derivative: else it is that of each token's own log-probability
   KLKind kl;
   double kl_coef;
   CorrectionKind correction;

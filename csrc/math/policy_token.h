@@ -11,7 +11,7 @@ namespace FASTRL_ISA {
 template <typename T>
 struct PolicyToken {
   T logp, advantage, weight, old_logp, ref_logp, sampling_logp, entropy;
-  T mean_log_ratio, mean_mismatch;  // of its sequence, read where the spec asks for them
+  T mean_log_ratio, mean_mismatch;  // of its sequence, read where the spec asks for them; vespo's is a sum
 };
 
 template <typename T>
@@ -44,7 +44,10 @@ FASTRL_HD PolicyTerm<T> policy_token(const PolicySpec& spec, const PolicyToken<T
   }
   if (spec.kl != KLKind::none) {
     const T coef = constant<T>(spec.kl_coef);
-    const KLTerm<T> kl = kl_term<T>(spec.kl, d, log_ratio.value, spec.sequence_ratio);
+    // What gmpo and vespo make of a sequence is no ratio of its probabilities: there the token's own is taken.
+    const bool of_token = spec.surrogate == Surrogate::gmpo || spec.surrogate == Surrogate::vespo;
+    const T ratio = of_token ? own.value : log_ratio.value;
+    const KLTerm<T> kl = kl_term<T>(spec.kl, d, ratio, spec.shared_ratio && !of_token);
     out.loss = out.loss + coef * kl.loss;
     out.dlogp = out.dlogp + coef * kl.dlogp;
     out.dlog_ratio = out.dlog_ratio + (log_ratio.beyond ? zero : coef * kl.dlog_ratio);

@@ -61,6 +61,33 @@ FASTRL_HD SurrogateTerm<T> dppo(T log_ratio, T logp, T old_logp, T advantage, T 
   return {loss, loss, zero, down, up};
 }
 
+// The token's log-ratio as its sequence adds it up: gmpo clips it where it goes on as its advantage pulls.
+template <typename T>
+FASTRL_HD T summed_log_ratio(const PolicySpec& spec, T raw, T advantage) {
+  if (spec.surrogate != Surrogate::gmpo) return raw;
+  const T low = constant<T>(-spec.low), high = constant<T>(spec.high);
+  const T below = raw > high ? high : raw, above = raw < low ? low : raw;
+  return advantage > T{} ? below : above;
+}
+
+// -rho A of the mean of log-ratios that were clipped before: arXiv:2507.20673.
+template <typename T>
+FASTRL_HD SurrogateTerm<T> gmpo(const PolicySpec& spec, T log_ratio, T own_raw, T advantage) {
+  const T loss = -exp_of(log_ratio) * advantage;
+  const Truth<T> kept = summed_log_ratio<T>(spec, own_raw, advantage) == own_raw, up = advantage > T{};
+  return {loss, loss, T{}, !kept & !up, !kept & up};
+}
+
+// -sg(phi(W)) A log pi, phi(W) = W^k exp(lambda (1 - W)) with log W = `log_ratio`: arXiv:2602.10693.
+template <typename T>
+FASTRL_HD SurrogateTerm<T> vespo(const PolicySpec& spec, T log_ratio, T logp, T advantage) {
+  const Truth<T> positive = advantage >= T{};
+  const T k = positive ? constant<T>(spec.low) : constant<T>(spec.high);
+  const T lambda = positive ? constant<T>(spec.tau_pos) : constant<T>(spec.tau_neg);
+  const T dlogp = -exp_of(k * log_ratio - lambda * expm1_of(log_ratio)) * advantage;
+  return {dlogp * logp, T{}, dlogp, Truth<T>{}, Truth<T>{}};
+}
+
 template <typename T>
 FASTRL_HD SurrogateTerm<T> surrogate_term(const PolicySpec& spec, T log_ratio, T logp, T old_logp, T advantage) {
   const T low = constant<T>(spec.low), high = constant<T>(spec.high);
@@ -69,6 +96,8 @@ FASTRL_HD SurrogateTerm<T> surrogate_term(const PolicySpec& spec, T log_ratio, T
     case Surrogate::cispo: return cispo<T>(log_ratio, logp, advantage, low, high);
     case Surrogate::sapo: return sapo<T>(log_ratio, advantage, constant<T>(spec.tau_pos), constant<T>(spec.tau_neg));
     case Surrogate::dppo: return dppo<T>(log_ratio, logp, old_logp, advantage, low, high);
+    case Surrogate::gmpo: return gmpo<T>(spec, log_ratio, logp - old_logp, advantage);
+    case Surrogate::vespo: return vespo<T>(spec, log_ratio, logp, advantage);
     default: return reinforce<T>(logp, advantage);
   }
 }

@@ -13,7 +13,6 @@ import torch
 
 from fastrl.check import choice
 from fastrl.kernels import cuda, native, triton_jit
-from fastrl.spec import Gmpo, PolicyLoss, Vespo
 
 
 def any_device(device: torch.device) -> str | None:
@@ -21,29 +20,14 @@ def any_device(device: torch.device) -> str | None:
     return None
 
 
-def any_spec(spec: PolicyLoss) -> str | None:
-    """Torch backends have every factor of a policy loss."""
-    return None
-
-
-def only_in_torch(spec: PolicyLoss) -> str | None:
-    """Why a compiled backend refuses a policy loss: it has a factor that only the torch backends have."""
-    if isinstance(spec.surrogate, (Gmpo, Vespo)):
-        return f"has no {type(spec.surrogate).__name__}, which the torch backends have"
-    if spec.ratio == "sequence_token":
-        return "has no ratio='sequence_token', which the torch backends have"
-    return None
-
-
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one op: a module under `fastrl.kernels.<op>`, why it would refuse a device, on which type
-    of device "auto" considers it (None: every), and why it would refuse a policy loss."""
+    """One implementation of one op: a module under `fastrl.kernels.<op>`, why it would refuse a device, and on
+    which type of device "auto" considers it (None: every)."""
 
     module: str
     refuses: Callable[[torch.device], str | None] = any_device
     auto_on: str | None = None
-    lacks: Callable[[PolicyLoss], str | None] = any_spec
     isa: Callable[[], str] = str  # the instruction set that it runs on, where it is one of several
 
 
@@ -54,9 +38,9 @@ CPU_OPS = ("linear",)  # torch's matmul is as good as any elsewhere
 def _backends(op: str) -> dict[str, Kernel]:
     folder = f"fastrl.kernels.{op}"
     # Emulated CUDA and interpreted Triton are for tests: nobody gets them without asking.
-    cuda_kernel = Kernel(f"{folder}.cuda_impl", cuda.refuses, "cuda", only_in_torch)
-    triton_kernel = Kernel(f"{folder}.triton_impl", triton_jit.refuses, "cuda", only_in_torch)
-    backends = {"cpu": Kernel(f"{folder}.native", native.refuses, lacks=only_in_torch, isa=native.isa)}
+    cuda_kernel = Kernel(f"{folder}.cuda_impl", cuda.refuses, "cuda")
+    triton_kernel = Kernel(f"{folder}.triton_impl", triton_jit.refuses, "cuda")
+    backends = {"cpu": Kernel(f"{folder}.native", native.refuses, isa=native.isa)}
     if op in CPU_OPS:
         return backends | {"reference": Kernel(f"{folder}.reference")}
     # Triton has a kernel with the first matmul inside; which of the others are quicker is unmeasured.
@@ -103,9 +87,9 @@ def as_written(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def resolve(op: str, backend: str, device: torch.device, spec: PolicyLoss | None = None) -> ModuleType:
+def resolve(op: str, backend: str, device: torch.device) -> ModuleType:
     """The module that implements `op` on the backend that `choose` gives."""
-    return import_module(choose(op, backend, device, spec).module)
+    return import_module(choose(op, backend, device).module)
 
 
 @torch.compiler.assume_constant_result
@@ -114,9 +98,9 @@ def instruction_set(op: str, backend: str, device: torch.device) -> str:
     return "" if device.type == "meta" else choose(op, backend, device).isa()
 
 
-def choose(op: str, backend: str, device: torch.device, spec: PolicyLoss | None = None) -> Kernel:
-    """The implementation of `op`. "auto" takes the first backend that supports `device` and, for an op with a
-    policy loss, `spec`; a backend asked for by name is used or refused, never replaced.
+def choose(op: str, backend: str, device: torch.device) -> Kernel:
+    """The implementation of `op`. "auto" takes the first backend that supports `device`; a backend asked for by name
+    is used or refused, never replaced.
 
     Raises:
         ValueError: the backend does not exist, or every candidate refuses; the message carries each reason.
@@ -128,9 +112,8 @@ def choose(op: str, backend: str, device: torch.device, spec: PolicyLoss | None 
     else:
         candidates = [backend]
     for name in candidates:
-        reason = table[name].refuses(device) or (table[name].lacks(spec) if spec else None)
+        reason = table[name].refuses(device)
         if reason is None:
             return table[name]
         refusals.append(f"{name}: {reason}")
-    what = f"device {device}" + (f" with {spec}" if spec else "")
-    raise ValueError(f"{op}: backend: no backend takes {what}.\n  " + "\n  ".join(refusals))
+    raise ValueError(f"{op}: backend: no backend takes device {device}.\n  " + "\n  ".join(refusals))

@@ -48,7 +48,7 @@ def group_policy_loss(
         As `fastrl::policy_loss`.
     """
     what = decode(spec)
-    loss = registry.resolve("policy_loss", backend, logps.device, what)
+    loss = registry.resolve("policy_loss", backend, logps.device)
     tokens = LossTokens(None, weights, mask, old_logps, ref_logps, sampling_logps)
     at_once = getattr(loss, "forward_from_rewards", None)
     if at_once is not None and scale != "batch" and answer(rewards) == logps.dtype and len(rewards) > 0:

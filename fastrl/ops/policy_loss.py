@@ -46,7 +46,7 @@ def policy_loss(
         loss (), dlogps (N,) and dentropy (N,) its derivatives, metrics (K, 2) as in `fastrl.kernels.policy_loss`.
     """
     decoded = decode(spec)
-    kernel = registry.resolve("policy_loss", backend, logps.device, decoded)
+    kernel = registry.resolve("policy_loss", backend, logps.device)
     tokens = LossTokens(advantages, weights, mask, old_logps, ref_logps, sampling_logps)
     return kernel.forward(logps, tokens, entropy, seq_ids, num_seqs, decoded)
 

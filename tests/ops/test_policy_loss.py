@@ -10,7 +10,8 @@ from backends import BACKENDS, using
 from ops.threads import with_threads
 from tolerance import assert_no_worse
 
-from fastrl.kernels import registry, tuning
+from fastrl.kernels import tuning
+from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.policy_loss import METRICS, chunked, merge_metrics, reference
 from fastrl.losses.metrics import finish
 from fastrl.losses.policy import policy_loss
@@ -27,8 +28,7 @@ SURROGATES = {
 }
 PAIRS = [(name, r) for name, s in SURROGATES.items() for r in ("token", "sequence") if ONLY_RATIO.get(type(s), r) == r]
 each_pair = pytest.mark.parametrize(("surrogate", "ratio"), PAIRS)
-TORCH = ("reference", "chunked")
-IN_TORCH = {  # what only the torch backends have
+OF_SEQUENCES = {
     "gmpo": PolicyLoss("sequence", Gmpo(low=0.2, high=0.3)),
     "vespo": PolicyLoss("sequence", Vespo()),
     "gspo_token": PolicyLoss("sequence_token", Clip(low=0.02, high=0.03, dual=1.5)),
@@ -208,23 +208,13 @@ def test_a_straight_through_kl_has_the_value_of_its_estimate_and_the_derivative_
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("name", ["dppo", *IN_TORCH])
+@pytest.mark.parametrize("name", ["dppo", *OF_SEQUENCES])
 def test_newer_surrogates_equal_autograd_of_the_definition(name, aggregate, monkeypatch):
     """Each KL with one correction."""
-    start, backends = (PolicyLoss(surrogate=SURROGATES[name]), BACKENDS) if name == "dppo" else (IN_TORCH[name], TORCH)
+    start = PolicyLoss(surrogate=SURROGATES[name]) if name == "dppo" else OF_SEQUENCES[name]
     for kl, correction in zip((*KLS, KL("k3+", 0.3)), (*CORRECTIONS, None), strict=True):
         spec = replace(start, kl=kl, aggregate=aggregate, correction=correction, entropy_coef=0.05)
-        assert_equals_definition(spec, backends, monkeypatch)
-
-
-@pytest.mark.parametrize("name", IN_TORCH)
-def test_a_compiled_backend_refuses_what_only_torch_has_and_auto_takes_one_that_has_it(name):
-    data = batch()
-    for backend in ("cpu", "cuda", "triton"):
-        with pytest.raises(ValueError, match=f"{backend}: "):
-            run(IN_TORCH[name], data, backend)
-    assert registry.only_in_torch(IN_TORCH[name]).endswith("which the torch backends have")
-    assert torch.equal(run(IN_TORCH[name], data, "auto").loss, run(IN_TORCH[name], data, "chunked").loss)
+        assert_equals_definition(spec, BACKENDS, monkeypatch)
 
 
 def test_equal_advantages_and_weights_in_a_sequence_make_gspo_token_gspo():
@@ -306,7 +296,7 @@ def test_every_term_matches_finite_differences():
 
     def terms(logps):
         log_ratio = logps - old
-        tokens = reference.clean(logps, advantages, logps, logps.isfinite(), old, ref, None, None)
+        tokens = reference.clean(logps, LossTokens(advantages, logps, logps.isfinite(), old, ref, None), None)
         for surrogate in SURROGATES.values():
             if not isinstance(surrogate, Cispo):  # its ratio is a constant, so its value does not tell its derivative
                 yield reference.surrogate_term(surrogate, log_ratio, tokens)
@@ -527,8 +517,11 @@ def test_merged_metrics_of_two_halves_are_those_of_the_whole():
     flat = [data[name].detach().reshape(-1) for name in names]
     parts = [[x[part] for x in flat] for part in (slice(0, 21), slice(21, 28), slice(28, 35))]
     assert not parts[1][3].any()  # the second part is fully masked
-    tables = [reference.forward(*part, None, 0, spec)[3] for part in parts]
-    whole = reference.forward(*flat, None, 0, spec)[3]
+    tables = [
+        reference.forward(logps, LossTokens(*tokens), entropy, None, 0, spec)[3]
+        for logps, *tokens, entropy in (*parts, flat)
+    ]
+    whole = tables.pop()
     torch.testing.assert_close(merge_metrics(merge_metrics(*tables[:2]), tables[2]), whole, rtol=1e-12, atol=1e-12)
 
 

@@ -8,12 +8,13 @@ import torch
 
 from fastrl import check
 from fastrl.kernels.cuda import DTYPES, address, extension, launch, scratch
+from fastrl.kernels.group_advantages import cuda_impl as group_advantages
 from fastrl.kernels.group_advantages.cuda_impl import rewards_of_groups
 from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.native import dense
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics
 from fastrl.kernels.policy_loss.native import spec_arguments
-from fastrl.spec import PolicyLoss
+from fastrl.spec import Gmpo, PolicyLoss
 
 __all__ = ["METRICS", "forward", "forward_from_rewards", "merge_metrics"]
 
@@ -59,6 +60,9 @@ def forward_from_rewards(
     separable spec; scale "group" or "none", because the spread of the batch is known only when every advantage is.
     """
     check.choice("policy_loss", "scale", scale, ("group", "none"))
+    if isinstance(spec.surrogate, Gmpo):  # what it clips depends on the advantages, so these come first
+        advantages = group_advantages.forward(rewards, group_ids, baseline, scale, eps).to(logps.dtype)
+        return forward(logps, tokens._replace(advantages=advantages[seq_ids]), entropy, seq_ids, len(rewards), spec)
     x, group = dense(rewards.to(logps.dtype)), dense(group_ids)
     return _run((logps, *tokens, entropy, seq_ids), len(x), spec, rewards_of_groups(x, group, baseline, scale, eps))
 

@@ -9,11 +9,11 @@ import torch
 from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.native import DTYPES, address, dense, extension
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics
-from fastrl.spec import Cispo, Clip, Dppo, PolicyLoss, Reinforce, Sapo
+from fastrl.spec import Cispo, Clip, Dppo, Gmpo, PolicyLoss, Reinforce, Sapo, Vespo
 
 __all__ = ["METRICS", "forward", "merge_metrics"]
 
-SURROGATES = {Clip: 0, Cispo: 1, Sapo: 2, Reinforce: 3, Dppo: 4}  # csrc/math/policy_spec.h
+SURROGATES = {Clip: 0, Cispo: 1, Sapo: 2, Reinforce: 3, Dppo: 4, Gmpo: 5, Vespo: 6}  # csrc/math/policy_spec.h
 KLS = {"k1": 1, "k2": 2, "k3": 3, "k3_ratio": 4, "k1+": 5, "k3+": 6}
 CORRECTIONS = {"truncate": 1, "mask": 2}
 NONE = 0
@@ -27,15 +27,17 @@ def spec_arguments(spec: PolicyLoss) -> tuple[float, ...]:
         low, high, dual = 1 - s.low, 1 + s.high, s.dual or 0.0
     elif isinstance(s, Cispo):
         low, high = s.ratio_min, s.ratio_max
-    elif isinstance(s, Dppo):
+    elif isinstance(s, Dppo | Gmpo):
         low, high = s.low, s.high
     elif isinstance(s, Sapo):
         tau_pos, tau_neg = s.tau_pos, s.tau_neg
+    elif isinstance(s, Vespo):
+        low, high, tau_pos, tau_neg = s.k_pos, s.k_neg, s.lam_pos, s.lam_neg
     return (
         SURROGATES[type(s)],
         *(low, high, dual),
         *(tau_pos, tau_neg),
-        {"token": False, "sequence": True}[spec.ratio],
+        *(spec.ratio != "token", spec.ratio == "sequence"),
         *((KLS[spec.kl.kind], spec.kl.coef) if spec.needs_ref else (NONE, 0.0)),
         CORRECTIONS[correction.kind] if correction else NONE,
         correction is not None and correction.level == "sequence",

@@ -16,11 +16,11 @@ import triton.language as tl
 from fastrl.kernels.inputs import LossTokens
 from fastrl.kernels.native import dense
 from fastrl.kernels.policy_loss.metrics import METRICS, merge_metrics
-from fastrl.kernels.policy_loss.triton_token import kinds, parameters, policy_token
+from fastrl.kernels.policy_loss.triton_token import kinds, parameters, policy_token, summed_log_ratio
 from fastrl.kernels.triton_jit import Build, device_function, launch
 from fastrl.kernels.triton_math import max_or_nan
 from fastrl.kernels.tuning import tuned
-from fastrl.spec import KL, Cispo, Clip, Correction, Dppo, PolicyLoss, Reinforce, Sapo
+from fastrl.spec import KL, Cispo, Clip, Correction, Dppo, Gmpo, PolicyLoss, Reinforce, Sapo, Vespo
 
 __all__ = ["BUILDS", "METRICS", "forward", "merge_metrics"]
 
@@ -97,6 +97,7 @@ def _tokens(
     reported: tl.tensor,
     SURROGATE: tl.constexpr,
     SEQUENCE_RATIO: tl.constexpr,
+    SHARED_RATIO: tl.constexpr,
     KL: tl.constexpr,
     CORRECTION: tl.constexpr,
     SEQUENCE_CORRECTION: tl.constexpr,
@@ -139,13 +140,14 @@ def _tokens(
             mean_mismatch,
             SURROGATE,
             SEQUENCE_RATIO,
+            SHARED_RATIO,
             KL,
             CORRECTION,
             SEQUENCE_CORRECTION,
             WITH_ENTROPY,
         )
     )
-    if SEQUENCE_RATIO:
+    if SHARED_RATIO:
         tl.store(through_ratio + t, dlog_ratio, mask=t < n)
         active = t < 0  # `_share` counts them
     else:
@@ -196,17 +198,21 @@ def _total(
 
 @triton.jit(do_not_specialize=["sequences"])
 def _means(
+    params: tl.tensor,
     order: tl.tensor,
     bounds: tl.tensor,
     mask: tl.tensor,
+    advantages: tl.tensor,
     logps: tl.tensor,
     old_logps: tl.tensor,
     sampling_logps: tl.tensor,
     means: tl.tensor,
     sequences: tl.tensor,
+    SURROGATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Of one sequence, the means over its masked-in tokens of logps - old_logps and of old_logps - sampling_logps."""
+    """Of one sequence, the means over its masked-in tokens of logps - old_logps, which Gmpo clips and of which Vespo
+    takes the sum, and of old_logps - sampling_logps."""
     s = tl.program_id(0)
     end = tl.load(bounds + s + 1)
     count = tl.full([BLOCK], 0, tl.int32)
@@ -221,27 +227,37 @@ def _means(
         if old_logps is not None:
             old_logp = tl.load(old_logps + t, mask=seen, other=0.0).to(tl.float64)
         count += seen.to(tl.int32)
-        log_ratio += logp - old_logp
+        advantage = tl.load(advantages + t, mask=seen, other=0.0).to(tl.float64)
+        log_ratio += summed_log_ratio(params, logp - old_logp, advantage, SURROGATE)
         if sampling_logps is not None:
             mismatch += old_logp - tl.load(sampling_logps + t, mask=seen, other=0.0).to(tl.float64)
     tokens = tl.maximum(tl.sum(count, 0), 1).to(tl.float64)
-    tl.store(means + s, tl.sum(log_ratio, 0) / tokens)
+    if SURROGATE == "Vespo":
+        tl.store(means + s, tl.sum(log_ratio, 0))
+    else:
+        tl.store(means + s, tl.sum(log_ratio, 0) / tokens)
     tl.store(means + sequences + s, tl.sum(mismatch, 0) / tokens)
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _share(
+    params: tl.tensor,
     order: tl.tensor,
     bounds: tl.tensor,
     mask: tl.tensor,
+    advantages: tl.tensor,
+    logps: tl.tensor,
+    old_logps: tl.tensor,
     through_ratio: tl.tensor,
     dlogps: tl.tensor,
     dentropy: tl.tensor,
     partial: tl.tensor,
     blocks: tl.tensor,
+    SURROGATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The derivative of one sequence's ratio, shared by its masked-in tokens, and how many now send a gradient."""
+    """The derivative of one sequence's ratio, shared by its masked-in tokens, of Gmpo those that it does not clip; and
+    how many tokens now send a gradient."""
     s = tl.program_id(0)
     first = tl.load(bounds + s)
     end = tl.load(bounds + s + 1)
@@ -259,7 +275,15 @@ def _share(
         i = start + tl.arange(0, BLOCK)
         t = tl.load(order + i, mask=i < end, other=0)
         seen = tl.load(mask + t, mask=i < end, other=0) != 0
-        dlogp = tl.load(dlogps + t, mask=seen, other=0.0) + mean
+        dlogp = tl.load(dlogps + t, mask=seen, other=0.0)
+        if SURROGATE == "Gmpo":
+            raw = tl.load(logps + t, mask=seen, other=0.0)
+            raw -= raw if old_logps is None else tl.load(old_logps + t, mask=seen, other=0.0)
+            advantage = tl.load(advantages + t, mask=seen, other=0.0)
+            takes_part = summed_log_ratio(params, raw, advantage, SURROGATE) == raw
+            dlogp = tl.where(takes_part, dlogp + mean, dlogp)
+        else:
+            dlogp += mean
         tl.store(dlogps + t, dlogp, mask=seen)
         dterm = tl.load(dentropy + t, mask=seen, other=0.0)
         active += (seen & ((dlogp != 0.0) | (dterm != 0.0))).to(tl.float64)
@@ -276,7 +300,7 @@ def _reported(
 ) -> int:
     """A bit per row of METRICS: whether it has values. A row without is (0, 0)."""
     absent = set()
-    if not isinstance(spec.surrogate, (Clip, Cispo, Dppo)):
+    if isinstance(spec.surrogate, (Sapo, Reinforce, Vespo)):
         absent |= {"clip_ratio/low_mean", "clip_ratio/high_mean"}
     if ref_logps is None:
         absent |= {"kl"}
@@ -298,7 +322,7 @@ def forward(
     spec: PolicyLoss,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, dlogps (N,), dentropy (N,), metrics (K, 2): the contract is in `fastrl.kernels.policy_loss`."""
-    n, by_sequence = len(logps), spec.ratio == "sequence"
+    n, shares = len(logps), spec.ratio == "sequence"
     if n == 0:
         return logps.new_zeros(()), logps.clone(), logps.clone(), logps.new_zeros(len(METRICS), 2)
     logps, entropy = dense(logps), dense(entropy)
@@ -309,30 +333,32 @@ def forward(
     seen = {"mask": mask, **sizes, **OPTIONS}
     outputs = {"loss": loss, "table": table, "reported": _reported(spec, ref_logps, sampling_logps, entropy)}
     derivatives = {"dlogps": dlogps, "dentropy": dentropy, "through_ratio": None}
-    compared = {"logps": logps, "old_logps": old_logps, "sampling_logps": sampling_logps}
+    compared = {"logps": logps, "advantages": advantages, "old_logps": old_logps, "sampling_logps": sampling_logps}
     shared = {"seq_ids": None, "means": None, "sequences": num_seqs}
     partial, blocks = None, triton.cdiv(n, sizes["BLOCK"])
-    parts = blocks + (num_seqs if by_sequence else 0)
-    if parts > 1 or by_sequence:
+    parts = blocks + (num_seqs if shares else 0)
+    if parts > 1 or shares:
         partial = logps.new_empty(parts, COLUMNS.value, dtype=torch.float64)
     if not spec.separable:
         ids, order = seq_ids.sort(stable=True)  # a sequence's tokens side by side, whatever their order
         segments = {"order": order, "bounds": torch.searchsorted(ids, torch.arange(num_seqs + 1, device=ids.device))}
         means = logps.new_empty(2, num_seqs)
+        segments |= {"params": parameters(spec, logps.device), "SURROGATE": type(spec.surrogate).__name__}
         launch(_means, num_seqs, logps, **segments, **compared, **seen, means=means, sequences=num_seqs)
         shared |= {"seq_ids": dense(seq_ids), "means": means}
-    if by_sequence:
+    if shares:
         derivatives["through_ratio"] = torch.empty_like(logps)
     launch(
         _tokens,
         blocks,
         logps,
-        **{"params": parameters(spec, logps.device), "advantages": advantages, "weights": weights, "n": n},
+        **{"params": parameters(spec, logps.device), "weights": weights, "n": n},
         **{"ref_logps": ref_logps, "entropy": entropy, "partial": partial},
         **(compared | shared | derivatives | outputs | kinds(spec) | seen),
     )
-    if by_sequence:
-        launch(_share, num_seqs, logps, **segments, **derivatives, **seen, partial=partial, blocks=blocks)
+    if shares:
+        del compared["sampling_logps"]
+        launch(_share, num_seqs, logps, **segments, **compared, **derivatives, **seen, partial=partial, blocks=blocks)
     if partial is not None:
         sums = tuned("policy_loss total", logps.device)
         launch(_total, 1, logps, **outputs, partial=partial, parts=parts, **sums, **OPTIONS)
@@ -349,6 +375,9 @@ def _builds() -> Iterator[Build]:
         ),
         "dppo": PolicyLoss("token", Dppo(), KL("k3+", 0.1), correction=Correction("truncate", "token", 2.0)),
         "reinforce": PolicyLoss("token", Reinforce(), aggregate="token_sum"),
+        "gmpo": PolicyLoss("sequence", Gmpo(), KL("k3_ratio", 0.1)),
+        "vespo": PolicyLoss("sequence", Vespo()),
+        "gspo_token": PolicyLoss("sequence_token", Clip(3e-4, 4e-4)),
     }
     floats = {"params": "*fp64", "partial": "*fp64"}
     for name, spec in everything.items():
@@ -370,10 +399,14 @@ def _builds() -> Iterator[Build]:
         "policy_loss total",
     )
     segments = {"order": "*i64", "bounds": "*i64", "mask": "*i1"}
-    tokens = dict.fromkeys(("logps", "old_logps", "sampling_logps", "means"), "*fp32")
-    yield Build("means", _means, segments | tokens | {"sequences": "i32"}, {}, OPTIONS, "policy_loss")
-    tokens = dict.fromkeys(("through_ratio", "dlogps", "dentropy"), "*fp32")
-    yield Build("share", _share, segments | tokens | {"partial": "*fp64", "blocks": "i32"}, {}, OPTIONS, "policy_loss")
+    segments |= {"params": "*fp64"} | dict.fromkeys(("advantages", "logps", "old_logps"), "*fp32")
+    means = segments | dict.fromkeys(("sampling_logps", "means"), "*fp32") | {"sequences": "i32"}
+    share = segments | dict.fromkeys(("through_ratio", "dlogps", "dentropy"), "*fp32")
+    share |= {"partial": "*fp64", "blocks": "i32"}
+    for surrogate, name in (("Clip", ""), ("Gmpo", " gmpo")):
+        of = {"SURROGATE": surrogate}
+        yield Build(f"means{name}", _means, means, of, OPTIONS, "policy_loss")
+        yield Build(f"share{name}", _share, share, of, OPTIONS, "policy_loss")
 
 
 BUILDS = tuple(_builds())

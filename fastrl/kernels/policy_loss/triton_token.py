@@ -15,18 +15,19 @@ import triton.language as tl
 from fastrl.kernels.policy_loss.reference import LOG_RATIO_BOUND
 from fastrl.kernels.triton_jit import device_function, scalars
 from fastrl.kernels.triton_math import exp, expm1, is_finite
-from fastrl.spec import Cispo, Clip, Dppo, PolicyLoss, Sapo
+from fastrl.spec import Cispo, Clip, Dppo, Gmpo, PolicyLoss, Sapo, Vespo
 
 BOUND = tl.constexpr(LOG_RATIO_BOUND)
-# Where `parameters` has which number: three of the surrogate, then one of the KL, two of the correction, one of H.
-FIRST, SECOND, THIRD, KL_COEF, CORRECTION_LOW, CORRECTION_HIGH, ENTROPY_COEF = map(tl.constexpr, range(7))
+# Where `parameters` has which number: four of the surrogate, then one of the KL, two of the correction, one of H.
+FIRST, SECOND, THIRD, FOURTH, KL_COEF, CORRECTION_LOW, CORRECTION_HIGH, ENTROPY_COEF = map(tl.constexpr, range(8))
 
 
 def kinds(spec: PolicyLoss) -> dict[str, Any]:
     """The compile-time arguments of `policy_token`."""
     return {
         "SURROGATE": type(spec.surrogate).__name__,
-        "SEQUENCE_RATIO": spec.ratio == "sequence",
+        "SEQUENCE_RATIO": spec.ratio != "token",
+        "SHARED_RATIO": spec.ratio == "sequence",
         "KL": spec.kl.kind if spec.needs_ref else "",
         "CORRECTION": spec.correction.kind if spec.correction else "",
         "SEQUENCE_CORRECTION": spec.correction is not None and spec.correction.level == "sequence",
@@ -35,18 +36,20 @@ def kinds(spec: PolicyLoss) -> dict[str, Any]:
 
 
 def parameters(spec: PolicyLoss, device: torch.device) -> torch.Tensor:
-    """(7,) float64: the numbers of a spec. Bounds are those of the ratio itself, or, of a Dppo, distances of
-    probabilities; a dual of 0 is none."""
+    """(8,) float64: the numbers of a spec. Bounds are those of the ratio itself, or, of a Dppo, distances of
+    probabilities, of a Gmpo, of log-ratios; a dual of 0 is none."""
     s, correction = spec.surrogate, spec.correction
-    surrogate = (0.0, 0.0, 0.0)
+    surrogate = (0.0, 0.0, 0.0, 0.0)
     if isinstance(s, Clip):
-        surrogate = (1 - s.low, 1 + s.high, s.dual or 0.0)
+        surrogate = (1 - s.low, 1 + s.high, s.dual or 0.0, 0.0)
     elif isinstance(s, Cispo):
-        surrogate = (s.ratio_min, s.ratio_max, 0.0)
-    elif isinstance(s, Dppo):
-        surrogate = (s.low, s.high, 0.0)
+        surrogate = (s.ratio_min, s.ratio_max, 0.0, 0.0)
+    elif isinstance(s, Dppo | Gmpo):
+        surrogate = (s.low, s.high, 0.0, 0.0)
     elif isinstance(s, Sapo):
-        surrogate = (s.tau_pos, s.tau_neg, 0.0)
+        surrogate = (s.tau_pos, s.tau_neg, 0.0, 0.0)
+    elif isinstance(s, Vespo):
+        surrogate = (s.k_pos, s.k_neg, s.lam_pos, s.lam_neg)
     corrected = (correction.low, correction.high) if correction else (0.0, 0.0)
     return scalars(device, *surrogate, spec.kl.coef if spec.kl else 0.0, *corrected, spec.entropy_coef)
 
@@ -64,8 +67,21 @@ def bound(raw: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @device_function
+def summed_log_ratio(params: tl.tensor, raw: tl.tensor, advantage: tl.tensor, SURROGATE: tl.constexpr) -> tl.tensor:
+    """A token's log-ratio as its sequence adds it up: Gmpo clips it where it goes on as its advantage pulls."""
+    if SURROGATE == "Gmpo":
+        low = tl.load(params + FIRST).to(raw.dtype)
+        high = tl.load(params + SECOND).to(raw.dtype)
+        below = tl.where(raw > high, high, raw)
+        above = tl.where(raw < -low, -low, raw)
+        raw = tl.where(advantage > 0.0, below, above)
+    return raw
+
+
+@device_function
 def surrogate_term(
     params: tl.tensor,
+    log_ratio: tl.tensor,
     ratio: tl.tensor,
     logp: tl.tensor,
     old_logp: tl.tensor,
@@ -77,7 +93,8 @@ def surrogate_term(
     Clip: -min(rho A, clip(rho, low, high) A), with `dual` > 0 at most -dual A where A < 0; a tie is not clipped.
     Cispo: -sg(clamp(rho, low, high)) A log pi. Sapo: -(4 / tau) sigmoid(tau (rho - 1)) A. Reinforce: -A log pi.
     Dppo: -rho A, and nothing where the probability fell by more than `low` and A < 0, or rose by more than `high` and
-    A > 0.
+    A > 0. Gmpo: -rho A, rho the mean of clipped log-ratios. Vespo: -sg(W^k exp(lam (1 - W))) A log pi, log W =
+    `log_ratio`.
     """
     zero = tl.full(logp.shape, 0.0, logp.dtype)
     first = tl.load(params + FIRST).to(logp.dtype)
@@ -109,6 +126,18 @@ def surrogate_term(
         low, high = (advantage < 0.0) & (moved < -first), (advantage > 0.0) & (moved > second)
         loss = tl.where(low | high, 0.0, -ratio * advantage)
         dlog_ratio = loss
+    elif SURROGATE == "Gmpo":
+        raw = logp - old_logp
+        clipped = (summed_log_ratio(params, raw, advantage, SURROGATE) == raw) == 0
+        loss = -ratio * advantage
+        dlog_ratio = loss
+        low, high = clipped & ((advantage > 0.0) == 0), clipped & (advantage > 0.0)
+    elif SURROGATE == "Vespo":
+        positive = advantage >= 0.0
+        k = tl.where(positive, first, second)
+        lam = tl.where(positive, tl.load(params + THIRD).to(logp.dtype), tl.load(params + FOURTH).to(logp.dtype))
+        dlogp = -exp(k * log_ratio - lam * expm1(log_ratio)) * advantage
+        loss = dlogp * logp
     else:
         tl.static_assert(SURROGATE == "Reinforce")
         dlogp = -advantage
@@ -188,6 +217,7 @@ def policy_token(
     mean_mismatch: tl.tensor,
     SURROGATE: tl.constexpr,
     SEQUENCE_RATIO: tl.constexpr,
+    SHARED_RATIO: tl.constexpr,
     KL: tl.constexpr,
     CORRECTION: tl.constexpr,
     SEQUENCE_CORRECTION: tl.constexpr,
@@ -197,14 +227,15 @@ def policy_token(
     clipped low, clipped high, ratio, kl, old_kl, |mismatch|, importance, kept, clamped, nonfinite.
 
     What is not given is 0, but old_logp and ref_logp, which are then logp, and sampling_logp, which is then old_logp.
-    The means are those of the token's sequence, read where the spec asks for them.
+    The means are those of the token's sequence, read where the spec asks for them; Vespo's log-ratio is a sum.
     """
     own_raw, mismatch, d = logp - old_logp, old_logp - sampling_logp, ref_logp - logp
     log_ratio, beyond = bound(own_raw)
+    own = log_ratio
     if SEQUENCE_RATIO:
         log_ratio, beyond = bound(mean_log_ratio)
     ratio = exp(log_ratio)
-    loss, dlog_ratio, dlogp, low, high = surrogate_term(params, ratio, logp, old_logp, advantage, SURROGATE)
+    loss, dlog_ratio, dlogp, low, high = surrogate_term(params, log_ratio, ratio, logp, old_logp, advantage, SURROGATE)
     dlog_ratio = tl.where(beyond, 0.0, dlog_ratio)
 
     if CORRECTION != "":
@@ -216,9 +247,13 @@ def policy_token(
         importance = exp(held)
     if KL != "":
         coef = tl.load(params + KL_COEF).to(logp.dtype)
-        kl_loss, kl_dlog_ratio, kl_dlogp, kl_beyond = kl_term(d, ratio, KL, SEQUENCE_RATIO)
+        # What Gmpo and Vespo make of a sequence is no ratio of its probabilities: there the token's own is taken.
+        OF_TOKEN: tl.constexpr = SURROGATE == "Gmpo" or SURROGATE == "Vespo"
+        OF_SEQUENCE: tl.constexpr = SHARED_RATIO and not OF_TOKEN
+        kl_ratio = exp(own) if OF_TOKEN else ratio
+        kl_loss, kl_dlog_ratio, kl_dlogp, kl_beyond = kl_term(d, kl_ratio, KL, OF_SEQUENCE)
         loss, dlogp = loss + coef * kl_loss, dlogp + coef * kl_dlogp
-        if KL == "k3_ratio" and SEQUENCE_RATIO:
+        if KL == "k3_ratio" and OF_SEQUENCE:
             dlog_ratio = dlog_ratio + tl.where(beyond, 0.0, coef * kl_dlog_ratio)
         beyond = beyond | kl_beyond
     dentropy = tl.full(logp.shape, 0.0, logp.dtype)
