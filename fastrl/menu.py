@@ -1,4 +1,4 @@
-"""What there is to train with: the recipes of a folder and the table of algorithms, for the terminal and as a page."""
+"""Lists what you can train with: the recipes in a folder and the table of algorithms, for the terminal or as a page."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 HEADER = ("algorithm", "what it is", "paper", "needs")
 INTRODUCTION = """# Algorithms
 
-What `algorithm` of a recipe takes, written by `fastrl recipes --markdown`. `loss` changes a preset by the names of its
-spec, as in `loss: {surrogate.high: 0.28}`; a policy loss has a KL, and with it a reference, once `loss.kl` is named.
-Those that learn from anything but rewards take completions with rewards too, `source: rollouts`: of each group the best
-and the worst as a pair, those that score `rollout.threshold` as demonstrations, or all with that as their label.
+Values of a recipe's `algorithm`, written by `fastrl recipes --markdown`. `loss` changes fields of a preset, as in
+`loss: {surrogate.high: 0.28}`. A policy loss has a KL, and with it a reference model, only if `loss.kl` is named.
+With `source: rollouts`, algorithms that do not learn from rewards take sampled completions too: the best and the worst
+of each group as a pair, those that score `rollout.threshold` or more as demonstrations, or all, labelled by that
+threshold.
 """
 
 
 def print_menu(console: Console, folder: Path) -> None:
-    """All tables."""
+    """Prints all tables."""
     recipes = [(path.name, algorithm, about) for path, algorithm, about in about_recipes(folder)]
     if recipes:
         _print(console, f"Recipes in {folder}", ("recipe", "algorithm", "about"), recipes)
@@ -61,7 +62,7 @@ def _print(console: Console, title: str, header: Sequence[str], rows: Sequence[S
 
 
 def about_recipes(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """(file, algorithm, the first sentence of the comment that it begins with) of each recipe in a folder."""
+    """(file, algorithm, first sentence of the leading comment) of each recipe in a folder."""
     for path in sorted(folder.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         comment = " ".join(line.lstrip("# ") for line in re.match(r"(#.*\n)*", text).group().splitlines())

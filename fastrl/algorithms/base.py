@@ -1,4 +1,4 @@
-"""What an algorithm is to the trainer's loop, and what it may ask of the learner."""
+"""The interface between an algorithm and the trainer's loop, and what it may use of the learner."""
 
 from __future__ import annotations
 
@@ -13,58 +13,58 @@ from fastrl.model.scalar import Critic
 from fastrl.progress import Progress, Watch
 from fastrl.types import Batch, Group, MicroBatch
 
-Kind = Literal["rewarded", "pairs", "ranked", "labelled", "completions"]  # of the groups that an algorithm learns from
+Kind = Literal["rewarded", "pairs", "ranked", "labelled", "completions"]  # kind of groups
 
 
 class Learner(Protocol):
-    """The models that train, as an algorithm sees them."""
+    """The models being trained, as an algorithm sees them."""
 
     policy: Policy  # or, for a reward model, a `ScalarModel`
     critic: Critic | None
-    steps: int  # training steps that are done
-    updates: int  # optimizer steps of the policy that are done
-    temperature: float  # of every log-probability of sampled completions
+    steps: int  # training steps done
+    updates: int  # optimizer steps of the policy done
+    temperature: float  # of all log-probabilities of sampled completions
 
     def pack(
         self, groups: Sequence[Group], *, mask_truncated: bool = False, whole_groups: bool = False
     ) -> list[MicroBatch]:
-        """`fastrl.data.pack.pack`, as the models take it."""
+        """`fastrl.data.pack.pack` with the models' layout and limits."""
         ...
 
     def tensor(self, values: Sequence[float | None]) -> torch.Tensor | None:
-        """(n,) float32 on the models' device; None where one is missing."""
+        """(n,) float32 on the models' device; None if a value is missing."""
         ...
 
     def score(self, batches: Sequence[MicroBatch], progress: Progress, *, old: bool) -> list[MicroBatch]:
-        """With `ref_logps` where there is a reference, `values` where there is a critic, `old_logps` when asked for;
-        the samples get them too."""
+        """The micro-batches with `ref_logps` if there is a reference, `values` if there is a critic, and `old_logps` if
+        `old`. The samples get them too."""
         ...
 
 
 class Step(Protocol):
-    """What one optimizer step learns from."""
+    """The data of one optimizer step."""
 
     @property
     def batches(self) -> list[MicroBatch]:
-        """All of it."""
+        """All micro-batches of the step."""
         ...
 
     @property
     def label(self) -> str:
-        """Which of the batch's steps it is, in words; empty where there is one."""
+        """Which of the batch's steps this is, in words; empty if there is only one."""
         ...
 
     @property
     def only_critic(self) -> bool:
-        """Whether the policy stays as it is."""
+        """Whether only the critic trains."""
         ...
 
 
 class Algorithm(Protocol):
-    """How groups become optimizer steps, and the gradient of one.
+    """Turns groups into optimizer steps, and computes the gradient of a step.
 
-    Everything that belongs to a step and not to a micro-batch (counts, baselines, sorting) is computed over the whole
-    step, so that no split into micro-batches changes the gradient.
+    Counts, baselines and sorting are computed over the whole step, so the split into micro-batches never changes the
+    gradient.
     """
 
     kind: Kind
@@ -87,22 +87,22 @@ class Algorithm(Protocol):
     def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Step]:
         """The optimizer steps on a batch: label, drop what cannot contribute, split, pack, score.
 
-        Steps that `batch.updates` says are done are left out, so the rest of an interrupted batch gives the rest of
-        them. Each is to be taken before the next is asked for.
+        Skips the steps that `batch.updates` lists as done, so an interrupted batch continues where it stopped. Take
+        each step before asking for the next.
         """
         ...
 
     def accumulate(self, learner: Learner, step: Any, progress: Progress) -> tuple[torch.Tensor, list[Metrics]]:
-        """Adds the gradient of a step's loss to the parameters; returns the loss, a scalar, and metrics to merge.
+        """Adds the gradient of a step's loss to the parameters; returns the scalar loss and metrics to merge.
 
-        `progress` is told of the micro-batches, before each; when it raises, the caller discards the gradients.
+        `progress` is called before each micro-batch; if it raises, the caller discards the gradients.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes as training goes on, as JSON can hold it."""
+        """State that changes during training, in a form that JSON can hold."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where `state_dict` was taken."""
+        """Continues from a `state_dict`."""
         ...

@@ -1,4 +1,4 @@
-"""GRPO and its kin: advantages relative to the other samples of a prompt, then one policy loss."""
+"""GRPO and its variants: advantages relative to the other samples of a prompt, then one policy loss."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from fastrl.types import Group, LossOutput, MicroBatch, Sample
 
 @dataclass(frozen=True)
 class Estimator:
-    """A function of `fastrl.advantages` that is called with (B,) rewards and group ids, and what else it reads."""
+    """A function of `fastrl.advantages`, called with (B,) rewards and group ids, and the other inputs it reads."""
 
     function: Callable[..., torch.Tensor]
-    lengths: bool = False  # the tokens of each completion
-    each_reward: bool = False  # (B, K) rewards and the (K,) weights that the recipe gives them, instead of their sum
+    lengths: bool = False  # also the number of tokens of each completion
+    each_reward: bool = False  # (B, K) rewards and the recipe's (K,) weights, instead of their sum
     greedy: bool = False  # the reward of each prompt's greedy completion, instead of the group ids
 
 
 @dataclass(frozen=True)
 class GroupPolicyGradient(PolicyGradient):
-    """An advantage estimator and a loss; every named algorithm of `ALGORITHMS` is one pair."""
+    """An advantage estimator and a loss; the group-relative algorithms of `ALGORITHMS` are such pairs."""
 
     estimator: GroupAdvantage | Estimator
     max_new_tokens: int = 0  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
-    reward_weights: tuple[float, ...] = ()  # in the order of `Sample.rewards`, for estimators that read each reward
+    reward_weights: tuple[float, ...] = ()  # in the order of `Sample.rewards`, for estimators with `each_reward`
 
     def __post_init__(self) -> None:
         self.masks.require_fits(self.spec)
@@ -46,7 +46,7 @@ class GroupPolicyGradient(PolicyGradient):
         return isinstance(self.estimator, Estimator) and self.estimator.greedy
 
     def advantages(self, groups: Sequence[Group]) -> None:
-        """Writes `Sample.advantage` of every sample; a sample without a reward gets 0 and counts in no baseline."""
+        """Sets `Sample.advantage` of every sample. Samples without a reward get 0 and enter no baseline."""
         samples = [sample for group in groups for sample in group.samples]
         rewards = torch.tensor([_number(sample.reward) for sample in samples], dtype=torch.float64)
         group_ids = torch.tensor([index for index, group in enumerate(groups) for _ in group.samples])
@@ -68,21 +68,21 @@ class GroupPolicyGradient(PolicyGradient):
         if self.estimator.each_reward:
             inputs["weights"] = torch.tensor(self.reward_weights, dtype=torch.float64)
             each = [[_number(reward) for reward in sample.rewards.values()] for sample in samples]
-            unscored = rewards.isnan()[:, None]  # one reward failed: the others do not stand for the whole
+            unscored = rewards.isnan()[:, None]  # one reward failed, so the rest cannot stand for the sum
             rewards = torch.tensor(each, dtype=torch.float64).masked_fill(unscored, torch.nan)
         return self.estimator.function(rewards, **inputs)
 
     def contributing(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups that can have a gradient: with a KL or entropy term all, else all but the zero-advantage ones.
+        """The groups that can have a gradient: with a KL, entropy or custom term all, else those with an advantage.
 
-        A group whose rewards are all equal has advantages of exactly 0; it costs neither a forward nor a backward pass.
+        A group whose rewards are all equal has advantages of exactly 0 and costs neither forward nor backward pass.
         """
         if self.needs_ref or self.spec.needs_entropy or self.terms:
             return list(groups)
         return [group for group in groups if any(sample.advantage != 0.0 for sample in group.samples)]
 
     def normalizer(self, counts: Counts) -> float:
-        """What the loss divides by, counted over a whole optimizer step before it is split into micro-batches."""
+        """The loss's divisor, counted over a whole optimizer step before the split into micro-batches."""
         per_sequence = counts.sequences
         return float(
             {

@@ -1,4 +1,4 @@
-"""Which tokens of an optimizer step learn: the masks of `fastrl.losses.token_masks`, under the policy as it then is."""
+"""Selects the tokens that an optimizer step trains on, with `fastrl.losses.token_masks` under the current policy."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ OP = "TokenMasks"
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """Which tokens learn; null switches a mask off. Any costs one forward pass more per optimizer step.
+    """Which tokens are trained on; null turns a mask off. Masks cost one more forward pass per optimizer step.
 
-    Shares and means are those of the tokens of one optimizer step whose advantage is not zero, however they are split
-    into micro-batches. A masked token loses its surrogate only: KL and entropy terms stay, and the normaliser.
+    Shares and means are over the tokens of one optimizer step with a non-zero advantage, whatever the split into
+    micro-batches. A masked token loses only its surrogate; it keeps its KL and entropy terms and its place in the
+    normaliser.
     """
 
     top_entropy: float | None = None
-    """Share of the tokens, those of the highest entropy, that alone learn: arXiv:2506.01939, which takes 0.2."""
+    """Train only on this share of tokens, those with the highest entropy: arXiv:2506.01939, which uses 0.2."""
     off_policy: float | None = None
-    """Nats per token by which the policy may have left a completion of negative advantage, else it learns nothing from
-    it: DeepSeek-V3.2, arXiv:2512.02556 eq. 9."""
+    """Skip completions with a negative advantage that the policy has left by more than this, in nats per token:
+    DeepSeek-V3.2, arXiv:2512.02556 eq. 9."""
     total_variation: float | None = None
-    """By how much a token's probability may have moved where its advantage says, seen from the sampler: DPPO's mask,
-    arXiv:2602.04879, for another surrogate; 0.2 in dppo."""
+    """Skip tokens whose probability has moved by more than this from the sampler's, in the direction of their
+    advantage: DPPO's mask, arXiv:2602.04879, for other surrogates; dppo uses 0.2."""
     clip_cov: float | None = None
-    """Clip-Cov, arXiv:2505.22617: share of the tokens, drawn from those of a covariance between cov_low and cov_high,
-    that do not learn; 2e-4 there."""
+    """Clip-Cov, arXiv:2505.22617: skip this share of tokens, drawn from those with a covariance between cov_low and
+    cov_high. The paper uses 2e-4."""
     cov_low: float = 1.0
     """Lower bound of the covariances that Clip-Cov draws from."""
     cov_high: float = 5.0
-    """Upper bound of them."""
+    """Upper bound of the covariances that Clip-Cov draws from."""
     kl_cov: float | None = None
-    """KL-Cov, arXiv:2505.22617: share of the tokens, those of the highest covariance, that are held to the old policy;
-    2e-4 there, with a surrogate that is not clipped: loss.surrogate.low 1 and loss.surrogate.high 1e9."""
+    """KL-Cov, arXiv:2505.22617: hold this share of tokens, those with the highest covariance, to the old policy. The
+    paper uses 2e-4 with an unclipped surrogate: loss.surrogate.low 1 and loss.surrogate.high 1e9."""
     kl_cov_coef: float = 1.0
-    """Weight of their distance |log pi - log pi_old|."""
+    """KL-Cov: weight of the distance |log pi - log pi_old|."""
 
     def __post_init__(self) -> None:
         for name in ("top_entropy", "clip_cov", "kl_cov"):
@@ -66,7 +67,7 @@ class TokenMasks:
             bound = getattr(self, name)
             require(bound is None or bound >= 0.0, OP, name, "at least 0, or null", bound)
         one = self.clip_cov is None or self.kl_cov is None
-        require(one, OP, "clip_cov, kl_cov", "one of them: both are of the same tokens", "both")
+        require(one, OP, "clip_cov, kl_cov", "one of them: both select the same tokens", "both")
         require(self.cov_low < self.cov_high, OP, "cov_low", f"less than cov_high, {self.cov_high}", self.cov_low)
         require(self.kl_cov_coef >= 0.0, OP, "kl_cov_coef", "at least 0", self.kl_cov_coef)
         for names, of in ((("cov_low", "cov_high"), "clip_cov"), (("kl_cov_coef",), "kl_cov")):
@@ -76,25 +77,25 @@ class TokenMasks:
 
     @property
     def on(self) -> bool:
-        """Whether there is one."""
+        """Whether any mask is on."""
         switches = (self.top_entropy, self.off_policy, self.total_variation, self.clip_cov, self.kl_cov)
         return any(value is not None for value in switches)
 
     @property
     def reads_sampler(self) -> bool:
-        """Whether one compares with the sampler's log-probabilities."""
+        """Whether a mask compares with the sampler's log-probabilities."""
         return self.off_policy is not None or self.total_variation is not None
 
     def require_fits(self, spec: PolicyLoss) -> None:
-        """Refuses what makes no sense with a loss."""
+        """Refuses masks that make no sense with the loss."""
         surrogate, by_token = spec.surrogate, ("top_entropy", "total_variation", "clip_cov")
         one = next((name for name in by_token if getattr(self, name) is not None), "")
-        expected = "null with gmpo, whose tokens have no term of their own"
+        expected = "null with gmpo, which has no term per token"
         require(not (one and isinstance(surrogate, Gmpo)), OP, one, expected, "a number")
         own = isinstance(surrogate, Dppo) and self.total_variation is not None
         require(not own, OP, "total_variation", "null with dppo, which has that mask", self.total_variation)
         clips = isinstance(surrogate, Clip) and spec.ratio == "token"
-        expected = "null without the clip of a token's ratio, which it takes the place of"
+        expected = "null without the clip of a token's ratio, which it replaces"
         require(clips or self.clip_cov is None, OP, "clip_cov", expected, self.clip_cov)
 
 
@@ -110,16 +111,15 @@ def masked(
     seed: int,
     progress: Progress = unseen,
 ) -> tuple[list[MicroBatch], Metrics]:
-    """The micro-batches of one optimizer step with token advantages, 0 where `masks` take a token out, and with
-    `kl_cov_weights`.
+    """The micro-batches of one optimizer step with token advantages, 0 for masked tokens, and with `kl_cov_weights`.
 
     Args:
-        ratio_to_sampler: as in `policy_gradient_loss`, of the old policy that the ratio and KL-Cov compare with.
-        seed: of Clip-Cov's draw, another one for each optimizer step.
-        progress: told of the micro-batches, before each, as of the first of two passes over them.
+        ratio_to_sampler: as in `policy_gradient_loss`: whether the old policy of ratio and KL-Cov is the sampler.
+        seed: seed of Clip-Cov's draw, a different one for each optimizer step.
+        progress: called before each micro-batch; counts them as the first of two passes.
 
     Returns:
-        (micro-batches, metrics): `masks/kept_fraction`, of the tokens with an advantage those that keep it, and for
+        (micro-batches, metrics): `masks/kept_fraction`, the share of tokens with an advantage that keep it, and for
         KL-Cov `masks/kl_cov_fraction`.
     """
     if not masks.on or not batches:
@@ -150,7 +150,7 @@ def masked(
         held = scores >= top_threshold(scores, live, masks.kl_cov)
     if masks.clip_cov is not None:
         scores = covariance(logps, advantages, live)
-        on_policy = not ratio_to_sampler and batches[0].old_logps is None  # then nothing is clipped
+        on_policy = not ratio_to_sampler and batches[0].old_logps is None  # if so, nothing is clipped
         old = sampling if ratio_to_sampler else logps
         if not (on_policy or ratio_to_sampler):
             old = torch.cat([batch.old_logps for batch in batches])
@@ -171,14 +171,14 @@ def masked(
 
 
 def token_advantages(batch: MicroBatch) -> torch.Tensor:
-    """(N,) advantages, also where the batch has one per sequence."""
+    """(N,) advantages, expanded if the batch has one per sequence."""
     if len(batch.advantages) == len(batch.targets):
         return batch.advantages
     return batch.advantages.repeat_interleave(batch.cu_seqlens.diff())
 
 
 def _near(batch: MicroBatch, logps: torch.Tensor, threshold: float) -> torch.Tensor:
-    """(N,) bool, True in sequences that `off_policy_sequence_mask` keeps."""
+    """(N,) bool, True for tokens of sequences that `off_policy_sequence_mask` keeps."""
     kept = off_policy_sequence_mask(
         logps,
         batch.sampling_logps,
@@ -191,7 +191,7 @@ def _near(batch: MicroBatch, logps: torch.Tensor, threshold: float) -> torch.Ten
 
 
 def _noise(batch: MicroBatch, seed: int) -> torch.Tensor:
-    """(N,) uniform numbers that follow a completion wherever it is packed: by its group and a hash of its tokens."""
+    """(N,) uniform numbers, seeded by group and token hash so that packing does not change a completion's."""
     bounds, groups, tokens = batch.cu_seqlens.tolist(), batch.group_ids.tolist(), batch.targets.cpu().numpy()
     pieces = [
         uniforms(seed, [(group, crc32(tokens[start:end].tobytes()))], end - start)[0]

@@ -1,6 +1,6 @@
-"""Policy gradients: how a batch of rewarded groups becomes optimizer steps, and the policy loss of a micro-batch.
+"""Policy gradients: from a batch of rewarded groups to optimizer steps, and the policy loss of a micro-batch.
 
-What the algorithms of this kind differ in, advantages above all, is in `group_policy_gradient.py` and `ppo.py`.
+`group_policy_gradient.py` and `ppo.py` have what differs between these algorithms, mainly the advantages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastrl.progress import Progress, Watch, tracked, unseen
 from fastrl.spec import PolicyLoss
 from fastrl.types import Batch, Group, LossOutput, MicroBatch
 
-# (log-probabilities (N,), with gradient; the micro-batch) -> (N,), what is added to the loss of each token.
+# (log-probabilities (N,) with gradient, micro-batch) -> (N,), added to the loss of each token.
 LossTerm = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
 
 
@@ -35,53 +35,53 @@ class Part(NamedTuple):
     """One optimizer step's share of a batch."""
 
     batches: list[MicroBatch]
-    normalizer: float  # what its loss is divided by
+    normalizer: float  # divisor of the loss
     label: str = ""
     only_critic: bool = False
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often, and on what, a batch is trained on."""
+    """How often, and on which parts, a batch is trained on."""
 
-    updates: int = 1  # optimizer steps of a pass over the batch, each on its own part of it
-    epochs: int = 1  # passes
-    mask_truncated: bool = False  # leave completions that the length limit cut out of loss and normaliser
-    filter_zero_variance: bool = False  # take groups without a gradient out of the normaliser too
-    critic_warmup: int = 0  # training steps at the start in which the critic alone learns
+    updates: int = 1  # optimizer steps per pass over the batch, each on its own part of it
+    epochs: int = 1  # passes over the batch
+    mask_truncated: bool = False  # leave completions that hit the length limit out of loss and normaliser
+    filter_zero_variance: bool = False  # leave groups without a gradient out of the normaliser too
+    critic_warmup: int = 0  # first training steps in which only the critic learns
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
     """Everything but the advantages.
 
-    Subclasses say what `advantages` of samples are, which groups are `contributing`, the `normalizer`, what else is
-    there to `estimate` once the weights before the update were asked, and the `losses` of a micro-batch.
+    Subclasses define the `advantages` of samples, the `contributing` groups, the `normalizer`, what to `estimate` once
+    the samples are scored, and the `losses` of a micro-batch.
     """
 
     spec: PolicyLoss
     kind: ClassVar[str] = "rewarded"
     masks: TokenMasks = field(default_factory=TokenMasks, kw_only=True)
     ratio_to_sampler: bool = field(default=False, kw_only=True)
-    """The ratio is to the sampler's log-probabilities, not the trainer's of the same weights."""
+    """The ratio is to the sampler's log-probabilities, not to the trainer's under the same weights."""
     schedule: Schedule = field(default_factory=Schedule, kw_only=True)
     terms: tuple[LossTerm, ...] = field(default=(), kw_only=True)
-    """Added to the loss of each token, with its weight."""
+    """Added to the loss of each token, with the token's weight."""
     sampled: bool = field(default=True, kw_only=True)
-    """Whether completions come with the log-probabilities of whoever sampled them."""
+    """Whether completions come with their sampler's log-probabilities."""
 
     def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Part]:
-        """As `Algorithm`. Advantages, parts and estimates follow from the groups, so they are not kept anywhere."""
+        """As `Algorithm`. Advantages, parts and estimates are recomputed from the groups, so they are never saved."""
         plan = self.schedule
         require(batch.kind == self.kind, type(self).__name__, "groups", "completions with rewards", batch.kind)
         self.advantages(batch.groups)
-        batch.contributing = self.contributing(batch.groups)  # the others have a gradient of exactly zero
+        batch.contributing = self.contributing(batch.groups)  # the rest have a gradient of exactly zero
         counted = batch.contributing if plan.filter_zero_variance else batch.groups
         with watch.stage("pack"):
             order = torch.Generator().manual_seed(batch.seed)
             parts = [self._part(learner, groups) for groups in minibatches(counted, plan.updates, order)]
         with watch.stage("score", "micro-batches") as progress:
-            # With one update the policy is that of the rollout, and a ratio to the sampler has its numbers from it.
+            # Not needed with one update, where the policy is still the rollout's, nor with a ratio to the sampler.
             old = (len(parts) * plan.epochs > 1 and not self.ratio_to_sampler) or self.needs_old
             parts = [part for part in parts if part.batches]
             if not batch.scored:
@@ -99,12 +99,12 @@ class PolicyGradient:
     def accumulate(
         self, learner: Learner, part: Part, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
-        """As `Algorithm`. The normaliser is that of the whole step, so any split into micro-batches gives the same
+        """As `Algorithm`. The normaliser covers the whole step, so every split into micro-batches gives the same
         gradient."""
         batches, metrics, policy = part.batches, [], None if part.only_critic else learner.policy
-        selects = self.masks.on and policy is not None  # in a pass of its own
+        selects = self.masks.on and policy is not None  # in a separate pass
         if policy is not None:
-            # The policy's optimizer steps are in a checkpoint, so a resumed run draws what it would have drawn.
+            # Checkpoints keep the number of updates, so a resumed run draws the same tokens.
             options = {
                 "temperature": learner.temperature,
                 "ratio_to_sampler": self.ratio_to_sampler,
@@ -127,7 +127,7 @@ class PolicyGradient:
         return Part(batches, self.normalizer(count(groups, mask_truncated=cut)))
 
     def advantages(self, groups: Sequence[Group]) -> None:
-        """Writes `Sample.advantage` of every sample."""
+        """Sets `Sample.advantage` of every sample."""
         raise NotImplementedError
 
     def contributing(self, groups: Sequence[Group]) -> list[Group]:
@@ -135,15 +135,15 @@ class PolicyGradient:
         raise NotImplementedError
 
     def normalizer(self, counts: Counts) -> float:
-        """What the loss of an optimizer step is divided by, counted before it is split into micro-batches."""
+        """The divisor of an optimizer step's loss, counted before the split into micro-batches."""
         raise NotImplementedError
 
     def estimate(self, parts: Sequence[Part]) -> tuple[list[Part], dict[str, float]]:
-        """The parts as they are, and no numbers: their advantages came with the rewards."""
+        """The parts unchanged, and no numbers: their advantages came with the rewards."""
         return list(parts), {}
 
     def observe(self, parts: Sequence[Part], numbers: Mapping[str, float]) -> None:
-        """Nothing: what is adapted to a batch once it was trained on, given what `estimate` returned."""
+        """Called with the numbers of `estimate` after a batch was trained on, to adapt to it; does nothing here."""
 
     def losses(
         self,
@@ -155,12 +155,12 @@ class PolicyGradient:
         temperature: float,
         entropy: bool,
     ) -> Iterator[LossOutput]:
-        """One micro-batch's shares of the loss; each is to be backpropagated before the next is asked for."""
+        """One micro-batch's shares of the loss. Backpropagate each before asking for the next."""
         raise NotImplementedError
 
     @property
     def needs_old(self) -> bool:
-        """Never before the first update: the policy is then that of the rollout."""
+        """Never: before the first update the policy is still the rollout's."""
         return False
 
     @property
@@ -170,7 +170,7 @@ class PolicyGradient:
 
     @property
     def needs_greedy(self) -> bool:
-        """Never: others are the baseline."""
+        """Not by default."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,10 +195,10 @@ def policy_gradient_loss(
 ) -> LossOutput:
     """One micro-batch's share of the step's loss, from hidden states, with its metrics.
 
-    With `ratio_to_sampler` the ratio is to `sampling_logps` instead of `old_logps`; its metrics tell how far the
-    sampler is. What the batch asks for beside the policy loss, `kl_cov_weights` and `nll_weights`, is added. `hidden`
-    is `policy.hidden(batch)`, for a caller that has it already. Where the head's weight has a `main_grad`, its gradient
-    by the policy loss is there when this returns.
+    With `ratio_to_sampler` the ratio is to `sampling_logps` instead of `old_logps`; its metrics then show the distance
+    to the sampler. The terms for the batch's `kl_cov_weights` and `nll_weights` are added. `hidden` is
+    `policy.hidden(batch)`, if the caller has it already. If the head's weight has a `main_grad`, the policy loss's
+    gradient is already in it on return.
     """
     if spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
         normalizer = normalizer * batch.group_tokens
@@ -224,7 +224,7 @@ def policy_gradient_loss(
         backend=policy.backend,
         **policy.head.options,
     )
-    if batch.kl_cov_weights is not None and old_logps is not None:  # else the distance is 0, and so is its gradient
+    if batch.kl_cov_weights is not None and old_logps is not None:  # else distance and gradient are 0
         out = _plus(out, _kl_cov(policy, hidden, batch, spec, normalizer, old_logps, temperature))
     if batch.nll_weights is not None:
         out = _plus(out, _nll(policy, hidden, batch, temperature))
@@ -242,7 +242,7 @@ def _own(
     temperature: float,
     terms: Sequence[LossTerm],
 ) -> LossOutput:
-    """The caller's own terms, each weighed as the policy loss weighs the token."""
+    """The caller's custom terms, with the token weights of the policy loss."""
     weights = token_weights(
         batch.mask, spec.aggregate, normalizer=normalizer, group_ids=batch.group_ids, cu_seqlens=batch.cu_seqlens
     )
@@ -271,7 +271,7 @@ def _kl_cov(
     old_logps: torch.Tensor,
     temperature: float,
 ) -> LossOutput:
-    """KL-Cov's penalty, from the few rows that it is about."""
+    """KL-Cov's penalty, computed on the few selected rows."""
     selected = batch.kl_cov_weights != 0
     weights = token_weights(
         batch.mask, spec.aggregate, normalizer=normalizer, group_ids=batch.group_ids, cu_seqlens=batch.cu_seqlens
@@ -284,7 +284,7 @@ def _kl_cov(
 
 
 def _nll(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, temperature: float) -> LossOutput:
-    """sum_t w_t (-log pi_t) with the weights that the batch brings."""
+    """sum_t w_t (-log pi_t) with w = `batch.nll_weights`."""
     head = policy.head
     out = linear_token_loss(
         hidden,

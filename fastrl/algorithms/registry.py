@@ -1,4 +1,4 @@
-"""The table of algorithms: what a recipe's `algorithm` selects, what `fastrl recipes` and docs/algorithms.md show."""
+"""The table of algorithms that a recipe's `algorithm` selects from; `fastrl recipes` and docs/algorithms.md show it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from fastrl.spec import PolicyLoss
 ROWS: dict[Kind, str] = {
     "rewarded": "completions and their rewards",
     "pairs": "pairs of a chosen and a rejected answer",
-    "labelled": "answers that are labelled good or bad",
+    "labelled": "answers labelled good or bad",
     "completions": "demonstrations",
 }
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A named algorithm: its loss, its paper, what it is in one line, and its advantages where it has group ones."""
+    """A named algorithm: its loss, its paper, a one-line description, and its group-relative advantages, if any."""
 
     spec: PolicyLoss | PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Objective
     paper: str
     line: str
     estimator: GroupAdvantage | Estimator | None = None
     ratio_to_sampler: bool = False
-    """Whether its paper compares the policy with the sampler's own log-probabilities: the ratio of the others is to the
-    trainer's, under the same weights."""
+    """Whether the paper takes the ratio to the sampler's log-probabilities. The others take it to the trainer's own,
+    under the same weights."""
 
     @property
     def kind(self) -> Kind:
-        """Of the groups that it learns from."""
+        """The kind of groups it learns from."""
         return "rewarded" if isinstance(self.spec, PolicyLoss) else objective_of(self.spec).kind
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What a run holds for it beside the policy, in words.
+        """What it needs besides the policy, in words.
 
-        The preset's KL of a policy loss is not there: a recipe asks for it with `loss.kl.coef`.
+        The KL of a policy loss does not count: it is off unless a recipe sets `loss.kl.coef`.
         """
         if isinstance(self.spec, PolicyLoss):
             found = {
@@ -57,8 +57,8 @@ class Entry:
         return tuple(name for name, needed in found.items() if needed)
 
     def without_kl(self) -> PolicyLoss:
-        """The policy loss that is trained with unless a recipe asks for a KL: the reference doubles the memory of the
-        weights, and most recipes of today train without it (TRL's default is beta = 0)."""
+        """The policy loss without its KL, the default. A reference model doubles the memory of the weights, and most
+        recipes today train without one (TRL's default is beta = 0)."""
         return replace(self.spec, kl=None)
 
 
@@ -66,15 +66,17 @@ _GRPO, _DR_GRPO, _RLOO = advantages.GRPO, advantages.DR_GRPO, advantages.RLOO
 
 ALGORITHMS: dict[str, Entry] = {
     # Policy gradients, with advantages relative to the group.
-    "grpo": Entry(presets.GRPO, "arXiv:2402.03300", "PPO's clip on rewards normalised in their group", _GRPO),
-    "dr_grpo": Entry(presets.DR_GRPO, "arXiv:2503.20783", "GRPO without its two biases of length and scale", _DR_GRPO),
-    "dapo": Entry(presets.DAPO, "arXiv:2503.14476", "GRPO per token, clipped higher above", _GRPO),
+    "grpo": Entry(presets.GRPO, "arXiv:2402.03300", "PPO's clip, rewards normalised within each group", _GRPO),
+    "dr_grpo": Entry(presets.DR_GRPO, "arXiv:2503.20783", "GRPO without its length and scale biases", _DR_GRPO),
+    "dapo": Entry(presets.DAPO, "arXiv:2503.14476", "GRPO averaged over tokens, with a higher upper clip", _GRPO),
     "gspo": Entry(presets.GSPO, "arXiv:2507.18071", "GRPO with one ratio per sequence", _GRPO),
-    "cispo": Entry(presets.CISPO, "arXiv:2506.13585", "truncated importance weights; no token is clipped away", _GRPO),
+    "cispo": Entry(
+        presets.CISPO, "arXiv:2506.13585", "truncated importance weights; every token keeps a gradient", _GRPO
+    ),
     "scale_rl": Entry(
         presets.SCALE_RL,
         "arXiv:2510.13786",
-        "CISPO against the sampler, per prompt, scaled per batch",
+        "CISPO on the sampler's ratio, prompt mean, batch scale",
         advantages.SCALE_RL,
         ratio_to_sampler=True,
     ),
@@ -82,9 +84,9 @@ ALGORITHMS: dict[str, Entry] = {
     "rloo": Entry(presets.RLOO, "arXiv:2402.14740", "REINFORCE with the other samples as baseline", _RLOO),
     "gspo_token": Entry(presets.GSPO_TOKEN, "arXiv:2507.18071", "GSPO with a gradient per token", _GRPO),
     "gmpo": Entry(presets.GMPO, "arXiv:2507.20673", "a geometric mean of clipped token ratios", _GRPO),
-    "luspo": Entry(presets.LUSPO, "arXiv:2602.05261", "GSPO without its bias of length", _GRPO),
+    "luspo": Entry(presets.LUSPO, "arXiv:2602.05261", "GSPO without its length bias", _GRPO),
     "vespo": Entry(
-        presets.VESPO, "arXiv:2602.10693", "a smooth weight on the sequence's ratio", _GRPO, ratio_to_sampler=True
+        presets.VESPO, "arXiv:2602.10693", "a smooth weight on the sequence ratio", _GRPO, ratio_to_sampler=True
     ),
     "dppo": Entry(
         presets.DPPO, "arXiv:2602.04879", "a trust region in probability, not in ratio", _GRPO, ratio_to_sampler=True
@@ -93,24 +95,27 @@ ALGORITHMS: dict[str, Entry] = {
     "gdpo": Entry(
         presets.GRPO,
         "arXiv:2601.05242",
-        "GRPO with each reward normalised by itself",
+        "GRPO with each reward normalised separately",
         Estimator(advantages.gdpo, each_reward=True),
     ),
     "reinforce_pp_baseline": Entry(
         presets.REINFORCE_PP,
         "arXiv:2501.03262",
-        "rewards less their group's mean, scaled over the batch",
+        "rewards minus their group's mean, scaled over the batch",
         Estimator(advantages.reinforce_pp_baseline, lengths=True),
     ),
     # These papers derive their advantages for the plain gradient of the whole completion's log-probability.
     "opo": Entry(
         presets.RLOO,
         "arXiv:2505.23585",
-        "REINFORCE with a baseline weighted by length",
+        "REINFORCE with a length-weighted baseline",
         Estimator(advantages.opo, lengths=True),
     ),
     "max_rl": Entry(
-        presets.RLOO, "arXiv:2602.02710", "rewards relative to their group's mean", Estimator(advantages.max_rl)
+        presets.RLOO,
+        "arXiv:2602.02710",
+        "rewards divided by their group's mean, less one",
+        Estimator(advantages.max_rl),
     ),
     "remax": Entry(
         presets.RLOO,
@@ -119,37 +124,37 @@ ALGORITHMS: dict[str, Entry] = {
         Estimator(advantages.remax, greedy=True),
     ),
     "pass_at_k": Entry(
-        presets.PPO, "arXiv:2503.19595", "only the best of a group is credited", Estimator(advantages.pass_at_k)
+        presets.PPO, "arXiv:2503.19595", "only the best of each group gets credit", Estimator(advantages.pass_at_k)
     ),
-    "ppo": Entry(presets.PPO, "arXiv:1707.06347", "a critic's advantages, the KL in the reward; see `ppo`"),
+    "ppo": Entry(presets.PPO, "arXiv:1707.06347", "a critic, GAE and a KL in the reward; see `ppo`"),
     # Preference losses.
     "dpo": Entry(presets.DPO, "arXiv:2305.18290", "log-ratios to a reference as rewards"),
-    "cdpo": Entry(presets.CDPO, "https://ericmitchell.ai/cdpo.pdf", "DPO whose labels may be wrong"),
-    "robust_dpo": Entry(presets.ROBUST_DPO, "arXiv:2403.00409", "cDPO made unbiased"),
+    "cdpo": Entry(presets.CDPO, "https://ericmitchell.ai/cdpo.pdf", "DPO with labels that may be wrong"),
+    "robust_dpo": Entry(presets.ROBUST_DPO, "arXiv:2403.00409", "cDPO, made unbiased"),
     "dpo_norm": Entry(presets.DPO_NORM, "arXiv:2411.15124", "DPO per token, as in Tulu 3"),
     "slic": Entry(presets.SLIC, "arXiv:2305.10425", "a hinge on DPO's margin"),
-    "ipo": Entry(presets.IPO, "arXiv:2310.12036", "a square that bounds the margin"),
+    "ipo": Entry(presets.IPO, "arXiv:2310.12036", "a squared loss that bounds the margin"),
     "exo": Entry(presets.EXO, "arXiv:2402.00856", "the reverse KL to the labels"),
-    "nca": Entry(presets.NCA, "arXiv:2402.05369", "holds the chosen answer's probability up"),
-    "bco": Entry(presets.BCO, "arXiv:2404.04656", "a classifier of chosen and rejected"),
-    "sppo_hard": Entry(presets.SPPO_HARD, "arXiv:2405.00675", "self-play, with certain wins"),
-    "aot": Entry(presets.AOT, "arXiv:2406.05882", "sorted margins, by optimal transport"),
-    "aot_unpaired": Entry(presets.AOT_UNPAIRED, "arXiv:2406.05882", "sorted rewards of both sides"),
+    "nca": Entry(presets.NCA, "arXiv:2402.05369", "keeps the chosen answer's probability up"),
+    "bco": Entry(presets.BCO, "arXiv:2404.04656", "a classifier of chosen and rejected answers"),
+    "sppo_hard": Entry(presets.SPPO_HARD, "arXiv:2405.00675", "self-play with certain wins"),
+    "aot": Entry(presets.AOT, "arXiv:2406.05882", "optimal transport: compares sorted margins"),
+    "aot_unpaired": Entry(presets.AOT_UNPAIRED, "arXiv:2406.05882", "optimal transport: compares sorted rewards"),
     "apo_zero": Entry(presets.APO_ZERO, "arXiv:2408.06266", "for answers better than the model's own"),
     "apo_down": Entry(presets.APO_DOWN, "arXiv:2408.06266", "for answers worse than the model's own"),
-    "discopop": Entry(presets.DISCOPOP, "arXiv:2406.08414", "a loss that a language model discovered"),
+    "discopop": Entry(presets.DISCOPOP, "arXiv:2406.08414", "a loss discovered by a language model"),
     "ld_dpo": Entry(presets.LD_DPO, "arXiv:2409.06411", "DPO that discounts the longer answer's tail"),
-    "wpo": Entry(presets.WPO, "arXiv:2406.11827", "DPO weighted by how probable the pair is"),
-    "rpo": Entry(presets.RPO, "arXiv:2404.19733", "DPO and the chosen answer's NLL"),
+    "wpo": Entry(presets.WPO, "arXiv:2406.11827", "DPO weighted by the pair's probability"),
+    "rpo": Entry(presets.RPO, "arXiv:2404.19733", "DPO plus the chosen answer's NLL"),
     "mpo": Entry(presets.MPO, "arXiv:2411.10442", "DPO, BCO and NLL"),
-    "simpo": Entry(presets.SIMPO, "arXiv:2405.14734", "log-probabilities per token, a margin, no reference"),
-    "alphapo": Entry(presets.ALPHAPO, "arXiv:2501.03884", "SimPO with another shape of reward"),
-    "cpo": Entry(presets.CPO, "arXiv:2401.08417", "DPO without a reference, and NLL"),
-    "orpo": Entry(presets.ORPO, "arXiv:2403.07691", "NLL and the odds ratio, no reference"),
+    "simpo": Entry(presets.SIMPO, "arXiv:2405.14734", "log-probability per token, a margin, no reference"),
+    "alphapo": Entry(presets.ALPHAPO, "arXiv:2501.03884", "SimPO with a reshaped reward"),
+    "cpo": Entry(presets.CPO, "arXiv:2401.08417", "DPO without a reference, plus NLL"),
+    "orpo": Entry(presets.ORPO, "arXiv:2403.07691", "NLL plus an odds ratio, no reference"),
     "kto": Entry(presets.KTO, "arXiv:2402.01306", "prospect theory on single answers"),
     "apo_zero_unpaired": Entry(presets.APO_ZERO_UNPAIRED, "arXiv:2408.06266", "APO-zero on single answers"),
-    # No preset: what there is to choose lies in the data.
+    # No preset: all choices are in the data.
     "sft": Entry(SupervisedTuning(), "arXiv:2203.02155", "the NLL of demonstrations"),
     "reward_model": Entry(RewardModelling(), "arXiv:2203.02155", "a scalar head that ranks answers"),
 }
-OFFLINE = tuple(name for name, entry in ALGORITHMS.items() if entry.kind != "rewarded")  # usually on written rows
+OFFLINE = tuple(name for name, entry in ALGORITHMS.items() if entry.kind != "rewarded")  # pre-written rows by default

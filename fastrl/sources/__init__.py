@@ -1,4 +1,4 @@
-"""Where batches come from: completions that are sampled, or answers that were written before."""
+"""Where batches come from: sampled completions or pre-written answers."""
 
 from fastrl.sources.base import Source
 from fastrl.sources.collect import Judge, Sampling, mean_reward

@@ -1,4 +1,4 @@
-"""What a source is to the trainer's loop."""
+"""The interface between a source and the trainer's loop."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from fastrl.types import Batch
 class Source(Protocol):
     """Gives the groups of each training step.
 
-    A new one (rounds of sampling and judging, another process that samples ahead, a curriculum) needs these five and no
-    change of the loop.
+    A new source (rounds of sampling and judging, a process that samples ahead, a curriculum) implements these members;
+    the loop stays as it is.
     """
 
     kind: Kind  # of its groups
-    replays: ClassVar[bool]  # whether going back to an earlier state costs nothing, so that no batch need be kept
+    replays: ClassVar[bool]  # whether a batch can be drawn again for free from an earlier state
 
     def next(self, learner: Learner, watch: Watch) -> Batch:
         """The batch of the step after `learner.steps`.
 
-        `watch` may end it at any report of progress, by what it raises; the caller then goes back to the state before.
+        `watch` may end it by raising at any progress report; the caller then restores the earlier state.
         """
         ...
 
     def publish(self, learner: Learner) -> None:
-        """The weights have changed: new ones for whoever samples."""
+        """Called after each step: passes the new weights to the sampler."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, as JSON can hold it."""
+        """The source's position, in a form that JSON can hold."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where `state_dict` was taken.
+        """Continues from a `state_dict`.
 
         Raises:
-            ValueError: the state is of other prompts or rows.
+            ValueError: the state belongs to other prompts or rows.
         """
         ...

@@ -1,4 +1,4 @@
-"""Prompts in, judged groups out: what rollouts, their refills and baselines, and evaluations all do."""
+"""Prompts in, judged groups out: shared by rollouts, their refills and baselines, and evaluations."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from fastrl.types import Group, Prompt, Sample
 
 @dataclass(frozen=True)
 class Sampling:
-    """Who completes prompts, and how; each call has a seed of its own."""
+    """The sampler and its parameters; each call gets its own seed."""
 
     engine: Sampler
     tokenizer: PreTrainedTokenizerBase
     params: SamplingParams
 
     def greedy(self) -> Sampling:
-        """The same, but the most probable token each time: nothing is cut by top_p, top_k and min_p.
+        """The same, but always taking the most probable token; top_p, top_k and min_p are off.
 
-        The repetition penalty, min_new_tokens and what stops stay, as they decide which token is the most probable one
-        and where an answer ends.
+        The repetition penalty, min_new_tokens and the stops stay: they affect which token is most probable and where an
+        answer ends.
         """
         return replace(self, params=replace(self.params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0))
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The rewards, and what they are told of the training step that they judge for."""
+    """The rewards, and the training step that they are told of."""
 
     rewards: RewardSuite
     step: int
     total_steps: int
-    numbers: dict[str, float]  # where `log_metric` of a reward puts its numbers
-    failures: list[Failure] = field(default_factory=list)  # of all that was judged until now
+    numbers: dict[str, float]  # receives what rewards pass to `log_metric`
+    failures: list[Failure] = field(default_factory=list)  # all failures so far
 
     def score(self, groups: Sequence[Group], watch: Watch, stage: str, unit: str, about: str) -> None:
-        """Fills in the rewards of every sample and what they log of it; what failed is warned of.
+        """Fills in the rewards of every sample and the values they log for it; warns of failures.
 
         Raises:
             RewardFailure: as `RewardSuite.score`.
@@ -70,12 +70,12 @@ class Judge:
         samples = [sample for group in groups for sample in group.samples]
         for message in (*map(str, failures), *filter(None, (_keep(samples, *extra) for extra in extras))):
             watch.warn(f"{about}: {message}")
-        # Copied, as an async reward, or one that was abandoned, may log still.
+        # Copied, because an async or abandoned reward may still be logging.
         self.numbers.update({name: fmean(values) for name, values in dict(logged).items()})
 
 
 def _keep(samples: Sequence[Sample], name: str, values: Any) -> str:
-    """Gives each sample its value of a column that a reward logged; says so where they are not one for each."""
+    """Stores a column that a reward logged, one value per sample; returns a message if the number does not match."""
     if not isinstance(values, list) or len(values) != len(samples):
         got = len(values) if isinstance(values, list) else shown(values)
         return sentence("log_extra", str(name), f"{len(samples)} values, one per completion", got)
@@ -85,14 +85,14 @@ def _keep(samples: Sequence[Sample], name: str, values: Any) -> str:
 
 
 def _listed(values: Any) -> Any:
-    """A sequence as a list of its own, since a reward may go on with its; anything else as it is."""
+    """A copy of a sequence as a list, because the reward may keep changing its own; anything else unchanged."""
     if hasattr(values, "tolist"):
         return values.tolist()
     return list(values) if isinstance(values, Sequence) and not isinstance(values, (str, bytes)) else values
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it, or else how it prints."""
+    """The value in a form that JSON can hold, or else its printed form."""
     try:
         return json.loads(json.dumps(_listed(value)))
     except (TypeError, ValueError, RecursionError):
@@ -113,24 +113,24 @@ def judged(
 ) -> list[Group]:
     """`number` completions of each prompt, decoded and with their rewards.
 
-    `about` begins the warnings, `stages` and `units` are what `watch` is told.
+    Warnings start with `about`; `stages` and `units` name the two stages for `watch`.
     """
     with watch.stage(stages[0], units[0]) as progress:
-        env.return_freed_memory()  # the activations of training are no shape for a rollout
+        env.return_freed_memory()  # a rollout cannot reuse the memory of training's activations
         params = replace(sampling.params, seed=seed)
         groups = collect(prompts, sampling.engine, sampling.tokenizer, number, params, progress)
-        env.return_freed_memory()  # nor the caches of a rollout one for training
+        env.return_freed_memory()  # nor can training reuse the memory of a rollout's caches
     judge.score(groups, watch, stages[1], units[1], about or f"Step {judge.step}")
     return groups
 
 
 def pass_at_k(groups: Sequence[Group], k: int, threshold: float) -> float:
-    """The probability that one of `k` completions of a prompt has a reward of at least `threshold`, mean over prompts.
+    """The probability that at least one of `k` completions of a prompt reaches `threshold`, averaged over prompts.
 
-        pass@k = 1 - C(n - c, k) / C(n, k)    where c of a prompt's n scored completions have it
+        pass@k = 1 - C(n - c, k) / C(n, k)    where c of a prompt's n scored completions reach it
 
-    That is unbiased (Chen et al. 2021, arXiv:2107.03374 eq. 1). Prompts with fewer than `k` scored completions, of
-    which nothing unbiased can be said, take no part; NaN where none has as many.
+    This estimate is unbiased (Chen et al. 2021, arXiv:2107.03374 eq. 1). Prompts with fewer than `k` scored completions
+    have no unbiased estimate and are left out; NaN if that leaves none.
     """
     estimates = []
     for group in groups:
@@ -142,6 +142,6 @@ def pass_at_k(groups: Sequence[Group], k: int, threshold: float) -> float:
 
 
 def mean_reward(groups: Sequence[Group]) -> float:
-    """Mean over the samples that could be scored; NaN where none could."""
+    """Mean reward of the samples that were scored; NaN if none was."""
     rewards = [sample.reward for group in groups for sample in group.samples if sample.reward is not None]
     return fmean(rewards) if rewards else float("nan")

@@ -1,4 +1,4 @@
-"""Groups that were written before: pairs, labelled answers, demonstrations, scored completions."""
+"""Pre-written groups: pairs, labelled answers, demonstrations, scored completions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastrl.types import Batch, Group
 
 @dataclass
 class Offline:
-    """The next rows, in an order that is another one in each epoch."""
+    """Pre-written rows, shuffled anew in each epoch."""
 
     rows: PromptSampler[Group]
-    number: int  # rows of a step
+    number: int  # rows per step
     kind: Kind
     seed: int = 0
     replays: ClassVar[bool] = True
@@ -29,10 +29,10 @@ class Offline:
         return Batch(groups, seed=self.seed + learner.steps + 1, kind=self.kind, numbers=numbers)
 
     def publish(self, learner: Learner) -> None:
-        """Nothing: nobody samples."""
+        """Does nothing: there is no sampler."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the rows are."""
+        """The position in the rows."""
         return self.rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -40,6 +40,6 @@ class Offline:
         self.rows.load_state_dict(state)
 
     def first(self, steps: int) -> list[Group]:
-        """The rows that so many steps from the beginning train on, each once."""
+        """The distinct rows that the first `steps` steps of a run train on."""
         rows = self.rows.prompts
         return PromptSampler(rows, seed=self.rows.seed).next(min(steps * self.number, len(rows)))

@@ -1,4 +1,4 @@
-"""Fresh completions: prompts, an engine and rewards."""
+"""Fresh completions: prompts, a sampler and rewards."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fastrl.types import Batch, Group, Prompt
 
 @dataclass
 class Rollouts:
-    """Some completions of the next prompts, under the weights as they are.
+    """Completions of the next prompts under the current weights.
 
     Args:
-        refills: DAPO's dynamic sampling, arXiv:2503.14476 eq. 11: up to so many times a step, new prompts take the
-            place of those whose rewards are all equal; 0 is off.
+        refills: DAPO's dynamic sampling, arXiv:2503.14476 eq. 11: up to this many times a step, new prompts replace
+            those whose rewards are all equal; 0 is off.
         greedy: give every group the reward of its prompt's greedy completion, for estimators that read it.
-        seed: of the whole run; step s samples with seed + s.
+        seed: seed of the run; step s samples with seed + s.
     """
 
     prompts: PromptSampler[Prompt]
     sampling: Sampling
     rewards: RewardSuite
-    number: int = 8  # prompts of a step
-    samples: int = 8  # completions of a prompt
+    number: int = 8  # prompts per step
+    samples: int = 8  # completions per prompt
     refills: int = 0
     greedy: bool = False
     seed: int = 0
@@ -41,7 +41,7 @@ class Rollouts:
         """As `Source`.
 
         Raises:
-            RewardFailure: rewards failed on too many completions, or none of them applies to any.
+            RewardFailure: rewards failed on too many completions, or no reward applies to any of them.
         """
         step = learner.steps + 1
         batch = Batch([], seed=self.seed + step)
@@ -56,10 +56,10 @@ class Rollouts:
         return batch
 
     def publish(self, learner: Learner) -> None:
-        """Nothing: the engine runs the very weights that were just updated."""
+        """Does nothing: the sampler shares the weights that were just updated."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the prompts are."""
+        """The position in the prompts."""
         return self.prompts.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -67,17 +67,16 @@ class Rollouts:
         self.prompts.load_state_dict(state)
 
     def _refilled(self, groups: Sequence[Group], batch: Batch, judge: Judge, watch: Watch) -> list[Group]:
-        """As many groups, new ones in the place of those whose rewards are all equal.
+        """The same number of groups, with new ones in place of those whose rewards are all equal.
 
-        A round draws as many new prompts as are missing. What is missing still is filled up with the first groups that
-        were set aside, so the batch keeps its size; their gradient is zero. Reported are the `rounds` taken, the
-        `groups` sampled in all, and `reward`, the mean over all of these, because that of the groups that are kept does
-        not measure the policy.
+        A round draws as many new prompts as are missing. If some are still missing at the end, the first groups set
+        aside fill the batch up; their gradient is zero. Reports the `rounds` taken, the `groups` sampled in all, and
+        `reward`, the mean over all of them: the kept groups alone do not measure the policy.
         """
         sampled, taken = list(groups), 0
         while taken < self.refills and (missing := len(groups) - sum(map(rewards_differ, sampled))) > 0:
             taken += 1
-            # From other random numbers than those of the step's other rounds.
+            # A different seed for each round of the step.
             sampled += judged(
                 self.prompts.next(missing),
                 self.samples,
@@ -89,10 +88,10 @@ class Rollouts:
             )
         report = {"rounds": float(taken), "groups": float(len(sampled)), "reward": mean_reward(sampled)}
         batch.numbers |= {f"dynamic_sampling/{name}": value for name, value in report.items()}
-        return sorted(sampled, key=rewards_differ, reverse=True)[: len(groups)]  # stable: in the order of their rounds
+        return sorted(sampled, key=rewards_differ, reverse=True)[: len(groups)]  # stable: keeps the order of rounds
 
     def _baseline(self, batch: Batch, judge: Judge, watch: Watch) -> None:
-        """Fills in `Group.greedy_reward`, and reports their mean."""
+        """Fills in `Group.greedy_reward` and reports the mean."""
         units, about = ("tokens of greedy completions", "rewards"), f"Step {judge.step}, greedy"
         prompts, sampling = [group.prompt for group in batch.groups], self.sampling.greedy()
         greedy = judged(prompts, 1, batch.seed, sampling, judge, watch, units=units, about=about)
@@ -102,7 +101,7 @@ class Rollouts:
 
 
 def _require_rewards(batch: Batch, judge: Judge) -> None:
-    """Refuses a batch to which no reward applies. What failed is the suite's to weigh.
+    """Refuses a batch to which no reward applies. Failed rewards are the suite's business.
 
     Raises:
         RewardFailure: all rewards of all completions are None, and none failed.
@@ -110,11 +109,11 @@ def _require_rewards(batch: Batch, judge: Judge) -> None:
     samples = [sample for group in batch.groups for sample in group.samples]
     if not judge.failures and all(sample.reward is None for sample in samples):
         raise RewardFailure(
-            f"{' and '.join(judge.rewards.names)} returned None for all {len(samples)} completions. None says that a "
-            "reward does not apply, so there is nothing to learn from. Return a number where it does apply."
+            f"{' and '.join(judge.rewards.names)} returned None for all {len(samples)} completions. None means that a "
+            "reward does not apply, so there is nothing to learn from. Return a number where it applies."
         )
 
 
 def rewards_differ(group: Group) -> bool:
-    """Whether two of a group's scored samples have different rewards, be they 0 and 1 or not."""
+    """Whether any two scored samples of a group have different rewards."""
     return len({sample.reward for sample in group.samples if sample.reward is not None}) > 1

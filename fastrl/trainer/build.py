@@ -1,4 +1,4 @@
-"""From a recipe's `algorithm`, `loss`, `advantages`, `masks` and `ppo` to the algorithm that trains."""
+"""Builds the algorithm from a recipe's `algorithm`, `loss`, `advantages`, `masks` and `ppo`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOVED = {  # keys of `loss` in older recipes
 
 
 def build_algorithm(config: TrainConfig) -> Algorithm:
-    """What `config.algorithm` names, with the changes of `config.loss` and whatever else the algorithm reads.
+    """The algorithm that `config.algorithm` names, with `config.loss` and its other settings applied.
 
     Raises:
         ValueError: the algorithm has no such factor, or cannot have that value.
@@ -57,10 +57,10 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
 
 
 def _require_fits(config: TrainConfig, objective: Objective) -> None:
-    """Refuses settings that have no meaning for a loss on answers.
+    """Refuses settings that do not apply to a loss on answers.
 
     Raises:
-        ValueError: there is one.
+        ValueError: one is set.
     """
     name, data = config.algorithm, config.data
     for field in ("steps_per_rollout", "epochs_per_rollout"):
@@ -86,7 +86,7 @@ def _require_fits(config: TrainConfig, objective: Objective) -> None:
         allowed = not column or (taken and not data.ranked)
         require(allowed, OP, f"data.{field}", f"nothing for {loss}", repr(column))
     unused = config.reference and not objective.needs_ref
-    require(not unused, OP, "reference", f"nothing for {name}, which compares with none", config.reference)
+    require(not unused, OP, "reference", f"nothing for {name}, which needs no reference", config.reference)
 
 
 def _require_known(config: TrainConfig, known: Iterable[str]) -> None:
@@ -99,7 +99,7 @@ def _require_known(config: TrainConfig, known: Iterable[str]) -> None:
 
 
 def _policy_gradient(config: TrainConfig) -> PolicyGradient:
-    """The preset with the changes of `config.loss` and `config.advantages`, and for PPO of `config.ppo`."""
+    """The preset with `config.loss` and `config.advantages` applied, and for PPO `config.ppo`."""
     entry = ALGORITHMS[config.algorithm]
     spec, estimator = _policy_loss(config), entry.estimator
     if isinstance(estimator, GroupAdvantage):
@@ -108,7 +108,7 @@ def _policy_gradient(config: TrainConfig) -> PolicyGradient:
         expected = f"nothing with {config.algorithm}, which has its own"
         require(not config.advantages, OP, "advantages", expected, config.advantages)
     if estimator is None:
-        do = "The KL in its reward and its values are of the policy that sampled."
+        do = "Its values and the KL in its reward are computed with the policy that sampled."
         require(not config.offline, OP, "source", "rollouts for ppo", config.source, do)
         return _actor_critic(config, spec)
     own = PPOConfig()
@@ -139,21 +139,21 @@ def _policy_gradient(config: TrainConfig) -> PolicyGradient:
 
 
 def _require_groups(config: TrainConfig, *, alone: bool) -> None:
-    """Refuses one completion a prompt where completions of a prompt are compared.
+    """Refuses one completion per prompt if completions of a prompt are compared.
 
     Raises:
-        ValueError: it would teach nothing.
+        ValueError: nothing would be learned.
     """
-    size, do = config.rollout.group_size, "One completion is compared with no other: nothing would be learned."
+    size, do = config.rollout.group_size, "With one completion there is nothing to compare and nothing to learn."
     enough, expected = alone or config.offline or size > 1, f"2 or more for {config.algorithm}"
     require(enough, OP, "rollout.group_size", expected, size, do)
 
 
 def _require_on_policy_only(config: TrainConfig, spec: PolicyLoss) -> None:
-    """Refuses what reads the sampler's log-probabilities, which written completions do not have.
+    """Refuses settings that read the sampler's log-probabilities, which pre-written completions do not have.
 
     Raises:
-        ValueError: the algorithm compares with them.
+        ValueError: one is set.
     """
     do = f"A file of completions has none for {config.algorithm}."
     reads = {
@@ -174,14 +174,15 @@ def _ratio_to_sampler(config: TrainConfig, spec: PolicyLoss) -> bool:
     """Whether the ratio is to the sampler's log-probabilities.
 
     Raises:
-        ValueError: something compares with them that must not, or with those of a truncated distribution.
+        ValueError: the loss also corrects for the mismatch, something reads log-probabilities of a reshaped
+            distribution, or KL-Cov has no effect.
     """
     rollout, ratio_to_sampler = config.rollout, _asks_sampler(config)
     expected = "nothing with policy_gradient.ratio_to_sampler: the mismatch is in the ratio"
     require(spec.correction is None or not ratio_to_sampler, OP, "loss.correction", expected, spec.correction)
     corrected = spec.correction is not None
     reads, reshaped = ratio_to_sampler or config.masks.reads_sampler or corrected, rollout.reshaped
-    expected = "its default where the sampler's log-probabilities are compared with: they are of what was sampled from"
+    expected = "its default where training reads the sampler's log-probabilities: it would reshape them"
     do = "Leave loss.correction out." if corrected else "Leave masks.off_policy and masks.total_variation out."
     do = "Set policy_gradient.ratio_to_sampler to false." if ratio_to_sampler else do
     names, got = ", ".join(f"rollout.{name}" for name in reshaped), ", ".join(map(str, reshaped.values()))
@@ -189,7 +190,7 @@ def _ratio_to_sampler(config: TrainConfig, spec: PolicyLoss) -> bool:
     optimizer = config.optimizer
     updates = optimizer.steps_per_rollout * optimizer.epochs_per_rollout
     moves = config.masks.kl_cov is None or updates > 1 or ratio_to_sampler
-    expected = "more than 1 optimizer step per rollout: before the first one no token is away from the old policy"
+    expected = "more than 1 optimizer step per rollout: before the first, the policy is still the old one"
     require(moves, OP, "masks.kl_cov", expected, updates)
     return ratio_to_sampler
 
@@ -229,7 +230,7 @@ def _schedule(config: TrainConfig) -> Schedule:
 
 
 def _policy_loss(config: TrainConfig) -> PolicyLoss:
-    """The preset without its KL, which a recipe asks for, with the changes of `config.loss`."""
+    """The preset with `config.loss` applied, and without a KL unless `config.loss` names it."""
     entry, changes = ALGORITHMS[config.algorithm], config.loss
     spec, where = entry.without_kl(), f"{OP}: loss"
     _require_known(config, [one.name for one in fields(spec) if one.init])
@@ -242,9 +243,9 @@ def _policy_loss(config: TrainConfig) -> PolicyLoss:
 
 
 def build_objective(config: TrainConfig) -> Objective:
-    """The algorithm's preset with the changes of `config.loss`.
+    """The algorithm's preset with `config.loss` applied.
 
-    Those of a mix are of all its terms that have the field; its `weights` are in the order of the preset.
+    In a mix, a change applies to every term that has the field; `weights` are in the preset's order.
 
     Raises:
         ValueError: the algorithm has no such factor, or cannot have that value.

@@ -1,14 +1,14 @@
-"""Checkpoints on disk: safetensors and JSON, complete or absent, and checked against their hashes before use.
+"""Checkpoints on disk: safetensors and JSON, complete or absent, and verified against their hashes before use.
 
     runs/grpo/checkpoints/
-      latest                      the name of the newest one
-      step_000020/                step_000020_update_2 when stopped inside a rollout batch
+      latest                      name of the newest checkpoint
+      step_000020/                step_000020_update_2 if the run stopped inside a rollout batch
         manifest.json             step, versions, model, recipe; size and SHA-256 of every other file
-        model/                    what transformers loads; an adapter's own folder belongs beside it
-        optimizer.safetensors     see `MasterOptimizer.tensors`; a critic's, with its weights, in critic.safetensors
-        state.json                everything else that the next step depends on, the groups of a batch among it
+        model/                    what transformers loads: the model, or the adapter alone
+        optimizer.safetensors     see `MasterOptimizer.tensors`; a critic and its optimizer are in critic.safetensors
+        state.json                everything else the next step depends on, such as the groups of the current batch
 
-What is in them is the business of `resume.py`; this file knows how they are written, found and kept.
+`resume.py` decides what goes into a checkpoint; this file writes, finds and deletes them.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from fastrl.check import sentence
 from fastrl.files import clear_leftovers, complete_or_absent, remove, replace_text
 from fastrl.model.load import quiet_progress
 
-FORMAT = 3  # of the folder; a checkpoint of another format is not read
+FORMAT = 3  # of the folder; other formats are refused
 CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
 _NAME = re.compile(r"step_(\d{6,})(?:_update_(\d+))?")
 Contents = Callable[[Path], None]  # writes files into the folder it is given
 
 
 class Damaged(ValueError):
-    """A checkpoint that is not what was written, and why."""
+    """A checkpoint differs from what was written; the message says how."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file is what was written."""
+    """A verified checkpoint: every file is as it was written."""
 
     folder: Path
     manifest: dict[str, Any]
-    skipped: tuple[str, ...] = ()  # why newer ones were passed over, one sentence each
+    skipped: tuple[str, ...] = ()  # why newer checkpoints were skipped, one sentence each
 
     @property
     def run_dir(self) -> Path:
-        """The run that it belongs to."""
+        """The folder of its run."""
         return self.folder.parent.parent
 
     def json(self, name: str) -> Any:
@@ -69,9 +69,9 @@ class Checkpoint:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Writes model and tokenizer to `folder`, which appears complete or not at all; returns it.
+    """Writes model and tokenizer to `folder`, which appears complete or not at all, and returns it.
 
-    `AutoModelForCausalLM.from_pretrained(folder)` loads it. An older folder of that name is replaced.
+    An existing folder of that name is replaced. `AutoModelForCausalLM.from_pretrained(folder)` loads the model.
     """
     with complete_or_absent(folder) as aside:
         write_model(model, tokenizer, aside)
@@ -79,8 +79,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def copy_model(checkpoint: Path, folder: Path) -> Path:
-    """The model of a checkpoint, as `save_model` would write it: the same files under a second name where the file
-    system can, so that nothing is written twice."""
+    """Writes a checkpoint's model to `folder` as `save_model` would. Files are hard links where the file system has
+    them, so nothing is written twice."""
     with complete_or_absent(folder) as aside:
         for path in (checkpoint / "model").iterdir():
             try:
@@ -103,20 +103,20 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def write_json(values: Any, path: Path) -> None:
-    """Writes a JSON file; floats come back bit for bit, and what JSON has no form for as text."""
+    """Writes a JSON file. Floats are read back bit for bit; values that JSON cannot hold are written as text."""
     path.write_text(json.dumps(values, default=str) + "\n", encoding="utf-8")
 
 
 def name_of(step: int, update: int | None = None) -> str:
-    """The folder of the checkpoint after `step` steps, and after `update` optimizer steps of the next one."""
+    """Name of the checkpoint after `step` steps and, if given, `update` optimizer steps of the next one."""
     return f"step_{step:06d}" + ("" if update is None else f"_update_{update}")
 
 
 def write_checkpoint(run_dir: Path, name: str, contents: Contents, about: dict[str, Any]) -> Path:
-    """Writes a checkpoint and makes it the latest; until the last moment the one before it is.
+    """Writes a checkpoint and, once it is complete, makes it the latest.
 
     Raises:
-        OSError: it cannot be written, for lack of space perhaps; nothing of it is left, the others are as they were.
+        OSError: it cannot be written, for example for lack of space. Nothing of it is left; the others are untouched.
     """
     parent = run_dir / CHECKPOINTS
     parent.mkdir(parents=True, exist_ok=True)
@@ -132,14 +132,14 @@ def write_checkpoint(run_dir: Path, name: str, contents: Contents, about: dict[s
 
 
 def point_to(folder: Path) -> None:
-    """Makes `folder` the latest of its run."""
+    """Makes `folder` the latest checkpoint of its run."""
     replace_text(folder.parent / LATEST, folder.name + "\n")
 
 
 def keep(run_dir: Path, *, last: int, every: int) -> None:
-    """Deletes the checkpoints before the latest but for the `last` newest and those of each `every`-th step (0: none).
+    """Deletes all checkpoints up to the latest but the `last` newest and those of every `every`-th step (0: none).
 
-    Those after it are of a future that a resumed run has left, and are replaced as it gets there.
+    Checkpoints after the latest stay: the run resumed from before them and replaces them as it gets there.
     """
     found = _up_to_latest(run_dir / CHECKPOINTS)
     for folder in found[last:]:
@@ -149,10 +149,10 @@ def keep(run_dir: Path, *, last: int, every: int) -> None:
 
 
 def find(where: Path) -> Checkpoint:
-    """The newest undamaged checkpoint of a run directory, or the very one whose folder is given.
+    """The checkpoint in folder `where` or, if `where` is a run directory, its newest undamaged checkpoint.
 
     Raises:
-        ValueError: there is none, or the one given is damaged.
+        ValueError: there is none, or the given one is damaged.
     """
     if _NAME.fullmatch(where.name) and where.parent.name == CHECKPOINTS:
         return Checkpoint(where, _verified(where))
@@ -163,12 +163,12 @@ def find(where: Path) -> Checkpoint:
         except Damaged as error:
             skipped.append(f"{error} Skipped for the one before it.")
     got = "none that is undamaged: " + " ".join(skipped).removesuffix(".") if skipped else "none"
-    do = "Leave resume out to start anew. A run writes checkpoints with save_every, and when a signal stops it."
+    do = "Leave resume out to start over. A run writes checkpoints with save_every, and when a signal stops it."
     raise ValueError(sentence("resume", str(where), "a run directory with a checkpoint, or a checkpoint", got, do))
 
 
 def model_of(name: str) -> str:
-    """The folder of the model in a run's folder or in a checkpoint's; any other name as it is."""
+    """The model's folder inside a run or a checkpoint; any other name is returned as it is."""
     folder = Path(name).expanduser()
     inside = folder / "model"
     ours = (folder / MANIFEST).is_file() or (folder / "config.yaml").is_file()
@@ -176,7 +176,7 @@ def model_of(name: str) -> str:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether the run has written any."""
+    """Whether the run has written a checkpoint."""
     return bool(_up_to_latest(run_dir / CHECKPOINTS))
 
 
@@ -192,13 +192,13 @@ def about(**more: Any) -> dict[str, Any]:
 
 
 def _order(folder: Path) -> tuple[int, int]:
-    """(step, optimizer steps of the next one or -1)."""
+    """(steps done, optimizer steps of the next step or -1)."""
     step, update = _NAME.fullmatch(folder.name).groups()
     return int(step), -1 if update is None else int(update)
 
 
 def _up_to_latest(parent: Path) -> list[Path]:
-    """Checkpoint folders, newest first, from the one that `latest` names; all of them where it names none of them."""
+    """Checkpoint folders, newest first, starting at the one that `latest` names; all of them if it names none."""
     found = [path for path in parent.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
     found.sort(key=_order, reverse=True)
     pointer = parent / LATEST
@@ -209,7 +209,7 @@ def _up_to_latest(parent: Path) -> list[Path]:
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and hash of every file below `folder`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(2) as pool:  # hashing leaves the interpreter's lock
+    with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
         hashes = pool.map(_sha256, paths)
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
@@ -232,10 +232,10 @@ def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, every file of which has been read and is what was written.
+    """The manifest of a checkpoint, after checking every file against it.
 
     Raises:
-        Damaged: something is missing, cut off or changed, or would be read from outside the folder.
+        Damaged: something is missing, truncated or changed, or lies outside the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -243,13 +243,13 @@ def _verified(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         intact = manifest == _sealed({key: value for key, value in manifest.items() if key != "sha256"})
-    except (ValueError, AttributeError):  # not JSON, or no mapping
+    except (ValueError, AttributeError):  # not JSON, or not a mapping
         intact = False
     if not intact:
         raise Damaged(f"Checkpoint {folder} is damaged: {MANIFEST} is not what was written.")
     if manifest.get("format") != FORMAT:
         got = manifest.get("format", "none")
-        raise Damaged(f"Checkpoint {folder} is of format {got}; this fastrl reads {FORMAT}. Start anew.")
+        raise Damaged(f"Checkpoint {folder} has format {got}; this fastrl reads format {FORMAT}. Start over.")
     if not manifest.get("files"):
         raise Damaged(f"Checkpoint {folder} is damaged: {MANIFEST} lists no files.")
     for name, expected in manifest["files"].items():

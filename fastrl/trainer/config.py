@@ -1,4 +1,4 @@
-"""What a training run is: dataclasses, each default stated once. `recipe.py` reads them from YAML."""
+"""The settings of a training run, as dataclasses; each default is stated once. `recipe.py` reads them from YAML."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastrl.algorithms import ALGORITHMS, OFFLINE, TokenMasks
 from fastrl.check import choice, require
 from fastrl.trainer.typed import nested
 
-# What a resumed run may do otherwise than it began: how long, how often and on what it runs, not what it computes.
-# `model` may have another name, if its weights are the same.
+# Settings that a resumed run may change: how long, how often and on what it runs, but not what it computes.
+# `model` may have a new name if the weights are the same.
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
@@ -22,26 +22,27 @@ RESUME_MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Where prompts come from. A run on written rows takes the held-out ones alone, to be evaluated on."""
+    """Where prompts come from. A run on rows of `data` uses only the held-out prompts, for evaluation."""
 
     source: str = "reasoning_gym:chain_sum"
-    """reasoning_gym:TASK, a .jsonl file, a folder written by datasets' save_to_disk, or a hub id."""
+    """reasoning_gym:TASK, a .jsonl, .json, .csv or .parquet file, a folder of such files or from save_to_disk, or a hub
+    id."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Passed to the source: a reasoning-gym task's own settings, or a dataset's split and name."""
+    """Passed to the source: the settings of a reasoning-gym task, or a dataset's split and name."""
     size: int = 2000
-    """Prompts to generate, where the source is a generator."""
+    """Number of prompts to generate, for reasoning_gym sources."""
     held_out: int = 100
-    """Prompts kept for evaluation and never trained on."""
+    """Number of prompts held out for evaluation and never trained on."""
     chat: bool = True
-    """Render prompts with the model's chat template, when it has one."""
+    """Render prompts with the model's chat template, if it has one."""
     system: str = ""
     """System message of chat prompts."""
     template_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the chat template, such as enable_thinking; a row's chat_template_kwargs come on top."""
+    """Extra arguments for the chat template, such as enable_thinking; a row's chat_template_kwargs override them."""
     suffix: str = ""
     """Text appended to every question."""
     max_prompt_tokens: int = 1024
-    """Longer prompts are left out, counted and reported."""
+    """Longer prompts are dropped; the run reports how many."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class RewardConfig:
     name: str = "reasoning_gym"
     """A built-in reward, or package.module:function."""
     weight: float = 1.0
-    """Its share in the sum."""
+    """Weight in the sum of rewards."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of a built-in reward."""
 
@@ -61,86 +62,86 @@ class RolloutConfig:
     """How completions are sampled."""
 
     prompts_per_step: int = 8
-    """Prompts of a training step."""
+    """Prompts per training step."""
     group_size: int = 8
-    """Completions of each prompt."""
+    """Completions per prompt."""
     max_new_tokens: int = 32
-    """Length limit of a completion."""
+    """Maximum completion length, in tokens."""
     temperature: float = 1.0
-    """Of sampling, and of every log-probability in training."""
+    """Temperature of sampling and of every log-probability in training."""
     top_p: float = 1.0
-    """Nucleus mass; 1 is off."""
+    """Nucleus sampling: probability mass to keep; 1 is off."""
     top_k: int = 0
-    """Most probable tokens kept; 0 is off."""
+    """Sample from only the k most probable tokens; 0 is off."""
     min_p: float = 0.0
-    """Tokens are kept that are at least so many times as probable as the most probable one; 0 is off."""
+    """Drop tokens less probable than min_p times the most probable one; 0 is off."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens less likely that are in the prompt or the completion; 1 is off."""
+    """Above 1, tokens already in the prompt or the completion become less likely; 1 is off."""
     min_new_tokens: int = 0
-    """Before so many tokens no stop ends a completion."""
+    """Minimum completion length: stops are ignored until then."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a completion beside the model's own ends and that of its chat template, as the tokenizer writes
-    them."""
+    """Extra stop tokens, as the tokenizer writes them, on top of the model's and the chat template's."""
     stop_strings: tuple[str, ...] = ()
-    """Text that ends a completion: its last token is the one that completes such a string, which may be part of a token
-    or span several. Every token, that one too, is trained on."""
+    """Stop strings: a completion ends with the token that completes one. A string may be part of a token or span
+    several. Every token is trained on, the last one too."""
     threshold: float = 0.5
-    """Where completions are shown or labelled instead of weighed (sft, kto): the reward from which on one is good."""
+    """Reward from which a completion counts as good: in algorithms that select or label (sft, kto), and in pass@k."""
     dynamic_sampling: int = 0
-    """DAPO: up to this many times a step, new prompts take the place of those whose rewards are all equal; 0 is off."""
+    """DAPO: up to this many times a step, replace prompts whose rewards are all equal by new ones; 0 is off."""
 
     @property
     def reshaped(self) -> dict[str, Any]:
-        """The settings that are on with which tokens are drawn from something else than the softmax at the temperature,
-        whose log-probabilities are trained."""
+        """The active settings that make the sampler draw from something other than the softmax at the temperature,
+        which is what training computes log-probabilities of."""
         names = ("top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
         return {name: value for name in names if (value := getattr(self, name)) != getattr(RolloutConfig, name)}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where rows come from that were written before; their kind follows from the algorithm."""
+    """Where pre-written rows come from; the algorithm determines their kind."""
 
     source: str = "reasoning_gym:chain_sum"
-    """A .jsonl file, a folder written by datasets' save_to_disk, a hub id, or reasoning_gym:TASK."""
+    """A .jsonl, .json, .csv or .parquet file, a folder of such files or from save_to_disk, a hub id, or
+    reasoning_gym:TASK."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Passed to the source: a dataset's split and name, or a reasoning-gym task's own settings."""
+    """Passed to the source: a dataset's split and name, or the settings of a reasoning-gym task."""
     size: int = 2000
-    """Questions to generate, where the source is a generator."""
+    """Number of questions to generate, for reasoning_gym sources."""
     held_out: int = 200
-    """Rows kept for evaluation and never trained on; no question is in both parts."""
+    """Number of rows held out for evaluation and never trained on; no question is in both sets."""
     unpair: bool = False
-    """For losses on labelled answers: the rows are pairs, and each side is an answer of its own."""
+    """For losses on labelled answers: rows are pairs; split each into a good and a bad answer."""
     ranked: bool = False
-    """For reward models: a row has several responses and their ranking, 1 for the best; all of them are compared."""
+    """For reward models: each row has several responses and their ranks, 1 for the best; every pair is compared."""
     margin_column: str = ""
-    """Of pairs: the column with how much better the chosen answer is, which its reward then should be."""
+    """For pairs: column with the margin by which the chosen answer should score higher."""
     soft_label_column: str = ""
-    """Of pairs: the column with the probability that the chosen answer is the better one, such as a judge's."""
+    """For pairs: column with the probability that the chosen answer is better, such as a judge's."""
     chat: bool = True
-    """Render text with the model's chat template, when it has one."""
+    """Render text with the model's chat template, if it has one."""
     system: str = ""
     """System message of chat prompts."""
     template_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the chat template, such as enable_thinking; a row's chat_template_kwargs come on top."""
+    """Extra arguments for the chat template, such as enable_thinking; a row's chat_template_kwargs override them."""
     max_prompt_tokens: int = 1024
-    """Rows with longer prompts are left out, counted and reported."""
+    """Rows with longer prompts are dropped; the run reports how many."""
     max_tokens: int = 2048
-    """So are rows whose prompt and answer together are longer than this, or than the model has positions for."""
+    """Rows whose prompt and answer together exceed this, or the model's positions, are dropped and reported too."""
 
 
 @dataclass(frozen=True)
 class PolicyGradientConfig:
-    """What a policy gradient does with a batch of completions beside its loss."""
+    """How policy gradients treat a batch of completions, besides their loss."""
 
     ratio_to_sampler: bool | None = None
-    """Whether the ratio is to the log-probabilities that the sampler reported, which corrects for the mismatch of
-    sampler and trainer as well, or to the trainer's own, computed once before the first update; null: as the
-    algorithm's paper."""
+    """True: take the ratio to the sampler's log-probabilities, which also corrects the mismatch between sampler and
+    trainer. False: take it to the trainer's, computed once before the first update. null: as in the algorithm's
+    paper."""
     filter_zero_variance: bool = False
-    """Also take groups of equal rewards out of the normaliser, as ScaleRL does; their gradient is zero either way."""
+    """Also leave groups of equal rewards out of the normaliser, as ScaleRL does; their gradient is zero either way."""
     mask_truncated_completions: bool = False
-    """Leave completions that the length limit cut out of loss and normaliser."""
+    """Leave completions that hit the length limit out of the loss and its normaliser."""
 
 
 @dataclass(frozen=True)
@@ -148,21 +149,21 @@ class OptimizerConfig:
     """AdamW."""
 
     lr: float = 1e-6
-    """Learning rate, after the warm-up."""
+    """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to the root of the latter."""
+    """Added to the root of the mean squared gradient."""
     weight_decay: float = 0.0
-    """Decoupled: lr times this share of each weight is taken off at every step, norms and biases included."""
+    """Decoupled weight decay: each step subtracts lr times this share of every weight, norms and biases included."""
     max_grad_norm: float = 1.0
-    """Euclidean norm that the whole gradient is scaled down to; 0 switches clipping off."""
+    """Gradients with a larger Euclidean norm are scaled down to it; 0 turns clipping off."""
     warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises, linearly, from lr / warmup_steps."""
+    """Optimizer steps over which the learning rate rises linearly from lr / warmup_steps."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; cosine falls to 0 at the run's last optimizer step."""
+    """Learning rate after warm-up; cosine falls to 0 at the run's last optimizer step."""
     steps_per_rollout: int = 1
-    """Optimizer steps on each batch of completions, each on its own part of them; more than 1 makes the later ones
+    """Optimizer steps per batch of completions, each on its own share of it; the steps after the first are
     off-policy."""
     epochs_per_rollout: int = 1
     """Passes over each batch of completions."""
@@ -170,68 +171,67 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Low-rank adapters (LoRA) instead of training every weight."""
+    """Train low-rank adapters (LoRA) instead of every weight."""
 
     rank: int = 0
-    """Of the adapters; 0 trains every weight."""
+    """Rank of the adapters; 0 trains every weight."""
     alpha: float = 32.0
-    """Adapters count alpha / rank."""
+    """Adapters are scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of modules, such as q_proj or lm_head; all-linear is every linear layer but the head."""
+    """Names of the adapted modules, such as q_proj or lm_head; all-linear is every linear layer but the head."""
     save: Literal["adapter", "merged"] = "adapter"
-    """What the run leaves: the adapter alone, or a whole model with the adapter in its weights."""
+    """What the run saves: only the adapter, or the whole model with the adapter merged in."""
     quantize: Literal["none", "nf4"] = "none"
-    """nf4 keeps the frozen linear layers in 4 bits, all but the head: QLoRA. Needs bitsandbytes."""
+    """nf4 stores the frozen linear layers, all but the head, in 4 bits (QLoRA). Needs bitsandbytes."""
 
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """What PPO has besides a policy loss."""
+    """PPO's settings besides the policy loss."""
 
     critic: Literal["separate", "shared", "none"] = "separate"
-    """A model of its own, or a linear layer on the policy's hidden states; none is REINFORCE++."""
+    """separate is a model of its own, shared a linear layer on the policy's hidden states, none is REINFORCE++."""
     critic_model: str = ""
-    """What a separate critic starts from: the policy's own model, if empty, or a trained reward model."""
+    """Initial weights of a separate critic, such as a trained reward model; empty is the policy's model."""
     critic_lr: float | None = None
-    """Learning rate of the critic's own weights; null is 1e-5 for a separate one, and 1e-4 for a layer on the policy's
-    hidden states, which begins as zeros."""
+    """Learning rate of the critic; null is 1e-5 for separate and 1e-4 for shared, whose layer starts at zero."""
     critic_warmup: int = 0
-    """Steps at the start in which a separate critic alone learns: VAPO's value pre-training."""
+    """Train only the separate critic for this many steps first: VAPO's value pre-training."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
-    """Of GAE: 1 is the return less the value, 0 the one-step error."""
+    """GAE's lambda: 1 is the return minus the value, 0 the one-step error."""
     lam_policy: float | None = None
-    """Of the advantages, where it is another one than that of the critic's returns, lam; null is lam."""
+    """Lambda of the policy's advantages; null uses lam, which always sets the critic's returns."""
     length_alpha: float | None = None
-    """VAPO: lam_policy is 1 - 1 / (length_alpha tokens) for each completion, with lam 1; 0.05 there."""
+    """VAPO: set lam_policy of each completion to 1 - 1 / (length_alpha tokens). VAPO uses 0.05, with lam 1."""
     positive_nll: float = 0.0
-    """VAPO: weight of the negative log-likelihood of completions that scored above 0; 0.1 there."""
+    """VAPO: weight of the negative log-likelihood of completions that score above 0. VAPO uses 0.1."""
     value_coef: float = 0.1
     """Weight of the value loss."""
     value_clip: float | None = 0.2
-    """How far a value may move from the rollout's, in units of the return; null switches it off."""
+    """How far a value may move from the rollout's, in units of the return; null is off."""
     whiten: bool = True
-    """Shift and scale the advantages of a rollout to mean 0 and deviation 1."""
+    """Shift and scale the advantages of a rollout to mean 0 and standard deviation 1."""
     kl_coef: float = 0.05
-    """Of the KL to the reference in the reward of each token; 0 needs no reference model in memory."""
+    """Weight of the KL to the reference in each token's reward; at 0 no reference model is loaded."""
     kl_target: float | None = None
-    """Nats a sequence that the coefficient adapts to; null keeps it."""
+    """KL per sequence, in nats, that kl_coef adapts toward; null keeps kl_coef fixed."""
     kl_horizon: int = 10000
-    """Sequences over which it adapts."""
+    """Number of sequences over which kl_coef adapts."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on what is held out, before and after training and now and then between."""
+    """Evaluation on the held-out set, before, during and after training."""
 
     every: int = 0
-    """Steps between evaluations; 0 evaluates before and after only."""
+    """Steps between evaluations; 0 evaluates only before and after training."""
     samples: int = 1
     """Sampled completions per held-out prompt, besides the greedy one."""
     pass_at_k: tuple[int, ...] = ()
-    """Values of k, none above samples: pass@k estimates, from all sampled completions of a prompt, the probability that
-    one of k has a reward of at least rollout.threshold."""
+    """Values of k, at most samples. pass@k is the probability that at least one of k completions reaches
+    rollout.threshold, estimated from all sampled completions."""
 
 
 @dataclass(frozen=True)
@@ -241,55 +241,55 @@ class TrainConfig:
     model: str = "smollm2-135m-instruct"
     """A folder, a hub id, or the name of a model that ships in a Python package."""
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
-    """Selects advantages and a loss, which `loss` overrides factor by factor."""
+    """Sets the advantages and the loss; `loss` overrides its factors one by one."""
     source: Literal["auto", "rollouts", "offline"] = "auto"
-    """Where groups come from: sampled for each step from `task`, or rows of `data` that were written before. auto: what
-    the algorithm is usually trained on."""
+    """Where groups come from: rollouts samples them from `task` at each step, offline reads pre-written rows of `data`.
+    auto: the usual source of the algorithm."""
     reference: str = ""
-    """The frozen model that a loss compares with; empty is the model itself, before training."""
+    """The frozen reference model; empty is the model itself before training."""
     steps: int = 100
     """Optimizer steps; with rollouts, rollout batches."""
     seed: int = 0
-    """Of sampling, of the order of prompts and rows, and of what is held out."""
+    """Seeds sampling, the order of prompts and rows, and the held-out split."""
     run_dir: str = "runs/{algorithm}"
-    """Everything the run writes goes here; if it exists, -2, -3, ... is appended."""
+    """Folder for everything the run writes; if it exists, -2, -3, ... is appended."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the model's weights and activations; the optimizer's are float32 in any case. auto: bfloat16 on a GPU that has
-    it, and on a CPU where a short race shows that it is quicker."""
+    """Dtype of weights and activations; the optimizer is always float32. auto: bfloat16 on GPUs that support it, and on
+    CPUs where a short benchmark shows it is faster."""
     linear: Literal["auto", "native", "torch"] = "auto"
-    """On a CPU, whose products the linear layers take. auto: the quicker for each shape, by a short race, which a
-    resumed run does not repeat; native and torch give two runs the same bits."""
+    """CPU implementation of linear layers. auto: the faster one for each shape, by a short benchmark that resumed runs
+    do not repeat. With native or torch, two runs give the same bits."""
     device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU when there is one."""
+    """cpu, cuda, ...; auto takes a GPU if there is one."""
     backend: str = "auto"
-    """Backend of the fused ops, see `fastrl doctor`."""
+    """Backend of the fused ops; see `fastrl doctor`."""
     softcap: float | None = None
-    """Of the model's logits, as Gemma's final_logit_softcapping; null takes what its configuration says."""
+    """Soft cap on the logits, such as Gemma's final_logit_softcapping; null reads it from the model's configuration."""
     logit_scale: float | None = None
-    """Of the model's logits, as Cohere's; null takes what its configuration says."""
+    """Scale of the logits, such as Cohere's; null reads it from the model's configuration."""
     router_aux_loss_coef: float | None = None
-    """Of the load-balancing loss of a mixture of experts; null takes the model's own, 0 leaves it out."""
+    """Weight of the load-balancing loss of a mixture of experts; null takes the model's own, 0 turns it off."""
     rows_per_step: int = 16
-    """Rows of `data` in a step: pairs, labelled answers, demonstrations or groups of scored completions."""
+    """Rows of `data` per step: pairs, labelled answers, demonstrations or groups of scored completions."""
     max_tokens_per_microbatch: int = 2048
-    """Model input tokens of a micro-batch, padding included; memory grows with it, the gradient does not change."""
+    """Model input tokens per micro-batch, padding included. Affects memory, not the gradient."""
     layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
     """How sequences share a micro-batch."""
     gradient_checkpointing: bool = False
-    """Keep the inputs of the model's layers alone and compute the rest again in the backward pass: less memory, about a
-    third more time."""
+    """Keep only each layer's inputs and recompute the rest in the backward pass: less memory, about a third more
+    time."""
     threads: int = 0
     """CPU threads; 0 keeps torch's choice."""
     save_every: int = 0
-    """Steps between checkpoints to resume from; 0 writes one only when Ctrl-C or another signal stops the run."""
+    """Steps between checkpoints; 0 writes one only when a signal such as Ctrl-C or an error stops the run."""
     keep_last: int = 2
-    """Checkpoints that stay; the newest may be damaged."""
+    """Number of newest checkpoints to keep; more than one, in case the newest is damaged."""
     keep_every: int = 0
-    """Checkpoints of every so many steps stay forever; 0 keeps none."""
+    """Also keep the checkpoint of every such step forever; 0 keeps none."""
     resume: str = ""
-    """A run directory or one of its checkpoints to go on from; latest takes the run in run_dir that saved last."""
+    """Run directory or checkpoint to resume from; latest is the run under run_dir that saved last."""
     log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Trackers that get the metrics too; metrics.jsonl is always written."""
+    """Trackers that also get the metrics; metrics.jsonl is always written."""
     adapter: AdapterConfig = AdapterConfig()
     """Low-rank adapters instead of every weight."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -297,45 +297,45 @@ class TrainConfig:
     show_every: int = 10
     """Steps between tables of completions on the screen."""
     max_failure_fraction: float = 0.5
-    """Stop when more than this share of a batch's rewards raise."""
+    """Stop if more than this share of a batch's reward calls fail."""
     reward_timeout: float = 0.0
-    """Seconds that a reward may take for a batch before it counts as failed; 0 waits for ever. Sync rewards then run in
+    """Seconds a reward may take per batch before it counts as failed; 0 is no limit. With a limit, sync rewards run in
     threads, where signals such as math-verify's own timeout do not work."""
     task: TaskConfig = TaskConfig()
-    """Prompts to sample completions of."""
+    """Prompts to sample completions for."""
     data: DataConfig = DataConfig()
-    """Rows that were written before."""
+    """Pre-written rows."""
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
-    """What judges completions; their weighted sum is the reward."""
+    """Reward functions; their weighted sum is the reward."""
     rollout: RolloutConfig = RolloutConfig()
     """How completions are sampled."""
     loss: dict[str, Any] = field(default_factory=dict)
-    """Changes of the algorithm's preset, by the names of its spec: {surrogate.high: 0.28, kl.coef: 0.001} of a
-    `fastrl.PolicyLoss`, {beta: 0.3} of a `fastrl.PreferenceLoss`. The KL of a policy loss is off until it is named: it
-    needs a reference in memory."""
+    """Changes to the algorithm's preset, by the names in its spec: {surrogate.high: 0.28, kl.coef: 0.001} for a
+    `fastrl.PolicyLoss`, {beta: 0.3} for a `fastrl.PreferenceLoss`. The KL of a policy loss is off unless named here,
+    because it needs a reference model in memory."""
     advantages: dict[str, Any] = field(default_factory=dict)
-    """Changes of the advantages of a group-relative algorithm, by the names of `fastrl.GroupAdvantage`."""
+    """Changes to the advantages of a group-relative algorithm, by the names in `fastrl.GroupAdvantage`."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
-    """What else a policy gradient does with a batch."""
+    """How policy gradients treat a batch, besides their loss."""
     masks: TokenMasks = field(default_factory=TokenMasks)
-    """Which tokens learn."""
+    """Which tokens are trained on."""
     ppo: PPOConfig = PPOConfig()
-    """The critic of ppo, its advantages and the KL in its reward."""
+    """PPO's critic, its advantages and the KL in its reward."""
     eval: EvalConfig = EvalConfig()
-    """What is measured on what is held out, and when."""
+    """What is measured on the held-out set, and when."""
 
     @property
     def quantized(self) -> bool:
-        """Whether the model's layers are held in fewer bits."""
+        """Whether the model's layers are quantized."""
         return self.adapter.quantize != "none"
 
     @property
     def offline(self) -> bool:
-        """Whether the groups are rows that were written before."""
+        """Whether the groups are pre-written rows."""
         return (self.algorithm in OFFLINE) if self.source == "auto" else self.source == "offline"
 
     def of_policy(self) -> dict[str, Any]:
-        """What a `Policy` is told beside its model."""
+        """Arguments of a `Policy` besides its model."""
         return {
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
@@ -370,7 +370,7 @@ class TrainConfig:
 
 def require_run_dir(op: str, config: TrainConfig) -> None:
     """Refuses a `run_dir` whose placeholders cannot be filled in, or that names no folder."""
-    do = "Write a brace that is part of the name twice."
+    do = "Double a brace that is part of the name."
     try:
         named = bool(config.directory().name)
     except (LookupError, ValueError, AttributeError):
@@ -380,7 +380,7 @@ def require_run_dir(op: str, config: TrainConfig) -> None:
 
 
 def require_optimizer(op: str, optimizer: OptimizerConfig) -> None:
-    """Refuses rates with which AdamW has no meaning."""
+    """Refuses rates that make no sense for AdamW."""
     for name in ("lr", "eps", "weight_decay", "max_grad_norm"):
         value = getattr(optimizer, name)
         require(0 <= value < math.inf, op, f"optimizer.{name}", "0 or more, and finite", value)
@@ -390,17 +390,17 @@ def require_optimizer(op: str, optimizer: OptimizerConfig) -> None:
 
 
 def require_adapter(op: str, adapter: AdapterConfig) -> None:
-    """Refuses an adapter that cannot be."""
+    """Refuses impossible adapter settings."""
     require(adapter.rank >= 0, op, "adapter.rank", "0 or more", adapter.rank)
     require(len(adapter.targets) > 0, op, "adapter.targets", "at least one name", "none")
     if adapter.quantize != "none":
         require(adapter.rank > 0, op, "adapter.quantize", "none without an adapter, rank 0", adapter.quantize)
-        do = "In 4 bits the sum of weight and adapter would be rounded; what it was trained on is the two apart."
+        do = "Merging would round the sum to 4 bits; training kept the adapter apart."
         require(adapter.save == "adapter", op, "adapter.save", "adapter with adapter.quantize", adapter.save, do)
 
 
 def require_source(op: str, config: TrainConfig) -> None:
-    """Refuses numbers that make no batch, and settings of the source that the run does not have."""
+    """Refuses numbers that make no batch, and settings of a source that the run does not use."""
     rollout, optimizer, share = config.rollout, config.optimizer, config.max_failure_fraction
     positive = {
         "rows_per_step": config.rows_per_step,

@@ -1,4 +1,4 @@
-"""How a run ended, for people and for whatever waits for it."""
+"""How a run ended, for people and for scripts that wait for it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ STATUS = "status.json"
 
 
 class Ended(NamedTuple):
-    """A run's last word: finished, interrupted, diverged, rewards failed or failed; and the signal that interrupted."""
+    """How a run ended: finished, interrupted, diverged, rewards failed or failed; and the signal, if interrupted."""
 
     status: str
     signal: int | None = None
 
 
 def write_status(run_dir: Path, ended: Ended, steps: int, total_steps: int, go_on: str) -> None:
-    """Writes status.json: `status`, `steps`, `total_steps`, and `resume`, the command that goes on."""
+    """Writes status.json: `status`, `steps`, `total_steps`, `signal` if any, and `resume`, the command to continue."""
     values = {"status": ended.status, "steps": steps, "total_steps": total_steps}
     if ended.signal is not None:
         values["signal"] = int(ended.signal)
@@ -29,7 +29,7 @@ def write_status(run_dir: Path, ended: Ended, steps: int, total_steps: int, go_o
 
 
 def spot(error: BaseException) -> str:
-    """An exception with its message, and the place that raised it."""
+    """An exception's type, message and location."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     text = str(error)
@@ -37,7 +37,7 @@ def spot(error: BaseException) -> str:
 
 
 def advice(error: BaseException) -> str:
-    """What may help; empty where nothing is known."""
+    """What may help; empty if nothing is known."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "Out of memory: lower max_tokens_per_microbatch, or set gradient_checkpointing."

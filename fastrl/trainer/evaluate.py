@@ -1,4 +1,4 @@
-"""Held-out prompts or rows, before, during and after training."""
+"""Evaluation on held-out prompts or rows, before, during and after training."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastrl.sources.collect import Judge, Sampling, judged, mean_reward, pass_at
 from fastrl.trainer.learner import Learner
 from fastrl.types import Group, Prompt
 
-EVALUATION_SEED = 2**40  # far from every training step's seed, and the same at every evaluation
-SHOWN_ROWS = 6  # held-out rows that the report shows, each judged by itself at every evaluation
+EVALUATION_SEED = 2**40  # far from every training step's seed, and the same for every evaluation
+SHOWN_ROWS = 6  # held-out rows in the report, each measured on its own at every evaluation
 
 
 class Evaluation(Protocol):
-    """Something that is measured with the weights as they are."""
+    """A measurement of the current weights."""
 
     def run(self, learner: Learner, log: RunLog, step: int) -> None:
         """Measures and logs."""
@@ -30,7 +30,7 @@ class Evaluation(Protocol):
 
 
 class Printed(Unwatched):
-    """Prints what is measured, and keeps it by name: a reward under that of its evaluation, pass@k under its own."""
+    """Prints results and keeps them by name: rewards under the evaluation's name, pass@k under its own."""
 
     def __init__(self) -> None:
         self.results: dict[str, float] = {}
@@ -53,14 +53,14 @@ class Printed(Unwatched):
 
 @dataclass(frozen=True)
 class OnPrompts:
-    """Mean held-out reward of one greedy completion and of some sampled ones, and pass@k of these.
+    """Mean held-out reward of one greedy completion and of `samples` sampled ones, and pass@k of the sampled ones.
 
-    Sampling uses the training temperature and the same random numbers every time, so that two evaluations differ by the
-    weights only.
+    Sampling uses the training temperature and the same random numbers every time, so two evaluations differ only by
+    the weights.
 
     Args:
         pass_at_k: the values of k.
-        threshold: the reward from which on a completion has passed.
+        threshold: minimum reward of a completion that passes.
     """
 
     prompts: Sequence[Prompt]
@@ -95,7 +95,7 @@ class OnPrompts:
 
 @dataclass(frozen=True)
 class OnRows:
-    """What an objective measures on held-out rows, of all and of some by themselves."""
+    """An objective's measurements on all held-out rows together, and on a few of them one by one."""
 
     rows: Sequence[Group]
     objective: Objective
@@ -110,13 +110,13 @@ class OnRows:
             shown = [self._judged(learner, group) for group in tracked(self.rows[:SHOWN_ROWS], progress)]
         log.evaluation(step, self.kind, values | {"rows": float(len(self.rows))}, shown)
         if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss on what is held out is {values['loss']}. Lower optimizer.lr.")
+            raise FloatingPointError(f"the loss on the held-out rows is {values['loss']}. Lower optimizer.lr.")
 
     def _judged(self, learner: Learner, group: Group) -> Group:
-        """The group with what the objective measures on it alone, in the place of its rewards.
+        """The group with the objective's measurements on it alone in place of its rewards.
 
-        Of one pair the accuracy is the sign of the margin, before training that of a rounding error; and a labelled
-        answer alone has no margin.
+        Accuracy is left out: on one pair it is only the sign of the margin, which before training is rounding error.
+        So is anything not finite: a single labelled answer has no margin.
         """
         values = self.objective.measure(learner.policy, Answers.of(learner, [group]))
         kept = {name: value for name, value in values.items() if name != "accuracy" and math.isfinite(value)}

@@ -1,4 +1,4 @@
-"""The models that train, their optimizers, and what algorithms ask of them."""
+"""The models being trained, their optimizers, and what algorithms need from them."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass
 class Learner:
-    """Models on one device; `steps` and the optimizers are where training is."""
+    """Models on one device; `steps` and the optimizers hold the training state."""
 
     policy: Policy | ScalarModel
     device: torch.device
     layout: str
     shape: ModelShape
     max_tokens: int  # of a micro-batch
-    make_optimizers: Callable[[Learner], dict[str, MasterOptimizer]]  # by the name of their file in a checkpoint
+    make_optimizers: Callable[[Learner], dict[str, MasterOptimizer]]  # by name of their file in a checkpoint
     critic: Critic | None = None
-    reference: Policy | WithoutAdapter | None = None  # frozen, asked for every batch
+    reference: Policy | WithoutAdapter | None = None  # frozen, scores every batch
     adapted: PeftModel | None = None  # the policy's model as peft sees it
     temperature: float = 1.0
     steps: int = 0
@@ -72,18 +72,18 @@ class Learner:
         return self.optimizers[POLICY].steps if self.optimizers else 0
 
     def begin(self) -> None:
-        """Makes the optimizers, whose buffers take the place of the weights."""
+        """Makes the optimizers, whose buffers replace the storage of the weights."""
         self.optimizers = self.make_optimizers(self)
 
     def models(self) -> dict[str, PreTrainedModel]:
-        """What is trained, by the name of its folder; the head of a critic that shares the backbone is no model."""
+        """The trained models by folder name. A shared critic is only a head on the policy, so it is not among them."""
         critic = {"critic": self.critic.model} if isinstance(self.critic, ScalarModel) else {}
         return {"model": self.adapted or self.policy.model} | critic
 
     def pack(
         self, groups: Sequence[Group], *, mask_truncated: bool = False, whole_groups: bool = False
     ) -> list[MicroBatch]:
-        """Micro-batches of the samples that train, in the models' layout and within `max_tokens`."""
+        """Micro-batches of the samples to train on, in the models' layout and within `max_tokens`."""
         return pack(
             groups,
             layout=self.layout,
@@ -95,15 +95,15 @@ class Learner:
         )
 
     def tensor(self, values: Sequence[float | None]) -> torch.Tensor | None:
-        """(n,) float32; None where one is missing."""
+        """(n,) float32; None if a value is missing."""
         return None if None in values else torch.tensor(values, dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
     def score(
         self, batches: Sequence[MicroBatch], progress: Progress = unseen, *, old: bool = False
     ) -> list[MicroBatch]:
-        """With what is read of the weights before an update: `ref_logps` where there is a reference, `values` where
-        there is a critic, `old_logps` when asked for; the samples get them too."""
+        """The micro-batches with what is computed before an update: `ref_logps` if there is a reference, `values` if
+        there is a critic, `old_logps` if `old`. The samples get them too."""
         return [self._scored(batch, old) for batch in tracked(batches, progress)]
 
     def _scored(self, batch: MicroBatch, old: bool) -> MicroBatch:
@@ -123,13 +123,13 @@ class Learner:
         return replace(batch, **found)
 
     def step(self, algorithm: Algorithm, step: Step, progress: Progress = unseen) -> Update:
-        """One optimizer step; returns token metrics, and loss, gradient norms and learning rates.
+        """One optimizer step. Returns token metrics, and the loss, gradient norms and learning rates.
 
-        Norm and learning rate of an optimizer but the policy's have its name in front. `progress` is told of the
-        micro-batches, before each; when it raises, nothing was updated and no gradient is left.
+        Norm and learning rate of any optimizer but the policy's are prefixed with its name. `progress` is called before
+        each micro-batch; if it raises, nothing is updated and the gradients are cleared.
 
         Raises:
-            NonFiniteLoss: nothing was updated.
+            NonFiniteLoss: the loss or a gradient norm is not finite; nothing was updated.
         """
         trains = {name: one for name, one in self.optimizers.items() if not (step.only_critic and name == POLICY)}
         with whole_step(self.optimizers.values()):
@@ -137,7 +137,7 @@ class Learner:
             loss = float(loss)
             if not math.isfinite(loss):
                 raise NonFiniteLoss("the loss", loss, step.batches)
-            norms = {name: optimizer.norm() for name, optimizer in trains.items()}  # all of them before any steps
+            norms = {name: optimizer.norm() for name, optimizer in trains.items()}  # all norms before the first update
             for norm in norms.values():
                 if not math.isfinite(norm):
                     raise NonFiniteLoss("the gradient norm", norm, step.batches)
@@ -153,11 +153,11 @@ class Learner:
         return merge(metrics), numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """What is no tensor, as JSON can hold it."""
+        """The counters, in a form that JSON can hold; tensors are saved separately."""
         return {"steps": self.steps, "updates": {name: one.steps for name, one in self.optimizers.items()}}
 
     def load(self, state: Mapping[str, Any], tensors: Callable[[str], dict[str, torch.Tensor]]) -> None:
-        """Goes on from `state_dict`, and the tensors of each optimizer by its name."""
+        """Restores `state_dict` and the tensors of each optimizer, which `tensors` returns by name."""
         self.steps = state["steps"]
         for name, optimizer in self.optimizers.items():
             optimizer.load_tensors(tensors(name), steps=state["updates"][name])

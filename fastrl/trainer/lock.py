@@ -1,4 +1,4 @@
-"""One process at a time writes to a run's folder."""
+"""Locks that let only one process write to a run's folder."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fastrl.trainer.config import TrainConfig
 try:
     import fcntl
 except ImportError:
-    fcntl = None  # Windows, where nobody has tried the trainer
+    fcntl = None  # Windows, where the trainer is untested
 
 LOCK = ".lock"  # in a run's folder while a process writes there
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system without flock answers
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of a file system without flock
 
 
 @contextmanager
 def only_writer(folder: Path, config: TrainConfig) -> Iterator[Path]:
-    """The folder of a run, to which no other process writes while the block lasts.
+    """Locks a run's folder for the block and yields it.
 
-    A new run's is made here, under the next free name when another process has taken `folder` meanwhile, and removed
-    again when the block leaves it empty.
+    The folder of a new run is created here, under the next free name if another process has taken `folder` meanwhile,
+    and removed if the block leaves it empty.
 
     Raises:
-        ValueError: another process writes there, or the system has no such locks.
+        ValueError: another process writes there, or the system has no POSIX locks.
     """
     do = "On Windows, WSL runs it."
     require(fcntl is not None, "train", "system", "Linux, macOS or another with POSIX locks", sys.platform, do)
@@ -52,21 +52,21 @@ def only_writer(folder: Path, config: TrainConfig) -> Iterator[Path]:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds `folder` for the block. The lock is the operating system's: it ends with the process, however that ends.
+    """Locks `folder` for the block. The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        ValueError: another process holds it; the message has its number.
+        ValueError: another process holds the lock; the message has its process id.
     """
     handle = _lock(folder)
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # before the lock is gone, or it could be another's
+        (folder / LOCK).unlink(missing_ok=True)  # while still locked: later it could be another process's file
         os.close(handle)
 
 
 def _lock(folder: Path) -> int:
-    """An open file that has the lock."""
+    """An open file that holds the lock."""
     path = folder / LOCK
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -86,11 +86,11 @@ def _lock(folder: Path) -> int:
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return handle
-        os.close(handle)  # whoever had it has just finished, and its file is gone
+        os.close(handle)  # the previous holder has just finished and removed the file
 
 
 def free_directory(wanted: Path) -> Path:
-    """`wanted`, or `wanted`-2, -3, ...: the first that does not exist, so that no run overwrites another."""
+    """The first of `wanted`, `wanted`-2, `wanted`-3, ... that does not exist, so that no run overwrites another."""
     number, directory = 1, wanted
     while directory.exists():
         number += 1

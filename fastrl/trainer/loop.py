@@ -1,9 +1,9 @@
-"""The trainer's loop, which is the picture of the data flow:
+"""The trainer's loop. The data flow:
 
-batch = source.next       prompts -> completions -> rewards, or rows that were written before
+batch = source.next       prompts -> completions -> rewards, or pre-written rows
 algorithm.updates         label, drop what cannot contribute, split, pack, score
 learner.step              forward -> loss -> backward -> step
-source.publish            new weights for whoever samples
+source.publish            new weights for the sampler
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from fastrl.types import Batch
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its status, the steps that were done, held-out numbers before and after, and its report."""
+    """How a run ended: status, steps done, held-out numbers before and after, and the report."""
 
     status: str  # finished, interrupted, diverged, rewards failed, failed
     steps: int
     before: dict[str, float]
     after: dict[str, float]
     report: Path
-    signal: int | None = None  # which interrupted it
+    signal: int | None = None  # the signal that interrupted it
     problems: tuple[str, ...] = ()  # what could not be written at the end
 
 
 @dataclass(repr=False)
 class Run:
-    """Where batches come from, what is learned from them, by which models, and what is measured.
+    """A training run: where batches come from, what learns from them and how, and what is measured.
 
-    `fastrl.trainer.setup.prepare` makes one of a recipe, and of what a `Trainer` is given.
+    `fastrl.trainer.setup.prepare` makes one from a recipe and the objects given to a `Trainer`.
     """
 
     config: TrainConfig
@@ -69,20 +69,20 @@ class Run:
     evaluations: Sequence[Evaluation]
     fingerprint: str  # of the model's weights before training
     speed: Speed
-    once: AskedOnce | None = None  # the reference of rows that were written before
-    resumed: Checkpoint | None = None  # where the run goes on from, instead of the model's own weights
-    said: tuple[str, ...] = ()  # what the user should know of model and data
+    once: AskedOnce | None = None  # the reference model for pre-written rows
+    resumed: Checkpoint | None = None  # the checkpoint to resume from
+    said: tuple[str, ...] = ()  # notes to the user on model and data
     callbacks: Sequence[Callback] = ()
-    batch: Batch | None = None  # the next step's, once the source has given it
+    batch: Batch | None = None  # the next step's batch, once the source has given it
     log: RunLog = field(init=False)
-    start: dict[str, Any] = field(init=False)  # where what is not done yet of the next step, or of its batch, began
-    saved: tuple[Path, dict[str, Any]] | None = field(default=None, init=False)  # the last checkpoint, and of what
+    start: dict[str, Any] = field(init=False)  # position before the unfinished part of the next step or its batch
+    saved: tuple[Path, dict[str, Any]] | None = field(default=None, init=False)  # last checkpoint and learner state
 
     def train(self) -> Outcome:
-        """Every step that is left; writes to `directory` and returns how it ended.
+        """Runs the remaining steps, writes to `directory` and returns how the run ended.
 
         Raises:
-            ValueError: another process writes to the run's directory, or its checkpoint is of other prompts.
+            ValueError: another process writes to the run's directory, or its checkpoint belongs to other prompts.
         """
         with only_writer(self.directory, self.config) as self.directory:
             self.log = self._open_log()
@@ -92,7 +92,7 @@ class Run:
             return self._conclude(ended)
 
     def evaluate(self) -> dict[str, float]:
-        """The evaluations with the weights as they are, printed; writes nothing. Returns their numbers by name."""
+        """Evaluates the current weights, prints the numbers and returns them by name; writes nothing."""
         printed = Printed()
         for evaluation in self.evaluations:
             evaluation.run(self.learner, printed, self.learner.steps)
@@ -110,15 +110,15 @@ class Run:
         return log
 
     def _begin(self) -> None:
-        """The frozen reference's log-probabilities, optimizers, and where a resumed run had stopped."""
+        """Computes reference log-probabilities, makes the optimizers, and restores a resumed run."""
         if self.once:
-            # An interrupt is met again before the first step, where there is something to go on from.
+            # An interrupt is raised again before the first step, where there is something to resume from.
             with suppress(Interrupted), self.log.stage("reference", "answers") as progress:
                 self.once.fill_in(self.learner, self.directory, progress=progress)
-            self.once = None  # gives its memory back where it is a model of its own
+            self.once = None  # frees the memory of a separate reference model
         with self.log.stage("setup"):
             self.learner.begin()
-            env.return_freed_memory()  # the optimizers' buffers took the weights' place; what is left has no use
+            env.return_freed_memory()  # the optimizers' buffers replaced the original weights
         if self.resumed:
             resume.restore(self)
             resume.resume_log(self)
@@ -127,7 +127,7 @@ class Run:
                 self.log.warn(message)
 
     def _steps(self) -> Ended:
-        """Every step that is left. Whatever ends them, the weights are those of the last whole update."""
+        """Runs the remaining steps. Whatever ends them, the weights are those of the last whole update."""
         learner, log, config = self.learner, self.log, self.config
         while True:
             trains, at = False, f"Evaluation after step {learner.steps}"
@@ -145,7 +145,7 @@ class Run:
                 path = error.save(self.directory)
                 log.warn(f"{at}: {error}. Nothing was updated; the batch is in {path}.")
                 return Ended("diverged")
-            except FloatingPointError as error:  # the sampler met logits that are not finite
+            except FloatingPointError as error:  # non-finite logits in the sampler, or a non-finite held-out loss
                 log.warn(f"{at}: {error}")
                 return Ended("diverged")
             except Interrupted as signal:
@@ -153,16 +153,16 @@ class Run:
                 log.warn(f"Stopped by {signal} after {self._reached()}; saving.")
                 self._save()
                 return Ended("interrupted", log.interrupt.signal)
-            except RewardFailure as error:  # the weights are those of the step before, and a judge may be repaired
+            except RewardFailure as error:  # the weights are intact, and the reward may be repaired
                 if not trains and not learner.steps:
-                    raise  # nothing was trained that could be lost
+                    raise  # nothing was trained yet
                 self._give_up(start)
                 log.warn(f"{at}: {error}")
                 self._save()
                 return Ended("rewards failed")
             except (Exception, KeyboardInterrupt) as error:
                 if not learner.updates:
-                    raise  # nothing was trained that could be lost
+                    raise  # nothing was trained yet
                 self._give_up(start)
                 log.warn(f"{at}: {spot(error)}. {advice(error)}".strip())
                 if learner.whole:
@@ -188,7 +188,7 @@ class Run:
         learner.steps, self.batch = learner.steps + 1, None  # a step is done once it is logged
 
     def _evaluate_if_due(self) -> None:
-        """Before and after training, and every so often between."""
+        """Evaluates before and after training, and every `eval.every` steps between."""
         step, every = self.learner.steps, self.config.eval.every
         due = step in (0, self.config.steps) or bool(every and step % every == 0)
         if due and not self.log.evaluated(step):
@@ -196,7 +196,7 @@ class Run:
                 evaluation.run(self.learner, self.log, step)
 
     def _give_up(self, start: dict[str, Any]) -> None:
-        """Undoes what was drawn and logged of work that will be done again: of a step, or of what its batch lacks."""
+        """Undoes what was drawn and logged for work that will be repeated: the step, or the rest of its batch."""
         if self.batch is not None and self.source.replays and not self.batch.updates:
             self.batch = None
         resume.back_to(self, start if self.batch is None else self.start)
@@ -205,7 +205,7 @@ class Run:
         return resume.reached(self.learner.steps, self.batch)
 
     def _save(self) -> None:
-        """A checkpoint; one that cannot be written costs neither the run nor the one before it."""
+        """Writes a checkpoint. If that fails, the run goes on and earlier checkpoints stay."""
         try:
             with self.log.stage("save"):
                 env.return_freed_memory()
@@ -214,11 +214,11 @@ class Run:
             step = self.learner.steps
             self.log.warn(
                 f"The checkpoint after step {step} could not be written to {self.directory}: {error}. Earlier ones are "
-                "as they were."
+                "unchanged."
             )
 
     def _conclude(self, ended: Ended) -> Outcome:
-        """Saves what was trained, writes the report and closes the log; what cannot be written is said."""
+        """Saves what was trained, writes the report, reports what could not be written, and closes the log."""
         log, steps, problems = self.log, self.learner.steps, []
         if self.learner.whole:
             try:
@@ -228,7 +228,7 @@ class Run:
             except (OSError, SafetensorError) as error:
                 problems.append(f"The model could not be written to {self.directory}: {error}.")
         else:
-            problems.append("An update was cut short, so the model is not saved; checkpoints are as they were.")
+            problems.append("An update was cut short, so the model is not saved; checkpoints are unchanged.")
         before, after = log.evaluated(0), log.evaluated(steps) if ended.status == "finished" else {}
         report = self.directory / "report.html"
         go_on = resume.how_to(self.directory) if ended.status != "finished" and has_checkpoint(self.directory) else ""
@@ -244,8 +244,8 @@ class Run:
         return Outcome(ended.status, steps, before, after, report, ended.signal, tuple(problems))
 
     def _save_models(self, ended: Ended) -> None:
-        """Writes what was trained; an adapter alone, or merged into its model. Weights that are not finite get a name
-        that says so."""
+        """Writes the trained models; an adapter alone or merged, as configured. Non-finite weights go to a folder whose
+        name ends in _not_finite."""
         for name, model in self.learner.models().items():
             whole = model is self.learner.adapted and self.config.adapter.save == "merged"
             finite = ended.status != "diverged" or all(bool(weight.isfinite().all()) for weight in model.parameters())

@@ -14,28 +14,29 @@ from fastrl.trainer.config import OptimizerConfig
 
 POLICY, CRITIC = "optimizer", "critic"  # names of a run's optimizers, and of their files in a checkpoint
 PIECE = 1 << 19  # 16-bit gradients widened at a time
-SLICE = 1 << 22  # weights updated at a time: what the float32 copy of a slice costs is all the copy there is
+SLICE = 1 << 22  # weights updated at a time: only one slice is ever copied to float32
 
 
 class MasterOptimizer:
-    """AdamW whose weights and gradients are float32 whatever the model's dtype.
+    """AdamW with float32 weights and gradients, whatever the model's dtype.
 
     An update of about lr is far below the spacing of bfloat16 numbers around a typical weight, so 16-bit weights alone
-    would not move. A master is kept as two halves of 16 bits: the model's own weight, which is the master rounded to
-    bfloat16, and what the rounding left over. Together they are the float32 bits, in 4 bytes instead of 6.
+    would not move. Each float32 master is stored as two 16-bit halves: the model's weight, which is the master rounded
+    to bfloat16, and the difference of their bits. Together they take 4 bytes per weight instead of 6.
 
-    Everything lies in flat buffers made once: no allocation while training, and the peak of memory shows in the first
-    step. Gradients of each micro-batch are added in float32 as soon as they are complete, and their 16-bit buffers
-    freed; `param.main_grad`, the field's name for it since Megatron, is where an op may add directly.
+    Everything lies in flat buffers allocated once, so peak memory shows in the first step. Gradients of each
+    micro-batch are added in float32 as soon as they are complete, and their 16-bit buffers freed. An op may add
+    directly to `param.main_grad`, the name that Megatron introduced.
 
     Args:
-        params: of one dtype, bfloat16 or float32; those without `requires_grad` are left alone. They become views of a
-            flat buffer. `zero_grad` on the model would detach float32 gradients from theirs: `step` clears them.
+        params: all bfloat16 or all float32; those without `requires_grad` are left alone. They become views of a flat
+            buffer. Do not call the model's `zero_grad`, which would detach float32 gradients from their buffer: `step`
+            clears them.
         config: rates, betas, clipping, schedule.
         total_steps: where a cosine schedule ends.
 
     Raises:
-        ValueError: the parameters are of another dtype, or of several.
+        ValueError: the parameters have another dtype, or several.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, total_steps: int) -> None:
@@ -66,14 +67,14 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def norm(self) -> float:
-        """The Euclidean norm of the gradient as it stands; waits for the device."""
+        """The Euclidean norm of the current gradient; waits for the device."""
         return torch.linalg.vector_norm(self.grad).item()
 
     @torch.no_grad()
     def step(self, norm: float | None = None) -> float:
-        """Clips, updates masters and model, clears gradients; returns the norm before clipping, which may be given.
+        """Clips, updates masters and model, and clears gradients. Returns the norm before clipping.
 
-        A norm that is not finite updates nothing: the caller decides what to do with it.
+        A given `norm` is not computed again. If it is not finite, nothing is updated; the caller decides what to do.
         """
         norm = self.norm() if norm is None else norm
         if math.isfinite(norm):
@@ -86,31 +87,31 @@ class MasterOptimizer:
         return norm
 
     def discard(self) -> None:
-        """Clears the gradients of micro-batches whose step is not taken."""
+        """Clears the gradients of a step that will not be taken."""
         self.grad.zero_()
         if self.low_bits is not None:
             for param in self.params:
-                param.grad = None  # there is one where a backward pass was cut short
+                param.grad = None  # left behind if a backward pass was cut short
 
     def masters(self) -> list[torch.Tensor]:
-        """The float32 weights, one tensor per parameter: views when the model is float32, copies when it is not."""
+        """The float32 weights, one tensor per parameter: views if the model is float32, copies otherwise."""
         return self._views(self.weights if self.low_bits is None else join(self.weights, self.low_bits))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that the next step depends on besides `steps`: the flat buffers themselves, no copies.
+        """Everything the next step depends on besides `steps`: the flat buffers themselves, not copies.
 
-        weights `(n,)` in the model's dtype; low_bits `(n,)` int16, of a bfloat16 model; exp_avg, exp_avg_sq `(n,)`
-        float32.
+        weights `(n,)` in the model's dtype; low_bits `(n,)` int16, only for a bfloat16 model; exp_avg, exp_avg_sq
+        `(n,)` float32.
         """
         named = {name: getattr(self, name) for name in ("weights", "low_bits", "exp_avg", "exp_avg_sq")}
         return {name: buffer for name, buffer in named.items() if buffer is not None}
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor], *, steps: int) -> None:
-        """Goes on from where `tensors` were taken, after `steps` steps; the model's weights change with the masters.
+        """Restores what `tensors` returned after `steps` steps; the model's weights change with the masters.
 
         Raises:
-            ValueError: they are of parameters of another number or dtype.
+            ValueError: the number or the dtype of the parameters differs.
         """
         expected = {name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in self.tensors().items()}
         got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -127,7 +128,7 @@ class MasterOptimizer:
             [self.exp_avg[piece]],
             [self.exp_avg_sq[piece]],
             [],
-            [torch.tensor(float(self.steps), device=master.device)],  # each slice counts up its own
+            [torch.tensor(float(self.steps), device=master.device)],  # adamw increments it, so each slice gets its own
             fused=True,
             amsgrad=False,
             beta1=self.config.betas[0],
@@ -147,7 +148,7 @@ class MasterOptimizer:
 
 @contextmanager
 def whole_step(optimizers: Iterable[MasterOptimizer]) -> Iterator[None]:
-    """Inside, gradients are added; of a block that raises, none are left for the next step."""
+    """Clears all gradients if the block raises, so that none leak into the next step."""
     try:
         yield
     except BaseException:
@@ -157,14 +158,14 @@ def whole_step(optimizers: Iterable[MasterOptimizer]) -> Iterator[None]:
 
 
 def join(weights: torch.Tensor, low_bits: torch.Tensor) -> torch.Tensor:
-    """float32 masters from bfloat16 weights and int16 rests: their bits are (weight's bits << 16) + rest."""
+    """float32 masters from bfloat16 weights and int16 low bits: (bits of the weight << 16) + low bits."""
     return (weights.view(torch.int16).int().bitwise_left_shift_(16)).add_(low_bits).view(torch.float32)
 
 
 def split(masters: torch.Tensor, weights: torch.Tensor, low_bits: torch.Tensor) -> None:
-    """Writes the nearest bfloat16 of each float32 master to `weights`, and the difference of their bits to `low_bits`.
+    """Writes each float32 master, rounded to bfloat16, to `weights`, and the difference of their bits to `low_bits`.
 
-    The low bits of a tie that rounds down would be 2^15, one more than int16 holds: that master loses its last bit.
+    On a tie that rounds down the difference is 2^15, one more than int16 holds: that master loses its last bit.
     """
     weights.copy_(masters)
     high = weights.view(torch.int16).int().bitwise_left_shift_(16)
@@ -175,9 +176,9 @@ def _add_to(grad: torch.Tensor) -> Callable[[torch.nn.Parameter], None]:
     """A hook that adds a complete 16-bit gradient to its float32 buffer and frees it."""
 
     def hook(param: torch.nn.Parameter) -> None:
-        if param.grad is None:  # an op has added all of it already
+        if param.grad is None:  # an op has already added all of it
             return
-        # torch widens a 16-bit addend before it adds: piece by piece, the wide copy stays in the cache.
+        # torch widens a 16-bit addend before adding it; in pieces, the wide copy stays in the cache.
         for total, part in zip(grad.flatten().split(PIECE), param.grad.flatten().split(PIECE), strict=True):
             total.add_(part)
         param.grad = None

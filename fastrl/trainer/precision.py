@@ -1,4 +1,4 @@
-"""Which dtype a run computes in, and on which products: what this machine is quick at, found out by a race."""
+"""Chooses a run's dtype and linear-layer implementation by timing them on this machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     Config = TypeVar("Config", bound=TrainConfig)
 
-SLOW = 1.1  # from which factor on bfloat16 asked for by name is worth a warning
+SLOW = 1.1  # warn from this ratio on if the recipe names bfloat16
 
 
 class Precision(NamedTuple):
-    """A dtype, and what bfloat16's time is as a multiple of float32's; None where that was not measured."""
+    """A dtype, and bfloat16's time as a multiple of float32's; None if not measured."""
 
     dtype: str
     ratio: float | None = None
@@ -36,10 +36,10 @@ class Precision(NamedTuple):
 
 
 def resolve_dtype(config: Config, device: torch.device, resumed: Checkpoint | None = None) -> tuple[Config, Precision]:
-    """The configuration with a dtype in the place of auto, and why that one.
+    """The configuration with its dtype resolved, and the reason for the choice.
 
-    On a GPU bfloat16 where it has it. On a CPU bfloat16 only where a race at the model's own shapes, on the products
-    that will run, shows that it takes at most CLEARLY of float32's time. A resumed run keeps its own.
+    GPUs take bfloat16 if they support it. CPUs take it only if a benchmark of the model's shapes, on the
+    implementation that will run, takes at most CLEARLY of float32's time. A resumed run keeps its dtype.
     """
     if resumed and config.dtype == "auto":
         return replace(config, dtype=resumed.manifest["recipe"]["dtype"]), Precision(
@@ -62,16 +62,16 @@ def resolve_dtype(config: Config, device: torch.device, resumed: Checkpoint | No
 
 @dataclass
 class Speed:
-    """How a run computes: its dtype, and the products of its linear layers."""
+    """How a run computes: its dtype, and the implementation of its linear layers."""
 
     precision: Precision
-    asked: str  # the dtype of the recipe
-    choices: Choices  # a checkpoint keeps them, so that a resumed run computes the same bits
-    layers: int = 0  # on fastrl's products, of all models of the run
-    others: Counter[str] = field(default_factory=Counter)  # kinds of layers that stay torch's
+    asked: str  # the dtype in the recipe
+    choices: Choices  # saved in checkpoints, so that a resumed run computes the same bits
+    layers: int = 0  # number of layers on fastrl's products, over all models of the run
+    others: Counter[str] = field(default_factory=Counter)  # kinds of layers that stay on torch
 
     def up(self, model: PreTrainedModel, config: TrainConfig) -> None:
-        """`accelerate_cpu`, as the configuration has it."""
+        """Applies `accelerate_cpu` as configured."""
         if config.linear == "torch" or next(model.parameters()).device.type != "cpu":
             return
         made = accelerate_cpu(model, linear=config.linear, known=self.choices)
@@ -79,7 +79,7 @@ class Speed:
         self.others += Counter(made.others)
 
     def about(self) -> dict[str, str]:
-        """For the first lines of a run, and its env.json."""
+        """Lines for the start of a run and for its env.json."""
         lines = {"dtype": str(self.precision)}
         if self.layers:
             torchs = ", ".join(f"{count} {name}" for name, count in self.others.items())
@@ -89,14 +89,14 @@ class Speed:
         return lines
 
     def show(self) -> None:
-        """Prints both, for a command that keeps no log."""
+        """Prints these lines and the warnings, for commands without a log."""
         for name, line in self.about().items():
             print(f"{name}: {line}")
         for message in self.warnings():
             print(f"warning: {message}")
 
     def warnings(self) -> list[str]:
-        """What to say to somebody who asked for a slow dtype."""
+        """A warning if the recipe asks for a slow dtype."""
         ratio = self.precision.ratio
         if self.asked != "bfloat16" or ratio is None or ratio < SLOW:
             return []

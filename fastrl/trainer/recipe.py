@@ -1,4 +1,4 @@
-"""Recipes: YAML files of a `TrainConfig`, read strictly."""
+"""Recipes: YAML files that hold a `TrainConfig`, read strictly."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastrl.trainer.typed import ConfigError, from_dict, without_none
 
 
 class _Refused(yaml.YAMLError):
-    """Something that YAML reads otherwise than it looks."""
+    """YAML would read something differently from how it looks."""
 
 
 class Strict(yaml.SafeLoader):
-    """YAML without its surprises: a key twice, of which the last would win, and numbers in other bases than ten."""
+    """YAML without its surprises: duplicate keys, where the last would win, and numbers in bases other than ten."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the base class.
 
         Raises:
-            yaml.YAMLError: a key stands twice.
+            yaml.YAMLError: a key appears twice.
         """
         seen: dict[Any, int] = {}
         for key, _ in node.value:
@@ -37,7 +37,7 @@ class Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def whole_number(self, node: yaml.ScalarNode) -> int:
-        """A number as it looks: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
+        """A decimal integer; YAML 1.1 would read 010 as 8 and 1:30 as 90, so these are refused."""
         text = str(node.value).replace("_", "")
         if not text.lstrip("+-").isdecimal() or (len(text.lstrip("+-")) > 1 and text.lstrip("+-")[0] == "0"):
             line = node.start_mark.line + 1
@@ -49,7 +49,7 @@ Strict.add_constructor("tag:yaml.org,2002:int", Strict.whole_number)
 
 
 def load_recipe(path: str | Path) -> TrainConfig:
-    """Reads a YAML recipe. Unknown keys and wrong types are errors that name the key, the nearest one, and the file.
+    """Reads a YAML recipe. Unknown keys and wrong types are errors that name the file, the key and the nearest match.
 
     Raises:
         ConfigError: the file is missing, not YAML, or not a recipe.
@@ -76,13 +76,13 @@ def load_recipe(path: str | Path) -> TrainConfig:
 
 
 def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
-    """The configuration with what flags say: `--a.b value`, or `--a.b=value`, for every field, for the entries of its
-    mappings (`--task.options.min_terms 2`) and for the items of its lists (`--rewards.0.name format`).
+    """The configuration with flags applied: `--a.b value` or `--a.b=value`, for every field, entry of a mapping
+    (`--task.options.min_terms 2`) and item of a list (`--rewards.0.name format`).
 
-    A list takes several values. A value is read as YAML, but for fields that are text.
+    A list takes several values. Values are read as YAML, except in text fields.
 
     Raises:
-        ConfigError: a flag names no field, or its value has another type.
+        ConfigError: a flag names no field, or its value has the wrong type.
     """
     values = _plain(asdict(config))
     for flag, given in _by_flag(flags):
@@ -97,7 +97,7 @@ def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
 
 
 def _by_flag(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(name, what follows it) of each flag."""
+    """(name, values that follow it) of each flag."""
     found: list[tuple[str, list[str]]] = []
     for word in flags:
         if word.startswith("--") and len(word) > 2:
@@ -111,7 +111,7 @@ def _by_flag(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _step_into(target: Any, key: str, hint: Any, where: str, *, last: bool) -> tuple[Any, Any, Any]:
-    """(what holds the key, the key in it, the hint of what it holds) on the way along a flag's name."""
+    """One step along a flag's dotted name: (container, key in it, type hint of the value there)."""
     if is_dataclass(hint):
         hints = get_type_hints(hint)
         if key not in hints:
@@ -139,7 +139,7 @@ def _step_into(target: Any, key: str, hint: Any, where: str, *, last: bool) -> t
 
 
 def _value(hint: Any, given: list[str], where: str) -> Any:
-    """What the words after a flag stand for."""
+    """The value that the words after a flag stand for."""
     if get_origin(hint) is tuple:
         only = given[0] if len(given) == 1 and given[0].startswith("[") else None
         words = given if only is None else None
@@ -163,12 +163,12 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As YAML has it."""
+    """The value with tuples as lists, as YAML has them."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def shown(config: TrainConfig) -> str:
-    """The recipe in full, which runs as it is."""
+    """The full recipe as YAML, ready to run."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)

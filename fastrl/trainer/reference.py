@@ -1,4 +1,4 @@
-"""The frozen reference's log-probabilities of every answer: computed once, kept on disk beside the run."""
+"""Log-probabilities of every answer under the frozen reference model: computed once, cached in the run's folder."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ AT_ONCE = 256  # groups packed at a time
 
 @dataclass(frozen=True)
 class AskedOnce:
-    """A frozen reference, which may be the policy itself before training, and the groups that it is asked about."""
+    """A frozen reference model, possibly the policy before training, and the groups that it scores once."""
 
     reference: Policy
-    fingerprint: str  # of its weights
+    fingerprint: str  # of the reference's weights
     dtype: str
     groups: Sequence[Group]
 
     def fill_in(self, learner: Learner, run_dir: Path | None, *, progress: Progress = unseen) -> None:
-        """Gives every answer its `ref_logps`: from `run_dir`, or asked now and kept there; without one only asked.
+        """Sets `ref_logps` of every answer: reads them from the cache in `run_dir`, or computes and caches them.
 
-        They are kept under the names of the reference's weights and of the answers, so that neither another model's nor
-        another data set's are ever taken for them. `progress` is told of the answers, before each micro-batch.
+        The cache is keyed by the reference's weights, the answers, the dtype and the temperature, so values from
+        another model or data set are never used. Without `run_dir` nothing is cached. `progress` counts answers, before
+        each micro-batch.
         """
         groups = [*self.groups, *(Group(one.prompt, [one.mismatched]) for one in self.groups if one.mismatched)]
         about = {"model": self.fingerprint, "answers": fingerprint(groups), "dtype": self.dtype}
@@ -64,7 +65,7 @@ class AskedOnce:
 
 
 def _read(path: Path, about: dict[str, str]) -> torch.Tensor | None:
-    """What was kept under these names; None where there is nothing, or another model's."""
+    """The cached values; None if there are none, or if their key differs."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("logps") if file.metadata() == about else None

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how a run goes on from it as if it had never stopped."""
+"""What a checkpoint holds, and how a run resumes from it as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
 
 def position(run: Run) -> dict[str, Any]:
-    """Where the run is, besides weights and optimizer: the source, the algorithm, the random numbers and the log.
+    """The run's state besides weights and optimizer: source, algorithm, random numbers and log.
 
-    What a step samples and in which order it trains is seeded by the step's number; the global generators are for
-    what others draw from them, rewards above all.
+    Sampling and training order are seeded by the step's number. The global generators are saved for other code that
+    draws from them, rewards above all.
     """
     where = {"source": run.source.state_dict(), "algorithm": run.algorithm.state_dict(), "random": _random_state()}
     return where | {"log": run.log.position()}
 
 
 def back_to(run: Run, where: dict[str, Any]) -> None:
-    """Undoes what was drawn and logged since `position` gave `where`: of work that will be done again."""
+    """Undoes what was drawn and logged since `position` returned `where`, because that work will be repeated."""
     _go_to(run, where)
     run.log.rewind(where["log"])
 
 
 def save(run: Run) -> Path:
-    """Writes a checkpoint, and deletes those that are no longer kept; returns its folder.
+    """Writes a checkpoint, deletes those no longer kept, and returns its folder.
 
     Raises:
-        OSError: it cannot be written; nothing of it is left, and the checkpoints before it are as they were.
+        OSError: it cannot be written. Nothing of it is left, and earlier checkpoints are untouched.
     """
     learner, batch = run.learner, run.batch
     state = {
@@ -77,11 +77,11 @@ def save(run: Run) -> Path:
 
 
 def restore(run: Run) -> None:
-    """Puts weights, optimizers, source and random numbers back to where `run.resumed` was written, and the batch of the
-    next step where the run stopped inside it.
+    """Restores weights, optimizers, source and random numbers from `run.resumed`, and the current batch if the run
+    stopped inside a step.
 
     Raises:
-        ValueError: the prompts or the model's shape are others than the run began with.
+        ValueError: the prompts or the model's shape differ from those the run began with.
     """
     found = run.resumed
     state = found.json("state.json")
@@ -91,9 +91,9 @@ def restore(run: Run) -> None:
 
 
 def resume_log(run: Run) -> None:
-    """Cuts from the run's files what it wrote after `run.resumed`, and says where it goes on from."""
+    """Removes what the run logged after `run.resumed`, and reports where it resumes."""
     clear_leftovers(run.directory)
-    checkpoint.point_to(run.resumed.folder)  # newer ones are of a future that will not be
+    checkpoint.point_to(run.resumed.folder)  # newer checkpoints are abandoned
     where = reached(run.learner.steps, run.batch)
     run.log.resume(run.resumed.json("state.json")["log"], _where_from(run, where))
     for message in (*run.resumed.skipped, *_differences(run)):
@@ -112,7 +112,7 @@ def resumable(config: TrainConfig) -> Checkpoint:
     """The checkpoint that `config.resume` names: a run directory, one of its checkpoints, or `latest`.
 
     Raises:
-        ValueError: there is none, or its recipe is another; the message names the field.
+        ValueError: there is none, or its recipe differs; the message names the field.
     """
     found = checkpoint.find(_newest_run(config.directory()) if config.resume == "latest" else Path(config.resume))
     began = found.manifest["step"] + (found.manifest["update"] is not None)
@@ -127,10 +127,10 @@ def resumable(config: TrainConfig) -> Checkpoint:
 
 
 def require_same_model(found: Checkpoint, name: str, fingerprint: str) -> None:
-    """Refuses to go on with other weights than the run began with, under whatever name.
+    """Refuses to resume with weights other than those the run began with, whatever their name.
 
     Raises:
-        ValueError: they are others.
+        ValueError: the weights differ.
     """
     began = found.manifest["model"]
     got = "other weights under the same name" if name == began["name"] else repr(name)
@@ -139,21 +139,21 @@ def require_same_model(found: Checkpoint, name: str, fingerprint: str) -> None:
 
 
 def how_to(run_dir: Path) -> str:
-    """The command that goes on with a run."""
+    """The command that resumes a run."""
     return shlex.join(["fastrl", "train", str(run_dir / "config.yaml"), "--resume", str(run_dir)])
 
 
 def _newest_run(wanted: Path) -> Path:
-    """Of `wanted`, `wanted`-2, ... the run directory that wrote a checkpoint last; `wanted` if none did."""
+    """The run directory among `wanted`, `wanted`-2, ... that wrote a checkpoint last; `wanted` if none did."""
     runs = [run for run in (wanted, *wanted.parent.glob(f"{wanted.name}-*")) if checkpoint.has_checkpoint(run)]
     return max(runs, key=lambda run: (run / checkpoint.CHECKPOINTS).stat().st_mtime, default=wanted)
 
 
 def _changes(found: Checkpoint, config: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """(field, its value in the checkpoint, its value in `config`) of every field that differs."""
+    """(field, value in the checkpoint, value in `config`) of every field that differs."""
     saved = from_dict(TrainConfig, found.manifest["recipe"], f"resume: {found.folder}")  # fills in newer fields
     if config.dtype == "auto":
-        config = replace(config, dtype=saved.dtype)  # as it was resolved then
+        config = replace(config, dtype=saved.dtype)  # as resolved then
     was, now = dict(_leaves(_plain(saved))), dict(_leaves(_plain(config)))
     return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
 
@@ -165,7 +165,7 @@ def _where_from(run: Run, where: str) -> str:
 
 
 def _differences(run: Run) -> Iterator[str]:
-    """What the reader should know about a run that goes on under other conditions."""
+    """Warnings about a run that resumes under different conditions."""
     was = run.resumed.manifest["versions"]
     now = checkpoint.about()["versions"]
     changed = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
@@ -177,12 +177,12 @@ def _differences(run: Run) -> Iterator[str]:
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
-    """The recipe as JSON gives it back."""
+    """The recipe after a round trip through JSON."""
     return json.loads(json.dumps(asdict(config), default=str))
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of a nested mapping; a list is a value."""
+    """(dotted name, value) of each entry of a nested mapping; a list counts as one value."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from _leaves(value, f"{prefix}.{name}" if prefix else name)
@@ -197,7 +197,7 @@ def _go_to(run: Run, where: dict[str, Any]) -> None:
 
 
 def _random_state() -> dict[str, Any]:
-    """Of python, numpy, torch and each CUDA device, as JSON can hold it."""
+    """Generator states of python, numpy, torch and each CUDA device, in a form that JSON can hold."""
     _, keys, place, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -208,7 +208,7 @@ def _random_state() -> dict[str, Any]:
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
-    """CUDA devices that this machine has not, or the other had not, are left alone."""
+    """CUDA devices that only one of the two machines has are left alone."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, place, has_gauss, cached = state["numpy"]

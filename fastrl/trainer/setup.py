@@ -1,4 +1,4 @@
-"""From a configuration to a trainer with everything it needs, all of it checked before anything is written."""
+"""Builds a run from a configuration and checks everything before anything is written."""
 
 from __future__ import annotations
 
@@ -59,35 +59,35 @@ if TYPE_CHECKING:
     Loaded = TypeVar("Loaded")
 
 
-SEPARATE_CRITIC_LR, SHARED_CRITIC_LR = 1e-5, 1e-4  # of a whole model; of a layer that begins as zeros
+SEPARATE_CRITIC_LR, SHARED_CRITIC_LR = 1e-5, 1e-4  # for a whole model; for a layer that starts at zero
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What a kind of source brings."""
+    """A source and what comes with it."""
 
     source: Source
     evaluations: list[Evaluation]
-    said: tuple[str, ...]  # of rows that were left out
+    said: tuple[str, ...]  # warnings about dropped rows
     once: AskedOnce | None = None
 
 
 def train(config: TrainConfig) -> Outcome:
-    """Trains as `config` says and returns how it ended. Nothing is written until models, data and rewards are ready.
+    """Trains as configured and returns how the run ended. Nothing is written until models, data and rewards are ready.
 
-    With `config.resume` it goes on in that run's directory, and what follows is what would have followed.
+    `config.resume` continues a run in its own directory, as if it had never stopped.
 
     Raises:
-        ValueError: something in the configuration cannot work; the message says what.
+        ValueError: the configuration cannot work; the message says why.
     """
     return prepare(config).train()
 
 
 def evaluate_model(config: TrainConfig, model: str = "") -> dict[str, float]:
-    """What a model, or else the recipe's own, reaches on what the recipe holds out, printed; writes nothing.
+    """Evaluates `model`, by default the recipe's, on the recipe's held-out set and prints the results; writes nothing.
 
-    What is held out is that of a training run with the same data, seed and size. A loss that compares with a reference
-    compares with the recipe's, which is the model that the recipe trains where it names no other.
+    The held-out set is that of a training run with the same data, seed and size. A loss with a reference model uses
+    the recipe's, by default the model that the recipe trains.
 
     Raises:
         ValueError: the recipe holds nothing out.
@@ -107,7 +107,7 @@ def evaluate_model(config: TrainConfig, model: str = "") -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Given:
-    """Objects that take the place of what a recipe names; None where it names it."""
+    """Objects that replace what a recipe names; None keeps the recipe's."""
 
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
     rows: Sequence[Mapping[str, Any]] | None = None  # prompts or answers
@@ -122,11 +122,11 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     """Loads and checks models, data and rewards.
 
     Args:
-        given: objects instead of what the configuration names.
-        trains: put the adapter into the model that the recipe trains; a model that is only judged is left as it is.
+        given: objects that replace what the configuration names.
+        trains: add the recipe's adapter to the model; False leaves a model that is only evaluated unchanged.
 
     Raises:
-        ValueError: something the configuration names does not exist or does not fit together.
+        ValueError: something in the configuration does not exist or does not fit.
     """
     given = given or Given()
     algorithm = given.algorithm or build_algorithm(config)
@@ -141,7 +141,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     elif scalar:
         model, tokenizer = load_scalar_model(config.model, dtype)
     else:
-        base = base_of(config.model) if trains else ""  # of an adapter that is trained further
+        base = base_of(config.model) if trains else ""  # base model, if an adapter is trained further
         options = {"quantize": config.adapter.quantize, "device": device, "tokenizer": config.model if base else ""}
         model, tokenizer = load_model(base or config.model, dtype, **options)
         adapted = trained_adapter(model, config) if base else None
@@ -178,14 +178,14 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     else:
         made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards, given.rows)
     if on_prompts and trains and model.generation_config is not None:
-        # Whoever generates with what is saved stops where we did.
+        # Generation with the saved model stops where training's sampler stopped.
         stops = on_prompts.params.stop_token_ids
         model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
     if given.source:
         made = replace(made, source=given.source)
     if resumed:
-        made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before all is written
-    # For rewards that draw from them; last, because libraries that are imported on first use draw from them too.
+        made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before any write
+    # For rewards that draw random numbers; last, because libraries draw some when they are first imported.
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
     about = [about_router(model, config.router_aux_loss_coef), about_padding(tokenizer) if scalar else ""]
@@ -214,7 +214,7 @@ def _rewards(config: TrainConfig, given: Sequence[tuple[RewardFunc, float]] | No
 
 
 def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """How the policy itself completes prompts."""
+    """How the policy samples completions."""
     model, rollout = learner.policy.model, config.rollout
     params = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
@@ -243,7 +243,7 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
-    """`load_task`, of prompts that fit the models with a completion behind them."""
+    """`load_task`, after checking that prompt and completion fit the models."""
     prompts, held_out, said = load_task(config, tokenizer, rows)
     model, critic = learner.policy.model, learner.critic
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
@@ -269,7 +269,7 @@ def _rollouts(
     rewards: RewardSuite,
     rows: Sequence[Mapping[str, Any]] | None,
 ) -> _Made:
-    """Prompts, an engine on the policy's own model, and what the algorithm has beside the policy."""
+    """Prompts, a sampler on the policy's model, and the reference and critic that the algorithm needs."""
     rollout = config.rollout
     if algorithm.needs_ref and learner.adapted and not (config.reference or base_of(config.model)):
         learner.reference = WithoutAdapter(learner.policy, learner.adapted)
@@ -313,7 +313,7 @@ def _offline(
     began: str,
     rows: Sequence[Mapping[str, Any]] | None,
 ) -> _Made:
-    """Rows, and the reference that is asked about all of them before the first step."""
+    """Pre-written rows, and the reference model that scores them all before the first step."""
     policy, model = learner.policy, learner.policy.model
     reference = policy if algorithm.needs_ref else None
     if config.reference and algorithm.needs_ref:
@@ -346,14 +346,14 @@ def _frozen(
     speed: Speed,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Policy:
-    """A reference on the policy's device, in 4 bits as it is; of another model than the policy's own, `tokenizer` is
-    checked."""
+    """A reference model on the policy's device, quantized as the policy is. Given `tokenizer`, its vocabulary must
+    match."""
     dtype, policy = DTYPES[config.dtype], learner.policy
     model, other = load_model(name, dtype, quantize=config.adapter.quantize, device=learner.device)
     if tokenizer is not None:
         same = other.get_vocab() == tokenizer.get_vocab()
-        got = f"{name!r}, whose {len(other.get_vocab())} tokens are others"
-        do = "Its log-probabilities would be of other tokens."
+        got = f"{name!r}, whose {len(other.get_vocab())} tokens differ"
+        do = "Its log-probabilities would belong to different tokens."
         op = type(config).__name__
         require(same, op, "reference", f"a model with the vocabulary of {config.model!r}", got, do)
         require_same_rows(op, "reference", model, policy.model, len(tokenizer))
@@ -363,10 +363,10 @@ def _frozen(
 
 
 def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Speed]:
-    """What every run does first.
+    """The first part of every run's setup.
 
-    Returns the configuration with its dtype resolved, the checkpoint that it goes on from, its device, and how it
-    computes there.
+    Returns the configuration with its dtype resolved, the checkpoint to resume from, the device, and how to compute
+    on it.
 
     Raises:
         ModuleNotFoundError: a tracker is not installed.
@@ -379,14 +379,14 @@ def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Spee
     env.reuse_freed_memory()
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    resolve("linear_logprob", config.backend, device)  # refuses here what a step would refuse
+    resolve("linear_logprob", config.backend, device)  # refuses now what the first step would refuse
     resolved, precision = resolve_dtype(config, device, resumed)
     known = from_json(resumed.json("state.json").get("linear", {})) if resumed else {}
     return resolved, resumed, device, Speed(precision, config.dtype, known)
 
 
 def make_optimizers(config: TrainConfig, learner: Learner) -> dict[str, MasterOptimizer]:
-    """The policy's, and that of the critic's own weights."""
+    """The optimizer of the policy, and of the critic if there is one."""
     each, critic, lr = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout, None, 0.0
     if isinstance(learner.critic, ScalarModel):
         critic, lr = learner.critic.model, SEPARATE_CRITIC_LR
@@ -401,17 +401,17 @@ def make_optimizers(config: TrainConfig, learner: Learner) -> dict[str, MasterOp
 
 
 def with_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel | None:
-    """Puts the adapters that `config` asks for into the model; None where it asks for none, and every weight trains."""
+    """Adds the configured adapters to the model; returns None if there are none and every weight trains."""
     if not config.rank:
         return None
     return add_adapter(model, rank=config.rank, alpha=config.alpha, targets=config.targets)
 
 
 def trained_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """The adapter that `config.model` is the folder of, in the model that it was trained on.
+    """Loads the adapter in folder `config.model` into `model`, its base model.
 
     Raises:
-        ValueError: the recipe trains every weight, or another adapter.
+        ValueError: the recipe trains every weight, or its adapter settings differ.
     """
     adapter, do = config.adapter, "Or name a model saved with adapter.save=merged, to train every weight."
     expected = f"the rank of the adapter in {config.model!r}, to train it further"
@@ -420,17 +420,17 @@ def trained_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
 
 
 def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, layout: str) -> Critic:
-    """The critic that `config.ppo` asks for, on the policy's device, fit for the same micro-batches.
+    """The configured critic, on the policy's device and ready for the same micro-batches.
 
     Raises:
-        ValueError: it has another tokenizer, or cannot attend as the layout needs.
+        ValueError: it has another tokenizer, or does not support the attention that the layout needs.
     """
     if config.ppo.critic == "shared":
         return SharedCritic(policy)
     name = config.ppo.critic_model or config.model
     model, its_tokenizer = load_scalar_model(name, DTYPES[config.dtype])
     same = its_tokenizer.get_vocab() == tokenizer.get_vocab()
-    got = f"{name!r}, whose tokenizer is another"
+    got = f"{name!r}, which has a different tokenizer"
     require(same, "TrainConfig", "ppo.critic_model", "a model with the policy's tokenizer", got)
     require_same_rows("TrainConfig", "ppo.critic_model", model, policy.model, len(tokenizer))
     prepare_attention(model.to(policy.model.device), layout, dtype=DTYPES[config.dtype])
@@ -440,13 +440,13 @@ def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokeni
 
 
 def positions(*models: PreTrainedModel) -> float:
-    """The longest sequence that each of the models has positions for; infinite where none has a limit."""
+    """The longest sequence that all models have positions for; infinite if none has a limit."""
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
     return min(filter(None, limits), default=math.inf)
 
 
 def require_known_tokens(model: PreTrainedModel, name: str, sequences: Iterable[Sequence[int]]) -> None:
-    """Refuses token ids past a model's embeddings, as of a tokenizer that is not the model's.
+    """Refuses token ids outside a model's embeddings, which another model's tokenizer may produce.
 
     Raises:
         ValueError: there are some.
@@ -457,12 +457,12 @@ def require_known_tokens(model: PreTrainedModel, name: str, sequences: Iterable[
 
 
 def require_same_rows(op: str, argument: str, model: PreTrainedModel, policy: PreTrainedModel, tokens: int) -> None:
-    """Refuses a second model whose embeddings end before the tokens that the policy reads and writes.
+    """Refuses a second model that lacks embeddings for tokens of the policy.
 
-    Rows past the tokenizer's are padding, of which models of one family have unequal numbers.
+    Embedding rows past the tokenizer's are padding, whose number differs between models of one family.
 
     Raises:
-        ValueError: they do.
+        ValueError: embeddings are missing.
     """
     rows, its_rows = embedding_rows(model), embedding_rows(policy)
     needed = min(its_rows, tokens)
@@ -470,10 +470,10 @@ def require_same_rows(op: str, argument: str, model: PreTrainedModel, policy: Pr
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Makes the model's layers compute their activations again in the backward pass instead of keeping them.
+    """Makes the model's layers recompute their activations in the backward pass instead of storing them.
 
-    In evaluation mode: transformers' own way needs training mode, in which models drop and perturb what no module shows
-    (functional dropout, layer drop, router noise).
+    Works in evaluation mode. The checkpointing in transformers needs training mode, which also turns on randomness that
+    no module shows (functional dropout, layer drop, router noise).
 
     Raises:
         ValueError: the model has no layers that transformers would checkpoint.
@@ -481,15 +481,17 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    got = f"{type(model).__name__}, whose layers are none that transformers checkpoints"
-    require(bool(layers), "checkpoint_activations", "model", "one with such layers", got, "Leave it off.")
+    got = f"{type(model).__name__}, which has none"
+    require(
+        bool(layers), "checkpoint_activations", "model", "layers that transformers can checkpoint", got, "Leave it off."
+    )
     for layer in layers:
         layer.__class__ = _recomputed(type(layer))
 
 
 @cache
 def _recomputed(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """A kind of layer that keeps its inputs alone."""
+    """A subclass of a layer that stores only its inputs."""
 
     def forward(self: torch.nn.Module, *args: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -502,7 +504,7 @@ def _recomputed(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
 def load_task(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]] | None = None
 ) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
-    """(training prompts, held-out prompts, what was said about rows that were left out); no question is in both."""
+    """(training prompts, held-out prompts, warnings about dropped rows); no question is in both sets."""
     task = config.task
 
     def load() -> tuple[list[Prompt], list[Prompt]]:
@@ -525,7 +527,7 @@ def load_task(
 
 
 def with_warnings(load: Callable[[], Loaded]) -> tuple[Loaded, tuple[str, ...]]:
-    """What `load` returns, and what it warned the user of, to be said once there is a log."""
+    """(what `load` returns, the warnings it raised for the user), to be logged once there is a log."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = load()
@@ -533,7 +535,7 @@ def with_warnings(load: Callable[[], Loaded]) -> tuple[Loaded, tuple[str, ...]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU when there is one.
+    """The device of that name; "auto" is a GPU if there is one.
 
     Raises:
         ValueError: torch knows no such device, or has none here.
@@ -556,7 +558,7 @@ def _load_rows(
     max_tokens: int,
     given: Sequence[Mapping[str, Any]] | None,
 ) -> tuple[list[Group], tuple[str, ...]]:
-    """(groups of that kind, what was said about rows that were left out)."""
+    """(groups of that kind, warnings about dropped rows)."""
     data = config.data
     groups, said = with_warnings(
         lambda: load_preferences(
@@ -583,7 +585,7 @@ def _load_rows(
 
 
 def _require_room(config: TrainConfig, layout: str, groups: Sequence[Group]) -> None:
-    """Refuses a token budget that the longest group does not fit, which `pack` would notice only when it is drawn."""
+    """Refuses a token budget that the longest group exceeds; `pack` would notice only when that group is drawn."""
 
     def tokens(group: Group) -> int:
         prompt, completions = len(group.prompt.token_ids), [len(sample.token_ids) - 1 for sample in group.samples]
@@ -593,7 +595,7 @@ def _require_room(config: TrainConfig, layout: str, groups: Sequence[Group]) -> 
         return copies * prompt + sum(completions)
 
     longest = max(map(tokens, groups))
-    expected = f"at least {longest}, as the longest row has"
+    expected = f"at least {longest}, the tokens of the longest row"
     enough = config.max_tokens_per_microbatch >= longest
     require(
         enough,

@@ -1,4 +1,4 @@
-"""Training from Python: a recipe's call, with objects where a recipe has names."""
+"""Training from Python: a recipe as a call, with objects in place of names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OP = "Trainer"
 
 
 class Trainer:
-    """Trains a language model; every setting of a recipe is an argument of the same name.
+    """Trains a language model. Every recipe setting is an argument of the same name.
 
         trainer = Trainer("smollm2-135m-instruct", rows, rewards=judge, algorithm="grpo", steps=40)
         trainer.train()
@@ -45,21 +45,21 @@ class Trainer:
 
     Args:
         model: a name as in a recipe, or a loaded (model, tokenizer), which is trained in place.
-        rows: mappings with a `prompt` and whatever the rewards read, or with the columns of written answers
-            (`chosen` and `rejected`, `completion`, ...), or a `Source` of your own. None takes what `task` or `data` of
-            the settings name.
-        rewards: a function with TRL's signature, sync or async, or several, each alone or with its weight.
-        algorithm: a name, the preset or spec of a loss, or an `Algorithm`. A policy loss takes GRPO's advantages.
-        estimator: advantages of your own: (rewards (B,) float64, group_ids=(B,)) -> (B,).
-        terms: functions (log-probabilities (N,) with gradient, micro-batch) -> (N,), added to the loss of each token
-            with the weight that the policy loss gives it; logged as `loss/` and the function's name.
+        rows: mappings with a `prompt` and the columns that the rewards read, or with the columns of pre-written answers
+            (`chosen` and `rejected`, `completion`, ...), or your own `Source`. None uses `task` or `data` of the
+            settings.
+        rewards: a function with TRL's signature, sync or async, or several, each alone or as (function, weight).
+        algorithm: a name, the preset or spec of a loss, or an `Algorithm`. A policy loss uses GRPO's advantages.
+        estimator: your own advantages: (rewards (B,) float64, group_ids=(B,)) -> (B,).
+        terms: functions (log-probabilities (N,) with gradient, micro-batch) -> (N,), added to each token's loss with
+            the token's weight in the policy loss; logged as `loss/` and the function's name.
         callbacks: called with (step, numbers by name) after each step, and after each evaluation with names that begin
-            with eval/. What one raises ends the run, which is saved.
-        evaluations: further ones; each has `run(learner, log, step)`.
+            with eval/. An exception in one ends the run, which is saved.
+        evaluations: additional evaluations; each has `run(learner, log, step)`.
         settings: the rest of the recipe: steps=40, rollout={"group_size": 8}, optimizer={"lr": 1e-5}, ...
 
     Raises:
-        ValueError: something does not exist or does not fit together; the message says what.
+        ValueError: something does not exist or does not fit; the message says what.
     """
 
     def __init__(
@@ -98,20 +98,20 @@ class Trainer:
         self.run = prepare(config, given)
 
     def train(self) -> Outcome:
-        """Every step that is left; writes to `run_dir` and returns how it ended."""
+        """Runs the remaining steps, writes to `run_dir` and returns how the run ended."""
         return self.run.train()
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out numbers of the weights as they are, printed and returned."""
+        """Evaluates the current weights on the held-out set; prints and returns the numbers."""
         return self.run.evaluate()
 
     def save(self, folder: str | Path) -> Path:
-        """Writes model and tokenizer, or the adapter, to `folder`, which `from_pretrained` loads."""
+        """Writes the model or adapter, and the tokenizer, to `folder`; `from_pretrained` loads them."""
         return save_model(self.run.learner.models()["model"], self.run.tokenizer, Path(folder))
 
 
 def _name(algorithm: str | Spec | Algorithm) -> str:
-    """What the configuration says of an algorithm that has no name in it: one of its kind."""
+    """The algorithm's name in the configuration; an object stands under the name of a similar algorithm."""
     if isinstance(algorithm, str):
         return algorithm
     kind = getattr(algorithm, "kind", None)
@@ -127,7 +127,7 @@ def _defaults(algorithm: str | Spec | Algorithm) -> dict[str, Any]:
 
 
 def _of_rows(config: TrainConfig, number: int, settings: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with given rows in it; of these nothing is held out but what the caller asks for."""
+    """The configuration for the given rows; none are held out unless the caller asks for it."""
     name = "data" if config.offline else "task"
     asked = settings.get(name, {}).get("held_out", 0)
     return replace(config, **{name: replace(getattr(config, name), source=f"{number} rows, given", held_out=asked)})
@@ -162,7 +162,7 @@ def _weighted(rewards: Rewards) -> list[tuple[RewardFunc, float]]:
 
 
 def _listed(value: Any) -> Any:
-    """Settings as YAML has them: tuples are lists, paths are text."""
+    """Settings as YAML would hold them: tuples become lists, paths become text."""
     if isinstance(value, Mapping):
         return {name: _listed(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

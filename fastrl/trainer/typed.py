@@ -1,4 +1,4 @@
-"""Plain values, as YAML has them, to typed dataclasses; what does not fit is refused in one sentence."""
+"""Converts plain YAML values to typed dataclasses; anything that does not fit is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RENAMED = {  # keys of older recipes
 
 
 class ConfigError(ValueError):
-    """A recipe or flag that cannot be run, in one sentence."""
+    """A recipe or flag is invalid; the message is one sentence."""
 
 
 def from_dict(cls: type, data: Any, where: str) -> Any:
-    """An instance of dataclass `cls` from plain YAML values; `where` is named in errors."""
+    """An instance of dataclass `cls` from plain YAML values; errors name `where`."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of settings, got {type(data).__name__}.")
     hints = get_type_hints(cls)
@@ -48,7 +48,7 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
 
 
 def nested(changes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Changes of a dataclass's fields, with a dotted name such as `surrogate.low` written out as mappings.
+    """Changes to a dataclass's fields, with dotted names such as `surrogate.low` expanded to nested mappings.
 
     Raises:
         ValueError: a field is changed twice.
@@ -72,13 +72,13 @@ def nested(changes: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def changed(spec: T, changes: Mapping[str, Any], where: str) -> T:
-    """A frozen dataclass with these fields otherwise.
+    """A frozen dataclass with these changes.
 
-    A field that is a dataclass itself takes a mapping of its own fields; the key `name` in it, or a name in the place
-    of the mapping, chooses another class: `surrogate: {name: cispo, ratio_max: 5}`, `transform: log_odds`.
+    A field that is itself a dataclass takes a mapping of its fields. The key `name` in the mapping, or a name instead
+    of it, chooses another class: `surrogate: {name: cispo, ratio_max: 5}`, `transform: log_odds`.
 
     Raises:
-        ConfigError: there is no such field, or its value has another type.
+        ConfigError: there is no such field, or its value has the wrong type.
     """
     hints, values = get_type_hints(type(spec)), {}
     for key, value in changes.items():
@@ -110,7 +110,7 @@ def _field(hint: Any, current: Any, value: Any, where: str) -> Any:
 
 
 def snake(name: str) -> str:
-    """LogOdds as a recipe writes it: log_odds."""
+    """A class name as recipes write it: LogOdds is log_odds."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
@@ -155,7 +155,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-5, without a dot, as text.
+        # YAML 1.1 reads 1e-5, which has no dot, as text.
         try:
             return float(value)
         except ValueError:

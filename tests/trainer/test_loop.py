@@ -280,7 +280,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_a_run_on_rows_too(tmp_path):
     outcome = train(offline_config(tmp_path, "sft", steps=1, optimizer=OptimizerConfig(lr=1e38)))
     assert (outcome.status, outcome.steps) == ("diverged", 1)
     said = (tmp_path / "run" / "warnings.jsonl").read_text()
-    assert "Evaluation after step 1: the loss on what is held out is" in said
+    assert "Evaluation after step 1: the loss on the held-out rows is" in said
 
 
 def test_reward_that_raises_on_some_samples_excludes_only_those(tmp_path):

@@ -560,7 +560,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
         ({"reference": str(other)}, "reference: expected a model with the vocabulary of"),
         (
             {"max_tokens_per_microbatch": 6},
-            r"max_tokens_per_microbatch: expected at least \d+, as the longest row has, got 6",
+            r"max_tokens_per_microbatch: expected at least \d+, the tokens of the longest row, got 6",
         ),
         (
             {"data": replace(config.data, held_out=24)},
