@@ -64,7 +64,7 @@ class Learner:
     temperature: float = 1.0
     steps: int = 0
     optimizers: dict[str, MasterOptimizer] = field(default_factory=dict)
-    whole: bool = True  # False while an update is being written into the weights
+    intact: bool = True  # False from the first weight that an update changes until the loop has taken note of it
 
     @property
     def updates(self) -> int:
@@ -144,12 +144,11 @@ class Learner:
         routers = [model.router for model in (self.policy, self.critic) if getattr(model, "router", None)]
         metrics = [*metrics, *(noted for router in routers for noted in router.metrics())]
         numbers = {"loss": loss}
-        self.whole = False
+        self.intact = False
         for name, optimizer in trains.items():
             prefix = "" if name == POLICY else f"{name}/"
             numbers |= {f"{prefix}grad_norm": norms[name], f"{prefix}learning_rate": optimizer.learning_rate()}
             optimizer.step(norms[name])
-        self.whole = True
         return merge(metrics), numbers
 
     def state_dict(self) -> dict[str, Any]:

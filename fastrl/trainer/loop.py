@@ -1,8 +1,9 @@
 """The trainer's loop. The data flow:
 
-batch = source.next       prompts -> completions -> rewards, or pre-written rows
-algorithm.updates         label, drop what cannot contribute, split, pack, score
-learner.step              forward -> loss -> backward -> step
+batch = source.next       prompts -> completions -> rewards, or pre-written rows: fastrl/sources
+algorithm.updates         advantages or labels: fastrl/algorithms/group_policy_gradient.py, ppo.py, offline.py;
+                          then drop what cannot contribute, split, pack, score
+learner.step              forward -> loss, which is algorithm.accumulate -> backward -> optimizer step
 source.publish            new weights for the sampler
 """
 
@@ -75,14 +76,17 @@ class Run:
     callbacks: Sequence[Callback] = ()
     batch: Batch | None = None  # the next step's batch, once the source has given it
     log: RunLog = field(init=False)
-    start: dict[str, Any] = field(init=False)  # position before the unfinished part of the next step or its batch
-    saved: tuple[Path, dict[str, Any]] | None = field(default=None, init=False)  # last checkpoint and learner state
+    rewind_to: dict[str, Any] = field(
+        init=False
+    )  # where source, log and random numbers were before the unfinished work
+    saved: tuple[Path, dict[str, Any]] | None = field(default=None, init=False)  # last checkpoint, and its counters
 
     def train(self) -> Outcome:
         """Runs the remaining steps, writes to `directory` and returns how the run ended.
 
         Raises:
             ValueError: another process writes to the run's directory, or its checkpoint belongs to other prompts.
+            Exception: whatever went wrong before the first update; later the run is saved and says how it ended.
         """
         with only_writer(self.directory, self.config) as self.directory:
             self.log = self._open_log()
@@ -127,19 +131,20 @@ class Run:
                 self.log.warn(message)
 
     def _steps(self) -> Ended:
-        """Runs the remaining steps. Whatever ends them, the weights are those of the last whole update."""
+        """Runs the remaining steps. Whatever ends them, the weights are those of the last whole update, unless an
+        update was cut short while it was written: then `learner.intact` is False and nothing is saved."""
         learner, log, config = self.learner, self.log, self.config
         while True:
-            trains, at = False, f"Evaluation after step {learner.steps}"
-            start = self.start = resume.position(self)
+            in_step, at = False, f"Evaluation after step {learner.steps}"
+            before = self.rewind_to = resume.position(self)
             try:
                 log.interrupt.check()
                 self._evaluate_if_due()
                 log.interrupt.check()
                 if learner.steps == config.steps:
                     return Ended("finished")
-                trains, at = True, f"Step {learner.steps + 1}"
-                start = self.start = resume.position(self)
+                in_step, at = True, f"Step {learner.steps + 1}"
+                before = self.rewind_to = resume.position(self)
                 self._step()
             except NonFiniteLoss as error:
                 path = error.save(self.directory)
@@ -148,24 +153,24 @@ class Run:
             except FloatingPointError as error:  # non-finite logits in the sampler, or a non-finite held-out loss
                 log.warn(f"{at}: {error}")
                 return Ended("diverged")
-            except Interrupted as signal:
-                self._give_up(start)
-                log.warn(f"Stopped by {signal} after {self._reached()}; saving.")
+            except Interrupted as interruption:
+                self._rewind(before)
+                log.warn(f"Stopped by {interruption} after {self._reached()}; saving.")
                 self._save()
                 return Ended("interrupted", log.interrupt.signal)
-            except RewardFailure as error:  # the weights are intact, and the reward may be repaired
-                if not trains and not learner.steps:
-                    raise  # nothing was trained yet
-                self._give_up(start)
+            except RewardFailure as error:  # the weights are those of the last update, and the reward may be repaired
+                if not in_step and not learner.steps:
+                    raise  # the evaluation before training failed: nothing to go on with
+                self._rewind(before)
                 log.warn(f"{at}: {error}")
                 self._save()
                 return Ended("rewards failed")
             except (Exception, KeyboardInterrupt) as error:
                 if not learner.updates:
                     raise  # nothing was trained yet
-                self._give_up(start)
+                self._rewind(before)
                 log.warn(f"{at}: {spot(error)}. {advice(error)}".strip())
-                if learner.whole:
+                if learner.intact:
                     self._save()
                 pressed = isinstance(error, KeyboardInterrupt)
                 return Ended("interrupted" if pressed else "failed", log.interrupt.signal if pressed else None)
@@ -176,11 +181,12 @@ class Run:
         """One step, or the rest of one that was interrupted."""
         source, learner, algorithm, log = self.source, self.learner, self.algorithm, self.log
         self.batch = batch = self.batch or source.next(learner, log)
-        self.start = resume.position(self)
+        self.rewind_to = resume.position(self)
         for update in algorithm.updates(learner, batch, log):
             with log.stage("train", f"micro-batches{update.label}") as progress:
                 batch.updates.append(learner.step(algorithm, update, progress))
-            self.start = resume.position(self)
+            self.rewind_to = resume.position(self)
+            learner.intact = True  # only now do weights, batch and position agree
         source.publish(learner)
         log.step(learner.steps + 1, step_metrics(batch))
         if batch.kind == "rewarded":
@@ -195,11 +201,11 @@ class Run:
             for evaluation in self.evaluations:
                 evaluation.run(self.learner, self.log, step)
 
-    def _give_up(self, start: dict[str, Any]) -> None:
-        """Undoes what was drawn and logged for work that will be repeated: the step, or the rest of its batch."""
+    def _rewind(self, before: dict[str, Any]) -> None:
+        """Undoes what was drawn and logged since the last whole update, or since `before` if the batch is not kept."""
         if self.batch is not None and self.source.replays and not self.batch.updates:
             self.batch = None
-        resume.back_to(self, start if self.batch is None else self.start)
+        resume.back_to(self, before if self.batch is None else self.rewind_to)
 
     def _reached(self) -> str:
         return resume.reached(self.learner.steps, self.batch)
@@ -220,7 +226,7 @@ class Run:
     def _conclude(self, ended: Ended) -> Outcome:
         """Saves what was trained, writes the report, reports what could not be written, and closes the log."""
         log, steps, problems = self.log, self.learner.steps, []
-        if self.learner.whole:
+        if self.learner.intact:
             try:
                 with log.stage("save"):
                     env.return_freed_memory()
@@ -247,10 +253,10 @@ class Run:
         """Writes the trained models; an adapter alone or merged, as configured. Non-finite weights go to a folder whose
         name ends in _not_finite."""
         for name, model in self.learner.models().items():
-            whole = model is self.learner.adapted and self.config.adapter.save == "merged"
+            as_merged = model is self.learner.adapted and self.config.adapter.save == "merged"
             finite = ended.status != "diverged" or all(bool(weight.isfinite().all()) for weight in model.parameters())
             folder = self.directory / (name if finite else f"{name}_not_finite")
-            if self.saved and self.saved[1] == self.learner.state_dict() and name == "model" and not whole:
+            if self.saved and self.saved[1] == self.learner.state_dict() and name == "model" and not as_merged:
                 copy_model(self.saved[0], folder)
             else:
-                save_model(merged(self.learner.adapted) if whole else model, self.tokenizer, folder)
+                save_model(merged(self.learner.adapted) if as_merged else model, self.tokenizer, folder)
