@@ -1,4 +1,4 @@
-"""From text and chat messages to tokens: what a tokenizer and its chat template add, and where a turn ends."""
+"""From text and chat messages to tokens: what tokenizer and chat template add, and where a turn ends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastrl.types import Messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANSWER = "the answer"  # of a conversation that is rendered to see what follows
+_ANSWER = "the answer"  # placeholder answer, rendered to see what follows it
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of text that something follows: behind what the tokenizer begins texts with, which is there once even
-    where the text has it already, and without what it ends texts with."""
+    """The tokens of a text that continues: with the tokenizer's beginning-of-text token exactly once, even if the text
+    already has it, and without its end-of-text token."""
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer(text)["input_ids"]
     starts = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
@@ -26,10 +26,10 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
-    """The messages as the chat template writes them; `options` are its further arguments.
+    """The messages as the chat template renders them; `options` are its extra arguments.
 
-    Templates read the arguments of tool calls as a mapping or as JSON text, and some write the other one wrong without
-    a word: whichever a row has, the template gets what it writes as JSON.
+    Templates expect the arguments of tool calls as a mapping or as JSON text, and some silently render the other form
+    wrong. Whichever form a row has, the template gets the one that it renders as JSON.
 
     Raises:
         ValueError: the template refuses them.
@@ -50,11 +50,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: An
 
 
 def template_arguments(row: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is told beside the messages: the run's options, and a row's own `tools`, `documents` and
+    """The chat template's arguments besides the messages: the run's options, and a row's `tools`, `documents` and
     `chat_template_kwargs`, which may be JSON text.
 
     Raises:
-        ValueError: one of them is neither a list, or a mapping, nor the JSON of one.
+        ValueError: one of them is not a list or mapping, nor the JSON of one.
     """
     given = {}
     for name, kind in (("tools", list), ("documents", list), ("chat_template_kwargs", dict)):
@@ -72,10 +72,9 @@ def template_arguments(row: Mapping[str, Any], options: Mapping[str, Any]) -> di
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, **options: Any) -> int | None:
-    """The first special token that the chat template puts behind an answer.
+    """The first special token that the chat template puts after an answer; None without a template or such a token.
 
-    None where there is no template, or where it puts none there. Generation has to stop at it and an answer that is
-    trained on has to end with it, whatever the tokenizer's end of sequence is.
+    Generation must stop at it, and trained answers must end with it, whatever the tokenizer's end of sequence is.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return None
@@ -89,10 +88,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, **options: Any) -> int | Non
 
 
 def messages_of(content: object) -> Messages | None:
-    """Chat messages with all their fields, or None for what are no messages.
+    """Chat messages with all their fields; None if `content` is not a list of messages.
 
-    A message has a role, and a content that is text, a list of texts, or nothing beside another field, such as tool
-    calls. A field that is None, as `datasets` fills in where another row has it, is left out.
+    A message has a role, and a content that is text or a list of texts, or no content but another field such as tool
+    calls. Fields that are None, which `datasets` fills in if another row has them, are dropped.
     """
     if not (isinstance(content, list) and all(map(_is_message, content))):
         return None
@@ -104,14 +103,13 @@ def messages_of(content: object) -> Messages | None:
 
 
 def content_text(message: Mapping[str, Any]) -> str:
-    """The text of a message; empty for one without."""
+    """The text of a message; empty if it has none."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def is_unicode(value: Any) -> bool:
-    """False for text with half of a surrogate pair, which JSON can write and no tokenizer can read; True for what holds
-    none."""
+    """False if a text in `value` has half of a surrogate pair, which JSON can hold but no tokenizer can read."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -123,7 +121,7 @@ def is_unicode(value: Any) -> bool:
 
 
 def complete(messages: Messages, system: str, suffix: str) -> Messages:
-    """The messages with a system message where they have none, and the suffix behind the user's last words."""
+    """The messages with a system message, if they have none, and the suffix after the last user message."""
     last = max(place for place, message in enumerate(messages) if message["role"] == "user")
     content = messages[last]["content"] or ""
     longer = content + suffix if isinstance(content, str) else [*content, {"type": "text", "text": suffix}]
@@ -154,7 +152,7 @@ def _functions(messages: Messages) -> list[dict[str, Any]]:
 
 
 def _forms(messages: Messages) -> list[Messages]:
-    """The messages with the arguments of tool calls as mappings, and as JSON text; as they are where there are none."""
+    """The messages with tool-call arguments as mappings, and as JSON text; unchanged if there are none."""
     if not _functions(messages):
         return [messages]
     forms = []
@@ -180,7 +178,7 @@ def _as_json(arguments: Any) -> str:
 
 
 def _written_wrong(messages: Messages) -> set[str]:
-    """What a rendered text must not hold: Python's spelling of a mapping, and JSON text that is quoted once more."""
+    """Strings that a rendered text must not contain: a mapping in Python's notation, and JSON text quoted again."""
     wrong = set()
     for function in _functions(messages):
         mapping = _as_mapping(function["arguments"])

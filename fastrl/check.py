@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def sentence(op: str, argument: str, expected: str, got: object, do: str = "") -> str:
-    """One clear sentence that names the argument, what was expected, what came, and what to do."""
+    """The message: which argument, what was expected, what came, and what to do."""
     return f"{op}: {argument}: expected {expected}, got {got}." + (f" {do}" if do else "")
 
 
@@ -24,26 +24,26 @@ def require(
     do: str = "",
     error: type[Exception] = ValueError,
 ) -> None:
-    """Raise `error` with the standard sentence unless `condition` holds."""
+    """Raises `error` with the standard message unless `condition` holds."""
     if not condition:
         raise error(sentence(op, argument, expected, got, do))
 
 
 def shape(op: str, argument: str, tensor: torch.Tensor, expected: Iterable[int], like: str, do: str = "") -> None:
-    """Require a shape; `like` says where the expected shape comes from."""
+    """Requires a shape; `like` says where it comes from."""
     expected = tuple(expected)
     require(tuple(tensor.shape) == expected, op, argument, f"shape {expected} {like}", tuple(tensor.shape), do)
 
 
 def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
-    """Require a floating-point tensor of a dtype that kernels compute with: 8 bits are for storage."""
+    """Requires a floating-point tensor of a dtype that kernels compute in: 8-bit types are for storage only."""
     ok = tensor.is_floating_point() and tensor.element_size() > 1
     expected = "a floating-point tensor of 16, 32 or 64 bits"
     require(ok, op, argument, expected, tensor.dtype, "Cast it first.", TypeError)
 
 
 def integer(op: str, argument: str, tensor: torch.Tensor) -> None:
-    """Require an int32 or int64 tensor."""
+    """Requires an int32 or int64 tensor."""
     import torch
 
     require(
@@ -58,16 +58,16 @@ def integer(op: str, argument: str, tensor: torch.Tensor) -> None:
 
 
 def device(op: str, argument: str, tensor: torch.Tensor, expected: torch.device, like: str) -> None:
-    """Require a device; `like` names the tensor that fixes it."""
+    """Requires a device; `like` names the tensor that determines it."""
     require(
         tensor.device == expected, op, argument, f"device {expected} as {like}", tensor.device, "Move it with .to()."
     )
 
 
 def values(op: str, argument: str, tensor: torch.Tensor, good: torch.Tensor, expected: str) -> torch.Tensor:
-    """The tensor, of whose values those that are not `good`, bool of its shape, are refused.
+    """Refuses a tensor with values that are not `good` (bool of its shape), else returns it.
 
-    On a device that would have to be waited for, or in a graph, they become NaN instead, which shows in the loss.
+    On a device that it would have to wait for, or in a graph, bad values become NaN instead, which shows in the loss.
     """
     import torch
 
@@ -79,7 +79,7 @@ def values(op: str, argument: str, tensor: torch.Tensor, good: torch.Tensor, exp
 
 
 def choice(op: str, argument: str, value: object, choices: Iterable[str]) -> None:
-    """Require one of a set of names, and offer the nearest when it is not."""
+    """Requires one of a set of names; the message suggests the nearest."""
     choices = tuple(choices)
     if value not in choices:
         near = get_close_matches(str(value), choices, n=1)

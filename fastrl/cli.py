@@ -12,22 +12,22 @@ from fastrl import env
 
 USAGE = """fastrl: reinforcement learning of language models.
 
-  fastrl train RECIPE.yaml [--field value ...]   train as the recipe says; with --help, list its fields
-  fastrl train RECIPE.yaml --print               the recipe with every field, which runs to the same losses
-  fastrl eval MODEL RECIPE.yaml [--field ...]    a run, checkpoint or model on what a recipe holds out; with --json,
-                                                 its numbers alone
-  fastrl recipes [FOLDER] [--markdown]           the recipes of a folder (here: recipes) and every algorithm
-  fastrl bench [OP] [--against PEERS ...]        every op, or one, timed against torch and other projects; --help
-  fastrl bench --tune                            times the Triton kernels' tiles on this GPU and keeps the fastest
-  fastrl doctor [--json]                         devices, backends and why one is missing, versions, threads
+  fastrl train RECIPE.yaml [--field value ...]   train a recipe; --help lists its fields
+  fastrl train RECIPE.yaml --print               print the full recipe, which trains the same
+  fastrl eval MODEL RECIPE.yaml [--field ...]    evaluate a run, checkpoint or model on a recipe's held-out set; --json
+                                                 prints only the numbers
+  fastrl recipes [FOLDER] [--markdown]           list the recipes in a folder (default: recipes) and every algorithm
+  fastrl bench [OP] [--against PEERS ...]        time every op, or one, against torch and other projects; see --help
+  fastrl bench --tune                            time the Triton kernels' tile sizes on this GPU and keep the fastest
+  fastrl doctor [--json]                         show devices, backends and why one is missing, versions, threads
 """
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_DIVERGED = range(5)
-EXIT_SIGNALLED = 128  # and the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM
+EXIT_SIGNALLED = 128  # plus the signal's number, as in shells: 130 after Ctrl-C, 143 after SIGTERM
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 ok, 1 failed, 2 usage, 3 environment, 4 diverged, 128 and the
-    signal's number where one stopped it."""
+    """Runs one command and returns the exit status: 0 ok, 1 failed, 2 usage, 3 environment, 4 diverged, or 128 plus the
+    number of the signal that stopped it."""
     env.wait_briefly()
     args = sys.argv[1:] if argv is None else argv
     commands = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor, "recipes": _recipes}
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return commands[args[0]](args[1:])
     except ModuleNotFoundError as error:
-        # Our own messages say what to install; python's name the module.
-        do = f"fastrl: {error}. Install what training needs, in the source tree: pip install '.[train]'"
+        # Our own messages say what to install; Python's only name the module.
+        do = f"fastrl: {error}. Install the training packages, in the source tree: pip install '.[train]'"
         print(error if error.name is None else do, file=sys.stderr)
         return EXIT_ENVIRONMENT
     except (ValueError, OSError) as error:
@@ -65,7 +65,7 @@ def _train(args: list[str]) -> int:
         return EXIT_OK
     try:
         outcome = train(config)
-    except RewardFailure as error:  # before the first step: nothing was trained that could be lost
+    except RewardFailure as error:  # before the first step, so nothing is lost
         print(error, file=sys.stderr)
         return EXIT_FAILED
     if outcome.status == "interrupted":
@@ -96,11 +96,11 @@ def _eval(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    """The benchmarks are beside the package, not in it: they measure a tree, and name its commit."""
+    """The benchmarks live beside the package, not in it: they measure a source tree and record its commit."""
     tree = Path(__file__).resolve().parents[1]
     if not (tree / "bench" / "run.py").is_file():
         print(
-            f"fastrl bench: expected a source tree with the folder bench, got the package alone, in {tree}. Clone the "
+            f"fastrl bench: expected a source tree with the folder bench, got only the package, in {tree}. Clone the "
             "repository and install it from there: pip install --editable '.[train,models,bench]'.",
             file=sys.stderr,
         )
@@ -116,7 +116,7 @@ def _doctor(args: list[str]) -> int:
 
     from fastrl.doctor import print_doctor
 
-    parser = ArgumentParser("fastrl doctor", description="What was found on this machine.")  # also without tyro
+    parser = ArgumentParser("fastrl doctor", description="Show what this machine has.")  # works without tyro
     parser.add_argument("--json", action="store_true", help="print JSON")
     return print_doctor(Console(), as_json=parser.parse_args(args).json)
 
@@ -126,7 +126,7 @@ def _recipes(args: list[str]) -> int:
 
     from fastrl.menu import page, print_menu
 
-    parser = ArgumentParser("fastrl recipes", description="The recipes of a folder and every algorithm.")
+    parser = ArgumentParser("fastrl recipes", description="List the recipes in a folder and every algorithm.")
     parser.add_argument("folder", nargs="?", default="recipes", type=Path)
     parser.add_argument("--markdown", action="store_true", help="print the table of algorithms as docs/algorithms.md")
     found = parser.parse_args(args)
@@ -135,7 +135,7 @@ def _recipes(args: list[str]) -> int:
 
 
 def _configure(prog: str, args: list[str]) -> object:
-    """The recipe named first, with the flags that follow it."""
+    """The configuration from a recipe and the flags that follow it."""
     from fastrl.trainer.build import build_algorithm
     from fastrl.trainer.config import TrainConfig
     from fastrl.trainer.recipe import load_recipe, with_flags

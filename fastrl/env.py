@@ -1,4 +1,4 @@
-"""The only reader of `os.environ`, and the only place that touches process-wide settings."""
+"""The only module that reads `os.environ` or touches process-wide settings."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def triton_interpreted() -> bool:
 
 
 def reuse_freed_memory() -> bool:
-    """Ask the C library to keep freed blocks, so that a step's big CPU buffers are not paged in anew at the next one.
+    """Asks the C library to keep freed blocks, so that each step can reuse the last one's big CPU buffers.
 
     Page faults on fresh buffers cost a CPU trainer more than its elementwise work. Also bounds the two caches of
     compiled matmuls, oneDNN's and torch's, which otherwise grow by half a megabyte with every new shape. Returns False
-    where there is no `mallopt`.
+    if there is no `mallopt`.
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "32")
@@ -49,19 +49,19 @@ def reuse_freed_memory() -> bool:
 
 
 def wait_briefly() -> None:
-    """Make threads that wait for each other sleep soon, where the user says nothing of it. Before torch is loaded.
+    """Makes waiting threads sleep soon, unless the user has configured it. Call it before torch is loaded.
 
-    A thread of GNU OpenMP spins for milliseconds at the end of a parallel region before it sleeps. Where another
-    program has one of the cores, the thread that is waited for is not running, and the one that spins keeps the core
-    from it: on two cores, one of them busy, a model's layers take 4 to 5 times as long. Some microseconds bridge the
-    gap between two regions, and are all that is lost where there is nothing to wait for.
+    A GNU OpenMP thread spins for milliseconds at the end of a parallel region before it sleeps. If another program uses
+    one of the cores, the spinning thread keeps its core from the thread it waits for: on two cores, one of them busy, a
+    model's layers take 4 to 5 times as long. A few microseconds are enough to bridge the gap between two regions, and
+    cost little if there is nothing to wait for.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
 def return_freed_memory() -> None:
-    """Hand freed blocks back to the system, between stages that need memory of different shapes."""
+    """Returns freed blocks to the system, between stages that need memory of different shapes."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ASIDE = ".tmp-"  # in the name of what is not complete yet, or not deleted yet
+ASIDE = ".tmp-"  # in names of files and folders not yet complete or not yet deleted
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's contents, or the names in a folder, are on the disk."""
+    """Waits until a file's contents, or a folder's entries, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -21,7 +21,7 @@ def sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file of which a reader sees the old or the new contents, never a part."""
+    """Writes a text file atomically: readers see the old or the new contents, never a part."""
     aside = _aside(path)
     try:
         aside.write_text(text, encoding="utf-8")
@@ -35,7 +35,7 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` when the block ends and vanishes when it raises."""
+    """Yields a folder to fill. It replaces `folder` when the block ends, and is deleted if the block raises."""
     aside = _aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -52,20 +52,20 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder, if it exists, that is never seen half deleted under its own name."""
+    """Deletes a folder, if it exists; it is never visible half deleted under its own name."""
     with _moved_away(folder):
         pass
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Deletes what a killed process left incomplete in `parent`."""
+    """Deletes incomplete files and folders that a killed process left in `parent`."""
     for path in parent.glob(f".*{ASIDE}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
 def _moved_away(folder: Path) -> Iterator[None]:
-    """Frees the name of `folder` for the block, which is short; what had it is deleted afterwards."""
+    """Moves an existing `folder` out of the way for the (short) block, then deletes it."""
     old = _aside(folder, "old-")
     if folder.exists():
         os.rename(folder, old)

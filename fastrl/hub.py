@@ -1,4 +1,4 @@
-"""The hub, where there is a way to it: without one, libraries ask again and again for the better part of a minute."""
+"""Checks once whether the hub is reachable; offline, libraries would retry for most of a minute."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-PATIENCE = 3.0  # seconds that a connection may take
+PATIENCE = 3.0  # seconds to wait for a connection
 
 
 @contextmanager
 def or_cache(name: str) -> Iterator[None]:
-    """Inside, what is looked up on the hub is taken from the local cache, or at once not found, where the hub cannot be
-    reached; a `name` that is a path is not looked up."""
+    """If the hub is unreachable, lookups inside the block use only the local cache and fail at once. A `name` that is a
+    path is never looked up."""
     from huggingface_hub import constants
 
     if Path(name).exists() or constants.HF_HUB_OFFLINE or answers(constants.ENDPOINT):
@@ -34,7 +34,7 @@ def or_cache(name: str) -> Iterator[None]:
 
 
 def answers(url: str) -> bool:
-    """Whether a connection to the server can be made; behind a proxy it is taken for granted."""
+    """Whether the server accepts a connection; assumed behind a proxy."""
     if getproxies():
         return True
     server, connected = urlsplit(url), []
@@ -46,7 +46,7 @@ def answers(url: str) -> bool:
         except OSError:
             pass
 
-    thread = Thread(target=connect, daemon=True)  # the name is looked up without any limit of time
+    thread = Thread(target=connect, daemon=True)  # name lookup has no timeout
     thread.start()
     thread.join(PATIENCE)
     return bool(connected)

@@ -1,4 +1,4 @@
-"""How far a piece of work is: what can tell of it can be told to stop, so whoever reports can be ended there."""
+"""Progress reports. A report may raise, so work can be stopped wherever it reports."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
-Progress = Callable[[int, int], None]  # (done, total) of the parts of a piece of work; it may raise to end the work
+Progress = Callable[[int, int], None]  # (parts done, parts in total); may raise to end the work
 Item = TypeVar("Item")
 
 
 def unseen(done: int, total: int) -> None:
-    """Nobody looks."""
+    """Ignores progress."""
 
 
 def tracked(items: Sequence[Item], progress: Progress, *, before: int = 0, after: int = 0) -> Iterator[Item]:
-    """The items; before each, `progress` is told how many are done, `before` and `after` others counted in."""
+    """Yields the items and reports progress before each, counting `before` and `after` other parts."""
     total = before + len(items) + after
     for done, item in enumerate(items, before):
         progress(done, total)
@@ -23,19 +23,19 @@ def tracked(items: Sequence[Item], progress: Progress, *, before: int = 0, after
 
 
 class Watch(Protocol):
-    """Whoever follows a piece of work of several stages."""
+    """Follows work that has several stages."""
 
     def stage(self, name: str, unit: str = "") -> AbstractContextManager[Progress]:
-        """A block that is stage `name`; what it gives is told how many `unit`s of it are done."""
+        """A block for stage `name`; yields the function to report how many `unit`s are done."""
         ...
 
     def warn(self, message: str) -> None:
-        """Something that the user should know."""
+        """Shows a warning to the user."""
         ...
 
 
 class Unwatched:
-    """Nobody follows; warnings are printed."""
+    """Ignores stages and prints warnings."""
 
     def stage(self, name: str, unit: str = "") -> AbstractContextManager[Progress]:
         """As `Watch`."""

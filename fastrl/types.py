@@ -18,14 +18,14 @@ Messages = list[dict[str, Any]]  # each with role and content, and whatever else
 
 
 class LogprobOutput(NamedTuple):
-    """Log-probabilities of the given ids and, when asked for, the entropy of the whole distribution."""
+    """Log-probabilities of the given ids and, if requested, the entropy of the whole distribution."""
 
     logps: torch.Tensor  # token-shaped, float32
     entropy: torch.Tensor | None  # token-shaped, float32
 
 
 class LossOutput(NamedTuple):
-    """A scalar loss and what to log: name -> (sum, count); the value is sum / count, and a maximum has count 1."""
+    """A scalar loss and metrics to log: name -> (sum, count). The value is sum / count; a maximum has count 1."""
 
     loss: torch.Tensor  # scalar, float32
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -33,7 +33,7 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One task: what the model is asked, and what the rewards need to judge the answer."""
+    """One task: what the model is asked, and what the rewards need to score the answer."""
 
     index: int  # its row in the prompt source, stable across epochs
     content: str | Messages  # plain text, or chat messages that the chat template renders
@@ -52,47 +52,46 @@ class Sample:
     rewards: dict[str, float | None] = field(default_factory=dict)  # by reward name; None = not applicable
     reward: float | None = None  # weighted sum; None = this sample could not be scored and is excluded
     advantage: float = 0.0
-    own: list[bool] | None = None  # of each token, whether the policy wrote it; None: all. The others do not train
-    versions: list[int] | None = None  # of each token, how many updates the weights had seen that wrote it
-    # Of each token, where somebody was asked: a frozen reference; the policy and its critic before the first update.
+    own: list[bool] | None = None  # per token, whether the policy wrote it (None: all); others are not trained on
+    versions: list[int] | None = None  # per token, the number of updates behind the weights that wrote it
+    # Per token, if computed: by the frozen reference; by the policy and its critic before the first update.
     ref_logps: list[float] | None = None
     old_logps: list[float] | None = None
     values: list[float] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # what rewards log of it with `log_extra`, as JSON can hold it
+    extra: dict[str, Any] = field(default_factory=dict)  # what rewards pass to `log_extra`, as JSON can hold it
 
 
 @dataclass
 class Group:
-    """All samples of one prompt in one rollout, or the answers of one row that were written before training.
+    """All samples of one prompt in one rollout, or the answers of one pre-written row.
 
-    The only thing that crosses a queue, a process, a file or a checkpoint: what a forward pass takes is derived from
-    it again.
+    Only groups cross a queue, a process, a file or a checkpoint; inputs of a forward pass are rebuilt from them.
     """
 
     prompt: Prompt
     samples: list[Sample]
-    greedy_reward: float | None = None  # of the prompt's greedy completion, where an estimator reads it
+    greedy_reward: float | None = None  # reward of the prompt's greedy completion, if an estimator reads it
     mismatched: Sample | None = None  # an answer to another prompt, for KTO's baseline
-    margin: float | None = None  # by how much the first answer of a pair is better, where the data say so
-    soft_label: float | None = None  # probability that it is the better one, where the data say so
+    margin: float | None = None  # by how much the first answer of a pair is better, if the data have it
+    soft_label: float | None = None  # probability that the first answer is better, if the data have it
 
 
 @dataclass
 class Batch:
-    """What a source gives for one training step, and how far training on it has come."""
+    """The data of one training step, and the progress of training on it."""
 
     groups: list[Group]
-    seed: int  # of the order in which they train
-    kind: str = "rewarded"  # what the groups are; see `fastrl.algorithms.base.Kind`
-    contributing: list[Group] = field(default_factory=list)  # those that the algorithm finds a gradient in
-    numbers: dict[str, float] = field(default_factory=dict)  # what source and algorithm report of it
-    scored: bool = False  # whether the samples hold what is read of the weights before the first update
-    updates: list[Update] = field(default_factory=list)  # of the optimizer steps that are done
+    seed: int  # of the training order
+    kind: str = "rewarded"  # kind of groups; see `fastrl.algorithms.base.Kind`
+    contributing: list[Group] = field(default_factory=list)  # groups that have a gradient
+    numbers: dict[str, float] = field(default_factory=dict)  # reported by source and algorithm
+    scored: bool = False  # whether the samples hold what is computed before the first update
+    updates: list[Update] = field(default_factory=list)  # results of the optimizer steps done
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some sequences laid out for one forward pass, and the token vectors of their completions.
+    """Sequences laid out for one forward pass, and the token vectors of their completions.
 
     The model runs on `(R, L)` rows; the `N` completion tokens are packed. Token `n` is predicted by the hidden state at
     flat position `hidden_index[n]` of the `(R * L)` outputs: the one-token shift happens here and nowhere else.
@@ -100,30 +99,30 @@ class MicroBatch:
 
     input_ids: torch.Tensor  # (R, L) int64
     position_ids: torch.Tensor  # (R, L) int64
-    # (R, L) bool; (R, 1, L, L) bool where sequences share a row; None where attention_cu_seqlens cuts the row
+    # (R, L) bool; (R, 1, L, L) bool if sequences share a row; None if attention_cu_seqlens splits the row
     attention_mask: torch.Tensor | None
     hidden_index: torch.Tensor  # (N,) int64
     targets: torch.Tensor  # (N,) int64
     cu_seqlens: torch.Tensor  # (S + 1,) int64, bounds of each sequence's completion tokens in N
     group_ids: torch.Tensor  # (S,) int64
-    group_tokens: torch.Tensor  # (S,) int64, tokens that train in the sequence's whole group, wherever they are
+    group_tokens: torch.Tensor  # (S,) int64, trained tokens of the sequence's whole group, in any micro-batch
     scores: torch.Tensor  # (S,) float32, the samples' rewards
-    advantages: torch.Tensor  # (S,) float32, or (N,) where they come from a critic or from masks of tokens
+    advantages: torch.Tensor  # (S,) float32, or (N,) if they come from a critic or from token masks
     mask: torch.Tensor  # (N,) bool
     sampling_logps: torch.Tensor  # (N,) float32
     old_logps: torch.Tensor | None = None  # (N,) float32; None = on-policy, the ratio is exactly 1
     ref_logps: torch.Tensor | None = None  # (N,) float32
-    values: torch.Tensor | None = None  # (N,) float32, of the critic before the update
-    returns: torch.Tensor | None = None  # (N,) float32, what the critic should have said
+    values: torch.Tensor | None = None  # (N,) float32, the critic's values before the update
+    returns: torch.Tensor | None = None  # (N,) float32, the critic's targets
     kl_cov_weights: torch.Tensor | None = None  # (N,) float32, how strongly KL-Cov holds each token to the old policy
-    nll_weights: torch.Tensor | None = None  # (N,) float32, of a negative log-likelihood beside the policy loss
+    nll_weights: torch.Tensor | None = None  # (N,) float32, weights of an additional negative log-likelihood
     attention_cu_seqlens: torch.Tensor | None = None  # (S + 1,) int32, bounds in L of sequences laid end to end, R = 1
     attention_max_seqlen: int = 0  # length of the longest of them
-    token_mask: torch.Tensor | None = None  # (R, L) bool, where there is a token; the rest pads
-    share: float = 1.0  # of the tokens of all micro-batches that were packed together
-    samples: tuple[Sample, ...] = ()  # the sequences, as they came
+    token_mask: torch.Tensor | None = None  # (R, L) bool, True for tokens, False for padding
+    share: float = 1.0  # share of the tokens of all micro-batches packed together
+    samples: tuple[Sample, ...] = ()  # the original samples
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the model's forward processes, padding included."""
+        """Tokens that the model's forward pass processes, padding included."""
         return self.input_ids.numel()

@@ -147,7 +147,7 @@ def test_bench_measures_from_a_source_tree(tmp_path, capsys):
 def test_bench_without_the_folder_says_where_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fastrl.cli.__file__", str(tmp_path / "site-packages" / "fastrl" / "cli.py"))
     assert main(["bench", "gae"]) == 3
-    assert "got the package alone, in" in (message := capsys.readouterr().err)
+    assert "got only the package, in" in (message := capsys.readouterr().err)
     assert "Clone the repository" in message
     assert message.count("\n") == 1
 

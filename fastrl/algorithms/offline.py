@@ -1,13 +1,12 @@
-"""Learning from answers that are compared, labelled or shown: preferences, rankings, demonstrations.
+"""Learning from compared, ranked, labelled or demonstrated answers.
 
-An objective is an algorithm whose batch is one optimizer step, and which measures held-out answers too. Everything that
-belongs to the step and not to a micro-batch (counts, KTO's baseline, the sorting of AOT) is computed over the whole
-step, so that no split changes the gradient.
+An objective is an algorithm that takes one optimizer step per batch and can also measure held-out answers. Counts,
+KTO's baseline and AOT's sorting are computed over the whole step, so the split into micro-batches never changes the
+gradient.
 
-Logits are never stored. A preference loss is a function of log-probabilities, so it is evaluated on log-probabilities
-that were read without a gradient; its derivatives c_t = d loss / d logps_t then are the weights of a loss
-sum_t c_t logps_t, which `linear_policy_loss` differentiates chunk by chunk, the head's gradient going straight into the
-float32 `main_grad`.
+Logits are never stored. A preference loss is evaluated on log-probabilities that were computed without a gradient. Its
+derivatives c_t = d loss / d logps_t are then the weights of a loss sum_t c_t logps_t, which `linear_policy_loss`
+differentiates chunk by chunk; the head's gradient goes straight into the float32 `main_grad`.
 """
 
 from __future__ import annotations
@@ -36,26 +35,26 @@ from fastrl.progress import Progress, Watch, tracked, unseen
 from fastrl.spec import PolicyLoss, Reinforce
 from fastrl.types import Batch, Group, LossOutput, MicroBatch
 
-ARGMAX_ELEMENTS = 1 << 24  # logits in memory at a time where token accuracy is measured
+ARGMAX_ELEMENTS = 1 << 24  # logits in memory at a time when measuring token accuracy
 SUM_OF_LOGPS = PolicyLoss(surrogate=Reinforce(), aggregate="token_sum")  # -advantage log p, summed
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The groups of one optimizer step, or all held-out ones, packed; and the counts that losses are divided by."""
+    """The packed groups of one optimizer step, or all held-out ones, and the counts that losses are divided by."""
 
     batches: list[MicroBatch]
     groups: int
-    tokens: int  # of the chosen answers, or of all where a group is one answer
+    tokens: int  # of the chosen answers, or of all answers if a group has only one
     mismatched: list[MicroBatch] = field(default_factory=list)  # answers to other prompts, for KTO's baseline
-    margins: torch.Tensor | None = None  # (groups,) `Group.margin`, where the data have them
-    soft_labels: torch.Tensor | None = None  # (groups,) `Group.soft_label`, where the data have them
+    margins: torch.Tensor | None = None  # (groups,) `Group.margin`, if the data have it
+    soft_labels: torch.Tensor | None = None  # (groups,) `Group.soft_label`, if the data have it
     label: ClassVar[str] = ""
     only_critic: ClassVar[bool] = False
 
     @classmethod
     def of(cls, learner: Learner, groups: Sequence[Group]) -> Answers:
-        """The groups as the learner's models take them."""
+        """Packs the groups for the learner's models."""
         others = [Group(group.prompt, [group.mismatched]) for group in groups if group.mismatched]
         return cls(
             batches=learner.pack(groups, whole_groups=True),
@@ -67,16 +66,16 @@ class Answers:
         )
 
     def of_pairs(self, group_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """`margins` and `soft_labels` of pairs, each (P,), given the group that each is of."""
+        """`margins` and `soft_labels` of pairs, each (P,), given each pair's group."""
         found = {"margins": self.margins, "soft_labels": self.soft_labels}
         return {name: None if tensor is None else tensor[group_ids] for name, tensor in found.items()}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss on groups of answers of one kind, and how its model is judged on held-out ones."""
+    """A loss on groups of answers of one kind, and its metrics on held-out ones."""
 
-    threshold: float = field(default=0.5, kw_only=True)  # the reward from which on a completion is a good one
+    threshold: float = field(default=0.5, kw_only=True)  # minimum reward of a good completion
     kind: ClassVar[Kind]
     needs_critic: ClassVar[bool] = False
     needs_greedy: ClassVar[bool] = False
@@ -99,11 +98,11 @@ class Objective:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The groups that it takes as they are; of rewarded ones it takes what `chosen` makes of them."""
+        """The kinds of groups it takes as they are; rewarded groups go through `chosen` first."""
         return (self.kind,)
 
     def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Answers]:
-        """As `Algorithm`: one step, on all of the batch."""
+        """As `Algorithm`: one step on the whole batch."""
         if batch.updates:
             return
         require(batch.kind in (*self.kinds, "rewarded"), type(self).__name__, "groups", f"{self.kind}", batch.kind)
@@ -125,8 +124,8 @@ class Objective:
         yield answers
 
     def chosen(self, batch: Batch) -> list[Group]:
-        """What rewarded groups teach: of each group the best and the worst completion as a pair; those that scored at
-        least `threshold` to learn from; or all of them, with a label that says whether they did."""
+        """Turns rewarded groups into this kind: the best and the worst completion of each group as a pair; those that
+        score at least `threshold` as demonstrations; or all of them, labelled by whether they do."""
         groups = []
         for group in batch.groups:
             scored = [one for one in group.samples if one.reward is not None and one.token_ids]
@@ -149,7 +148,7 @@ class Objective:
         raise NotImplementedError
 
     def measure(self, model: Any, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
-        """Numbers that say how good the model is on these answers, without gradient; `loss` is among them."""
+        """The model's metrics on these answers, `loss` included; computed without gradient."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,7 +160,7 @@ class Objective:
 
 
 def pair_up(groups: Sequence[Group]) -> None:
-    """Gives every group the answer to another prompt that KTO's baseline is estimated from: `mismatched`."""
+    """Sets `mismatched` of every group: the answer to another prompt, for KTO's baseline."""
     for group, other in zip(groups, mismatched(groups), strict=True):
         group.mismatched = replace(other.samples[0])
 
@@ -182,7 +181,7 @@ Loss = Callable[[Scored], LossOutput]
 
 @dataclass(frozen=True)
 class PairedPreference(Objective):
-    """DPO and its kin: a `PreferenceLoss` or a mix of several, on pairs."""
+    """DPO and its variants: a `PreferenceLoss`, or a mix of several, on pairs."""
 
     spec: PreferenceLoss | PreferenceMix
     kind: ClassVar[Kind] = "pairs"
@@ -205,7 +204,7 @@ class PairedPreference(Objective):
     def accumulate(
         self, learner: Learner, answers: Answers, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
-        """As `Objective`. A loss that sorts the batch (AOT) takes a forward pass of its own over all of it first."""
+        """As `Objective`. A loss that sorts the batch (AOT) takes an extra forward pass over all of it first."""
         policy = learner.policy
         loss = partial(self._loss, answers=answers)
         if not self._sorts:
@@ -220,7 +219,7 @@ class PairedPreference(Objective):
         return out.loss, [out.metrics]
 
     def measure(self, policy: Policy, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
-        """Share of pairs whose chosen answer has the higher reward, equal rewards counting half; margin; loss."""
+        """Share of pairs whose chosen answer has the higher reward (ties count half), margin and loss."""
         batches = tracked(answers.batches, progress)
         scored = _joined([_scored(policy, _hidden(policy, batch), batch, self._weighs) for batch in batches])
         arguments = self._arguments(scored)
@@ -267,7 +266,7 @@ class PairedPreference(Objective):
 
 @dataclass(frozen=True)
 class UnpairedPreference(Objective):
-    """KTO and its kin: an `UnpairedPreferenceLoss` on labelled answers."""
+    """KTO and its variants: an `UnpairedPreferenceLoss` on labelled answers."""
 
     spec: UnpairedPreferenceLoss
     kind: ClassVar[Kind] = "labelled"
@@ -281,13 +280,13 @@ class UnpairedPreference(Objective):
     def accumulate(
         self, learner: Learner, answers: Answers, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
-        """As `Objective`. KTO's baseline is that of the whole step, from a forward pass over `answers.mismatched`."""
+        """As `Objective`. KTO's baseline covers the whole step and takes a forward pass over `answers.mismatched`."""
         policy = learner.policy
         loss = partial(self._loss, answers=answers, kl=self._kl(policy, answers, progress))
         return _accumulate(policy, self._tracked(answers, progress), loss)
 
     def measure(self, policy: Policy, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
-        """Mean reward of the desirable answers less that of the others, and the loss."""
+        """Mean reward of desirable minus undesirable answers, and the loss."""
         kl = self._kl(policy, answers, progress)
         scored = _joined([_scored(policy, _hidden(policy, batch), batch) for batch in self._tracked(answers, progress)])
         out = self._loss(scored, answers, kl)
@@ -307,7 +306,7 @@ class UnpairedPreference(Objective):
         )
 
     def _tracked(self, answers: Answers, progress: Progress) -> Iterator[MicroBatch]:
-        """The micro-batches to learn from, behind those that `_kl` has taken."""
+        """The micro-batches to learn from; progress counts on from those of `_kl`."""
         return tracked(answers.batches, progress, before=len(answers.mismatched))
 
     def _kl(self, policy: Policy, answers: Answers, progress: Progress) -> torch.Tensor | None:
@@ -322,7 +321,7 @@ class UnpairedPreference(Objective):
 
 @dataclass(frozen=True)
 class SupervisedTuning(Objective):
-    """SFT: the mean of -log p over the answers' tokens, those of the prompts being conditions only."""
+    """SFT: the mean of -log p over the answers' tokens; prompt tokens are context only."""
 
     kind: ClassVar[Kind] = "completions"
 
@@ -342,7 +341,7 @@ class SupervisedTuning(Objective):
 
     @torch.no_grad()
     def measure(self, policy: Policy, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
-        """Loss and share of right greedy predictions, both per token."""
+        """Loss and greedy accuracy, both per token."""
         nats, right = 0.0, 0
         rows = max(1, ARGMAX_ELEMENTS // policy.head.weight.shape[0])
         for batch in tracked(answers.batches, progress):
@@ -355,10 +354,10 @@ class SupervisedTuning(Objective):
 
 @dataclass(frozen=True)
 class RewardModelling(Objective):
-    """A scalar head that learns which answer of a pair is the better one: `reward_model_loss`.
+    """A scalar head that learns which answer of a pair is better: `reward_model_loss`.
 
-    The answers of a group are compared pair by pair, each with those of lower advantage, so that K ranked answers are
-    K (K - 1) / 2 pairs of weight 1 over their number, in one micro-batch: arXiv:2203.02155. A tie is no pair.
+    Each answer of a group is compared with those of lower advantage, so K ranked answers are K (K - 1) / 2 pairs in one
+    micro-batch, each weighted by one over their number: arXiv:2203.02155. Ties form no pair.
     """
 
     center_coef: float = 0.0
@@ -385,7 +384,7 @@ class RewardModelling(Objective):
 
     @torch.no_grad()
     def measure(self, model: ScalarModel, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
-        """Share of pairs whose better answer has the higher score, equal scores counting half; margin; loss."""
+        """Share of pairs whose better answer has the higher score (ties count half), margin and loss."""
         loss, right, wrong = 0.0, [], []
         for batch in tracked(answers.batches, progress):
             scores = model.scores(batch)
@@ -411,7 +410,7 @@ class RewardModelling(Objective):
 
 
 def comparisons(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P,) the sequence that is better and the one that is worse, of each pair in a group of unequal advantages."""
+    """(P,) indices of the better and of the worse sequence of each pair with unequal advantages in a group."""
     same = batch.group_ids[:, None] == batch.group_ids
     better, worse = (same & (batch.advantages[:, None] > batch.advantages)).nonzero().unbind(1)
     return better, worse
@@ -420,7 +419,7 @@ def comparisons(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
 def objective_of(
     chosen: PreferenceLoss | PreferenceMix | UnpairedPreferenceLoss | Objective, *, threshold: float = 0.5
 ) -> Objective:
-    """What trains with that loss; `threshold` is the reward from which on a completion is a good one."""
+    """The objective that trains with that loss; `threshold` is the minimum reward of a good completion."""
     if isinstance(chosen, PreferenceLoss | PreferenceMix):
         return PairedPreference(chosen, threshold=threshold)
     if isinstance(chosen, UnpairedPreferenceLoss):
@@ -438,13 +437,13 @@ def _scored(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, weighs: boo
     squares = None
     if weighs:
         # At temperature 1/2 a token's log-probability is 2 z_t - log sum_v e^{2 z_v}, and log sum_v p_v^2 is
-        # log sum_v e^{2 z_v} - 2 log sum_v e^{z_v}: WPO's weights without a pass over probabilities.
+        # log sum_v e^{2 z_v} - 2 log sum_v e^{z_v}. This gives WPO's weights without a pass over probabilities.
         squares = 2 * logps - policy.read(hidden, batch, temperature=0.5)
     return Scored(logps, batch.cu_seqlens, batch.group_ids, batch.advantages, batch.ref_logps, squares)
 
 
 def _joined(parts: Sequence[Scored]) -> Scored:
-    """All sequences in one, in order."""
+    """All parts joined into one, in order."""
     lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
     columns = {name: [getattr(part, name) for part in parts] for name in Scored._fields if name != "cu_seqlens"}
     joined = {name: torch.cat(column) if column[0] is not None else None for name, column in columns.items()}
@@ -454,7 +453,7 @@ def _joined(parts: Sequence[Scored]) -> Scored:
 def _accumulate(
     policy: Policy, batches: Iterable[MicroBatch], loss: Loss, weighs: bool = False
 ) -> tuple[torch.Tensor, list[Metrics]]:
-    """(loss, metrics) of a loss that adds up over micro-batches; their gradients are added to the parameters'."""
+    """(loss, metrics) of a loss that adds up over micro-batches; adds its gradient to the parameters'."""
     total, metrics = 0.0, []
     for batch in batches:
         hidden = policy.hidden(batch)
@@ -466,7 +465,7 @@ def _accumulate(
 
 
 def _value_and_gradient(loss: Loss, scored: Scored) -> tuple[LossOutput, torch.Tensor]:
-    """The loss of these log-probabilities, and its derivatives with respect to them, (N,)."""
+    """The loss at these log-probabilities and its derivatives with respect to them, (N,)."""
     logps = scored.logps.detach().requires_grad_()
     with torch.enable_grad():
         out = loss(scored._replace(logps=logps))
@@ -475,14 +474,14 @@ def _value_and_gradient(loss: Loss, scored: Scored) -> tuple[LossOutput, torch.T
 
 
 def _pull_back(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, gradient: torch.Tensor) -> None:
-    """Adds the gradient of the parameters, given that of the log-probabilities; rows where it is 0 cost nothing."""
+    """Adds the parameters' gradient, given that of the log-probabilities; rows with gradient 0 cost nothing."""
     _linear_loss(policy, hidden, batch, -gradient, entropy=False).loss.backward()
 
 
 def _linear_loss(
     policy: Policy, hidden: torch.Tensor, batch: MicroBatch, weights: torch.Tensor, *, entropy: bool
 ) -> LossOutput:
-    """-sum_t weights_t log p_t, `weights` (N,) being constants."""
+    """-sum_t weights_t log p_t; `weights` (N,) are constants."""
     head = policy.head
     return linear_policy_loss(
         hidden,

@@ -22,14 +22,14 @@ from fastrl.types import Group, LossOutput, MicroBatch
 
 @dataclass
 class KLController:
-    """The weight of the KL in the reward: fixed, or adapted so that the KL of a sequence approaches a target.
+    """The weight of the KL in the reward: fixed, or adapted so that the KL per sequence approaches a target.
 
     coef <- coef (1 + clip(KL / target - 1, -0.2, 0.2) sequences / horizon): arXiv:1909.08593 section 2.2, in the form
     of its reference code.
     """
 
     coef: float
-    target: float | None = None  # nats a sequence; None keeps the coefficient
+    target: float | None = None  # nats per sequence; None keeps the coefficient fixed
     horizon: int = 10_000
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class KLController:
         require(self.horizon >= 1, "KLController", "horizon", "at least 1", self.horizon)
 
     def update(self, kl: float, sequences: int) -> None:
-        """After a rollout of `sequences` with a mean KL of `kl` nats a sequence."""
+        """Adapts to a rollout of `sequences` with a mean KL of `kl` nats per sequence."""
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * sequences / self.horizon
@@ -46,19 +46,19 @@ class KLController:
 
 @dataclass(frozen=True)
 class ActorCritic(PolicyGradient):
-    """PPO, arXiv:1707.06347, in the form that RLHF gave it, arXiv:2203.02155.
+    """PPO, arXiv:1707.06347, as used in RLHF, arXiv:2203.02155.
 
     r_t = -kl_coef (old_logps_t - ref_logps_t) + [t is the last token] score
     R = gae(r, V_old, lam), A = gae(r, V_old, lam_policy), and A whitened over the valid tokens of the rollout
     loss = policy loss(A) + value_coef 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2)
 
     `spec` averages over tokens, as the value loss does. Without `lam_policy` both lambdas are `lam`. VAPO,
-    arXiv:2504.05118, is lam = 1, length_alpha = 0.05, which sets lam_policy by the length of each completion
-    (`fastrl.advantages.vapo_gae`), and positive_nll = 0.1: the weight of the negative log-likelihood of the completions
-    with a score above 0, a mean over their tokens in the optimizer step.
+    arXiv:2504.05118, has lam = 1; length_alpha = 0.05, which sets lam_policy by the length of each completion
+    (`fastrl.advantages.vapo_gae`); and positive_nll = 0.1, the weight of the negative log-likelihood of completions
+    that score above 0, averaged over their tokens in the optimizer step.
 
-    Without a critic it is REINFORCE++, arXiv:2501.03262: values are 0 and lam is 1, so the advantages are whitened
-    rewards to go, and there is no value loss.
+    Without a critic this is REINFORCE++, arXiv:2501.03262: values are 0 and lam is 1, so advantages are whitened
+    rewards-to-go, and there is no value loss.
     """
 
     kl: KLController
@@ -98,31 +98,31 @@ class ActorCritic(PolicyGradient):
 
     @property
     def needs_critic(self) -> bool:
-        """True but for REINFORCE++."""
+        """True except for REINFORCE++."""
         return self.critic
 
     @property
     def needs_old(self) -> bool:
-        """Always: the KL in the reward is that of the weights that sampled."""
+        """Always: the KL in the reward uses the weights that sampled."""
         return True
 
     def advantages(self, groups: Sequence[Group]) -> None:
-        """Nothing yet: advantages are of tokens, and wait for the critic (`estimate`)."""
+        """Does nothing: advantages are per token and need the critic (`estimate`)."""
 
     def contributing(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with a sample that was scored: equal rewards too differ from those of other groups."""
+        """The groups with a scored sample. Groups of equal rewards count too: other groups' rewards differ."""
         return [group for group in groups if trained(group)]
 
     def normalizer(self, counts: Counts) -> float:
-        """What both losses divide by: the tokens of the optimizer step."""
+        """The divisor of both losses: the tokens of the optimizer step."""
         return float(counts.tokens)
 
     @torch.no_grad()
     def estimate(self, parts: Sequence[Part]) -> tuple[list[Part], dict[str, float]]:
-        """A rollout with token `advantages` and `returns` filled in, from `scores`, `old_logps`, `ref_logps`, `values`.
+        """Fills in token `advantages` and `returns` from `scores`, `old_logps`, `ref_logps` and `values`.
 
-        Mean and deviation of the whitening are those of all tokens, however they were packed. Returns (parts, numbers
-        to log).
+        Whitening uses mean and deviation over all tokens of the rollout, however they are packed. Returns (parts,
+        numbers to log).
         """
         batches = [self._estimate(batch) for part in parts for batch in part.batches]
         sequences = sum(len(batch.scores) for batch in batches)
@@ -143,7 +143,7 @@ class ActorCritic(PolicyGradient):
         return filled, numbers
 
     def observe(self, parts: Sequence[Part], numbers: Mapping[str, float]) -> None:
-        """Adapts the KL coefficient, which was the same for the whole batch."""
+        """Adapts the KL coefficient, which stays the same within a batch."""
         sequences = sum(len(batch.scores) for part in parts for batch in part.batches)
         if sequences and self.needs_ref:
             self.kl.update(numbers["objective/kl"], sequences)
@@ -153,11 +153,11 @@ class ActorCritic(PolicyGradient):
         return {"kl_coef": self.kl.coef}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As `state_dict`."""
+        """Restores the KL coefficient."""
         self.kl.coef = state["kl_coef"]
 
     def _imitating(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """The micro-batches of one optimizer step with the weights of VAPO's imitation of what scored above 0."""
+        """The micro-batches of one optimizer step with VAPO's NLL weights for completions that scored above 0."""
         right = [batch.scores > 0 for batch in batches]
         pairs = list(zip(batches, right, strict=True))
         total = sum(int(batch.cu_seqlens.diff()[chosen].sum()) for batch, chosen in pairs)
@@ -194,11 +194,11 @@ class ActorCritic(PolicyGradient):
         temperature: float,
         entropy: bool,
     ) -> Iterator[LossOutput]:
-        """One micro-batch's shares of the step's loss; each is to be backpropagated before the next is asked for.
+        """One micro-batch's shares of the step's loss. Backpropagate each before asking for the next.
 
-        A critic with a backbone of its own comes after the policy, when the policy's activations are free again; one
-        that shares the policy's backbone comes with it, from the same hidden states. Without a policy there is the
-        loss of a separate critic alone.
+        A separate critic comes after the policy, when the policy's activations have been freed. A critic that shares
+        the backbone comes with the policy, from the same hidden states. Without a policy there is only the loss of a
+        separate critic.
         """
         options = {
             "temperature": temperature,

@@ -1,4 +1,4 @@
-"""Batches as JSON holds them: what a checkpoint, a file or another process gets."""
+"""Converts batches to and from JSON, for checkpoints, files and other processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastrl.types import Batch, Group, Prompt, Sample
 
 
 def batch_to_json(batch: Batch) -> dict[str, Any]:
-    """The batch in lists, numbers and texts; floats come back bit for bit."""
+    """The batch as plain JSON values; floats are restored bit for bit."""
     contributing = {id(group) for group in batch.contributing}
     return {
         "groups": [group_to_json(group) for group in batch.groups],
@@ -28,7 +28,7 @@ def batch_to_json(batch: Batch) -> dict[str, Any]:
 
 
 def batch_from_json(values: dict[str, Any], device: torch.device | str = "cpu") -> Batch:
-    """The inverse of `batch_to_json`; `device` is where metrics are added up."""
+    """The inverse of `batch_to_json`; metrics go to `device`."""
     groups = [group_from_json(group) for group in values["groups"]]
     updates = []
     for update in values["updates"]:
@@ -47,7 +47,7 @@ def batch_from_json(values: dict[str, Any], device: torch.device | str = "cpu") 
 
 
 def group_to_json(group: Group) -> dict[str, Any]:
-    """The group with its prompt; what a sample leaves at its default is left out."""
+    """The group with its prompt; values of a sample that are None are left out."""
     prompt = asdict(group.prompt) | {"token_ids": list(group.prompt.token_ids)}
     rest = {f.name: getattr(group, f.name) for f in fields(Group) if f.name not in ("prompt", "samples", "mismatched")}
     values = {"prompt": prompt, "samples": [_sample(sample) for sample in group.samples], **rest}

@@ -1,4 +1,4 @@
-"""Lay groups of samples out as micro-batches, so that a forward pass spends few tokens on padding and repeated prompts.
+"""Lays out groups of samples as micro-batches with little padding and few repeated prompts.
 
 | layout   | a row is                                  | attention                            |
 |----------|-------------------------------------------|--------------------------------------|
@@ -6,7 +6,7 @@
 | `shared` | a prompt and several of its completions   | dense mask: prompt + own completion  |
 | `varlen` | all sequences of the micro-batch, no gaps | causal inside `attention_cu_seqlens` |
 
-All three give the same log-probabilities and gradients. A sequence's last token predicts nothing, so it is no input.
+All three give the same log-probabilities and gradients. A sequence's last token predicts nothing and is no input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYOUTS: tuple[Layout, ...] = ("auto", "padded", "shared", "varlen")
 
 
 class Counts(NamedTuple):
-    """How much trains: what a loss is normalised by, before it is summed over micro-batches and ranks."""
+    """Trained tokens, sequences and groups, which normalise a loss before it is split into micro-batches."""
 
     tokens: int
     sequences: int
@@ -36,9 +36,9 @@ class Counts(NamedTuple):
 
 
 def trained(group: Group, *, mask_truncated: bool = False) -> list[Sample]:
-    """The samples that train: scored, with a token of the policy's own, and not cut under `mask_truncated`.
+    """The samples to train on: scored, with a token that the policy wrote, and, under `mask_truncated`, finished.
 
-    `count` and `pack` both ask this function, so the normaliser and the loss can never disagree
+    `count` and `pack` both use this function, so the normaliser and the loss always agree
     (https://github.com/huggingface/trl/issues/6369).
     """
     return [
@@ -49,21 +49,21 @@ def trained(group: Group, *, mask_truncated: bool = False) -> list[Sample]:
 
 
 def own_tokens(sample: Sample) -> int:
-    """The tokens that the policy wrote."""
+    """The number of tokens that the policy wrote."""
     return len(sample.token_ids) if sample.own is None else sum(sample.own)
 
 
 def count(groups: Sequence[Group], *, mask_truncated: bool = False) -> Counts:
-    """Completion tokens, sequences and groups that train. A group none of whose samples trains is not counted."""
+    """Counts trained completion tokens, sequences and groups. Groups without a trained sample do not count."""
     kept = [samples for group in groups if (samples := trained(group, mask_truncated=mask_truncated))]
     tokens = sum(own_tokens(sample) for samples in kept for sample in samples)
     return Counts(tokens=tokens, sequences=sum(map(len, kept)), groups=len(kept))
 
 
 def minibatches(groups: Sequence[Group], n: int, generator: torch.Generator) -> list[list[Group]]:
-    """Split a rollout into `n` optimizer mini-batches of whole groups, shuffled, with about equal numbers of tokens.
+    """Splits a rollout into `n` shuffled mini-batches of whole groups with about equal numbers of tokens.
 
-    Fewer than `n` come back where there are fewer groups: an empty mini-batch has no gradient to step on.
+    With fewer than `n` groups there are fewer mini-batches: none is empty.
     """
     require(n >= 1, "minibatches", "n", "at least 1", n)
     order = torch.randperm(len(groups), generator=generator).tolist()
@@ -81,19 +81,19 @@ def pack(
     mask_truncated: bool = False,
     whole_groups: bool = False,
 ) -> list[MicroBatch]:
-    """The samples of `groups` that train (`trained`), each once, as micro-batches of at most `max_tokens` input tokens.
+    """The `trained` samples of `groups`, each once, as micro-batches of at most `max_tokens` input tokens.
 
     `layout="auto"` takes the cheaper of `padded` and `shared` under `ModelShape.row_cost`. `varlen` needs a model whose
     attention takes sequence bounds: `fastrl.model.attention.prepare_attention`. A sample's group id is the index of its
-    group in `groups`; `advantages` and `sampling_logps` come from the samples, and `ref_logps`, `old_logps` and
-    `values` where every sample of the micro-batch has them. Equal arguments give equal order.
+    group in `groups`. `advantages` and `sampling_logps` come from the samples; so do `ref_logps`, `old_logps` and
+    `values` if every sample of the micro-batch has them. Equal arguments give equal order.
 
     Args:
         max_tokens: bound on R * L of a micro-batch, padding included.
-        shape: proportions of the model, which decide how a group is split over `shared` rows and what `auto` takes.
-        mask_truncated: leave out samples that the length limit cut; give `count` the same value.
-        whole_groups: keep a group's samples in one micro-batch, next to each other and in order, for a loss that
-            compares them, such as that of a preference pair; under `shared` they are then one row.
+        shape: the model's sizes, which decide how a group is split over `shared` rows and what `auto` takes.
+        mask_truncated: leave out samples that hit the length limit; give `count` the same value.
+        whole_groups: keep a group's samples in one micro-batch, adjacent and in order, for losses that compare them,
+            such as preference losses; under `shared` they are then one row.
 
     Raises:
         ValueError: a sequence, or with `whole_groups` a group, is longer than `max_tokens`, a prompt is empty, or
@@ -110,7 +110,7 @@ def pack(
     rows = list(chain.from_iterable(units))
     _check(rows, max_tokens)
     if not whole_groups:
-        units = [[row] for row in rows]  # of which a micro-batch holds all rows or none
+        units = [[row] for row in rows]  # a micro-batch holds all rows of a unit or none
     do = "Raise max_tokens, or leave out the longest groups."
     if layout == "varlen":
         largest = max((sum(row.length for row in unit) for unit in units), default=0)
@@ -133,7 +133,7 @@ def pack(
 
 
 def _plan_padded(units: list[list[Row]], max_tokens: int, shape: ModelShape) -> tuple[float, list[list[Row]]]:
-    """`plan` for units of several rows: the longest row of each stands for all of them."""
+    """`plan` for units of several rows, each represented by its longest row."""
     width = max(map(len, units), default=1)
     longest = [max(unit, key=lambda row: row.length) for unit in units]
     unit_of = {id(row): unit for row, unit in zip(longest, units, strict=True)}
@@ -180,8 +180,8 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
     longest, varlen = max(lengths), layout == "varlen"
     starts = [0, *accumulate(lengths)] if varlen else range(0, len(rows) * longest, longest)
     R, L = (1, sum(lengths)) if varlen else (len(rows), longest)
-    # A padded row's positions run on into its padding, so that transformers sees no second sequence there and needs no
-    # mask; a shared row is longer than any sequence, so its positions must not.
+    # A padded row's positions continue into its padding, so transformers sees no second sequence there and needs no
+    # mask. A shared row is longer than any of its sequences, so there they must not.
     positions = [0] * L * R if layout == "shared" else list(range(L)) * R
     input_ids, owner, hidden_index = [0] * (R * L), [-1] * (R * L), []
     for row, start in zip(rows, starts, strict=False):
@@ -228,9 +228,9 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
 
 
 def _shared_mask(owners: torch.Tensor) -> torch.Tensor:
-    """(R, L) owners, 0 = prompt, i = completion i, -1 = padding, to the (R, 1, L, L) mask of what may be attended to.
+    """From (R, L) owners (0 = prompt, i = completion i, -1 = padding) to the (R, 1, L, L) attention mask.
 
-    Padding sees the prompt too: a query with no key at all would make its softmax NaN.
+    Padding sees the prompt too: a query without any key would make its softmax NaN.
     """
     query, key = owners[:, None, :, None], owners[:, None, None, :]
     return ((key == 0) | (key == query)).tril()  # (R, 1, L, L)

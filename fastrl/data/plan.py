@@ -1,4 +1,4 @@
-"""Which completions share a row, and which rows a micro-batch, so that the forward pass costs least."""
+"""Decides which completions share a row, and which rows a micro-batch, to minimise the cost of the forward pass."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-# What a micro-batch costs however few its tokens, as a share of `max_tokens`: kernels are launched, weights are read
-# and gradients are written once for each.
+# Fixed cost of a micro-batch, as a share of `max_tokens`: launching kernels, reading weights, writing gradients.
 LAUNCH_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the cost of a row depends on; the default has the proportions of a decoder of half a billion weights."""
+    """The model sizes that set the cost of a row; the default is like a decoder with half a billion weights."""
 
     hidden: int = 1024  # heads * head size
     layers: int = 24
-    linear_params: int = 24 * 12 * 1024**2  # weights that each token is multiplied by, those of the head not counted
+    linear_params: int = 24 * 12 * 1024**2  # weights that each token is multiplied by, without the head
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelShape:
@@ -53,13 +52,13 @@ class ModelShape:
     def row_cost(self, length: int, *, dense: bool) -> float:
         """Forward cost of a row of `length` tokens, in tokens of linear-layer work: L (1 + L / crossover).
 
-        A causal kernel skips what lies above the diagonal, half of the attention; a dense mask does not let it.
+        A causal kernel skips the half of attention above the diagonal; with a dense mask it cannot.
         """
         return length * (1 + length / self.crossover / (1 if dense else 2))
 
 
 class Row(NamedTuple):
-    """A prompt, and the completions that follow it in one row."""
+    """A prompt and the completions that follow it in one row."""
 
     group_id: int
     prompt_ids: tuple[int, ...]
@@ -67,12 +66,12 @@ class Row(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Input tokens: the last token of each completion is left out."""
+        """Input tokens, without the last token of each completion."""
         return len(self.prompt_ids) + sum(len(sample.token_ids) - 1 for sample in self.samples)
 
 
 def balance(items: Sequence[Item], size: Callable[[Item], int], n: int) -> list[list[Item]]:
-    """`n` parts of about equal size: the largest first, each to the lightest part. Items keep their order in a part."""
+    """`n` parts of about equal size: largest items first, each to the lightest part. Parts keep the items' order."""
     loads = [(0, part) for part in range(n)]
     heapify(loads)
     members: list[list[int]] = [[] for _ in range(n)]
@@ -84,7 +83,7 @@ def balance(items: Sequence[Item], size: Callable[[Item], int], n: int) -> list[
 
 
 def fit(items: Sequence[Item], size: Callable[[Item], int], capacity: int, at_least: int = 1) -> list[list[Item]]:
-    """Balanced parts of at most `capacity` each, few of them; every item must fit alone."""
+    """A small number of balanced parts of at most `capacity` each; every item must fit alone."""
     n = max(at_least, math.ceil(sum(map(size, items)) / max(capacity, 1)))
     while True:
         parts = [part for part in balance(items, size, n) if part]
@@ -97,8 +96,8 @@ def split(row: Row, max_tokens: int, crossover: float) -> list[Row]:
     """The rows that a group's completions share, each with its own copy of the prompt.
 
     With P prompt tokens, S completion tokens, k equal rows and C = `crossover`, the dense cost is
-    k L (1 + L / C) at L = P + S / k. Its derivative in k is zero at S / k = sqrt(P^2 + P C): fewer rows pay more for
-    attention between completions that the mask discards, more rows pay more for copies of the prompt.
+    k L (1 + L / C) at L = P + S / k. Its derivative in k is zero at S / k = sqrt(P^2 + P C): fewer rows waste attention
+    between completions that the mask discards; more rows waste copies of the prompt.
     """
     prompt, total = len(row.prompt_ids), row.length - len(row.prompt_ids)
     rows = round(total / math.sqrt(prompt * (prompt + crossover))) if prompt else 0
@@ -107,12 +106,12 @@ def split(row: Row, max_tokens: int, crossover: float) -> list[Row]:
 
 
 def plan(rows: list[Row], max_tokens: int, cost: Callable[[int], float]) -> tuple[float, list[list[Row]]]:
-    """The cheapest micro-batches of rows padded to their longest, and what they cost.
+    """The cheapest micro-batches, each padded to its longest row, and their cost.
 
-    Cutting the rows sorted by length is optimal: taking any other micro-batches in the order of their longest rows
-    and refilling them in sorted order lengthens none. The best cuts come from the shortest path over cut positions; of
-    those that cost the same, the one whose largest micro-batch is smallest, because that one sets the peak of memory.
-    The cost is infinite where a row is longer than `max_tokens`.
+    Cutting the rows sorted by length is optimal: taking any other micro-batches in the order of their longest rows and
+    refilling them in sorted order lengthens none. The best cuts are a shortest path over cut positions. Among equal
+    costs, the smallest largest micro-batch wins, because it sets the memory peak. The cost is infinite if a row is
+    longer than `max_tokens`.
     """
     rows = sorted(rows, key=lambda row: -row.length)
     best = [0.0] + [math.inf] * len(rows)
@@ -122,7 +121,7 @@ def plan(rows: list[Row], max_tokens: int, cost: Callable[[int], float]) -> tupl
         base, per_row = best[start] + LAUNCH_SHARE * max_tokens, cost(row.length)
         for end in range(start + 1, min(len(rows), start + max_tokens // row.length) + 1):
             total, peak = base + (end - start) * per_row, max(largest[start], (end - start) * row.length)
-            same = math.isclose(total, best[end], rel_tol=1e-9)  # sums of the same terms in another order
+            same = math.isclose(total, best[end], rel_tol=1e-9)  # equal but for the order of the sum
             if peak < largest[end] if same else total < best[end]:
                 best[end], largest[end], cut[end] = total, peak, start
     parts, end = [], len(rows)

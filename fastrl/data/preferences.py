@@ -1,20 +1,20 @@
-"""Answers that were written before training: preferences, rankings, labels and demonstrations, as groups to pack.
+"""Pre-written answers (preferences, rankings, labels and demonstrations) as groups to pack.
 
 | kind          | columns                         | a group                                    | trains       |
 |---------------|---------------------------------|--------------------------------------------|--------------|
-| `pairs`       | (prompt), chosen, rejected      | [chosen, rejected], advantages 1 and -1    | DPO and kin  |
+| `pairs`       | (prompt), chosen, rejected      | [chosen, rejected], advantages 1 and -1    | DPO etc.     |
 | `ranked`      | prompt, responses, ranking      | responses, advantages minus their ranks    | reward model |
-| `labelled`    | prompt, completion, label       | [completion], advantage 1 if true, else -1 | KTO and kin  |
+| `labelled`    | prompt, completion, label       | [completion], advantage 1 if true, else -1 | KTO etc.     |
 | `completions` | prompt, completion; or messages | [completion], advantage 1                  | SFT          |
 |               | or text                         | [text], advantage 1                        |              |
 
-A `text` is learned whole, from its first token where the tokenizer begins texts with one of its own, else from its
+A whole `text` is trained on: from its first token if the tokenizer adds a beginning-of-text token, else from its
 second.
 
-`ranking` has a number for each of the `responses`, 1 for the best one; equal numbers are a tie. Reward models learn
-from pairs too.
+`ranking` has a number for each of the `responses`, 1 for the best; equal numbers are ties. Reward models learn from
+pairs too.
 
-An answer has no sampler: its `sampling_logps` are NaN, so that a loss which reads them shows it.
+Answers have no sampler: their `sampling_logps` are NaN, so a loss that reads them becomes NaN.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ ANSWERS = {
 
 
 class BadRow(ValueError):
-    """What is wrong with one row, to be counted; rows of the same words are reported together."""
+    """What is wrong with a row; rows with the same message are counted and reported together."""
 
 
 class Limits(NamedTuple):
-    """How long a row may be, in tokens; None: as long as it is."""
+    """Maximum length of a row, in tokens; None is no limit."""
 
     prompt: int | None
     all: int | None
 
 
 class Writer(NamedTuple):
-    """What turns messages into tokens."""
+    """Turns messages into tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     end_of_turn: int | None  # of its chat template
@@ -88,7 +88,7 @@ class Writer(NamedTuple):
 
 
 class PairColumns(NamedTuple):
-    """Columns that say more about a pair; empty: none does."""
+    """Optional columns of a pair; empty is none."""
 
     margin: str = ""
     soft_label: str = ""
@@ -112,34 +112,34 @@ def load_preferences(
 ) -> list[Group]:
     """The rows of a source, tokenised, one group each: TRL's preference, unpaired and prompt-completion formats.
 
-    A side is text, or a list with one assistant message, or a whole conversation that ends in one; the prompt is text
-    or chat messages. With `chat` and a chat template, a text prompt is one user message and a text side one assistant
-    message. A pair without a prompt column has what both sides begin with as its prompt: all messages but the last, or
-    the shared text up to its last white space, which is then left as it is. Anything else that is text is tokenised as
-    it is, with the end-of-text token added.
+    A side is text, a list with one assistant message, or a whole conversation that ends in one; the prompt is text or
+    chat messages. With `chat` and a chat template, a text prompt becomes a user message and a text side an assistant
+    message. Without a prompt column, a pair's prompt is what both sides share: all messages but the last, or the text
+    up to its last shared white space, in which case it stays plain text. Other text is tokenised as it is, plus the
+    end-of-text token.
 
-    Prompt and answer are cut where the prompt alone ends, so a model trained on them sees at generation what it saw
-    here: the answer's tokens are those of the whole text where its tokens begin with the prompt's, and else those of
-    the answer by itself. The last token of a chat answer is the one that the template ends turns with; what is behind
-    it is not trained on. Nothing is truncated. Messages keep all their fields, tool calls and the like, and a row's
-    columns `tools`, `documents` and `chat_template_kwargs` reach the template.
+    Prompt and answer are split where the prompt alone ends, so generation sees the same prompt tokens as training. The
+    answer's tokens come from the whole text if its tokens begin with the prompt's, else from the answer alone. A chat
+    answer ends with the token that ends turns in the template; nothing after it is trained on. Nothing is truncated.
+    Messages keep all fields, such as tool calls, and a row's columns `tools`, `documents` and `chat_template_kwargs`
+    reach the template.
 
     Args:
-        source: a `.jsonl` file, a folder written by `save_to_disk`, a hub id, a `datasets` dataset, or an iterable of
-            mappings; `options` has `split` and `name` for a dataset with several. Or `reasoning_gym:TASK`, whose
-            answers `fastrl.data.sources.gym_answers` makes; `options` are the task's settings.
-        kind: what a row is: the table in `fastrl.data.preferences`.
-        size, seed: how many questions reasoning-gym generates, from which seed.
+        source: as in `fastrl.data.sources.read_rows`, with its `options`; for `reasoning_gym:TASK`,
+            `fastrl.data.sources.gym_answers` makes the answers.
+        kind: what a row is; see the table in `fastrl.data.preferences`.
+        size, seed: how many questions reasoning-gym generates, and their seed.
         system: a system message for chat prompts that have none.
-        max_prompt_tokens, max_tokens: of the prompt, and of the prompt with its answer.
-        template_options: further arguments of the chat template, such as `enable_thinking`.
-        margin_column: of pairs: by how much the chosen answer is better, a finite number of at least 0; `Group.margin`.
-        soft_label_column: of pairs: the probability that the chosen answer is the better one; `Group.soft_label`.
+        max_prompt_tokens, max_tokens: limits for the prompt, and for the prompt with its answer.
+        template_options: extra arguments for the chat template, such as `enable_thinking`.
+        margin_column: for pairs: by how much the chosen answer is better, a finite number of at least 0; sets
+            `Group.margin`.
+        soft_label_column: for pairs: the probability that the chosen answer is better; sets `Group.soft_label`.
 
     Returns:
-        One group per good row, in order, `Prompt.index` being the row's number. A bad row (an empty side, two identical
-        sides, a prompt over its limit, a missing value, a number out of its range) is left out, and a warning counts
-        them by what is wrong.
+        One group per good row, in order; `Prompt.index` is the row's number. Bad rows (an empty side, two identical
+        sides, a prompt over its limit, a missing value, a number out of range) are dropped, and a warning counts them
+        by reason.
 
     Raises:
         ValueError: no rows, a column that no row has, or no good row.
@@ -175,10 +175,11 @@ def load_preferences(
 
 
 def answered(prompt: str | Messages, answer: str, tokenizer: PreTrainedTokenizerBase) -> Group:
-    """One answer to one prompt, tokenised as `load_preferences` does; an empty one is the token that ends it.
+    """One answer to one prompt, tokenised as in `load_preferences`; an empty answer is only its end token.
 
     Raises:
-        ValueError: the prompt is chat messages and the tokenizer has no chat template, or renders them otherwise.
+        ValueError: the prompt is chat messages and the tokenizer has no chat template, or renders the prompt
+            differently once it is answered.
     """
     content = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
     try:
@@ -190,7 +191,7 @@ def answered(prompt: str | Messages, answer: str, tokenizer: PreTrainedTokenizer
 
 
 def split_groups(groups: Sequence[Group], held_out: int, seed: int) -> tuple[list[Group], list[Group]]:
-    """Two random parts of the groups, (train, held out), as `fastrl.data.prompts.by_question` makes them.
+    """A random split of the groups into (train, held out), as in `fastrl.data.prompts.by_question`.
 
     Raises:
         ValueError: `held_out` leaves nothing to train on.
@@ -199,9 +200,9 @@ def split_groups(groups: Sequence[Group], held_out: int, seed: int) -> tuple[lis
 
 
 def with_end(groups: Sequence[Group], token_id: int) -> list[Group]:
-    """The groups with one more target behind each answer, so that the state before it has read the whole answer.
+    """The groups with one more target after each answer, so that the state before it has seen the whole answer.
 
-    A sequence's last token is no input of a micro-batch; `ScalarModel.scores` reads the state before the last target.
+    A sequence's last token is not an input; `ScalarModel.scores` reads the state before the last target.
     """
 
     def longer(sample: Sample) -> Sample:
@@ -212,18 +213,18 @@ def with_end(groups: Sequence[Group], token_id: int) -> list[Group]:
 
 
 def unpair(pairs: Sequence[Group]) -> list[Group]:
-    """Each side of each pair as a labelled answer of its own, chosen before rejected."""
+    """Splits each pair into two labelled answers, chosen before rejected."""
     return [Group(pair.prompt, [sample]) for pair in pairs for sample in pair.samples]
 
 
 def mismatched(groups: Sequence[Group]) -> list[Group]:
-    """Each prompt with the answer of another one, the nearest before it in the batch, the last before the first.
+    """Each prompt with the answer to a different one, the nearest before it in the batch, wrapping around at the start.
 
-    The answers that KTO's KL is estimated from (`fastrl.losses.unpaired.mismatched_kl`); TRL takes the answer before,
-    whatever its prompt, which is the same where neighbours have different prompts.
+    KTO's KL is estimated from these answers (`fastrl.losses.unpaired.mismatched_kl`). TRL takes the previous answer
+    whatever its prompt, which is the same if neighbours have different prompts.
 
     Raises:
-        ValueError: all prompts are the same, so there is no other.
+        ValueError: all prompts are the same.
     """
     check.require(
         len({group.prompt.token_ids for group in groups}) > 1,
@@ -242,14 +243,14 @@ def mismatched(groups: Sequence[Group]) -> list[Group]:
 
 
 def _by_prompt(rows: list[Row]) -> list[Row]:
-    """Rows of one completion and its `reward` each, as in a run's completions.jsonl, together by their prompt and,
-    where there is one, their `step`; other rows as they are."""
+    """Groups rows of one completion and its `reward`, as in a run's completions.jsonl, by prompt and, if present,
+    `step`; returns other rows unchanged."""
     if not all(row.values.keys() >= {"prompt", "completion", "reward"} for row in rows):
         return rows
     together: dict[str, Row] = {}
     for row in rows:
         if row.values["reward"] is None or not row.values["completion"]:
-            continue  # nobody could judge it, or there is nothing to learn from
+            continue  # without a reward, or empty
         key = repr((row.values.get("step"), row.values["prompt"]))
         values = {"prompt": row.values["prompt"], "responses": [], "rewards": []}
         group = together.setdefault(key, Row(row.where, values))
@@ -277,7 +278,7 @@ def _require_columns(rows: list[Row], kind: Kind, columns: PairColumns) -> None:
 
 
 def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Messages, list[str | Messages]]:
-    """The prompt, and the answers to it as text or as one assistant message each."""
+    """The prompt, and its answers, each as text or as one assistant message."""
     if kind == "completions" and values.get("messages") is not None:
         values = {"completion": values["messages"]}
     if kind == "completions" and values.get("completion") is None and values.get("text") is not None:
@@ -317,7 +318,7 @@ def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Mes
 
 
 def _responses(values: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of a row's ranked answers, `responses[0]` and so on, and the row with an entry for each."""
+    """The names of a row's responses, `responses[0]` and so on, and the row with an entry for each."""
     responses = values.get("responses")
     if not (isinstance(responses, list) and len(responses) > 1):
         raise BadRow("whose 'responses' are not a list of two or more")
@@ -342,7 +343,7 @@ def _rewards(values: Mapping[str, Any], answers: int) -> list[float]:
 
 
 def _number(values: Mapping[str, Any], name: str, expected: str, highest: float) -> float | None:
-    """What the column holds, from 0 to `highest`; None without a column."""
+    """The column's value, from 0 to `highest`; None without a column."""
     if not name:
         return None
     value = values.get(name)
@@ -372,7 +373,7 @@ def _content(values: Mapping[str, Any], name: str) -> str | Messages:
 
 
 def _is_empty(answer: str | Messages) -> bool:
-    """Whether an answer says nothing: no text, and no tool call or other field that a template may write."""
+    """Whether an answer has no text, and no tool call or other field that a template may render."""
     if isinstance(answer, str):
         return not answer.strip()
     return not content_text(answer[-1]).strip() and set(answer[-1]) <= {"role", "content", "name"}
@@ -421,7 +422,7 @@ def _group(
         text = answer if isinstance(answer, str) else content_text(answer[-1])
         whole = writer.render(values, [*prompt, *answer]) if chat else prompt + answer
         ids = _answer_ids(writer, prompt_text, prompt_ids, whole, chat)
-        if not prompt_ids:  # the first token of a text has nothing before it
+        if not prompt_ids:  # nothing precedes a text's first token, so it cannot be a target
             prompt_ids, ids = ids[:1], ids[1:]
         if not ids:
             raise BadRow("of one token")
@@ -440,7 +441,7 @@ def _group(
 
 
 def _answer_ids(writer: Writer, prompt_text: str, prompt_ids: list[int], whole: str, chat: bool) -> list[int]:
-    """The tokens that follow `prompt_ids`, up to and with the one that ends the answer."""
+    """The tokens after `prompt_ids`, up to and including the one that ends the answer."""
     if not whole.startswith(prompt_text):
         raise BadRow("whose prompt the chat template renders otherwise once it is answered")
     tokenizer = writer.tokenizer
@@ -477,19 +478,19 @@ def _label(values: Mapping[str, Any]) -> bool:
 
 
 def _report_endless(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase, writer: Writer) -> None:
-    """Say when answers are trained on that end with no token at which generation stops."""
+    """Warns if trained answers do not end with a token that stops generation."""
     ends = {tokenizer.eos_token_id, writer.end_of_turn}
     endless = [s for group in groups for s in group.samples if s.token_ids[-1] not in ends]
     if endless:
         warnings.warn(
-            f"{OP}: {len(endless)} answers end with {tokenizer.decode(endless[0].token_ids[-1:])!r}, which is no end "
-            "of a turn or a text: a model that is trained on them learns no end, and generates on to the limit.",
+            f"{OP}: {len(endless)} answers end with {tokenizer.decode(endless[0].token_ids[-1:])!r}, which ends "
+            "neither a turn nor a text: a model trained on them never learns to stop.",
             stacklevel=3,
         )
 
 
 def _report(total: int, bad: Mapping[str, Sequence[str]]) -> None:
-    """Say how many rows were left out and why; refuse a source of which nothing is left."""
+    """Reports how many rows were dropped and why; refuses a source with no row left."""
     skipped = sum(map(len, bad.values()))
     reasons = "; ".join(
         f"{len(places)} {reason} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"

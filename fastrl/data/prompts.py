@@ -1,4 +1,4 @@
-"""Prompts as the model sees them, and the part of them that is held out."""
+"""Loads prompts as the model sees them, and splits off the held-out set."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def load_prompts(
 ) -> list[Prompt]:
     """The prompts of a source, tokenised, each with the row's other columns.
 
-    A prompt is a string or a list of chat messages. Messages are rendered by the tokenizer's chat template; so is a
-    string, as one user message, when `chat` is true and the tokenizer has a template. Any other string is tokenised as
-    it is, behind the token that the tokenizer begins texts with. Messages keep all their fields, tool calls and the
-    like; where the last one is the assistant's, the model goes on with it. A row's columns `tools`, `documents` and
-    `chat_template_kwargs` reach the template.
+    A prompt is a string or a list of chat messages. The tokenizer's chat template renders messages, and strings too, as
+    one user message, if `chat` is true and there is a template. Any other string is tokenised as it is, after the
+    tokenizer's beginning-of-text token. Messages keep all fields, such as tool calls. If the last message is the
+    assistant's, the model continues it. A row's columns `tools`, `documents` and `chat_template_kwargs` reach the
+    template.
 
     Args:
         source, size, seed: see `fastrl.data.sources.read_rows`.
         options: also `prompt_column`, the column that holds the prompt; `prompt` by default.
         system: a system message for chat prompts that have none.
-        suffix: appended as it is to the string, or to the last user message.
+        suffix: appended to the string, or to the last user message.
         max_prompt_tokens: longer prompts are dropped, with a warning that counts them.
-        template_options: further arguments of the chat template, such as `enable_thinking`.
+        template_options: extra arguments for the chat template, such as `enable_thinking`.
 
     Raises:
-        ValueError: no rows, no such column, a prompt that is neither of the two, or no prompt short enough.
+        ValueError: no rows, no such column, a prompt that is neither string nor messages, or no prompt short enough.
     """
     options = dict(options or {})
     column = options.pop("prompt_column", "prompt")
@@ -85,11 +85,11 @@ def load_prompts(
 
 
 def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Two random parts of the prompts, (train, held out): no question is in both, and no row is there twice.
+    """A random split of the prompts into (train, held out), without duplicate rows; no question is in both.
 
-    Prompts that differ in their text or in any other column are different tasks. Those that ask the same, whatever
-    their white space, are one question, all of whose tasks are in one part. Of equal rows the first stays, and a
-    warning counts the others.
+    Prompts that differ in their text or in any other column are different tasks. Prompts whose text differs only in
+    white space are one question, and all tasks of a question are on the same side. Duplicate rows are dropped, and a
+    warning counts them.
 
     Raises:
         ValueError: `held_out` leaves nothing to train on.
@@ -106,13 +106,13 @@ def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Pro
 def by_question(
     rows: Sequence[Kept], held_out: int, seed: int, question: Callable[[Kept], str]
 ) -> tuple[list[Kept], list[Kept]]:
-    """Two random parts of the rows, (the rest, held out), each with all rows of its questions.
+    """A random split of the rows into (the rest, held out) that keeps all rows of a question together.
 
-    Questions are held out until `held_out` rows are. One with more rows than are still to hold out is passed over;
-    where that leaves some to hold out, the smallest of them is taken whole.
+    Questions are held out until there are `held_out` rows. A question with more rows than are still missing is skipped;
+    if rows are missing at the end, the smallest remaining question is held out whole.
 
     Raises:
-        ValueError: `held_out` leaves nothing.
+        ValueError: `held_out` leaves nothing to train on.
     """
     questions: dict[str, list[Kept]] = {}
     for row in rows:
@@ -142,21 +142,21 @@ def by_question(
 
 
 def question(prompt: Prompt) -> str:
-    """What a prompt asks, with white space made equal: prompts with the same question are the same."""
+    """The prompt's text with normalised white space, which identifies its question."""
     if isinstance(prompt.content, str):
         return " ".join(prompt.content.split())
     return _json([message | {"content": " ".join(content_text(message).split())} for message in prompt.content])
 
 
 def _task(prompt: Prompt) -> str:
-    """Everything that makes a prompt a task of its own."""
+    """Everything that distinguishes a prompt's task from others."""
     return _json([prompt.content, prompt.columns])
 
 
 def _json(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, default=repr)
-    except TypeError:  # keys that JSON does not have
+    except TypeError:  # keys that JSON cannot have
         return repr(value)
 
 

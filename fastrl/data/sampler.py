@@ -1,4 +1,4 @@
-"""The order in which prompts, or groups of answers, are drawn."""
+"""Draws prompts, or groups of answers, in shuffled epochs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Drawn = TypeVar("Drawn", Prompt, Group)
 
 
 class PromptSampler(Generic[Drawn]):
-    """Epochs of all prompts, each shuffled by (seed, epoch) alone: a resumed run draws what it would have drawn.
+    """Epochs over all prompts. The order depends only on (seed, epoch), so a resumed run draws the same prompts.
 
     Args:
-        prompts: what to draw from, or groups of answers written before training; kept, not copied.
-        seed: of every epoch's order.
+        prompts: prompts, or pre-written groups, to draw from; kept, not copied.
+        seed: seeds the order of every epoch.
     """
 
     def __init__(self, prompts: Sequence[Drawn], seed: int) -> None:
@@ -31,7 +31,7 @@ class PromptSampler(Generic[Drawn]):
         self._fingerprint = ""  # made when first asked for
 
     def next(self, n: int) -> list[Drawn]:
-        """The next `n` prompts; an epoch's last and the following epoch's first may share a batch."""
+        """The next `n` prompts; a batch may span two epochs."""
         batch = []
         while len(batch) < n:
             if self._drawn == len(self._order):
@@ -43,21 +43,21 @@ class PromptSampler(Generic[Drawn]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler is, as JSON can hold it."""
+        """The sampler's position, in a form that JSON can hold."""
         return {"seed": self.seed, "epoch": self.epoch, "drawn": self._drawn, "prompts": self.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken.
+        """Continues from a `state_dict`.
 
         Raises:
-            ValueError: the state is of other prompts, whose order would not be continued.
+            ValueError: the state belongs to other prompts.
         """
         check.require(
             state["prompts"] == self.fingerprint(),
             "PromptSampler",
             "state",
             "the state of the same prompts in the same order",
-            "that of others",
+            "the state of others",
             "Resume with the prompts the run began with.",
         )
         self.seed, self.epoch, self._drawn = state["seed"], state["epoch"], state["drawn"]
@@ -76,7 +76,7 @@ class PromptSampler(Generic[Drawn]):
 
 
 def fingerprint(drawn: Sequence[Prompt | Group]) -> str:
-    """SHA-256 of prompts, or of groups with their answers, labels and margins, and of their order."""
+    """SHA-256 over prompts, or groups with their answers, labels and margins, in order."""
     digest = hashlib.sha256()
     for item in drawn:
         prompt, samples = (item.prompt, item.samples) if isinstance(item, Group) else (item, ())

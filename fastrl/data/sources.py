@@ -1,4 +1,4 @@
-"""Where prompts and answers come from: rows of a JSONL file, of a `datasets` dataset, or of a reasoning-gym task."""
+"""Reads prompts and answers: rows of a file, of a `datasets` dataset, or of a reasoning-gym task."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastrl.hub import or_cache
 
 READERS = {".csv": "csv", ".parquet": "parquet", ".json": "json"}  # suffix -> the reader of `datasets`
 GYM = "reasoning_gym:"
-MOST_DRAWS = 100  # other rows' answers that are tried as the wrong one of a question
+MOST_DRAWS = 100  # other rows' answers to try as a question's wrong answer
 
 
 class Row(NamedTuple):
-    """One row of a source, and the words that find it again."""
+    """One row of a source, and its location for messages."""
 
     where: str
     values: Mapping[str, Any]
@@ -32,10 +32,10 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
 
     Args:
         source: `reasoning_gym:TASK`; a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file; a folder written by
-            `save_to_disk`, or one with such files (a cloned data set), of whose splits `options` names one; a hub id; a
-            `datasets` dataset, or any iterable of mappings.
-        size, seed: how many tasks reasoning-gym generates, from which seed.
-        options: the task's own settings for reasoning-gym; `split` and `name` for a dataset that has them.
+            `save_to_disk`, or a folder of such files (a cloned data set); a hub id; a `datasets` dataset, or any
+            iterable of mappings.
+        size, seed: how many tasks reasoning-gym generates, and their seed.
+        options: the task's settings for reasoning-gym; `split` and `name` for datasets.
     """
     if isinstance(source, str | Path) and not str(source).startswith(GYM):
         source = Path(source).expanduser() if str(source).startswith("~") else source
@@ -61,10 +61,10 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
 def gym_answers(task: str, kind: str, *, size: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
     """Questions of a reasoning-gym task with answers, in the columns of a kind of `fastrl.data.preferences`.
 
-    `completions`: the task's own answer. `pairs`: that one is chosen, and rejected is another question's answer, which
-    the task's scorer gives less to. `labelled`: one of the two, at random. `rewarded`: the right one and three other
-    questions' answers, with what the scorer gives them. Equal arguments give equal rows. A question
-    for which no other answer scores less has None instead of a wrong one.
+    `completions`: the task's answer. `pairs`: the task's answer is chosen; rejected is another question's answer that
+    the task's scorer rates lower. `labelled`: one of the two, at random. `rewarded`: the right answer and three other
+    questions' answers, with their scores. Equal arguments give equal rows. If no other answer scores lower, the wrong
+    answer is None.
     """
     dataset = _gym_dataset(task, size, seed, options)
     entries = list(dataset)
@@ -88,7 +88,7 @@ def gym_answers(task: str, kind: str, *, size: int, seed: int, options: Mapping[
 
 
 def _gym_wrong_answer(dataset: Any, entries: list[Any], entry: Any, rng: random.Random) -> str | None:
-    """Another entry's answer that scores less than the entry's own; None where none of those tried does."""
+    """Another entry's answer that scores lower than the entry's own; None if none was found."""
     full = dataset.score_answer(entry["answer"], entry)
     for _ in range(MOST_DRAWS):
         answer = str(rng.choice(entries)["answer"])
@@ -98,8 +98,8 @@ def _gym_wrong_answer(dataset: Any, entries: list[Any], entry: Any, rng: random.
 
 
 def _without_filling(value: Any, inside: bool = False) -> Any:
-    """Without the fields that are None only because another row has them: in `datasets`, all rows of a column have the
-    same fields at every depth. The content of a message, and a row's own columns, may be None."""
+    """Drops fields that are None only because another row has them: in `datasets`, all rows of a column have the same
+    fields at every depth. A message's content and a row's own columns may be None."""
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if v is not None or not inside or k == "content"}
         return {name: _without_filling(one, True) for name, one in kept.items()}
@@ -124,7 +124,7 @@ def _gym_rows(task: str, size: int, seed: int, options: Mapping[str, Any]) -> li
 
 
 def _without_number(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the number of the draw, by which alone a task that was drawn twice would be two."""
+    """Drops the number of the draw, which would make two tasks of one that was drawn twice."""
     return {name: value for name, value in metadata.items() if name != "source_index"}
 
 
@@ -158,7 +158,7 @@ def _jsonl_rows(path: Path) -> list[Row]:
                 raise ValueError(
                     f"{where}: expected one JSON object on the line, got {error.msg} at column {error.colno}."
                 ) from error
-            except (ValueError, RecursionError) as error:  # no UTF-8, thousands of digits or of brackets
+            except (ValueError, RecursionError) as error:  # not UTF-8, or thousands of digits or brackets
                 raise ValueError(f"{where}: expected one JSON object in UTF-8 on the line, got {error}.") from error
             if not isinstance(values, dict):
                 raise ValueError(f"{where}: expected one JSON object on the line, got a {type(values).__name__}.")

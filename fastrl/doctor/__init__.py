@@ -1,4 +1,4 @@
-"""What fastrl found on this machine: versions, devices, backends and the reason for each missing one."""
+"""Reports what this machine has: versions, devices, backends and the reason for each missing one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Fact(NamedTuple):
 
 
 class Package(NamedTuple):
-    """An optional package: what it gives, and how to get it."""
+    """An optional package: what it adds, and how to install it."""
 
     module: str
     distribution: str
@@ -79,12 +79,12 @@ PACKAGES = (
 
 
 def facts() -> list[Fact]:
-    """Everything that can be found out in a few seconds, section by section."""
+    """All facts that take only seconds to find, section by section."""
     return [*_software(), *_devices(), *_threads(), *_backends(), *_space(), *_packages()]
 
 
 def print_doctor(console: Console, as_json: bool = False) -> int:
-    """Prints the facts, as a table or as JSON; returns the exit status, 3 when something essential fails."""
+    """Prints the facts as a table or as JSON; returns the exit status, 3 if something essential fails."""
     found = facts()
     failed = [fact for fact in found if fact.level == "failed"]
     if as_json:
@@ -93,7 +93,7 @@ def print_doctor(console: Console, as_json: bool = False) -> int:
     for section in dict.fromkeys(fact.section for fact in found):
         table = Table.grid(padding=(0, 2))
         table.add_column(min_width=20)
-        table.add_column(min_width=27, overflow="fold")  # more than a third of 80 columns would cut the notes
+        table.add_column(min_width=27, overflow="fold")  # wider would leave too little for notes in 80 columns
         table.add_column(overflow="fold")
         last = ""
         for fact in found:
@@ -202,7 +202,7 @@ def _devices() -> list[Fact]:
 
 
 def _speed() -> list[Fact]:
-    """What `dtype: auto` and `linear: auto` come to on this CPU, for a model of the size of the recipes'."""
+    """What `dtype: auto` and `linear: auto` choose on this CPU, for a model the size of the recipes'."""
     ratio = bfloat16_ratio(SMALL_MODEL)
     chosen = "bfloat16" if ratio <= CLEARLY else "float32"
     model = "the layers of SmolLM2-135M, whose other shapes may differ"
@@ -215,9 +215,7 @@ def _speed() -> list[Fact]:
         found.append(Fact("devices", "linear: auto", str(dtype).removeprefix("torch."), f"native products: {sizes}"))
     slow = slow_bfloat16()
     note = (
-        "computed in float32 where a model is in bfloat16: torch is slow at that here"
-        if slow
-        else "as the model's dtype"
+        "computed in float32 if a model is in bfloat16, at which torch is slow here" if slow else "as the model's dtype"
     )
     return [*found, Fact("devices", "attention dtype", "float32" if slow else "any", note)]
 
@@ -255,7 +253,7 @@ def _threads() -> list[Fact]:
 
 
 def _backends() -> list[Fact]:
-    """Each op's backends in the order in which "auto" tries them; those that take the device are checked in float64."""
+    """Each op's backends in the order that "auto" tries them; those that support the device are checked in float64."""
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     return [fact for device in devices for op in OPS for fact in _op_backends(op, device)]
 
@@ -275,7 +273,7 @@ def _op_backends(op: str, device: torch.device) -> list[Fact]:
 def _checked(section: str, op: str, backend: str, device: torch.device) -> Fact:
     try:
         error = self_check(op, backend, device)
-    except Exception as failure:  # whatever a broken build raises is the finding, and must not hide the other ops
+    except Exception as failure:  # a broken build is a finding that must not hide the other ops
         return Fact(section, op, backend, f"fails: {type(failure).__name__}: {failure}", "failed")
     right = error <= TOLERANCE  # False for NaN
     note = f"{'agrees with' if right else 'DIFFERS from'} float64 to {error:.0e}"

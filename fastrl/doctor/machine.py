@@ -1,4 +1,4 @@
-"""What this machine is, read from the operating system; what cannot be known is None or empty."""
+"""Facts about this machine from the operating system; unknown ones are None or empty."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 GIB = 1 << 30
-# The instruction sets that the kernels choose among, as the kernel names them -> as people do.
+# The instruction sets that the kernels choose among: the operating system's names -> common names.
 INSTRUCTION_SETS = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -24,7 +24,7 @@ INSTRUCTION_SETS = {
 
 
 class Memory(NamedTuple):
-    """Bytes; None where the system does not say."""
+    """Bytes; None if unknown."""
 
     total: int | None
     available: int | None
@@ -42,7 +42,7 @@ def cpu_name() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those of INSTRUCTION_SETS that the CPU has, in that order; empty where /proc/cpuinfo does not exist."""
+    """The INSTRUCTION_SETS that the CPU has, in that order; empty without /proc/cpuinfo."""
     found = re.search(r"^flags\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     flags = set(found[1].split()) if found else set()
     return [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]
@@ -66,13 +66,13 @@ def parse_openmp(maps: str) -> list[str]:
 
 
 def memory() -> Memory:
-    """Of the machine."""
+    """The machine's memory."""
     values = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE))
     return Memory(*(int(values[key]) * 1024 if key in values else None for key in ("MemTotal", "MemAvailable")))
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes free where `folder` is, or would be."""
+    """Free bytes on the disk where `folder` is or would be."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Does each op compute the right numbers on this machine: every backend against plain torch in float64, in a second."""
+"""Checks every op and backend on this machine against plain torch in float64, in about a second."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Check = Callable[[str, torch.device], tuple[Results, Results]]
 
 
 def self_check(op: str, backend: str, device: torch.device) -> float:
-    """The largest error of an op's values and gradients relative to 1 + |value|; NaN where a result is NaN."""
+    """The largest error of an op's values and gradients relative to 1 + |value|; NaN if a result is NaN."""
     return largest_error(*CHECKS[op](backend, device))
 
 
 def largest_error(got: Results, want: Results) -> float:
-    """max |got - want| / (1 + |want|) over all results; NaN when any of them is."""
+    """max |got - want| / (1 + |want|) over all results; NaN if any of them is NaN."""
     errors = [((g.double() - w).abs() / (1 + w.abs())).max() for g, w in zip(got, want, strict=True) if w.numel() > 0]
     return float(torch.stack(errors).max())
 
 
 def _draw(device: torch.device, *shape: int) -> torch.Tensor:
-    """Random numbers that do not disturb the run's own."""
+    """Random numbers from a separate generator."""
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator).to(device)
 
@@ -44,7 +44,7 @@ def _logps_and_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tor
 
 
 def _with_gradients(outputs: Results, inputs: Results) -> Results:
-    """The outputs, and the gradients of their sum weighted by 1, 2, 3, ... ."""
+    """The outputs, and the gradients of their sum with weights 1, 2, 3, ..."""
     scalar = sum((out * torch.arange(1, out.numel() + 1).to(out).reshape(out.shape)).sum() for out in outputs)
     return [out.detach() for out in outputs] + list(torch.autograd.grad(scalar / ROWS, inputs))
 

@@ -1,4 +1,4 @@
-"""Models: loading them, and cutting them at the language-model head."""
+"""Models: loading them and splitting off their language-model head."""
 
 from fastrl.model.head import SplitModel, split_head
 from fastrl.model.load import load_model, stop_token_ids

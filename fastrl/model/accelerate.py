@@ -1,4 +1,4 @@
-"""A model's linear layers on fastrl's CPU products, wherever a probe finds them no slower than torch's."""
+"""Runs a model's linear layers on fastrl's CPU products wherever a probe finds them no slower than torch's."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from fastrl.ops.linear import main_grad, native_linear, native_lora_linear, refu
 
 log = logging.getLogger(__name__)
 
-ROWS = (8, 64, 256)  # what the probe multiplies: a few rows decoded, many, and a micro-batch with its gradients
-WIDEST = 2048  # of a layer that the probe multiplies: a part tells as much about a larger one
+ROWS = (8, 64, 256)  # rows in the probe: decoding a few rows, many, and a micro-batch with its gradients
+WIDEST = 2048  # largest layer size in the probe: part of a larger layer tells as much
 ROUNDS = 5
-CLEARLY = 1.05  # torch is taken only where it is quicker by more than noise: a choice must not change by itself
-HOPELESS = 4.0  # a factor that one round is enough for
+CLEARLY = 1.05  # torch must be faster by more than noise to be chosen, so that choices are stable
+HOPELESS = 4.0  # slower by this factor, one round is enough
 
 Shape = tuple[int, int]  # outputs, width
 Choices = dict[torch.dtype, dict[Shape, tuple[bool, ...]]]  # whether native serves each of ROWS
 
 
 def accelerate_cpu(model: nn.Module, *, linear: str = "auto", known: Choices | None = None) -> Acceleration:
-    """Makes a model's layers compute with fastrl's CPU products, in place; `undo` of what it returns ends it.
+    """Makes a model's layers compute with fastrl's CPU products, in place; `undo()` on the result reverts it.
 
-    y = x W^T + b and its gradients, as `fastrl.ops.linear`. The layers and their parameters stay the same objects, and
-    so do state_dict, optimizers, hooks and names: a layer is given a class of its own, whose forward picks the quicker
-    of native and torch for its shape, dtype and number of rows. Adapters (LoRA, of peft) and frozen layers compute the
-    products that they need and no others. Where torch's attention is slow in bfloat16, that of a transformers model is
-    computed in float32. Layers of another kind, on another device, or of a dtype that native does not take stay
-    torch's; the log names the kinds once. Applied twice, the second time changes nothing.
+    y = x W^T + b and its gradients, as `fastrl.ops.linear`. Layers, parameters, state_dict, optimizers, hooks and names
+    stay the same objects: only a layer's class changes, to one whose forward picks the faster of native and torch for
+    its shape, dtype and number of rows. Adapters (peft's LoRA) and frozen layers compute only the products they need.
+    On CPUs where torch's attention is slow in bfloat16, a transformers model computes it in float32. Other kinds of
+    layers, other devices, and dtypes that native does not support stay on torch; the log names them once. Applying it
+    twice changes nothing more.
 
     Args:
-        model: on a CPU, whole or with adapters.
-        linear: auto measures, some 100 ms for each dtype; native takes the native products for every shape, so that two
-            processes compute the same bits.
-        known: what was measured before, as the `choices` of an earlier call; what is missing is added.
+        model: a model on a CPU, with or without adapters.
+        linear: auto measures, about 100 ms per dtype; native uses the native products for every shape, so two processes
+            compute the same bits.
+        known: `choices` of an earlier call; new measurements are added to it.
 
     Returns:
-        Acceleration: what was covered; `undo()`, and a context manager that undoes on leaving.
+        Acceleration: what was covered, with `undo()`; also a context manager that undoes on exit.
 
     Raises:
-        ValueError: there is no such choice of products.
+        ValueError: `linear` is neither of these.
     """
     choice("accelerate_cpu", "linear", linear, ("auto", "native"))
     layers, others = [], Counter()
@@ -77,8 +77,8 @@ def accelerate_cpu(model: nn.Module, *, linear: str = "auto", known: Choices | N
 class Acceleration:
     """What `accelerate_cpu` changed.
 
-    covered: layers that compute natively where that is quicker. others: kinds of layers that stay torch's, and how many
-    of each. choices: what was measured, by dtype and shape; None where nothing was.
+    covered: number of layers that compute natively where that is faster. others: kinds of layers that stay on torch,
+    with counts. choices: measurements by dtype and shape; None if nothing was measured.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Acceleration:
             layer.__class__ = _FASTER.get(type(layer)) or _native_lora(type(layer))
 
     def undo(self) -> None:
-        """Each layer is what it was; a second time does nothing."""
+        """Restores every layer; calling it again does nothing."""
         for layer in self._layers:
             layer.__class__ = layer.former
             del layer.choices
@@ -107,7 +107,7 @@ class Acceleration:
 
 
 class NativeLinear(nn.Linear):
-    """A `torch.nn.Linear` on the quicker of two products."""
+    """A `torch.nn.Linear` that uses the faster of two products."""
 
     choices: Choices | None  # None: native for every shape
     former = nn.Linear
@@ -121,7 +121,7 @@ class NativeLinear(nn.Linear):
 
 @cache
 def _native_lora(former: type[nn.Module]) -> type[nn.Module]:
-    """peft's LoRA layer with the products of its one plain adapter fused."""
+    """peft's LoRA layer with the products of its single plain adapter fused."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
         """As peft's."""
@@ -136,9 +136,9 @@ def _native_lora(former: type[nn.Module]) -> type[nn.Module]:
 
 
 class NativeEmbedding(nn.Embedding):
-    """A `torch.nn.Embedding` whose gradient touches the rows that were read, where the weight has a `main_grad`.
+    """A `torch.nn.Embedding` whose gradient touches only the rows that were read, if the weight has a `main_grad`.
 
-    torch's is a dense matrix of zeros with a few rows in it, made and added up for every micro-batch.
+    torch's gradient is a dense matrix, mostly zeros, that is made and added up for every micro-batch.
     """
 
     former = nn.Embedding
@@ -177,7 +177,7 @@ class _Embedding(torch.autograd.Function):
 
 
 class Probe(NamedTuple):
-    """Seconds of a layer's products, a number a round, of both ways to compute them."""
+    """Seconds of a layer's products per round, natively and in torch."""
 
     native: list[float]
     torch: list[float]
@@ -189,20 +189,20 @@ class Probe(NamedTuple):
 
 @cache
 def choose(shape: Shape, dtype: torch.dtype) -> tuple[bool, ...]:
-    """Whether native serves a layer of this shape, for each of ROWS; in one process always the same."""
+    """Whether native serves a layer of this shape, for each of ROWS; constant within a process."""
     return tuple(probe(shape, (dtype,), rows)[dtype].prefers_native() for rows in ROWS)
 
 
 def probe(shape: Shape, dtypes: Iterable[torch.dtype], rows: int, *, rounds: int = ROUNDS) -> dict[torch.dtype, Probe]:
-    """Times a layer's products in turns, all dtypes and both ways in each round: y, and dx and dW for most rows.
+    """Times a layer's products, all dtypes and both ways in each round: y, and for the largest of ROWS also dx and dW.
 
-    What is slower than another by a factor that no noise explains is timed once.
+    Calls that are slower by a factor of HOPELESS are timed only once.
     """
     outputs, width = (min(size, WIDEST) for size in shape)
     calls: dict[tuple[torch.dtype, str], Callable[[], object]] = {}
     with torch.device("cpu"):
         for dtype in dtypes:
-            # Any values will do, but for zeros and denormals; a generator of its own leaves the run's alone.
+            # Any values but zeros and denormals will do; linspace leaves the run's generators alone.
             x, weight, dy = (
                 torch.linspace(0.5, 1.5, a * b).view(a, b).to(dtype)
                 for a, b in ((rows, width), (outputs, width), (rows, outputs))
@@ -219,19 +219,19 @@ def probe(shape: Shape, dtypes: Iterable[torch.dtype], rows: int, *, rounds: int
             began = time.perf_counter()
             call()
             took = time.perf_counter() - began
-            # The first turn pages memory in and wakes threads: it counts only where it is the only one.
+            # The first turn pages memory in and wakes threads, so it counts only if it is the only one.
             seconds[key] = [took] if turn < 2 else [*seconds[key], took]
         best = min(map(median, seconds.values()))
     return {dtype: Probe(seconds[dtype, "native"], seconds[dtype, "torch"]) for dtype in dtypes}
 
 
 def is_linear(module: object) -> bool:
-    """Whether a module is a `torch.nn.Linear` and nothing more, accelerated or not."""
+    """Whether a module is a plain `torch.nn.Linear`, accelerated or not."""
     return type(module) in (nn.Linear, NativeLinear)
 
 
 def served(layer: NativeLinear, dtype: torch.dtype, rows: int) -> bool:
-    """Whether the layer computes so many rows of this dtype natively."""
+    """Whether the layer computes `rows` rows of this dtype natively."""
     return layer.choices is None or _chosen(layer.choices, dtype, tuple(layer.weight.shape))[_size(rows)]
 
 
@@ -242,7 +242,7 @@ def _step(
     dy: torch.Tensor,
     inputs: tuple[torch.Tensor, ...],
 ) -> Callable[[], object]:
-    """A call that multiplies once, with the gradient of `inputs`."""
+    """A function that multiplies once and computes the gradients of `inputs`."""
 
     def call() -> object:
         with torch.autocast("cpu", enabled=False), torch.set_grad_enabled(bool(inputs)):
@@ -261,7 +261,7 @@ def _native_serves(layer: NativeLinear, x: torch.Tensor) -> bool:
 
 
 def _chosen(choices: Choices, dtype: torch.dtype, shape: Shape) -> tuple[bool, ...]:
-    """What was chosen for a shape; measured at the first use of a dtype that is new to the model."""
+    """The choice for a shape, measured when the dtype is first used."""
     known = choices.setdefault(dtype, {})
     if shape not in known:
         known[shape] = choose(shape, dtype)
@@ -269,25 +269,25 @@ def _chosen(choices: Choices, dtype: torch.dtype, shape: Shape) -> tuple[bool, .
 
 
 def _size(rows: int) -> int:
-    """Which of ROWS stands for so many rows."""
+    """The index in ROWS that represents this number of rows."""
     return sum(rows >= 2 * least for least in ROWS[:-1])
 
 
 def _lora_linear() -> type[nn.Module] | None:
-    """peft's LoRA layer around a linear one; None where peft was not imported, so that no model has any."""
+    """peft's LoRA class for linear layers; None if peft was not imported, in which case no model has one."""
     layer = sys.modules.get("peft.tuners.lora.layer")
     return None if layer is None else layer.Linear
 
 
 def __getattr__(name: str) -> object:
-    """The class of accelerated adapters, under which a whole model of them is pickled."""
+    """The class of accelerated adapters, by the name that pickling a whole model uses."""
     if name == "NativeLoraLinear" and _lora_linear() is not None:
         return _native_lora(_lora_linear())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _one_plain_adapter(layer: Any) -> str | None:
-    """The name of the only adapter in a LoRA layer that is at work, where its formula is the plain one."""
+    """The name of a LoRA layer's only active adapter, if it is plain LoRA."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(active) != 1:
         return None
@@ -306,7 +306,7 @@ def _one_plain_adapter(layer: Any) -> str | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody watches the module, which a fused product would pass by."""
+    """Whether the module has hooks, which a fused product would skip."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -318,7 +318,7 @@ def _refuses(weight: torch.Tensor) -> str | None:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Whether a module that is no plain linear layer multiplies a weight of its own with its input."""
+    """Whether a module that is not a plain linear layer multiplies its own weight with its input."""
     weight = vars(module).get("_parameters", {}).get("weight")
     own = weight is not None and weight.dim() >= 2 and not isinstance(module, nn.Embedding)
     return own and not isinstance(module, NativeLinear)

@@ -26,24 +26,24 @@ ALL_LINEAR = "all-linear"
 def add_adapter(
     model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str] = (ALL_LINEAR,)
 ) -> PeftModel:
-    """Freezes `model` and puts adapters into its layers, in place; only they train, in the model's dtype.
+    """Freezes `model` and adds adapters to its layers, in place; only the adapters train, in the model's dtype.
 
-    The layers may be in 4 bits (`load_model`): gradients go through them to the adapters, and they stay as they are.
+    The layers may be in 4 bits (`load_model`): they stay frozen, and gradients pass through them to the adapters.
 
     Args:
-        rank: of A (rank, in) and B (out, rank). B begins as zeros, so that nothing changes until it trains.
+        rank: rank of A (rank, in) and B (out, rank). B starts at zero, so the model is unchanged until it trains.
         targets: names of modules, such as q_proj or lm_head; or all-linear, which is every linear layer but the head.
 
     Returns:
-        peft's view of the model, which saves the adapter alone and can switch it off.
+        peft's view of the model, which saves only the adapter and can switch it off.
 
     Raises:
-        ValueError: no module has such a name, or the model has an adapter.
+        ValueError: no module has such a name, or the model already has an adapter.
         ModuleNotFoundError: peft is not installed.
     """
     from peft import LoraConfig, get_peft_model
 
-    # peft would put the new one in the place of the trained one.
+    # peft would replace the trained adapter by the new one.
     bare = not getattr(model, "peft_config", None)
     do = "Start from the folder of the adapter, to train it further, or from a model saved with adapter.save=merged."
     require(bare, "add_adapter", "model", "a model without an adapter", f"{type(model).__name__} with one", do)
@@ -61,26 +61,25 @@ def add_adapter(
 
 def _in_dtype_of(model: PreTrainedModel, adapted: PeftModel) -> PeftModel:
     for param in model.parameters():
-        if param.requires_grad:  # those of 4-bit layers are float32 nevertheless
+        if param.requires_grad:  # adapters of 4-bit layers are float32 otherwise
             param.data = param.data.to(model.dtype)
     return adapted
 
 
 def base_of(name: str) -> str:
-    """The model that the adapter in a folder was trained on; empty where the folder has no adapter."""
+    """The base model of the adapter in a folder; empty if the folder has no adapter."""
     path = Path(name) / "adapter_config.json"
     return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else ""
 
 
 def load_adapter(model: PreTrainedModel, folder: str, *, rank: int, alpha: float, targets: Sequence[str]) -> PeftModel:
-    """Puts a trained adapter into the model that it was trained on, in place, to be trained further.
+    """Loads a trained adapter into its base model, in place, to train it further.
 
     Args:
-        rank, alpha, targets: what the recipe says, which must be what the adapter has; targets of all-linear says
-            nothing.
+        rank, alpha, targets: the recipe's settings, which must match the adapter's; targets of all-linear match any.
 
     Raises:
-        ValueError: it is another.
+        ValueError: they do not match.
     """
     from peft import PeftConfig, PeftModel
 
@@ -92,15 +91,15 @@ def load_adapter(model: PreTrainedModel, folder: str, *, rank: int, alpha: float
         has["targets"], asked["targets"] = sorted(named), sorted(targets)
     for name, value in has.items():
         same = asked[name] == value
-        require(same, "load_adapter", f"adapter.{name}", f"{value}, as the adapter in {folder!r} has", asked[name])
+        require(same, "load_adapter", f"adapter.{name}", f"{value}, as in the adapter in {folder!r}", asked[name])
     adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
     return _in_dtype_of(model, adapted)
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:
-    """A copy with the adapter added to the weights: a model as any other.
+    """A plain copy of the model with the adapter merged into the weights.
 
-    Where the head shared its weight with the embeddings and has an adapter of its own, it shares it no longer.
+    If the head shares its weight with the embeddings and has an adapter, the two are untied.
     """
     adapted = copy.deepcopy(adapted)
     model = adapted.get_base_model()
@@ -113,7 +112,7 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
 
 
 class WithoutAdapter:
-    """The reference policy that needs no memory: the policy's own model with its adapter switched off."""
+    """A reference model that needs no memory: the policy's model with its adapter switched off."""
 
     def __init__(self, policy: Policy, adapted: PeftModel) -> None:
         self.policy, self.adapted = policy, adapted

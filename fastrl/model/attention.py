@@ -1,5 +1,5 @@
-"""How a transformers model attends in each layout of `fastrl.data.pack`: the arguments that its backbone needs, and
-attention over sequences laid end to end.
+"""Attention of transformers models in each layout of `fastrl.data.pack`: the backbone's arguments, and attention over
+sequences laid end to end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def varlen_attention_backend(device: torch.device | str) -> Literal["flash_attn", "torch"] | None:
-    """Which variable-length attention kernel `device` has; None where there is only the loop over sequences."""
+    """The variable-length attention kernel of `device`; None if there is only the loop over sequences."""
     if torch.device(device).type != "cuda":
         return None
     if find_spec("flash_attn") is not None:
@@ -34,22 +34,22 @@ def varlen_attention_backend(device: torch.device | str) -> Literal["flash_attn"
     if find_spec("torch.nn.attention.varlen") is not None:
         from torch.nn.attention.varlen import varlen_attn
 
-        # The first releases of it had neither grouped heads nor windows.
+        # Its first releases had neither grouped heads nor windows.
         if {"enable_gqa", "window_size"} <= inspect.signature(varlen_attn).parameters.keys():
             return "torch"
     return None
 
 
 def prepare_attention(model: nn.Module, layout: str, *, dtype: torch.dtype) -> str:
-    """Make a transformers model fit for `layout`, and return the layout to pack with.
+    """Prepares a transformers model for `layout`, and returns the layout to pack with.
 
-    `varlen` replaces the model's attention by `fastrl_varlen`, which calls the model's former SDPA whenever no sequence
-    bounds are given, so that generation and other callers see no difference. `auto` becomes `varlen` where the device
-    has a kernel for it that takes `dtype`, the type attention computes in; else it stays `auto`, or becomes `padded`
-    where the model cannot keep sequences in one row apart.
+    `varlen` replaces the model's attention by `fastrl_varlen`, which calls the former SDPA if no sequence bounds are
+    given, so generation and other callers see no difference. `auto` becomes `varlen` if the device has a kernel for it
+    that supports `dtype`, the dtype of attention. Otherwise it stays `auto`, or becomes `padded` if the model cannot
+    keep sequences in a row apart.
 
     Raises:
-        ValueError: the model cannot attend as the layout needs.
+        ValueError: the model does not support the attention that the layout needs.
     """
     choice("prepare_attention", "layout", layout, ("auto", "padded", "shared", "varlen"))
     refusal = _refusal(model)
@@ -77,13 +77,12 @@ def _refusal(model: nn.Module) -> tuple[str, str] | None:
 
 
 def attention_inputs(batch: MicroBatch) -> dict[str, Any]:
-    """The keyword arguments besides `input_ids` and `position_ids` with which `SplitModel.backbone` attends as the
-    batch is laid out.
+    """The arguments of `SplitModel.backbone` besides `input_ids` and `position_ids` for the batch's layout.
 
-    `padded`: no mask, as padding lies to the right, where a causal query never looks, and without a mask SDPA may skip
-    what lies above the diagonal. `shared`: the dense mask. `varlen`: the bounds, and an empty 4-D mask, which stops
-    transformers from building a dense one and makes any other attention fail on its shape instead of attending across
-    sequences.
+    `padded`: no mask, because padding is on the right, where a causal query never looks, and without a mask SDPA can
+    skip the part above the diagonal. `shared`: the dense mask. `varlen`: the bounds, and an empty 4-D mask. The empty
+    mask stops transformers from building a dense one, and makes any other attention fail on its shape instead of
+    attending across sequences.
     """
     if batch.attention_cu_seqlens is None:
         dense = batch.attention_mask is not None and batch.attention_mask.dim() == 4
@@ -110,8 +109,8 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Causal attention inside each of the sequences laid end to end along the first dimension.
 
-    The kernels of `varlen_attention_backend` take bfloat16 and float16; every other type and device gets one SDPA call
-    per sequence. Gradients flow to query, key and value.
+    The kernels of `varlen_attention_backend` take bfloat16 and float16; other dtypes and devices get one SDPA call per
+    sequence. Gradients flow to query, key and value.
 
     Args:
         query: (L, heads, head size). key, value: (L, key heads, head size); key heads divide heads.
@@ -201,10 +200,10 @@ def _attention_forward(
 
 
 def in_float32(model: nn.Module) -> Callable[[], None]:
-    """Makes a transformers model's SDPA compute in float32 what is bfloat16, where a CPU is slow at that.
+    """Makes a transformers model's SDPA compute bfloat16 inputs in float32 on CPUs where bfloat16 is slow.
 
-    On processors without bfloat16 products torch has no fast ones: forward and backward take 6 times as long as in
-    float32. Returns the call that undoes it. A model with another attention is left as it is.
+    On processors without bfloat16 instructions, torch's forward and backward take 6 times as long as in float32.
+    Returns the function that undoes it. Models with other attention are left alone.
     """
     config: Any = getattr(model, "config", None)
     configs = [] if config is None or not hasattr(config, "get_text_config") else [config, config.get_text_config()]
@@ -230,7 +229,7 @@ def _sdpa_in_float32(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA, of float32 copies where bfloat16 is slow."""
+    """transformers' SDPA, on float32 copies where bfloat16 is slow."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     dtype, kind = query.dtype, query.device.type
@@ -246,7 +245,7 @@ def _sdpa_in_float32(
 
 @cache
 def slow_bfloat16() -> bool:
-    """Whether torch's attention on this CPU takes clearly longer in bfloat16 than in float32, by a race."""
+    """Whether torch's attention on this CPU is clearly slower in bfloat16 than in float32, as measured."""
     calls = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.linspace(-1, 1, 4 * 192 * 64, device="cpu").view(1, 4, 192, 64).to(dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""A causal language model split at its head: the backbone that gives hidden states, and what turns them into logits."""
+"""Splits a causal language model at its head, into a backbone that gives hidden states and a head that gives logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def last_hidden(
         attention_mask: (R, L), 1 where there is a token; or (R, 1, L, L) bool, True where a query may attend to a
             key, which layers with a sliding window narrow by `position_ids`; None is plain causal attention.
         position_ids: (R, L) int64; None counts from 0 along each row.
-        attention: further arguments for the model's attention, as `fastrl.model.attention` makes them.
+        attention: extra arguments for the model's attention, from `fastrl.model.attention`.
     """
     return run_decoder(decoder, input_ids, attention_mask, position_ids, **attention).last_hidden_state
 
@@ -45,7 +45,7 @@ def run_decoder(
     position_ids: torch.Tensor | None = None,
     **named: Any,
 ) -> Any:
-    """The outputs of which `last_hidden` is one; `named` may ask for `output_router_logits`."""
+    """All outputs of the decoder; `named` may request `output_router_logits`."""
     mask: Any = attention_mask
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.numel() > 0:
         mask = dense_masks(decoder, input_ids, attention_mask, position_ids, next(decoder.parameters()))
@@ -53,15 +53,15 @@ def run_decoder(
 
 
 def is_adapted(layer: nn.Module | None) -> bool:
-    """Whether a linear layer carries low-rank adapters of peft."""
+    """Whether a layer is a linear one with peft's low-rank adapters."""
     return is_linear(getattr(layer, "base_layer", None)) and hasattr(layer, "lora_A")
 
 
 def adapted_weight(layer: Any) -> torch.Tensor:
-    """(out, in): W + (alpha / rank) B A of the active adapters, with gradient to A and B; W where switched off.
+    """(out, in): W + (alpha / rank) B A of the active adapters, with gradient to A and B; W if they are switched off.
 
-    DoRA (arXiv:2402.09353): m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|, by rows, the norm a constant, with
-    gradient to the magnitude m too.
+    DoRA (arXiv:2402.09353): m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|, per row, with gradient to the
+    magnitude m too; the norm is a constant.
     """
     weight = layer.base_layer.weight
     for name in _active(layer):
@@ -73,7 +73,7 @@ def adapted_weight(layer: Any) -> torch.Tensor:
 
 
 def adapted_bias(layer: Any) -> torch.Tensor | None:
-    """(out,): b + (alpha / rank) b_B of the active adapters whose B has a bias; None where there is none at all."""
+    """(out,): b + (alpha / rank) b_B of the active adapters whose B has a bias; None if there is no bias at all."""
     bias = layer.base_layer.bias
     for name in _active(layer):
         own = layer.lora_B[name].bias
@@ -84,7 +84,7 @@ def adapted_bias(layer: Any) -> torch.Tensor | None:
 
 
 def adapter_refusal(layer: Any) -> str | None:
-    """What a head's low-rank adapters do that no matrix does; None where `adapted_weight` is all of them."""
+    """What a head's adapters do beyond a matrix product; None if `adapted_weight` covers them."""
     for name in _active(layer):
         variant, dropout = _variant(layer, name), getattr(layer.lora_dropout[name], "p", 0.0)
         if variant not in (None, DORA):
@@ -106,7 +106,7 @@ def _active(layer: Any) -> list[str]:
 
 
 def _variant(layer: Any, name: str) -> str | None:
-    """The name of peft's class for what is more than plain LoRA."""
+    """The name of peft's class for a variant of LoRA; None for plain LoRA."""
     if not hasattr(layer, "lora_variant"):  # peft before 0.16
         return DORA if getattr(layer, "use_dora", {}).get(name) else None
     return type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else None
@@ -128,17 +128,17 @@ class SplitModel:
 
     @property
     def weight(self) -> torch.Tensor:
-        """(V, H); the input embeddings themselves where the model ties the two; `adapted_weight` under an adapter."""
+        """(V, H); the input embeddings themselves if the model ties the two; `adapted_weight` with an adapter."""
         return adapted_weight(self.head) if is_adapted(self.head) else self.head.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """(V,) or None; `adapted_bias` under an adapter."""
+        """(V,) or None; `adapted_bias` with an adapter."""
         return adapted_bias(self.head) if is_adapted(self.head) else self.head.bias
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the fused ops are told of the head beside its weight."""
+        """The fused ops' arguments about the head, besides its weight."""
         return {
             "bias": self.bias,
             "softcap": self.softcap,
@@ -151,16 +151,16 @@ class SplitModel:
         return last_hidden(self.decoder, *inputs, **named)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The tokens' logits (..., V), in full; the fused ops compute what they need without them."""
+        """The full logits (..., V); the fused ops do without them."""
         logits = self.head(hidden)[..., : self.vocab_size] * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# What configurations call the constants between the head's product and the logits, in the order of `SplitModel`.
+# Names in configurations for the constants between the head's product and the logits, in the order of `SplitModel`.
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon H1; muP models
 DIVISORS = ("logits_scaling",)  # Granite
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_softcap")
-LARGE = 100.0  # of the logits on which a model is compared with its halves: a cap on small ones is nothing
+LARGE = 100.0  # size of the logits for comparing a model with its halves: a cap does not show on small ones
 
 
 def split_head(
@@ -170,19 +170,19 @@ def split_head(
     softcap: float | None = None,
     logit_scale: float | None = None,
 ) -> SplitModel:
-    """Split a causal language model at its head, after checking on four tokens that the halves give the model's logits,
-    large ones and those that it has.
+    """Splits a causal language model at its head, and checks on four tokens that the halves reproduce its logits, both
+    at their own size and scaled up.
 
-    `softcap` and `logit_scale` are found in the model's configuration under the names that transformers' models use
+    `softcap` and `logit_scale` come from the model's configuration, under the names that models in transformers use
     (`SOFTCAPS`, `SCALES`, `DIVISORS`).
 
     Args:
-        vocab_size: rows of the head that are tokens, as `linear_logprob`.
-        softcap, logit_scale: instead of the configuration's.
+        vocab_size: number of head rows that are tokens, as in `linear_logprob`.
+        softcap, logit_scale: replace the configuration's.
 
     Raises:
-        ValueError: the head is not a plain linear layer, or the model does more to its logits than the above; where
-            other constants would do, they are in the message.
+        ValueError: the head is not a plain linear layer, or the model changes its logits in other ways. If other
+            constants would work, the message names them.
     """
     _require_decoder_only(model)
     head = model.get_output_embeddings()
@@ -209,7 +209,7 @@ def _require_decoder_only(model: PreTrainedModel) -> None:
         not getattr(model.config, "is_encoder_decoder", False),
         "split_head",
         "model",
-        "a decoder alone",
+        "a decoder-only model",
         f"{name}, an encoder and a decoder",
         "Its log-probabilities need the encoder's states, which fastrl does not keep.",
     )
@@ -241,7 +241,7 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
         "head.weight",
         "a plain tensor",
         "a DTensor",
-        "Cut the model before sharding it.",
+        "Split the model before sharding it.",
     )
     kind, of_peft = type(head).__name__, type(head).__module__.startswith("peft.")
     refused = adapter_refusal(head) if is_adapted(head) else None
@@ -256,7 +256,7 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
     advice = "Leave the head out of quantisation."
     if of_peft:
         advice = "Give the head LoRA or DoRA, leave it out of the adapter, or call merge_and_unload() first."
-        tuner = type(head).__module__.split(".")[-2]  # such as loha, whose layer is called Linear too
+        tuner = type(head).__module__.split(".")[-2]  # for example loha, whose layer is also called Linear
         kind = f"one with another adapter of peft ({tuner}.{kind})"
     check.require(is_linear(head) or is_adapted(head), "split_head", "head", "a torch.nn.Linear", kind, advice)
 
@@ -279,7 +279,7 @@ def _require_same_logits(halves: SplitModel) -> None:
 
 
 def _require_finite(model: PreTrainedModel) -> None:
-    """Refuses weights that are NaN or infinite, which a run that diverged leaves, before the head is blamed."""
+    """Refuses NaN or infinite weights, which a diverged run leaves, before blaming the head."""
     bad = [name for name, one in model.named_parameters() if one.is_floating_point() and not one.isfinite().all()]
     got = f"NaN or infinity in {len(bad)} of its tensors, {bad[0]} first" if bad else ""
     check.require(not bad, "split_head", "model", "finite weights", got, "Take a checkpoint from before it diverged.")
@@ -298,7 +298,7 @@ def _refuse(halves: SplitModel, error: float, scale: float, do: str) -> None:
 
 
 def _would_do(halves: SplitModel, ids: torch.Tensor, hidden: torch.Tensor) -> str:
-    """The constants with which the halves would give the model's logits, as an advice; empty where none do."""
+    """Advice on constants with which the halves would give the model's logits; empty if there are none."""
     largest = halves.head(hidden).abs().max().item()
     if not largest:
         return ""
@@ -321,7 +321,7 @@ def _would_do(halves: SplitModel, ids: torch.Tensor, hidden: torch.Tensor) -> st
 
 @contextmanager
 def _scaled_input(head: nn.Module, factor: float) -> Iterator[None]:
-    """Inside, the head sees its input multiplied, whoever calls it."""
+    """Inside the block, the head's input is multiplied by `factor`."""
     handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
     try:
         yield
@@ -331,7 +331,7 @@ def _scaled_input(head: nn.Module, factor: float) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and afterwards each module in the mode it was in."""
+    """Evaluation mode inside the block; restores each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

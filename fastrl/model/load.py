@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Quantize = Literal["none", "nf4"]
-PIECE = 1 << 22  # weights added up at a time for a fingerprint
+PIECE = 1 << 22  # weights summed at a time for a fingerprint
 
 
 def load_model(
@@ -39,11 +39,11 @@ def load_model(
     installed Python package, converted once into `fastrl.env.cache_dir()`. Code from a model's repository is never run.
 
     Args:
-        dtype: of weights and activations; of what 4-bit weights become where they are used.
-        quantize: `nf4` holds every linear layer but the head in 4 bits, whose values are the quantiles of a normal
-            distribution, with scales of 64 weights each in 8 bits: QLoRA, arXiv:2305.14314. bitsandbytes does it.
-        device: where the model is put.
-        tokenizer: the folder of the tokenizer, where it is not the model's.
+        dtype: dtype of weights and activations; 4-bit weights are dequantised to it for use.
+        quantize: `nf4` stores every linear layer but the head in 4 bits, at quantiles of a normal distribution, with an
+            8-bit scale per 64 weights: QLoRA, arXiv:2305.14314, by bitsandbytes.
+        device: where the model is placed.
+        tokenizer: the folder of the tokenizer, if it is not the model's.
 
     Raises:
         ValueError: there is no such model.
@@ -54,15 +54,15 @@ def load_model(
     options = _in_4_bits(dtype, device) if quantize == "nf4" else {}
     model, its_tokenizer, _ = load_pretrained(AutoModelForCausalLM, name_or_path, dtype, tokenizer, **options)
     for module in model.modules() if options else ():
-        # On processors with AVX-512 BF16, bitsandbytes rounds a layer's weights once more and lays them out for
-        # inference as soon as it is called without a gradient, and from then on no gradient passes through it.
+        # On processors with AVX-512 BF16, the first call without a gradient makes bitsandbytes round a layer's weights
+        # again and repack them for inference; after that no gradient passes through the layer.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.to(device), its_tokenizer
 
 
 def _in_4_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """What `from_pretrained` takes to quantise weights as it reads them. It leaves the head as it is by itself."""
+    """Arguments that make `from_pretrained` quantise weights as it reads them; it skips the head by itself."""
     for package in ("bitsandbytes", "accelerate"):
         if find_spec(package) is None:
             raise ModuleNotFoundError(f"load_model: quantize: {package} is not installed: pip install {package}")
@@ -77,7 +77,7 @@ def _in_4_bits(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]
 def load_pretrained(
     kind: Any, name_or_path: str | Path, dtype: torch.dtype, tokenizer: str | Path = "", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """(model of the transformers class `kind`, tokenizer, names of the weights that the checkpoint did not have)."""
+    """(model of the transformers class `kind`, tokenizer, names of weights missing from the checkpoint)."""
     from transformers import AutoTokenizer
 
     name = str(name_or_path)
@@ -97,9 +97,9 @@ def load_pretrained(
 
 
 def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
-    """(outputs, width) of a model's linear layers -> how many there are, from its configuration alone.
+    """(outputs, width) of a model's linear layers -> their number, from its configuration alone.
 
-    Empty where there is no such model, or its configuration makes no causal language model.
+    Empty if there is no such model or its configuration is not a causal language model's.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -109,7 +109,7 @@ def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
         with quiet_progress(), or_cache(source), torch.device("meta"):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError):  # who loads the model says it better
+    except (OSError, ValueError):  # loading the model gives a better message
         return Counter()
     return Counter(tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear))
 
@@ -117,11 +117,11 @@ def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
 def stop_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, also: Sequence[str] = (), **template_options: Any
 ) -> tuple[int, ...]:
-    """The ids that end a completion: those of the model's generation config, then the tokenizer's end of sequence, what
-    its chat template ends an answer with, and those of the tokens `also`.
+    """The ids that end a completion: from the model's generation config, the tokenizer's end of sequence, the end of an
+    answer in its chat template, and the tokens `also`.
 
     Raises:
-        ValueError: neither names one, so that no completion would ever end; or one of `also` is no token.
+        ValueError: there are none, so no completion would ever end; or one of `also` is not a single token.
     """
     ids = _ends(model, tokenizer, **template_options)
     for text in also:
@@ -148,14 +148,14 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **template
 
 
 def vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """How many rows of the head are tokens, where it has more: the rest only pads it, and stands for no text."""
+    """The number of head rows that are tokens; None if all are. The rest is padding and stands for no text."""
     tokens = max(*tokenizer.get_vocab().values(), *_ends(model, tokenizer)) + 1
-    weight = getattr(model.get_output_embeddings(), "weight", None)  # whose absence `split_head` refuses
+    weight = getattr(model.get_output_embeddings(), "weight", None)  # `split_head` refuses a head without one
     return tokens if weight is not None and tokens < weight.shape[0] else None
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many token ids a model can read; of embeddings with an adapter, those of the layer inside it."""
+    """The number of token ids that a model can read; looks inside an adapter around the embeddings."""
     layer = model.get_input_embeddings()
     while hasattr(layer, "base_layer"):
         layer = layer.base_layer
@@ -163,16 +163,16 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A short name of the model's weights: SHA-256 over name, dtype, shape and sum of bit patterns of each tensor.
+    """A fingerprint of the weights: SHA-256 over name, dtype, shape and sum of bit patterns of each tensor.
 
-    It tells models and their checkpoints apart at the cost of reading the weights once; it is no proof against someone
-    who wants it to fail.
+    It distinguishes models and their checkpoints at the cost of reading the weights once; it does not resist a
+    deliberate collision.
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         bits = tensor.view(integers[tensor.element_size()]).flatten()
-        # torch widens what it adds up: piece by piece, the wide copy stays small.
+        # torch widens what it sums; in pieces, the wide copy stays small.
         total = sum(piece.sum(dtype=torch.int64).item() for piece in bits.split(PIECE))
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total}\n".encode())
     return digest.hexdigest()
@@ -192,7 +192,7 @@ def _no_such_model(name: str, cause: OSError) -> str:
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Hide transformers' progress bars, and put them back as they were."""
+    """Hides transformers' progress bars inside the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Dense attention masks in the form that each transformers model takes them."""
+"""Dense attention masks in the form that each transformers model takes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def dense_masks(
     position_ids: torch.Tensor | None,
     like: torch.Tensor,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """What `decoder` takes as `attention_mask` so that its layers attend where the dense `mask` is True.
+    """The `attention_mask` that makes `decoder`'s layers attend where the dense `mask` is True.
 
-    transformers passes a 4-D mask to every layer as it is, so a sliding window has to be part of it: a query at
-    position p attends to keys at positions above p - window. Positions, not places in the row: sequences that share a
-    prompt are farther apart in the row than in the text. Models whose layers differ take one mask for each kind.
+    transformers passes a 4-D mask to every layer unchanged, so the mask must include a sliding window: a query at
+    position p attends to keys at positions above p - window. Positions count in the text, not in the row: sequences
+    that share a prompt are farther apart in the row. Models with different kinds of layers take one mask per kind.
 
     Args:
-        mask: (R, 1, L, L) bool. position_ids: (R, L), or None for places in the row.
-        like: a parameter; eager attention adds its mask, so there it is of this dtype, 0 and the lowest finite number.
+        mask: (R, 1, L, L) bool. position_ids: (R, L), or None to count along the row.
+        like: a parameter. Eager attention adds its mask, which has this dtype and holds 0 and the lowest finite number.
 
     Raises:
         ValueError: the mask has another shape or dtype, or the model's attention takes no dense mask.
@@ -57,7 +57,7 @@ def _require_dense_attention(config: Any, kinds: set[str]) -> None:
         not any(name in attention for name in ("flash", "flex", "paged")),
         "backbone",
         "attention_mask",
-        f"a 2-D mask, which is all that {attention!r} attention takes",
+        f"a 2-D mask, the only kind that {attention!r} attention takes",
         "a 4-D mask",
         "Load the model with attn_implementation='sdpa'.",
     )

@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file in installed packages, cut into one part in each of `modules`, in that order."""
+    """A GGUF file in installed packages, split into one part per module of `modules`, in that order."""
 
     name: str
     modules: tuple[str, ...]
     install: str
 
     def parts(self) -> list[Path]:
-        """The files that make up the GGUF file, found without importing the packages: their imports may be absent."""
+        """The parts of the GGUF file, found without importing the packages, whose own imports may be missing."""
         return [self._part(module) for module in self.modules]
 
     def _part(self, module: str) -> Path:
@@ -66,10 +66,10 @@ PACKAGED = {
 
 
 def converted(model: PackagedModel) -> Path:
-    """The folder with the model in float32 safetensors, converting the package's file when the cache lacks it.
+    """The folder with the model in float32 safetensors, converted from the package's file if the cache lacks it.
 
     float32, because 16 bits would round the dequantised weights. The folder is named after the source file's hash and
-    holds a manifest of its files' hashes, checked on every call: a damaged copy is reported and made anew.
+    has a manifest of its files' hashes, checked on every call; a damaged copy is reported and converted again.
     """
     parts = model.parts()
     root = env.cache_dir() / "models"
@@ -94,7 +94,7 @@ def converted(model: PackagedModel) -> Path:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a converted model's folder, or None when every file has the hash its manifest gives."""
+    """What is wrong with a converted model's folder; None if every file matches the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -122,7 +122,7 @@ def _convert(source: Path, target: Path) -> None:
 
     # Both arguments are needed: without `dequantize` the weights stay packed and cannot be trained.
     quantization = GgufConfig(gguf_file=str(source), dequantize=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' own switch does not reach
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' switch does not affect
         model = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, quantization_config=quantization, dtype=torch.float32
         )
@@ -137,6 +137,6 @@ def _publish(fresh: Path, target: Path) -> None:
     try:
         fresh.rename(target)
     except OSError:
-        # Another process published the same model first; its copy is as good, provided that it is whole.
+        # Another process published the same model first; its copy is as good if it is intact.
         if not target.is_dir() or find_damage(target) is not None:
             raise

@@ -1,4 +1,4 @@
-"""A model as the trainer sees it: micro-batches in, hidden states or log-probabilities of their tokens out."""
+"""A model as the trainer uses it: micro-batches in, hidden states or log-probabilities of their tokens out."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from fastrl.types import LogprobOutput, MicroBatch
 
 
 class Policy(torch.nn.Module):
-    """A causal language model split at its head; its forward contains the head, so that what wraps a module's forward
-    (data parallelism, hooks) sees all of it.
+    """A causal language model split at its head. Its forward includes the head, so wrappers of a module's forward (data
+    parallelism, hooks) see all of it.
 
     Args:
-        model: a transformers model. It runs in evaluation mode, whatever mode it is in, and its dropout is switched
-            off: with it the same weights would give two different log-probabilities, and the ratio of an on-policy step
-            would not be 1.
+        model: a transformers model. It always runs in evaluation mode with dropout off: with dropout the same weights
+            would give different log-probabilities, and the ratio of an on-policy step would not be 1.
         vocab_size, softcap, logit_scale: as `split_head`.
-        router_aux_loss_coef: of a mixture of experts, as `router_loss`.
-        backend: which backend the head's ops use.
+        router_aux_loss_coef: for a mixture of experts, as `router_loss`.
+        backend: backend of the head's ops.
     """
 
     def __init__(
@@ -43,11 +42,11 @@ class Policy(torch.nn.Module):
         self.backend = backend
 
     def forward(self, batch: MicroBatch, *, temperature: float = 1.0, entropy: bool = False) -> LogprobOutput:
-        """Log-probabilities of the completion tokens, (N,) float32, and entropies when asked for; with gradient."""
+        """Log-probabilities of the completion tokens, (N,) float32, and entropies if requested; with gradient."""
         return self.outputs(self.hidden(batch), batch.targets, temperature=temperature, entropy=entropy)
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
-        """(N, H): the state that predicts each completion token, with gradient; the routers' loss rides on it."""
+        """(N, H): the state that predicts each completion token, with gradient; carries the routers' loss."""
         return token_states(self.model, self.head.decoder, self.router, batch)
 
     @torch.no_grad()
@@ -57,13 +56,13 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def read(self, hidden: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0) -> torch.Tensor:
-        """`score` from the hidden states of the batch, where they are at hand."""
+        """`score`, given the hidden states of the batch."""
         return self.outputs(hidden, batch.targets, temperature=temperature).logps
 
     def outputs(
         self, hidden: torch.Tensor, targets: torch.Tensor, *, temperature: float = 1.0, entropy: bool = False
     ) -> LogprobOutput:
-        """Log-probabilities of the targets and, when asked for, entropies; both with gradient."""
+        """Log-probabilities of the targets and, if requested, entropies; both with gradient."""
         return linear_logprob(
             hidden,
             self.head.weight,
@@ -78,9 +77,9 @@ class Policy(torch.nn.Module):
 def token_states(
     model: PreTrainedModel, decoder: torch.nn.Module, router: RouterLoss | None, batch: MicroBatch
 ) -> torch.Tensor:
-    """(N, H): a decoder's states before each completion token of the batch; with gradient, the routers' loss rides on
-    them."""
-    if model.training:  # whoever switched it on: functional dropout, layer drop and router noise look at nothing else
+    """(N, H): a decoder's states before each completion token of the batch; with gradient, they carry the routers'
+    loss."""
+    if model.training:  # functional dropout, layer drop and router noise depend only on this flag
         model.eval()
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, **attention_inputs(batch)}
     routed = router is not None and torch.is_grad_enabled()
@@ -91,7 +90,7 @@ def token_states(
 
 
 def switch_off_dropout(model: PreTrainedModel) -> None:
-    """Evaluation mode, and no dropout even where somebody leaves it."""
+    """Sets evaluation mode, and dropout to 0 in case someone leaves it."""
     model.eval()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -1,4 +1,4 @@
-"""What this machine is quick at: bfloat16 against float32, fastrl's products against torch's."""
+"""Benchmarks this machine: bfloat16 against float32, and fastrl's products against torch's."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from fastrl.model.accelerate import Choices, Probe, Shape, probe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CLEARLY = 0.9  # bfloat16 must take at most this share of float32's time: less tells it from noise
-DECODED, TRAINED = 64, 256  # rows of the race: a forward alone, and one with its gradients
-MOST_SHAPES = 3  # those that a token spends most of its products in
+CLEARLY = 0.9  # bfloat16 must take at most this share of float32's time, to be safe from noise
+DECODED, TRAINED = 64, 256  # rows in the benchmark: forward only, and forward with gradients
+MOST_SHAPES = 3  # only the shapes with the most work
 
 
 def bfloat16_ratio(shapes: Mapping[Shape, int], *, native: bool = True) -> float:
-    """bfloat16's time over float32's for the linear layers of a model: (outputs, width) -> how many of them.
+    """bfloat16's time over float32's for a model's linear layers; `shapes` is (outputs, width) -> number of layers.
 
-    Of a decoded and of a trained batch, each with the same say. `native`: whether fastrl's products may be taken.
+    The mean of the ratios for decoding and for training. `native`: whether fastrl's products may be used.
     """
     heaviest = tuple(sorted(shapes.items(), key=lambda item: -item[0][0] * item[0][1] * item[1])[:MOST_SHAPES])
     return _ratio(heaviest, native)
@@ -44,7 +44,7 @@ def _seconds(race: Probe, native: bool) -> float:
 
 
 def to_json(choices: Choices) -> dict[str, dict[str, list[bool]]]:
-    """Choices as a checkpoint holds them."""
+    """Choices in the form that checkpoints hold."""
     return {
         str(dtype).removeprefix("torch."): {
             f"{outputs}x{width}": list(native) for (outputs, width), native in of.items()

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts, which rides on the hidden states into whatever loss reads them."""
+"""The load-balancing loss of a mixture of experts, attached to the hidden states and so added to any loss on them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ METRIC = "aux_loss"  # as TRL calls it
 class RouterLoss:
     """coef times the model's own load-balancing loss (Switch Transformer, arXiv:2101.03961, equations 4 to 6).
 
-    Without it a mixture of experts that is trained further sends its tokens to ever fewer experts. It is that of the
-    tokens of a micro-batch, padding left out; those of a step are averaged by their tokens.
+    Without it, a mixture of experts in training sends its tokens to ever fewer experts. It is computed per micro-batch,
+    without padding, and averaged over a step weighted by tokens.
 
     Args:
-        balance: transformers' `load_balancing_loss_func` of the model.
+        balance: transformers' `load_balancing_loss_func` for the model.
         coef: its coefficient.
-        experts, top_k: as the model's configuration has them.
+        experts, top_k: from the model's configuration.
     """
 
     def __init__(self, balance: Callable[..., torch.Tensor], coef: float, experts: int, top_k: int) -> None:
@@ -46,16 +46,16 @@ class RouterLoss:
         return _WithLoss.apply(hidden, loss * (self.coef * batch.share))
 
     def metrics(self) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """What was seen since the last call."""
+        """The losses since the last call."""
         seen, self._seen = self._seen, []
         return [{METRIC: one} for one in seen]
 
 
 def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss | None:
-    """The loss of a model's routers; None where it has none, or the coefficient is 0.
+    """The loss of a model's routers; None if it has none or the coefficient is 0.
 
     Args:
-        coef: instead of the model's own `router_aux_loss_coef`.
+        coef: replaces the model's `router_aux_loss_coef`.
     """
     config: Any = model.config.get_text_config()
     balance = _balance(model)
@@ -66,7 +66,7 @@ def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss
 
 
 def about_router(model: PreTrainedModel, coef: float | None = None) -> str:
-    """What whoever trains a mixture of experts should know of its routers; empty for another model."""
+    """A note on the routers' loss for a mixture of experts; empty for other models."""
     experts, loss = _experts(model.config.get_text_config()), router_loss(model, coef)
     if experts < 2:
         return ""
@@ -88,7 +88,7 @@ def _balance(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
 
 
 class _WithLoss(torch.autograd.Function):
-    """A tensor with a scalar loss behind it, whose gradient it sends with its own."""
+    """Passes a tensor through; its backward pass also sends gradient 1 to a scalar loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

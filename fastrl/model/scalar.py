@@ -1,4 +1,4 @@
-"""A model with one number per position instead of logits: the critic of PPO, and a reward model."""
+"""Models with one number per position instead of logits: PPO's critic and reward models."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def load_scalar_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_model`, with a scalar head: transformers' sequence classification model with one label.
 
-    A checkpoint of a causal language model gets a head of zeros, so that training starts from the answer 0 everywhere
-    instead of from noise; one that was saved with a scalar head keeps it.
+    A checkpoint of a causal language model gets a zero head, so training starts from 0 everywhere instead of noise; a
+    checkpoint with a scalar head keeps it.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -38,10 +38,10 @@ def load_scalar_model(
 
 
 def padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> str | None:
-    """A special token with which no text ends, to pad with; None where every one may be the last of a text.
+    """A special token to pad with that never ends a text; None if there is none.
 
-    transformers, and what follows it, scores a sequence at its last token that is not padding: where padding is the end
-    of sequence, at the token before the last.
+    transformers and compatible servers score a sequence at its last token that is not padding. If the padding token is
+    the end of sequence, that is the token before the last.
     """
     ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     special = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if id < rows and token.special}
@@ -59,17 +59,17 @@ def padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> str | None:
 
 
 def about_padding(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What whoever saves a scalar model should know of its padding; empty where there is nothing to know."""
+    """A warning about a scalar model's padding; empty if it is fine."""
     if tokenizer.pad_token_id not in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
         return ""
     return (
-        f"The tokenizer pads with {tokenizer.pad_token!r}, which also ends texts, and has no other special token to "
-        "pad with: transformers and servers will score what is saved at the token before the last. Add a pad token."
+        f"The tokenizer pads with {tokenizer.pad_token!r}, which also ends texts, and has no other special token for "
+        "padding: transformers and servers will score answers at the token before the last. Add a pad token."
     )
 
 
 def scalar_head(model: PreTrainedModel) -> torch.nn.Linear:
-    """The linear layer of width 1.
+    """The model's linear layer with one output.
 
     Raises:
         ValueError: the model has none.
@@ -82,11 +82,11 @@ def scalar_head(model: PreTrainedModel) -> torch.nn.Linear:
 
 
 class ScalarModel:
-    """Micro-batches in, one number for each completion token out.
+    """Micro-batches in, one number per completion token out.
 
     Args:
         model: from `load_scalar_model`; its dropout is switched off.
-        router_aux_loss_coef: of a mixture of experts, as `router_loss`.
+        router_aux_loss_coef: for a mixture of experts, as `router_loss`.
     """
 
     def __init__(self, model: PreTrainedModel, *, router_aux_loss_coef: float | None = None) -> None:
@@ -97,19 +97,19 @@ class ScalarModel:
     def values(self, batch: MicroBatch) -> torch.Tensor:
         """(N,) float32: v = head(h), h the state before each completion token; gradient to every weight.
 
-        For a critic that is V(s_t), of the prompt and the tokens before token t.
+        For a critic this is V(s_t), where s_t is the prompt and the tokens before token t.
         """
         states = token_states(self.model, self.model.base_model, self.router, batch)
         return self.head(states).squeeze(-1).float()
 
     def scores(self, batch: MicroBatch) -> torch.Tensor:
-        """(S,) float32: the value at each sequence's last target, which `fastrl.data` appends so that the state before
-        it has read the whole completion."""
+        """(S,) float32: the value at each sequence's last target, which `with_end` appends so that the state before it
+        has seen the whole completion."""
         return self.values(batch)[batch.cu_seqlens[1:] - 1]
 
 
 class SharedCritic:
-    """A critic that reads the policy's own hidden states through a linear layer, which begins as zeros."""
+    """A critic that reads the policy's hidden states through a linear layer, which starts at zero."""
 
     def __init__(self, policy: Policy) -> None:
         weight = policy.head.weight

@@ -1,1 +1,1 @@
-"""What a run leaves behind and shows: log, screen, trackers, alarms, report. It knows no algorithm."""
+"""A run's log, screen, trackers, alarms and report, independent of the algorithm."""

@@ -1,4 +1,4 @@
-"""Signs that a run is not learning, each said once."""
+"""Warnings that a run is not learning, each given once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from fastrl.monitor.units import number
 
-PATIENCE = 3  # steps in a row, because one unlucky batch is no sign of anything
-FIRST = 3  # steps whose mean is where a run began
-RECENT = 10  # steps before this one, of which a spike is a multiple
+PATIENCE = 3  # steps in a row, because one unlucky batch means nothing
+FIRST = 3  # first steps whose mean is the run's starting value
+RECENT = 10  # earlier steps that a spike is compared with
 SPIKE = 10.0
 
 
 class Sign(NamedTuple):
-    """Something that a step shows, and what to do about it."""
+    """A symptom in a step, and what to do about it."""
 
     active: bool
     advice: str
@@ -47,7 +47,7 @@ class Alarms:
                 yield f"{steps}: {sign.advice}"
 
     def _changes(self, metrics: dict[str, float]) -> dict[str, Sign]:
-        """What is seen only beside earlier steps."""
+        """Symptoms that show only in comparison with earlier steps."""
         length, entropy = metrics.get("completions/mean_length"), metrics.get("sampling/entropy")
         first = {name: fmean(values) for name, values in self._first.items() if len(values) == FIRST}
         signs = {}
@@ -56,14 +56,14 @@ class Alarms:
             signs["length collapse"] = Sign(
                 length < began / 3,
                 f"completions have {length:.1f} tokens, a third or less of the {began:.1f} they began with. Read some: "
-                "a reward that short answers can have is the usual reason.",
+                "usually the reward pays for short answers.",
             )
         if entropy is not None and "sampling/entropy" in first:
             began = first["sampling/entropy"]
             signs["entropy collapse"] = Sign(
                 entropy < 0.1 * began,
                 f"the entropy is {entropy:.3f} nats per token, a tenth or less of the {began:.3f} it began with: the "
-                "policy explores no more. Where the reward is not what you want yet, lower the learning rate or add "
+                "policy no longer explores. If the reward is still too low, lower the learning rate or add "
                 "loss.entropy_coef.",
             )
         for name, where in (("grad_norm", "optimizer.max_grad_norm holds it"), ("kl", "loss.kl.coef holds it")):
@@ -95,8 +95,8 @@ def _signs(metrics: dict[str, float]) -> dict[str, Sign]:
         ),
         "few groups": Sign(
             0.9 <= equal < 1.0,
-            f"{equal:.0%} of the prompts gave completions of one reward each, and little is left to learn. Choose "
-            "another task, or draw new prompts for those with rollout.dynamic_sampling.",
+            f"for {equal:.0%} of the prompts all completions got the same reward, so there is little left to learn. "
+            "Choose another task, or replace such prompts with rollout.dynamic_sampling.",
         ),
         "length limit": Sign(
             cut > 0.9,

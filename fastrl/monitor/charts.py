@@ -48,7 +48,7 @@ class Chart:
 
 
 def charts(run: RunRecord) -> list[Chart]:
-    """Every chart for which the run has numbers."""
+    """All charts that the run has numbers for."""
     if not run.metrics and not run.evaluations:
         return []
     made = [_held_out(run), *_measures(run), _reward(run), _explained_variance(run)]
@@ -128,7 +128,7 @@ def _held_out(run: RunRecord) -> Chart | None:
 
 
 def _measures(run: RunRecord) -> list[Chart]:
-    """One chart for each number that held-out rows were judged by."""
+    """One chart for each metric on held-out rows."""
     return [_measure(run, name) for name in dict.fromkeys(name for e in run.evaluations for name in e.numbers)]
 
 
@@ -157,7 +157,7 @@ def _reward(run: RunRecord) -> Chart | None:
 
 
 def _explained_variance(run: RunRecord) -> Chart | None:
-    """How much of the returns the critic foresees; a new one can be worse than any constant by orders of magnitude."""
+    """How much of the returns' variance the critic explains; a new critic can be far worse than a constant."""
     values = run.series("value/explained_variance")
     low = -1.0
     below = any(v < low for v in values)
@@ -214,7 +214,7 @@ def _stages(run: RunRecord) -> Chart | None:
 
 
 def rolling(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """The mean of the last `window` values at each point, fewer at the start; what is not finite is left out."""
+    """The mean of the last `window` values at each point, fewer at the start, ignoring non-finite ones."""
     means = []
     for end in range(1, len(values) + 1):
         recent = [v for v in values[max(0, end - window) : end] if math.isfinite(v)]
@@ -227,7 +227,7 @@ def _any_finite(values: Sequence[float]) -> bool:
 
 
 def _stroke(values: Sequence[float], width: float) -> dict[str, object]:
-    """A line; a dot where one point would make no line."""
+    """A line, or a dot for a single point."""
     return {"linewidth": width, "marker": "o" if len(values) == 1 else None, "markersize": 5}
 
 

@@ -1,5 +1,5 @@
-"""Ctrl-C and what schedulers and closed terminals send: the first is heeded where work can be given up without loss,
-the second at once."""
+"""Ctrl-C and the signals of schedulers and closed terminals: the first stops a run at a safe point, the second at
+once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-# Ctrl-C; the end of a job; a terminal that is closed, or a connection that is lost; what schedulers send some time
-# before the end of a job. The last two are not there on Windows.
+# Ctrl-C; end of a job; closed terminal or lost connection; a scheduler's notice before the end of a job. Windows lacks
+# the last two.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -19,9 +19,9 @@ HEARD = "Stopping at the next safe point; once more stops at once."
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has asked the run to stop, and here is a place to.
+    """A signal has asked the run to stop, and this is a safe point.
 
-    It is no `Exception`, so that what is written to survive the errors of rewards and trackers does not survive this.
+    Not an `Exception`, so code that survives errors of rewards and trackers does not swallow it.
     """
 
 
@@ -30,7 +30,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.shown = False  # whether somebody shows `HEARD` who looks here
+        self.shown = False  # whether the screen shows `HEARD` by itself
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -42,11 +42,11 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first of `SIGNALS` asks the run to stop, and `HEARD` is said; the second stops it at once. A
-        hangup that was ignored before, as under nohup, still is."""
+        """Inside the block, the first of `SIGNALS` prints `HEARD` and asks the run to stop; the second stops it at
+        once. A hangup that was ignored before, as under nohup, stays ignored."""
 
         hangup = getattr(signal, "SIGHUP", None)
-        # Asked now: of a terminal that is gone, nobody can tell that it was one.
+        # Checked now, because a terminal that is gone no longer looks like one.
         terminals = [out.fileno() for out in (sys.__stdout__, sys.__stderr__) if out is not None and out.isatty()]
 
         def handle(number: int, _: FrameType | None) -> None:
@@ -68,13 +68,13 @@ class Interrupt:
 
 
 def _say(line: str) -> None:
-    """To standard error, past `sys.stderr`, which the code that was interrupted may be writing to."""
+    """Writes to standard error, bypassing `sys.stderr`, which the interrupted code may be writing to."""
     with suppress(OSError):
         os.write(2, f"\n{line}\n".encode())
 
 
 def _to_nowhere(files: list[int]) -> None:
-    """Whatever still goes there is lost: to write to a terminal that is gone is an error."""
+    """Redirects the files to nowhere, because writing to a terminal that is gone is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for file in files:
         os.dup2(nowhere, file)

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: append-only JSON lines on disk, and a screen."""
+"""A run's log: append-only JSON lines on disk, and a screen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = ("metrics", "completions", "evaluations", "evaluation_completions", "war
 
 def encode(record: dict[str, Any]) -> str:
     """One line of strict JSON. Non-finite numbers become the strings NaN, Infinity and -Infinity, which `float` reads
-    back; everything beyond ASCII is escaped, so that printing the file cannot control a terminal."""
+    back. Non-ASCII text is escaped, so printing the file cannot control a terminal."""
     return json.dumps(_plain(record), allow_nan=False)
 
 
@@ -48,14 +48,14 @@ class RunLog:
     """The record of one run in `run_dir`:
 
         config.yaml  env.json               what was run, and where
-        metrics.jsonl                       one line a step
-        completions.jsonl                   one line a training sample
-        evaluations.jsonl                   one line an evaluation
-        evaluation_completions.jsonl        one line a held-out sample
-        warnings.jsonl                      one line a warning
+        metrics.jsonl                       one line per step
+        completions.jsonl                   one line per training sample
+        evaluations.jsonl                   one line per evaluation
+        evaluation_completions.jsonl        one line per held-out sample
+        warnings.jsonl                      one line per warning
 
-    Each line holds `time`, the seconds that the run has taken, and is flushed as it is written. `clock` counts seconds.
-    Once `interrupt` was asked to stop the run, a stage that reports its progress ends there.
+    Lines of metrics, evaluations and warnings hold `time`, the run's seconds so far. Every line is flushed as it is
+    written. `clock` counts seconds. Once `interrupt` asks the run to stop, a stage ends at its next progress report.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class RunLog:
     def start(
         self, config: dict[str, Any], environment: dict[str, Any], *, trackers: Sequence[str] = (), done: int = 0
     ) -> None:
-        """Writes config.yaml and env.json, opens `trackers`, and says on screen what is about to run.
+        """Writes config.yaml and env.json, opens `trackers`, and shows on screen what is about to run.
 
-        `done` steps of the run are done already.
+        `done` is the number of steps already done.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
@@ -97,17 +97,17 @@ class RunLog:
             self._trackers[name] = TRACKERS[name](self.run_dir, _plain(config), done)
 
     def call(self, callbacks: Sequence[Callback]) -> None:
-        """Each of them with every step's and every evaluation's numbers; what it raises ends the run."""
+        """Registers callbacks for the numbers of every step and evaluation; an exception in one ends the run."""
         self._callbacks = list(callbacks)
 
     def state(self) -> dict[str, Any]:
-        """`position`; what was logged until now is on the disk when this returns."""
+        """`position`, after syncing the log so far to disk."""
         for path in self._paths():
             sync(path)
         return self.position()
 
     def position(self) -> dict[str, Any]:
-        """Where the log is, as JSON can hold it."""
+        """The log's position, in a form that JSON can hold."""
         now = self._clock()
         return {
             "bytes": {path.name: path.stat().st_size for path in self._paths()},
@@ -117,24 +117,24 @@ class RunLog:
         }
 
     def resume(self, state: dict[str, Any], where_from: str) -> None:
-        """Goes on from where `state` was taken: what was logged after it is cut off, and the clock counts on from it.
+        """Continues from `state`: later lines are cut off, and the clock counts on from there.
 
-        Alarms, rolling means and evaluations are read back from the lines that stay.
+        Alarms, rolling means and evaluations are restored from the remaining lines.
         """
         self._began = self._clock() - state["seconds"]
         short = self.rewind(state)
         for record in lines(self._path("metrics")):
             record = {name: float(value) for name, value in record.items()} | {"step": record["step"]}
-            list(self._alarms.check(record["step"], record))  # these warnings were given
+            list(self._alarms.check(record["step"], record))  # these warnings were already given
             self._screen.remember(record)
         self._screen.resumed(where_from)
         for name in short:
             self.warn(f"{name} is shorter than it was when the checkpoint was written: lines are missing.")
 
     def rewind(self, state: dict[str, Any]) -> list[str]:
-        """Takes back what was logged after `state`, and the stages' time; returns the files that lack lines before it.
+        """Removes lines logged after `state` and restores the stages' times; returns files that lack earlier lines.
 
-        The run's own clock goes on: the time was taken, for nothing.
+        The run's clock keeps running: the lost time counts.
         """
         short = []
         for path in map(self._path, FILES):
@@ -153,14 +153,14 @@ class RunLog:
         return short
 
     def evaluated(self, step: int) -> dict[str, float]:
-        """Evaluation name -> mean reward of the evaluations logged at `step`; or, without rewards, each number."""
+        """Evaluation name -> mean reward at `step`, or, without rewards, each number by its name."""
         return self._evaluated.get(step, {})
 
     @contextmanager
     def stage(self, name: str, unit: str = "") -> Iterator[Progress]:
-        """Adds the time inside to stage `name` of the current step. Those `BETWEEN_STEPS` are no part of it.
+        """Adds the block's time to stage `name` of the current step; `BETWEEN_STEPS` do not count as step time.
 
-        Yields what shows how many `unit`s of it are done, and raises `Interrupted` once the run was asked to stop.
+        Yields a function that shows how many `unit`s are done, and raises `Interrupted` once the run should stop.
         """
 
         def progress(done: int, total: int) -> None:
@@ -176,9 +176,9 @@ class RunLog:
             self._screen.stage(None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl: `metrics`, `step_time`, `tokens_per_second` and `time/<stage>`, all in seconds.
+        """Writes a line of metrics.jsonl: `metrics`, `tokens_per_second`, `step_time` and `time/<stage>` (seconds).
 
-        `num_tokens` of `metrics` are the step's; in the line they are those of the run until then, as TRL counts them.
+        `num_tokens` in `metrics` is the step's count; the line has the run's total so far, as in TRL.
         """
         now = self._clock()
         outside = sum(self._seconds.get(name, 0.0) for name in BETWEEN_STEPS)
@@ -197,15 +197,15 @@ class RunLog:
             self.warn(message)
 
     def completions(self, step: int, groups: list[Group]) -> None:
-        """Every sample of a step to completions.jsonl, and a few of them to the screen every `show_every` steps."""
+        """Writes all samples of a step to completions.jsonl, and shows a few on screen every `show_every` steps."""
         self._append("completions", *_samples({"step": step}, groups))
         if self.show_every > 0 and (step == 1 or step % self.show_every == 0):
             self._screen.completions(step, groups)
 
     def evaluation(self, step: int, name: str, result: dict[str, float], samples: list[Group]) -> None:
-        """One line of evaluations.jsonl, `seconds` of stage `eval` included; every sample to its own file."""
+        """Writes a line of evaluations.jsonl, with the `seconds` of stage `eval`, and all samples to their own file."""
         seconds = self._seconds.pop("eval", 0.0)
-        self._mark += seconds  # the next step does not pay for it
+        self._mark += seconds  # not counted in the next step
         now = self._clock() - self._began
         self._evaluated.setdefault(step, {}).update(measured({"name": name, **result}))
         self._append("evaluations", {"step": step, "time": now, "name": name, **result, "seconds": seconds})
@@ -214,13 +214,13 @@ class RunLog:
         self._screen.evaluation(step, name, result, seconds)
 
     def warn(self, message: str) -> None:
-        """To the screen and to warnings.jsonl, if that can be written."""
+        """Shows a warning on screen and writes it to warnings.jsonl, if that is possible."""
         self._screen.warn(message)
         with suppress(OSError):
             self._append("warnings", {"time": self._clock() - self._began, "message": message})
 
     def close(self, status: str, summary: dict[str, Any]) -> None:
-        """The last panel: how the run ended, `summary`'s `before` and `after` evaluations, and where everything is."""
+        """Shows the last panel: how the run ended, evaluations before and after, and where everything is."""
         for name in list(self._trackers):
             self._try(name, lambda tracker: tracker.close())
         self._screen.close(status, summary, self._clock() - self._began, self.run_dir)
@@ -233,12 +233,12 @@ class RunLog:
             self._try(name, lambda tracker: tracker.log(values, step))
 
     def _try(self, name: str, action: Callable[[Tracker], None]) -> None:
-        """A tracker that fails, for want of a network perhaps, is told of once and left out: it must not cost a run."""
+        """Runs `action`. A tracker that fails, for example without a network, is reported once and dropped."""
         try:
             action(self._trackers[name])
         except Exception as error:
             del self._trackers[name]
-            self.warn(f"{name} failed and is left out from here on: {type(error).__name__}: {error}")
+            self.warn(f"{name} failed and is off from now on: {type(error).__name__}: {error}")
 
     def _append(self, name: str, *records: dict[str, Any]) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ class RunLog:
             handle.write("".join(encode(record) + "\n" for record in records))
 
     def _paths(self) -> list[Path]:
-        """The files that there are."""
+        """The log files that exist."""
         return [path for name in FILES if (path := self._path(name)).is_file()]
 
     def _path(self, name: str) -> Path:
@@ -254,7 +254,7 @@ class RunLog:
 
 
 def _drop_half_line(path: Path) -> None:
-    """Takes away a last line that has no end, to which the next one would be glued."""
+    """Removes an unfinished last line, which the next line would be appended to."""
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 

@@ -1,4 +1,4 @@
-"""What a run wrote, read back; a run that is still going or was killed reads as well as a finished one."""
+"""Reads back what a run wrote, whether it has finished, is still going or was killed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Evaluation:
     name: str
     reward: float
     samples: list[Record]
-    numbers: dict[str, float] = field(default_factory=dict)  # what was measured where there is no reward
-    rows: float = 0.0  # that it was measured on
+    numbers: dict[str, float] = field(default_factory=dict)  # measurements, if there is no reward
+    rows: float = 0.0  # number of rows measured
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run directory in memory; of the training completions only the steps that a report shows."""
+    """A run directory in memory, with training completions only for the steps that a report shows."""
 
     name: str
     config: Record
@@ -55,7 +55,7 @@ class RunRecord:
         return [float(record.get(metric, "nan")) for record in self.metrics]
 
     def stages(self) -> list[str]:
-        """The stages that were timed, in the order in which they first ran."""
+        """The timed stages, in the order they first ran."""
         seen = {key: None for record in self.metrics for key in record if key.startswith("time/")}
         return [key.removeprefix("time/") for key in seen]
 
@@ -91,7 +91,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def lines(path: Path) -> Iterator[Record]:
-    """The records of a JSON lines file. A last line without its end is one that a killed run did not finish."""
+    """The records of a JSON lines file, without a last line that a killed run did not finish."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as handle:
@@ -101,7 +101,7 @@ def lines(path: Path) -> Iterator[Record]:
 
 
 def measured(record: Record) -> dict[str, float]:
-    """What an evaluation found: the mean reward under the evaluation's name or, without rewards, each number."""
+    """An evaluation's results: the mean reward under its name or, without rewards, each number."""
     if "reward" in record:
         return {record["name"]: float(record["reward"])}
     about = ("step", "time", "name", "seconds", "rows")
@@ -126,7 +126,7 @@ def _evaluations(run_dir: Path, records: list[Record]) -> list[Evaluation]:
 
 
 def _first_middle_last(path: Path) -> dict[int, list[Record]]:
-    """Two passes, because a long run's completions need not fit in memory."""
+    """Reads in two passes, because a long run's completions may not fit in memory."""
     steps = sorted({record["step"] for record in lines(path)})
     chosen = {step: [] for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]})} if steps else {}
     for record in lines(path):

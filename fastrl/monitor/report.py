@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: what it achieved, its curves, what the model wrote, how to repeat it."""
+"""A self-contained HTML report of a run: results, curves, what the model wrote, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST = 4000  # characters of a completion that the page carries
 def write_report(run_dir: Path) -> Path:
     """Writes report.html into `run_dir`, finished run or not, and returns its path.
 
-    The page loads nothing: styles and pictures are inside it. Everything a model wrote is cleaned and escaped.
+    The page loads nothing: styles and pictures are embedded. Everything a model wrote is cleaned and escaped.
 
     Raises:
         ValueError: `run_dir` holds no run.
@@ -95,7 +95,7 @@ def _first_and_last(run: RunRecord, name: str) -> list[Evaluation]:
 
 
 def full_marks(run: RunRecord) -> float:
-    """The reward of a sample that every reward function gives 1."""
+    """The reward of a sample that scores 1 with every reward function."""
     rewards = run.config.get("rewards") or []
     return sum(float(reward.get("weight", 1.0)) for reward in rewards) if rewards else 1.0
 
@@ -110,7 +110,7 @@ def mark(reward: float | None, full: float) -> str:
 
 
 def _is_accuracy(run: RunRecord) -> bool:
-    """True when every held-out sample got 0 or 1, so that the mean reward is the share of right answers."""
+    """Whether every held-out sample got 0 or 1, so that the mean reward is the accuracy."""
     rewards = [s["reward"] for e in run.evaluations for s in e.samples if s["reward"] is not None]
     return bool(rewards) and full_marks(run) == 1.0 and all(reward in (0, 1) for reward in rewards)
 
@@ -159,7 +159,7 @@ def _training_samples(samples: list[Record], full: float) -> list[list[Record]]:
 
 @dataclass(frozen=True)
 class Change:
-    """The held-out samples whose mark went one way, and the first of them."""
+    """The held-out samples whose mark changed in one way: their number and the first few."""
 
     label: str
     count: int
@@ -168,7 +168,7 @@ class Change:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The same prompts before and after; `changes` hold every kind that occurs."""
+    """The same prompts before and after training; `changes` has every kind that occurs."""
 
     name: str
     steps: tuple[int, int]
@@ -179,7 +179,7 @@ class HeldOut:
 def held_out(run: RunRecord) -> HeldOut | None:
     """The first evaluation's samples before and after training, grouped by how their marks changed.
 
-    With one evaluation only, before and after are the same one, and steps says so.
+    With only one evaluation, before and after are the same, and `steps` shows it.
     """
     names = _evaluation_names(run)
     ends = _first_and_last(run, names[0]) if names else []
@@ -200,7 +200,7 @@ def held_out(run: RunRecord) -> HeldOut | None:
 
 @dataclass(frozen=True)
 class JudgedRow:
-    """A held-out row of answers written before training, and what was measured on it before and after."""
+    """A held-out pre-written row, and what was measured on it before and after training."""
 
     prompt: str
     answers: list[tuple[str, str, str]]  # what it is, its mark, its text
@@ -209,7 +209,7 @@ class JudgedRow:
 
 @dataclass(frozen=True)
 class Judged:
-    """The first held-out rows; with one evaluation only, its numbers alone."""
+    """The first held-out rows; with only one evaluation, just its numbers."""
 
     steps: tuple[int, int]
     total: int
@@ -217,7 +217,7 @@ class Judged:
 
 
 def judged(run: RunRecord) -> Judged | None:
-    """The rows that were judged one by one; None where completions were sampled instead, or nothing was held out."""
+    """The rows that were measured one by one; None if completions were sampled instead or nothing was held out."""
     names = _evaluation_names(run)
     ends = _first_and_last(run, names[0]) if names else []
     if not ends or not ends[0].samples or not ends[0].numbers:
@@ -242,7 +242,7 @@ def _by_row(samples: list[Record]) -> dict[int, list[Record]]:
 
 
 def _role(kind: str, sample: Record, row: list[Record]) -> tuple[str, str]:
-    """What the data say of an answer, and the mark it is printed with."""
+    """The data's label of an answer, and the mark it is printed with."""
     advantage = float(sample["advantage"])
     best = advantage == max(float(other["advantage"]) for other in row)
     return {
@@ -259,7 +259,7 @@ def _order(item: tuple[str, list[Any]]) -> tuple[bool, int]:
 
 
 def _by_prompt(samples: list[Record]) -> list[tuple[tuple[int, int], Record]]:
-    """Samples under (prompt, how many of that prompt came before)."""
+    """Samples by (prompt, number of earlier samples of that prompt)."""
     seen: dict[int, int] = {}
     keyed = []
     for sample in samples:

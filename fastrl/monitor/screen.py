@@ -1,4 +1,4 @@
-"""A run on the terminal: a table that grows by one line a step and, on a TTY, a live bar below it."""
+"""A run on the terminal: a table that gains one line per step and, on a TTY, a live bar below it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from fastrl.monitor.units import duration, fixed, number
 from fastrl.monitor.untrusted import clean, one_line, question
 from fastrl.types import Group, Sample
 
-WIDTH = 110  # of a line where no terminal says how wide it is
+WIDTH = 110  # of a line if there is no terminal to ask
 WINDOW = 10  # steps in a rolling mean
 HEADINGS_EVERY = 20  # lines
-BETWEEN_STEPS = ("reference", "setup", "eval", "save")  # stages that no step pays for
+BETWEEN_STEPS = ("reference", "setup", "eval", "save")  # stages that do not count as step time
 SHOWN_PROMPTS = 2  # per table of completions, with the best and the worst completion of each
 
 
@@ -67,7 +67,7 @@ _EVERY = (
 
 
 def columns_for(kind: str) -> Sequence[Column]:
-    """The numbers of a step's line for an algorithm that learns from groups of this kind, or that has this name."""
+    """The columns of a step's line for an algorithm of this name, or for groups of this kind."""
     return _HELD_OUT[kind] + _EVERY if kind in _HELD_OUT else COLUMNS
 
 
@@ -97,7 +97,7 @@ class Screen:
         self._interrupt = interrupt
 
     def header(self, config: dict[str, Any], environment: dict[str, Any], run_dir: Path) -> None:
-        """What is about to run, in a few lines."""
+        """Shows what is about to run, in a few lines."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column(overflow="fold")
@@ -113,14 +113,14 @@ class Screen:
             self._live = Live(console=self.console, get_renderable=self._status, refresh_per_second=4, transient=True)
             self._live.start()
             self._interrupt.shown = True
-            atexit.register(self._stop)  # a run that dies must not leave the terminal without its cursor
+            atexit.register(self._stop)  # restores the cursor if the run dies
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """How far the stage is; the live display reads it a few times a second, however often it is told."""
+        """Updates the stage's progress; the live display reads it a few times a second."""
         self._far = f"{done}/{total} {unit}"
 
     def step(self, record: dict[str, Any], stages: dict[str, float]) -> None:
-        """One line; headings now and then."""
+        """Prints a step's line, with headings now and then."""
         self._stages = stages
         self.remember(record)
         row = record | {"rolling": fmean(self._rewards) if self._rewards else None, "eta": self.eta()}
@@ -133,7 +133,7 @@ class Screen:
         self._print(line, style="bold red" if bad else "")
 
     def remember(self, record: dict[str, Any]) -> None:
-        """A step that counts in the rolling means, and is not shown."""
+        """Counts a step in the rolling means without showing it."""
         self._done = record["step"]
         if math.isfinite(record.get("reward", math.nan)):
             self._rewards.append(record["reward"])
@@ -148,7 +148,7 @@ class Screen:
         return (fmean(self._step_times) if self._step_times else 0.0) * max(self._total - self._done, 0)
 
     def completions(self, step: int, groups: Iterable[Group]) -> None:
-        """The best and the worst completion of a few prompts, those with a spread of rewards first."""
+        """Shows the best and the worst completion of a few prompts, those with differing rewards first."""
         table = Table(
             box=SIMPLE_HEAD, expand=True, title=Text(f"completions of step {step}", style="dim"), pad_edge=False
         )
@@ -198,7 +198,7 @@ class Screen:
         style = "green" if status == "finished" else "yellow"
         self.console.print("", Panel(table, title=Text(status), title_align="left", border_style=style, padding=(0, 1)))
         if "resume" in summary:  # outside the panel, in one piece, to be copied
-            self._print(f"To go on: {summary['resume']}", style="bold")
+            self._print(f"To resume: {summary['resume']}", style="bold")
 
     def _stop(self) -> None:
         if self._live is not None:
@@ -216,7 +216,7 @@ class Screen:
         return Text(text.encode(encoding, "backslashreplace").decode(encoding), style=style)
 
     def _line(self, step: str, values: Sequence[str], tail: str) -> str:
-        """As many whole columns as fit: half a number would be another number."""
+        """As many whole columns as fit, because a cut-off number would be a different number."""
         line = step.rjust(max(7, 2 * len(str(self._total)) + 1))
         width = min(WIDTH, self.console.width)
         cells = [value.rjust(column.width) for value, column in zip(values, self._columns, strict=True)]
@@ -227,8 +227,8 @@ class Screen:
         return line
 
     def _status(self) -> RenderableType:
-        """The live display: bar, time gone and left; what runs now and how far it is; last reward and stages; that a
-        signal was heard, which may come while nothing else is done or written."""
+        """The live display: progress bar with elapsed and remaining time, current stage and its progress, last reward
+        and stage times, and whether a signal has arrived."""
         top = Table.grid(padding=(0, 1))
         percent = f"{100 * self._done / max(self._total, 1):3.0f} %"
         left = f"about {as_clock(self.eta())} left" if self._step_times else ""
@@ -255,7 +255,7 @@ class Screen:
 
 
 def _compact(stages: dict[str, float], shown: int = 2) -> str:
-    """The longest stages, as in `rollout 1.9s  train 2.1s`, in the order in which they ran."""
+    """The longest stages, as in `rollout 1.9s  train 2.1s`, in the order they ran."""
     longest = sorted(stages, key=lambda name: -stages[name])[:shown]
     return "  ".join(f"{name} {stages[name]:.1f}s" for name in stages if name in longest)
 

@@ -10,7 +10,7 @@ from fastrl.types import Batch, Sample
 
 
 def step_metrics(batch: Batch) -> dict[str, float]:
-    """What a step's groups were worth, and what the optimizer steps on them did; means over the step."""
+    """Metrics of a step's groups and of the optimizer steps on them, averaged over the step."""
     values = _rewards(batch) if batch.kind == "rewarded" else {}
     if batch.updates:
         for name in batch.updates[0][1]:
@@ -46,8 +46,8 @@ def _rewards(batch: Batch) -> dict[str, float]:
     }
     surprise = [-logp for one in samples for logp in _own(one)]
     if surprise and not math.isnan(surprise[0]):  # written completions have no sampler
-        # An unbiased estimate of the sampler's entropy, also of the groups that nothing is learned from, and so where
-        # `entropy`, which is exact and of the others alone, has holes.
+        # An unbiased estimate of the sampler's entropy over all groups. `entropy` is exact, but covers only groups with
+        # a gradient, so it has gaps.
         values["sampling/entropy"] = fmean(surprise)
     if any(len(group.samples) > 1 for group in groups):  # one completion has no spread
         values["reward_std"] = fmean([stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in by_group])

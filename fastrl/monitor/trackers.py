@@ -1,4 +1,4 @@
-"""Metrics to the trackers that people already use. metrics.jsonl is written in any case; these are extras."""
+"""Sends metrics to common trackers, in addition to metrics.jsonl, which is always written."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ PROJECT = "fastrl"
 
 
 class Tracker(Protocol):
-    """Takes numbers by name."""
+    """Receives numbers by name."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """The numbers of one step."""
 
     def close(self) -> None:
-        """Everything logged is where it belongs when this returns."""
+        """Finishes writing everything that was logged."""
 
 
 class TensorBoard:
-    """Event files in `run_dir`/tensorboard; a resumed run hides what it had logged after `done` steps."""
+    """Event files in `run_dir`/tensorboard; a resumed run hides what was logged after `done` steps."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -60,7 +60,7 @@ class Trackio:
 
 
 class Wandb:
-    """A run of the project `fastrl` in Weights & Biases; resuming the directory goes on with the same run."""
+    """A run of the project `fastrl` in Weights & Biases; a resumed directory continues the same run."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], done: int) -> None:
         import wandb
@@ -94,6 +94,6 @@ def require_installed(names: Iterable[str]) -> None:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """What of a log record a tracker can draw."""
+    """The entries of a log record that a tracker can plot."""
     kept = {name: value for name, value in record.items() if isinstance(value, int | float)}
     return {name: float(value) for name, value in kept.items() if math.isfinite(value)}

@@ -24,7 +24,7 @@ def number(value: float | None) -> str:
 
 
 def fixed(value: float, places: int = 2, sign: str = "") -> str:
-    """With so many decimals, to be compared with others; in short where that would be many digits.
+    """A number with `places` decimals, for comparison with others; in scientific notation if it is large.
 
     Args:
         sign: + writes the sign of positive numbers too.

@@ -1,4 +1,4 @@
-"""Calling reward functions, sync and async, so that an exception costs no more than the completions it is about."""
+"""Calls reward functions, sync and async. An exception costs only the completions it is about."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def call_rewards(
     *,
     timeout: float = math.inf,
 ) -> list[list[Any]]:
-    """One list per function, with each completion's value, or the exception that the function raised on it.
+    """One list per function: each completion's value, or the exception that the function raised on it.
 
-    The async functions are started first; they run on a thread of their own, concurrently with one another and with the
-    sync ones, which run here in order. A function that raises is called again for each completion by itself.
+    Async functions start first and run on a separate thread, concurrently with each other and with the sync ones, which
+    run here in order. A function that raises is called again for each completion alone.
 
-    With a timeout each sync call has a thread of its own as well, which is abandoned when it takes longer: nothing can
-    stop it. Such a function is not called again.
+    With a timeout, each sync call runs in its own thread. A call that takes too long is abandoned, because a thread
+    cannot be stopped, and is not repeated.
 
     Args:
-        columns: keyword arguments that are lists with one value per completion; each function gets its own copy.
-        extras: further keyword arguments; `log_extra` and `log_metric` are silenced in repeated calls.
-        progress: told of the functions, before each is waited for; what it raises ends the call.
-        timeout: seconds that a function may take, and again as many for all the repeated calls together.
+        columns: keyword arguments with one value per completion; each function gets its own copy.
+        extras: other keyword arguments; `log_extra` and `log_metric` are silenced in repeated calls.
+        progress: called before waiting for each function; an exception in it ends the call.
+        timeout: seconds that a function may take, and again for all its repeated calls together.
     """
     began = time.monotonic()
     started = [_start(func, columns, extras) for func in funcs]
@@ -68,7 +68,7 @@ class TimedOut(Exception):
 
 
 def told(error: BaseException, func: Callable[..., Any]) -> str:
-    """An exception's type, text and place: the innermost line of the function's own file, else the innermost of all."""
+    """An exception's type, text and location: the innermost line in the function's own file, else the innermost."""
     home, _ = defined(func)
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     own = [place for place in frames if place[0] == home] or [place for place in frames if place[0] != __file__]
@@ -77,7 +77,7 @@ def told(error: BaseException, func: Callable[..., Any]) -> str:
 
 
 def defined(func: Callable[..., Any]) -> tuple[str | None, int]:
-    """The file and line where a function, or the class of a callable object, is written; None for built-in ones."""
+    """The file and line that define a function or a callable object's `__call__`; None for built-in ones."""
     while isinstance(func, functools.partial):
         func = func.func
     func = inspect.unwrap(func)
@@ -86,12 +86,12 @@ def defined(func: Callable[..., Any]) -> tuple[str | None, int]:
 
 
 def spot(file: str | None, line: int) -> str:
-    """A place in a program, as a person reads it."""
+    """A location in a program, for messages."""
     return f"{Path(file).name}, line {line}" if file else "not written in Python"
 
 
 def shown(value: Any) -> str:
-    """The start of a value's `repr`, which is a user's code too."""
+    """The start of a value's `repr`, which is user code and may fail."""
     try:
         return f"{value!r:.80}"
     except Exception as error:
@@ -99,14 +99,13 @@ def shown(value: Any) -> str:
 
 
 def silent(*_: Any) -> None:
-    """A `log_extra` or `log_metric` that keeps nothing."""
+    """A `log_extra` or `log_metric` that does nothing."""
 
 
 def _start(
     func: Callable[..., Any], columns: Mapping[str, list[Any]], extras: Mapping[str, Any]
 ) -> Callable[[float], Any]:
-    """What gives the function's result when called with the time until which to wait; an async function is running by
-    then."""
+    """A callable that takes a deadline and returns the function's result; async functions start right away."""
     arguments = {name: list(values) for name, values in columns.items()} | dict(extras)
     if is_async(func):
         future = asyncio.run_coroutine_threadsafe(_awaited(func, arguments), _loop())
@@ -116,7 +115,7 @@ def _start(
 
 
 def _in_thread(call: Callable[[], Any], until: float) -> Future[Any]:
-    """The result that `call` will have; it is not begun once the time is up."""
+    """Runs `call` in a thread and returns its future; does not start once the deadline has passed."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -132,9 +131,10 @@ def _in_thread(call: Callable[[], Any], until: float) -> Future[Any]:
 
 
 def _result(future: Future[Any], until: float) -> Any:
-    """
+    """The future's result.
+
     Raises:
-        TimedOut: there is none in time.
+        TimedOut: the deadline has passed.
     """
     left = None if until == math.inf else max(0.0, until - time.monotonic())
     if not wait([future], left).done:
@@ -157,11 +157,11 @@ def _finish(
         return _as_list(answer(until), total)
     except BadReturn as error:  # about the function, not about a completion
         return [error] * total
-    except TimedOut:  # asked about each completion by itself, it might take that long each time
+    except TimedOut:  # not repeated per completion: it might time out each time
         left = "" if is_async(func) else "; its thread was abandoned, and may still run"
         return [TimedOut(f"no answer within {timeout:g} s{left}")] * total
-    # Whatever a user's function raises is about its completions, and is reported with them: sys.exit too, which would
-    # end the run as if it were done.
+    # Whatever a user's function raises is reported with its completions, even sys.exit, which would otherwise end the
+    # run as if it had finished.
     except (Exception, SystemExit) as error:
         failure = Ended(f"{type(error).__name__}({error})") if isinstance(error, SystemExit) else error
         if total == 1:
@@ -178,7 +178,7 @@ def _finish(
 
 
 def _as_list(values: Any, total: int) -> list[Any]:
-    """What a function returned as a list of `total`: a list, a tuple, or a one-dimensional array, tensor or series."""
+    """A function's return value (list, tuple, or one-dimensional array, tensor or series) as a list of `total`."""
     got = None
     if hasattr(values, "tolist") and len(getattr(values, "shape", ())) == 1:
         values = values.tolist()
@@ -187,8 +187,8 @@ def _as_list(values: Any, total: int) -> list[Any]:
             return list(values)
         got = f"{len(values)} values"
     raise BadReturn(
-        f"return value: expected a list of {total}, one per completion, got {got or shown(values)}. Return None in the "
-        "place of a completion that it does not apply to."
+        f"return value: expected a list of {total}, one per completion, got {got or shown(values)}. Return None for a "
+        "completion that it does not apply to."
     )
 
 
@@ -196,14 +196,14 @@ async def _awaited(func: Callable[..., Any], arguments: Mapping[str, Any]) -> An
     try:
         return await func(**arguments)
     except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
-        # These would end the loop's thread, and everybody who waits for it would wait for ever.
+        # These would end the loop's thread, and everything that waits for it would wait forever.
         raise Ended(f"{type(error).__name__}({error})").with_traceback(error.__traceback__) from None
 
 
 @functools.lru_cache(maxsize=1)
 def _loop() -> asyncio.AbstractEventLoop:
-    # One loop for the life of the process, since clients that async rewards keep belong to the loop they were made on;
-    # and on its own thread, since a notebook already runs one on this.
+    # One loop for the life of the process, because clients kept by async rewards belong to the loop they were made on.
+    # It has its own thread, because a notebook already runs a loop on this one.
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="fastrl-rewards", daemon=True).start()
     return loop

@@ -1,4 +1,4 @@
-"""The answer in a completion."""
+"""Extracts the answer from a completion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 Extract = Literal["last_number", "answer_tag", "boxed", "full"]
 
-# A minus sign belongs to the number unless something that can be subtracted from stands right before it.
+# A sign belongs to the number unless an operand stands right before it.
 SIGN = r"(?:(?<![\w.)\]}])[-+])?"
 WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)"
 NUMBER = re.compile(rf"{SIGN}(?:{WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
@@ -28,13 +28,13 @@ def last_number(text: str) -> str | None:
 
 
 def answer_tag(text: str) -> str | None:
-    """What is between the last pair of <answer> and </answer>."""
+    """The text in the last <answer>...</answer>."""
     found = ANSWER.findall(text)
     return found[-1].strip() if found else None
 
 
 def boxed(text: str) -> str | None:
-    r"""What is inside the last \boxed{...} whose braces balance."""
+    r"""The content of the last \boxed{...} with balanced braces."""
     start = text.rfind(BOXED)
     while start >= 0:
         depth, begin = 1, start + len(BOXED)

@@ -1,4 +1,4 @@
-"""A reward for the form of a completion, whatever it says."""
+"""A reward for the format of a completion, whatever its content."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ THINK_ANSWER = rf"\s*<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>\s*"
 
 @dataclass(frozen=True)
 class FormatReward:
-    """1 for a completion that the pattern matches from end to end, else 0.
+    """1 if the pattern matches the whole completion, else 0.
 
     Args:
-        pattern: a regular expression, in which a dot also matches a line's end. By default <think>...</think> followed
-            by <answer>...</answer>, each once and nothing else.
+        pattern: a regular expression whose dot also matches newlines. By default <think>...</think> followed by
+            <answer>...</answer>, each once, and nothing else.
     """
 
     pattern: str = THINK_ANSWER

@@ -1,4 +1,4 @@
-"""Is the answer mathematically the right one? Decided by math-verify, in a process that can be stopped."""
+"""Checks mathematical answers with math-verify, in a process that can be stopped."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ STARTING_S = 120.0  # importing math-verify on a busy machine
 
 @dataclass(frozen=True)
 class MathAnswerReward:
-    """1 where the mathematical expression in the completion equals the gold answer, else 0, as math-verify finds and
-    compares them (https://github.com/huggingface/Math-Verify).
+    """1 if the mathematical expression in the completion equals the gold answer, else 0, as extracted and compared by
+    math-verify (https://github.com/huggingface/Math-Verify).
 
-    The gold answer is in the column `answer` or `solution`, as text or LaTeX; where it is None or holds no expression,
-    the reward does not apply. A comparison that takes longer than `timeout_s` counts as wrong.
+    The gold answer is in the column `answer` or `solution`, as text or LaTeX; if it is None or has no expression, the
+    reward does not apply. A comparison that takes longer than `timeout_s` counts as wrong.
     """
 
     timeout_s: float = 10.0
@@ -58,10 +58,10 @@ class MathAnswerReward:
 
 
 class Verifier:
-    """A process that runs math-verify, and is started anew after a comparison that had to be stopped.
+    """A process that runs math-verify, restarted after a comparison that had to be stopped.
 
-    math-verify guards itself with signals, which work on the main thread only and do not interrupt a big power of
-    integers; stopping its process always works.
+    math-verify's own timeouts use signals, which work only on the main thread and do not interrupt a big integer power;
+    stopping its process always works.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Verifier:
         atexit.register(self.stop)
 
     def compare(self, gold: str, text: str, timeout_s: float) -> float | None:
-        """1 where the two are equal, 0 where not or not in time, None where there is no expression in `gold`."""
+        """1 if the two are equal, 0 if not or not in time, None if `gold` has no expression."""
         with self._lock:
             if self._process is None:
                 self._start()
@@ -78,14 +78,14 @@ class Verifier:
             return 0.0 if reply is None else reply["score"]
 
     def stop(self) -> None:
-        """Stop the process, if there is one."""
+        """Stops the process, if there is one."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
             self._process = None
 
     def _start(self) -> None:
-        # Not `python math_worker.py`, which would put this folder, with its format.py, at the head of sys.path.
+        # Not `python math_worker.py`, which would put this folder, with its format.py, first on sys.path.
         run = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
         self._process = subprocess.Popen(
             [sys.executable, "-c", run, str(WORKER)],
@@ -93,13 +93,13 @@ class Verifier:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            start_new_session=True,  # or Ctrl-C would end it in the middle of a call, which then judges wrongly
+            start_new_session=True,  # otherwise Ctrl-C would end it during a call and give a wrong score
         )
         if self._ask({"gold": "1", "text": "1"}, STARTING_S) is None:
             raise RuntimeError("math_answer: math-verify could not be started; its error is above.")
 
     def _ask(self, request: dict[str, str], timeout_s: float) -> dict[str, Any] | None:
-        """The process's reply, or None when it had to be stopped or had ended."""
+        """The process's reply, or None if it was stopped or had ended."""
         process = self._process
         late = threading.Event()
         timer = threading.Timer(timeout_s, lambda: (late.set(), process.kill()))

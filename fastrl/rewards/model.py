@@ -1,4 +1,4 @@
-"""The score that a reward model gives to an answer."""
+"""A reward model's score of an answer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ DTYPES = ("auto", "bfloat16", "float32")
 
 
 class ModelReward:
-    """What a model of `algorithm: reward_model`, or another sequence classifier with one label, says of an answer.
+    """The score of a model trained with `algorithm: reward_model`, or of another sequence classifier with one label.
 
-    Prompt and completion are rendered and tokenised anew as the reward model saw them in training, by its own chat
-    template, so that its vocabulary need not be the policy's. A completion that the length limit cut is scored as if it
+    Prompt and completion are rendered and tokenised with the reward model's own chat template and tokenizer, as in its
+    training, so its vocabulary may differ from the policy's. A completion that hit the length limit is scored as if it
     ended there.
 
     Args:
         path: a folder or hub id.
-        label: the name under which the reward is logged; two models in one recipe need two.
-        max_tokens_per_microbatch: input tokens of a forward pass.
+        label: the name under which the reward is logged; each model in a recipe needs its own.
+        max_tokens_per_microbatch: input tokens per forward pass.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ModelReward:
         device: str = "auto",
         max_tokens_per_microbatch: int = 4096,
     ) -> None:
-        # Here and not above: who asks for another reward need not wait for, or have, what models need.
+        # Imported here, so that other rewards neither wait for nor need these packages.
         import torch
 
         from fastrl.model.attention import prepare_attention, slow_bfloat16
@@ -43,7 +43,7 @@ class ModelReward:
         self.__name__ = label
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        if dtype == "auto":  # a forward alone: what its attention is slow at, its layers are too
+        if dtype == "auto":  # forward only: if attention is slow in bfloat16, so are the layers
             dtype = "float32" if torch.device(place).type == "cpu" and slow_bfloat16() else "bfloat16"
         model, self.tokenizer = load_scalar_model(path, getattr(torch, dtype))
         self.model = ScalarModel(model.to(place).requires_grad_(False))

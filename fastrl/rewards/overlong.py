@@ -1,4 +1,4 @@
-"""A penalty for completions that come near the length limit."""
+"""A penalty for completions close to the length limit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastrl import check
 
 @dataclass(frozen=True)
 class SoftOverlongReward:
-    """Soft overlong punishment, to be added to a task's reward: DAPO, arXiv:2503.14476 eq. 13.
+    """Soft overlong punishment, added to a task's reward: DAPO, arXiv:2503.14476 eq. 13.
 
     With l the tokens of a completion: 0 for l <= max_tokens - cache; (max_tokens - cache - l) / cache from there to
     max_tokens; -1 beyond. TRL's get_soft_overlong_punishment.
 
     Args:
-        max_tokens: the length from which the whole penalty falls due.
-        cache: over how many tokens before it the penalty grows; 0 punishes only what is longer than max_tokens.
+        max_tokens: the length from which the full penalty applies.
+        cache: the number of tokens before it over which the penalty grows; 0 penalises only beyond max_tokens.
     """
 
     max_tokens: int

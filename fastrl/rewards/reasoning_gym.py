@@ -1,4 +1,4 @@
-"""The score that a reasoning-gym task gives to an answer."""
+"""A reasoning-gym task's score of an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fastrl import check
 from fastrl.rewards.extract import EXTRACT, Extract, completion_text
 
-# Their scorers hand the answer to Python's `eval`, most of them through sympy's parser.
+# Tasks whose scorers pass the answer to Python's `eval`, most of them through sympy's parser.
 EVALUATING = frozenset(
     (
         "binary_matrix",
@@ -31,14 +31,14 @@ EVALUATING = frozenset(
 class ReasoningGymReward:
     """The task's own score in [0, 1]; 0 for a completion without an answer.
 
-    Reads the columns `entry`, `task` and `task_options`, which `fastrl.data.load_prompts` writes for such a task.
+    Reads the columns `entry`, `task` and `task_options`, which `fastrl.data.load_prompts` writes for such tasks.
 
     Args:
         extract: where in a completion the answer is.
-        strict: 0 for whatever scores below 1. Many tasks give a partial score; `chain_sum`, for one, pays for each
-            answer that merely contains the right digits.
-        allow_eval: some scorers run the answer as Python code, and a model is free to write any; they are refused
-            unless this is set.
+        strict: turn every score below 1 into 0. Many tasks give partial scores; `chain_sum`, for example, rewards any
+            answer that contains the right digits.
+        allow_eval: allow scorers that run the answer as Python code, which a model can write freely; refused by
+            default.
     """
 
     extract: Extract = "answer_tag"

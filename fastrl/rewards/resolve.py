@@ -30,8 +30,8 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 def resolve_reward(name: str, **options: Any) -> Callable[..., Any]:
     """The reward of that name: a built-in one, `package.module:function`, or `path/to/file.py:function`.
 
-    Modules are also looked for in the current folder. `options` are the arguments of a built-in reward, of a class, or
-    further keyword arguments of a function. A name with a colon runs that module's code.
+    Modules are also searched for in the current folder. `options` are the arguments of a built-in reward or a class, or
+    extra keyword arguments of a function. A name with a colon runs that module's code.
 
     Raises:
         ValueError: there is no such reward, or it does not take these options.
@@ -51,16 +51,16 @@ def resolve_reward(name: str, **options: Any) -> Callable[..., Any]:
 
 
 def _module(name: str) -> ModuleType:
-    """A module by its name, or of a file, which gets the file's name."""
+    """A module, by its name or by its file, whose name it then gets."""
     if name.endswith(".py"):
         path = Path(name).expanduser().resolve()
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # where classes of the file are looked up
+        sys.modules[path.stem] = module  # classes of the file are looked up here
         spec.loader.exec_module(module)
         return module
     here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:  # a console script has the folder of its own there instead
+    if here not in sys.path and "" not in sys.path:  # a console script has its own folder there instead
         sys.path.append(here)
     return importlib.import_module(name)
 

@@ -1,7 +1,7 @@
-"""Rewards in the sum: every completion judged by every function, and one that fails excluded instead of the run ended.
+"""Weighted sums of rewards. Completions on which a reward fails are excluded; the run goes on.
 
 A reward is any callable with TRL's signature (https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward
-function"), sync or async, which returns one number, or None where it does not apply, for each completion:
+function"), sync or async, that returns one number per completion, or None where it does not apply:
 
     reward(prompts=, completions=, completion_ids=, trainer_state=, log_extra=, log_metric=, **columns)
 """
@@ -26,7 +26,7 @@ RESERVED = frozenset(
 )
 
 
-LARGEST = 3.4028234663852886e38  # of float32, in which rewards and advantages are trained on
+LARGEST = 3.4028234663852886e38  # the largest float32, the dtype of rewards and advantages in training
 
 
 class RewardFailure(RuntimeError):
@@ -35,12 +35,12 @@ class RewardFailure(RuntimeError):
 
 @dataclass(frozen=True)
 class Failure:
-    """Completions on which a reward failed in the same way; they have no reward and take no part in training."""
+    """Completions on which a reward failed in the same way; they get no reward and are not trained on."""
 
     reward: str
     error: str  # the exception's type and text
-    prompts: tuple[int, ...]  # `Prompt.index` of each of them
-    total: int  # completions that the reward was asked about
+    prompts: tuple[int, ...]  # `Prompt.index` of each completion
+    total: int  # completions in the batch
 
     def __str__(self) -> str:
         first = f"first on prompt {self.prompts[0]}"
@@ -50,15 +50,15 @@ class Failure:
 
 
 class RewardSuite:
-    """Some reward functions and their weights: reward = sum_k weight_k reward_k over the rewards that apply.
+    """Reward functions and their weights: reward = sum_k weight_k reward_k over the rewards that apply.
 
     Args:
-        funcs: called with every completion of a rollout at once; async ones run concurrently with all others.
+        funcs: called once with all completions of a rollout; async ones run concurrently with all others.
         weights: one per function; 1 each by default.
         max_failure_fraction: the share of completions on which a reward may fail before `score` raises.
-        timeout: seconds that a call of a reward on a batch may take, after which it has failed on all of it; 0 is off.
-            An async reward is cancelled then. A sync one runs in a thread with a timeout, where it cannot use signals,
-            and which is left running: it may hold on to what it uses until the process ends.
+        timeout: seconds that a reward may take for a batch; then it counts as failed on the whole batch. 0 is off. An
+            async reward is cancelled. With a timeout, a sync reward runs in a thread, where it cannot use signals. A
+            timed-out thread keeps running and may hold resources until the process ends.
     """
 
     def __init__(
@@ -100,13 +100,12 @@ class RewardSuite:
         log_metric: Callable[[str, float], None] | None = None,
         progress: Progress = unseen,
     ) -> list[Failure]:
-        """Fill `rewards` and `reward` of every sample, and return what failed.
+        """Fills in `rewards` and `reward` of every sample, and returns the failures.
 
-        A reward that raises on the batch is asked about each completion by itself, without logging, so that only those
-        on which it raises are lost; so are values that are not finite float32 numbers, and sums. A reward that does not
-        return one value per completion, or not in time, fails on all. `Sample.reward` is None where a reward failed,
-        since a sum that lacks a term cannot be compared with one that has it, and where none applies. `progress` is
-        told of the rewards, before each.
+        If a reward raises on the batch, it is called again for each completion alone, without logging, and only those
+        on which it raises fail. Values or sums that are not finite float32 numbers fail too. A reward that does not
+        return one value per completion in time fails on all. `Sample.reward` is None if no reward applies, or if one
+        failed, because a sum that lacks a term is not comparable. `progress` is called before each reward.
 
         Raises:
             RewardFailure: a reward failed on more than `max_failure_fraction` of the completions.
@@ -137,7 +136,7 @@ class RewardSuite:
         return failures + found
 
     def _add_up(self, sample: Sample, lost: bool) -> str | None:
-        """Set the sample's reward; returns what is wrong with the sum, if anything."""
+        """Sets the sample's reward; returns what is wrong with the sum, if anything."""
         terms = [
             weight * value
             for name, weight in zip(self.names, self.weights, strict=True)
@@ -170,7 +169,7 @@ def reward_name(func: RewardFunc) -> str:
 
 
 def _arguments(pairs: Sequence[tuple[Group, Sample]]) -> dict[str, list[Any]]:
-    """The keyword arguments that have one value per completion; a column that a row lacks is None there."""
+    """The keyword arguments with one value per completion; a missing column is None."""
     prompts = [group.prompt for group, _ in pairs]
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in RESERVED)
     return {
@@ -184,7 +183,7 @@ def _arguments(pairs: Sequence[tuple[Group, Sample]]) -> dict[str, list[Any]]:
 
 
 def _record(sample: Sample, func: RewardFunc, name: str, value: Any) -> str | None:
-    """Store a reward's value in its sample; returns what is wrong with it, if anything."""
+    """Stores a reward's value in its sample; returns what is wrong with it, if anything."""
     sample.rewards[name] = None
     if value is None:
         return None

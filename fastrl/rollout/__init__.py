@@ -1,4 +1,4 @@
-"""Floor 5: prompts in, samples out."""
+"""Samplers: prompts in, samples out."""
 
 from fastrl.rollout.base import Sampler, SamplingParams
 

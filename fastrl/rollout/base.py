@@ -1,4 +1,4 @@
-"""What a sampler is: prompts in, completions with their log-probabilities out."""
+"""The sampler's interface: prompts in, completions with their log-probabilities out."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _OP = "SamplingParams"
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn: `p = softmax(z[:vocab_size] / temperature)`, cut to `top_k` tokens, then to `top_p` mass,
-    then by `min_p`, renormalised. `repetition_penalty` and `min_new_tokens` change the logits `z` before.
+    then by `min_p`, renormalised. `repetition_penalty` and `min_new_tokens` first change the logits `z`.
 
-    The order is that of transformers. vLLM takes `min_p` before `top_k` and `top_p`, which makes a difference where
-    `top_p` is set as well: its mass is then that of fewer tokens.
+    transformers uses the same order. vLLM applies `min_p` before `top_k` and `top_p`, which differs if `top_p` is set
+    too, because its mass then covers fewer tokens.
 
     Raises:
         ValueError: a field is outside its range.
@@ -31,11 +31,11 @@ class SamplingParams:
     top_k: int = 0  # keep the top_k most probable tokens; 0 = off
     stop_token_ids: tuple[int, ...] = ()  # sampling one of these ends the completion
     seed: int = 0
-    vocab_size: int | None = None  # ids from here on are no tokens, and have probability 0; None: all are
+    vocab_size: int | None = None  # ids from here on are not tokens and have probability 0; None: all ids are tokens
     min_p: float = 0.0  # keep tokens at least min_p times as probable as the most probable one; 0 = off
     repetition_penalty: float = 1.0  # makes tokens of the prompt and the completion less likely; 1 = off
-    min_new_tokens: int = 0  # stop tokens have probability 0 before so many tokens, and stop strings do not count
-    stop_strings: tuple[str, ...] = ()  # the token that completes one in the completion's text ends the completion
+    min_new_tokens: int = 0  # until then, stop tokens have probability 0 and stop strings are ignored
+    stop_strings: tuple[str, ...] = ()  # the token that completes one of these in the text ends the completion
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, _OP, "max_new_tokens", "at least 1", self.max_new_tokens)
@@ -69,6 +69,6 @@ class Sampler(Protocol):
         """`num_samples` completions of each prompt's token ids: one inner list per prompt, `Sample.text` left empty.
 
         Args:
-            progress: told of the tokens of a completion, before each; what it raises ends the call.
+            progress: called before each token of the completions; an exception in it ends the call.
         """
         ...

@@ -1,4 +1,4 @@
-"""Keys and values of a rollout: preallocated, written in place, read through views, shrunk as rows finish."""
+"""The key/value cache of a rollout: preallocated, written in place, read through views, shrunk as rows finish."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def passed_as(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
 
 @lru_cache
 def _cache_name(kind: type) -> str:
-    """transformers renamed `past_key_values` to `cache`; models that bring code of their own may keep the old name."""
+    """transformers renamed `past_key_values` to `cache`; models with custom code may keep the old name."""
     taken = inspect.signature(kind.forward).parameters
-    # A forward that names neither hands it on to one of transformers' own, which is named as what that returns.
+    # A forward that names neither passes it on to transformers' own, which uses the name of its output's field.
     default = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
     return next((name for name in ("cache", "past_key_values") if name in taken), default)
 
@@ -87,7 +87,7 @@ class RolloutLayer(CacheLayerMixin):
         """Nothing to do: the constructor allocates."""
 
     def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
-        """(length, offset) of what `update` will return for so many tokens; older transformers give their positions."""
+        """(length, offset) of what `update` returns for `query` tokens; older transformers pass their positions."""
         query_length = query if isinstance(query, int) else len(query)
         length = min(self.cursor + query_length, self.window)
         return length, self.cursor + query_length - length
@@ -100,7 +100,7 @@ class RolloutLayer(CacheLayerMixin):
         """Tokens the layer can hold."""
         return self.keys.shape[2]
 
-    get_max_cache_shape = get_max_length  # its name before
+    get_max_cache_shape = get_max_length  # its former name
 
 
 class RolloutCache(Cache):
@@ -148,7 +148,7 @@ def decode_attention(
 
 
 def _native_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the native kernel serves this attention; torch's own serves every other."""
+    """Whether the native kernel supports this attention; otherwise torch computes it."""
     return (
         native.refuses(query.device) is None
         and query.dtype == key.dtype != torch.float64
@@ -162,7 +162,7 @@ def _native_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 def _native_attention(
     groups: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor:
-    """softmax(scale q k^T + mask) v for `groups` (rows, kv_heads, queries, head_dim), one query token a row."""
+    """softmax(scale q k^T + mask) v for `groups` (rows, kv_heads, queries, head_dim), one query token per row."""
     rows, key_heads, queries, width = groups.shape
     groups, out = groups.contiguous(), torch.empty_like(groups, memory_format=torch.contiguous_format)
     mask = None if attn_mask is None else attn_mask.float().expand(rows, 1, 1, key.shape[2])

@@ -22,7 +22,7 @@ def collect(
 ) -> list[Group]:
     """`num_samples` completions of each prompt, decoded without special tokens.
 
-    Where `params` does not say how many ids are tokens, those are that the tokenizer knows, or that end a completion.
+    If `params` has no `vocab_size`, it covers the tokenizer's ids and the stop tokens.
     """
     if params.vocab_size is None:
         params = replace(params, vocab_size=1 + max(*tokenizer.get_vocab().values(), *params.stop_token_ids))

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from fastrl.rollout.base import SamplingParams
 
 _BLOCK = 256  # tokens per block of the two-level cumulative sum
-_NUCLEUS_GUESS = 1024  # most nuclei fit in this many tokens, which spares sorting the vocabulary
+_NUCLEUS_GUESS = 1024  # most nuclei fit in this many tokens, which avoids sorting the vocabulary
 
 
 def uniforms(seed: int, streams: Iterable[tuple[int, int]], steps: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), one independent stream per (prompt index, sample index): `(rows, steps)` float64.
 
     Stream (i, j) is Philox-4x64 with key (seed, i * 2^32 + j) (Salmon et al. 2011, doi:10.1145/2063384.2063405): it
-    depends neither on the other streams nor on how many steps are asked for.
+    depends neither on other streams nor on the number of steps.
     """
     rows = [np.random.Generator(np.random.Philox(key=[seed, (i << 32) | j])).random(steps) for i, j in streams]
     return torch.from_numpy(np.stack(rows))
@@ -49,8 +49,8 @@ def draw(logits: torch.Tensor, u: torch.Tensor, params: SamplingParams) -> tuple
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Logits `(n, V)` in float32, those of `seen` tokens `(n, V)` less likely: divided by `penalty` where they are
-    positive, multiplied by it where they are negative (Keskar et al. 2019, arXiv:1909.05858 section 4.1)."""
+    """Logits `(n, V)` in float32 with `seen` tokens `(n, V)` made less likely: positive logits divided by `penalty`,
+    negative ones multiplied by it (Keskar et al. 2019, arXiv:1909.05858 section 4.1)."""
     z = logits.float()
     return torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
 
@@ -115,9 +115,9 @@ def inverse_cdf(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """First index where `cdf > target`: there the cdf has just risen, so the entry it counts is positive.
+    """First index where `cdf > target`. The cdf has just risen there, so the entry is positive.
 
-    A row of NaN has no such index; it gets the last one, and its total stays NaN.
+    A row of NaN has no such index and gets the last one; its total stays NaN.
     """
     last = cdf[:, -1:]
     below_last = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))

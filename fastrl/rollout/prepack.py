@@ -1,4 +1,4 @@
-"""Lay bfloat16 weights out once for many small CPU matmuls, instead of once per matmul."""
+"""Packs bfloat16 weights once for many small CPU matmuls, instead of once per matmul."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def can_prepack(weight: torch.Tensor) -> bool:
 
 @contextmanager
 def prepacked(model: nn.Module) -> Iterator[None]:
-    """Inside, every plain `nn.Linear` of `model` that can computes with a packed copy of its weight, but for those that
-    fastrl's own product serves better.
+    """Inside the block, plain `nn.Linear` layers compute with packed copies of their weights, if that is possible and
+    fastrl's own product is not better.
 
-    A matmul of few rows spends a third of its time rearranging the weight for the vector unit; a rollout repeats that
-    at every step with the same weights. The copies hold as many bytes as the weights and are gone afterwards.
+    A matmul of few rows spends a third of its time rearranging the weight for the vector unit, and a rollout would
+    repeat that at every step. The copies take as many bytes as the weights and are freed afterwards.
     """
     linears = [m for m in model.modules() if is_linear(m) and "forward" not in vars(m)]
     replaced = [m for m in linears if can_prepack(m.weight) and not _native(m)]
@@ -41,7 +41,7 @@ def prepacked(model: nn.Module) -> Iterator[None]:
 
 
 def _native(module: nn.Linear) -> bool:
-    """Whether the native product serves the rows of a rollout."""
+    """Whether fastrl's native product computes a rollout's rows."""
     return isinstance(module, NativeLinear) and served(module, module.weight.dtype, 64)
 
 

@@ -1,4 +1,4 @@
-"""Where the text of a completion first contains a stop string, found while its tokens are drawn."""
+"""Finds the first stop string in a completion's text while its tokens are drawn."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _PART = "\ufffd"  # how the first bytes of a character are decoded until the oth
 
 @dataclass
 class _Text:
-    """What is known of a completion's text."""
+    """The text of a completion so far."""
 
     ids: list[int] = field(default_factory=list)
-    known: str = ""  # of the first `read` tokens, which end with a whole character
+    known: str = ""  # text of the first `read` tokens, which end with a whole character
     read: int = 0
-    context: int = 0  # what follows `known` is decoded together with the tokens from here on
+    context: int = 0  # text after `known` is decoded together with the tokens from here on
 
 
 class StopStrings:
-    """Reads completions token by token, and keeps in `ends` how many tokens each had when it first contained a string.
+    """Reads completions token by token. `ends` has the number of tokens at which each first contained a stop string.
 
-    A string may span tokens, begin or end inside one, and be part of a character's bytes away from its end: what is
-    searched is text, special tokens included. It does not count where it is whole among the first `ignored` tokens.
+    A string may span tokens and begin or end inside one, because the text is searched, special tokens included. A
+    string that is complete within the first `ignored` tokens does not count.
 
     Args:
-        completions: how many there are; they are told apart by number.
+        completions: the number of completions, which are identified by index.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class StopStrings:
         self._texts = [_Text() for _ in range(completions)]
 
     def read(self, completion: int, tokens: Iterable[int]) -> bool:
-        """Reads the next tokens of a completion; whether it has ended."""
+        """Reads the next tokens of a completion; returns whether it has ended."""
         text = self._texts[completion]
         for token in tokens:
             if completion in self.ends:
@@ -49,10 +49,10 @@ class StopStrings:
         return completion in self.ends
 
     def _completes(self, text: _Text, token: int) -> bool:
-        """Adds a token; whether what it adds to the text completes a stop string."""
+        """Adds a token; returns whether its text completes a stop string."""
         text.ids.append(token)
-        # A token's text depends on its neighbours: on bytes of the same character, and on whether a word comes before.
-        # So it is what the tokens since `context` read as with it more than without it.
+        # A token's text depends on its neighbours (bytes of the same character, a word before it), so it is the
+        # difference of decoding the tokens since `context` with and without it.
         before = self._decode(text.ids[text.context : text.read])
         new = self._decode(text.ids[text.context :])[len(before) :]
         whole, length = text.known + new, len(text.known)

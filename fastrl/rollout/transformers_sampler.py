@@ -1,4 +1,4 @@
-"""Sample from any transformers causal language model, the same object that is being trained."""
+"""Samples from any transformers causal language model, using the very object that is being trained."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _PREFILL_TOKENS = 8192  # of one prefill batch, padding included
 class _Rows:
     """The rows still being decoded."""
 
-    index: torch.Tensor  # (n,) int64, which completion each row is
+    index: torch.Tensor  # (n,) int64, the completion of each row
     position: torch.Tensor  # (n,) int64, prompt length: the position of the first new token
     mask: torch.Tensor | None  # (n, 1, 1, max_len) additive; None when no row is padded
     done: torch.Tensor  # (n,) bool, a stop token was sampled or a stop string completed
-    seen: torch.Tensor | None  # (n, V) bool, the tokens of prompt and completion; None where nobody asks
+    seen: torch.Tensor | None  # (n, V) bool, the tokens of prompt and completion; None if not needed
 
     def keep(self, rows: torch.Tensor) -> _Rows:
         mask, seen = (None if one is None else one[rows] for one in (self.mask, self.seen))
         return _Rows(self.index[rows], self.position[rows], mask, self.done[rows], seen)
 
     def logits(self, logits: torch.Tensor, step: int, stop: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-        """What the next tokens are drawn from, of the model's `logits`."""
+        """The logits to draw the next tokens from, given the model's."""
         logits = logits[:, : params.vocab_size]
         if self.seen is not None:
             logits = penalise(logits, self.seen[:, : logits.shape[1]], params.repetition_penalty)
@@ -52,19 +52,18 @@ class _Rows:
 
 
 class TransformersSampler:
-    """A sampler with its own static key/value cache, where nothing is prefilled twice and finished rows leave.
+    """A sampler with a static key/value cache that prefills nothing twice and drops finished rows.
 
-    Each distinct prompt is prefilled once, and the tokens that all prompts begin with are prefilled once for all.
+    Each distinct prompt is prefilled once; a prefix that all prompts share is prefilled once in total.
 
-    `Sample.sampling_logps` are under the distribution that was sampled, temperature, penalty and truncation applied;
-    when greedy (temperature 0) they are the log-probabilities at temperature 1. The stop token is part of the sample,
-    and so is all of the token that completes a stop string.
-    Draws depend only on (seed, prompt index, sample index), never on the batch around them. Nothing is kept between
-    calls, so the weights are always the current ones.
+    `Sample.sampling_logps` are under the distribution that was sampled from, with temperature, penalty and truncation
+    applied; when greedy (temperature 0) they are the log-probabilities at temperature 1. The sample includes the stop
+    token, or the whole token that completes a stop string. Draws depend only on (seed, prompt index, sample index),
+    never on the rest of the batch. Nothing is kept between calls, so the weights are always current.
 
     Args:
-        model: a transformers causal LM whose attention is pluggable; its mode and settings are restored after a call.
-        tokenizer: reads what `SamplingParams.stop_strings` are looked for in; not needed without them.
+        model: a transformers causal LM with pluggable attention; its mode and settings are restored after a call.
+        tokenizer: decodes completions to search for `SamplingParams.stop_strings`; not needed without them.
         compact_after: drop finished rows from the batch once they have wasted the work of this many whole steps
             (0: at once; infinity: never). Moving the cache of the live rows costs about a quarter of a step.
         prepack: on a CPU, compute with packed copies of bfloat16 weights during a call; see `prepacked`.
@@ -96,11 +95,11 @@ class TransformersSampler:
         params: SamplingParams,
         progress: Progress = unseen,
     ) -> list[list[Sample]]:
-        """Draw `num_samples` completions of each prompt; see `Sampler.sample`.
+        """Draws `num_samples` completions of each prompt; see `Sampler.sample`.
 
         Raises:
-            ValueError: no prompts, an empty prompt, a prompt with no room for `max_new_tokens`, or stop strings and no
-                tokenizer.
+            ValueError: no prompts, an empty prompt, a prompt with no room for `max_new_tokens`, or stop strings without
+                a tokenizer.
             FloatingPointError: the model's logits are not finite.
         """
         self._check(prompts, num_samples, params)
@@ -142,8 +141,8 @@ class TransformersSampler:
         u: torch.Tensor,
         progress: Progress,
     ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int]]:
-        """Token ids and log-probabilities `(completions, max_new_tokens)`, and how many tokens complete a stop string,
-        by completion; what follows a stop token or string means nothing."""
+        """Token ids and log-probabilities `(completions, max_new_tokens)`, and the lengths of completions that a stop
+        string ended; values after a stop are meaningless."""
         distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
         place = {prompt: i for i, prompt in enumerate(distinct)}
         source = torch.tensor([place[tuple(prompt)] for prompt in prompts]).repeat_interleave(num_samples)
@@ -158,7 +157,7 @@ class TransformersSampler:
     def _prefill(
         self, prompts: list[tuple[int, ...]], source: torch.Tensor, max_new_tokens: int, progress: Progress
     ) -> tuple[RolloutCache, torch.Tensor]:
-        """Run each prompt once; row `i` of the cache and of the next-token logits belongs to `prompts[source[i]]`."""
+        """Runs each prompt once; row `i` of the cache and of the next-token logits belongs to `prompts[source[i]]`."""
         longest = max(map(len, prompts))
         cache = RolloutCache(len(source), longest + max_new_tokens, cursor=longest)
         shared = self._run_prefix(prompts)
@@ -176,12 +175,12 @@ class TransformersSampler:
         return cache, logits
 
     def _run_prefix(self, prompts: list[tuple[int, ...]]) -> DynamicCache:
-        """Keys and values `(1, ...)` of the tokens that all prompts begin with, such as a system prompt."""
+        """Keys and values `(1, ...)` of the prefix that all prompts share, such as a system prompt."""
         cache = DynamicCache(config=self.model.config)
-        # A layer that forgets old tokens could not hand the whole prefix on.
+        # A sliding-window layer that forgets old tokens could not pass on the whole prefix.
         remembered = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
         common = _common_prefix(prompts) if len(prompts) > 1 else ()
-        common = common[: min(map(len, prompts)) - 1]  # each prompt keeps a token of its own to predict from
+        common = common[: min(map(len, prompts)) - 1]  # leaves each prompt a token to predict from
         if common and max(map(len, prompts)) < min(remembered, default=math.inf):
             self.model(
                 input_ids=torch.tensor([common], device=self.model.device),
@@ -194,9 +193,9 @@ class TransformersSampler:
     def _forward_prompts(
         self, prompts: list[tuple[int, ...]], prefix: DynamicCache
     ) -> tuple[torch.Tensor, DynamicCache]:
-        """One forward over what follows the prefix in left-padded prompts; last logits `(prompts, V)` and the cache."""
+        """One forward pass over the left-padded prompts after the prefix; last logits `(prompts, V)` and the cache."""
         shared, longest = prefix.get_seq_length(), max(map(len, prompts))
-        # Any id will do as padding: the mask comes from lengths.
+        # Any id works as padding: the mask comes from lengths.
         ids = [(0,) * (longest - len(prompt)) + prompt[shared:] for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
         position = torch.arange(shared, longest, device=self.model.device) - (longest - lengths)[:, None]
@@ -224,7 +223,7 @@ class TransformersSampler:
         u: torch.Tensor,
         progress: Progress,
     ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int]]:
-        """Draw, drop finished rows when it pays, feed the tokens back; one column of the result per step."""
+        """Draws tokens, drops finished rows when it pays, and feeds the tokens back; one result column per step."""
         tokens = torch.zeros(u.shape, dtype=torch.int64, device=u.device)
         logps = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
         vocabulary = logits[:, : params.vocab_size].shape[1]
@@ -258,7 +257,7 @@ class TransformersSampler:
         return tokens, logps, texts.ends
 
     def _step(self, cache: RolloutCache, rows: _Rows, tokens: torch.Tensor, step: int) -> torch.Tensor:
-        """Feed one token per row; next-token logits `(rows, V)`."""
+        """Feeds one token per row; returns next-token logits `(rows, V)`."""
         with _attention(self.model, DECODE_ATTENTION):
             out = self.model(
                 input_ids=tokens[:, None],
@@ -272,12 +271,12 @@ class TransformersSampler:
 
 
 def _steps_between_checks(device: torch.device) -> int:
-    """How often to look for finished rows, for which an accelerator has to be waited for."""
+    """How often to check for finished rows, which has to wait for an accelerator."""
     return 1 if device.type == "cpu" else 8
 
 
 def _first_rows(lengths: torch.Tensor, max_len: int, cursor: int, dtype: torch.dtype) -> _Rows:
-    """All rows, none done, with the mask of their left padding."""
+    """All rows, none of them done, with the mask of their left padding."""
     mask = None
     if bool((lengths < cursor).any()):
         padding = torch.arange(max_len, device=lengths.device) < (cursor - lengths)[:, None]
@@ -288,7 +287,7 @@ def _first_rows(lengths: torch.Tensor, max_len: int, cursor: int, dtype: torch.d
 
 
 def _tokens_in(prompts: Sequence[tuple[int, ...]], logits: torch.Tensor) -> torch.Tensor:
-    """Which tokens each prompt has, `(prompts, V)` bool; an id that the head has no logit for is none."""
+    """Which tokens each prompt contains, `(prompts, V)` bool, ignoring ids that the head has no logit for."""
     found = torch.zeros(len(prompts), logits.shape[1], dtype=torch.bool, device=logits.device)
     for row, prompt in zip(found, prompts, strict=True):
         row[[token for token in set(prompt) if token < logits.shape[1]]] = True
@@ -296,14 +295,14 @@ def _tokens_in(prompts: Sequence[tuple[int, ...]], logits: torch.Tensor) -> torc
 
 
 def _read(texts: StopStrings, rows: _Rows, tokens: torch.Tensor) -> None:
-    """Marks the rows done whose text contains a stop string with the newest `tokens` `(completions, steps)`."""
+    """Marks rows as done if the newest `tokens` `(completions, steps)` complete a stop string in their text."""
     index = rows.index.tolist()
     ended = [texts.read(i, ids) for i, ids in zip(index, tokens[rows.index].tolist(), strict=True)]
     rows.done |= torch.tensor(ended, device=rows.done.device)
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that all prompts begin with: those that the first and the last in order share."""
+    """The prefix that all prompts share, which is the one that the first and last in sorted order share."""
     first, last = min(prompts), max(prompts)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:length]
@@ -321,7 +320,7 @@ def _batches_by_length(prompts: list[tuple[int, ...]], budget: int) -> Iterator[
 def _collect(
     tokens: torch.Tensor, logps: torch.Tensor, stop_token_ids: tuple[int, ...], ends: Mapping[int, int]
 ) -> list[Sample]:
-    """Cut each completion after its first stop token, or before that where a stop string `ends` it."""
+    """Cuts each completion after its first stop token, or earlier if a stop string `ends` it."""
     stop = frozenset(stop_token_ids)
     samples = []
     for index, (ids, values) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
@@ -332,7 +331,7 @@ def _collect(
 
 @contextmanager
 def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode afterwards."""
+    """Evaluation mode inside the block; restores each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -344,7 +343,7 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Another registered attention inside; the model's own afterwards."""
+    """Another registered attention inside the block; restores the model's own afterwards."""
     config = model.config.get_text_config(decoder=True)
     previous = config._attn_implementation
     config._attn_implementation = name

@@ -110,7 +110,7 @@ def test_the_last_token_of_a_chat_answer_is_the_end_of_turn_which_also_stops_a_r
 @pytest.mark.parametrize("behind", ["", "#", " ###"])
 def test_answers_that_no_token_ends_are_told(behind):
     rows = [{"messages": [user("Sky?"), assistant("blue")]}] * 2
-    with pytest.warns(UserWarning, match=r"2 answers end with .*, which is no end of a turn or a text"):
+    with pytest.warns(UserWarning, match=r"2 answers end with .*, which ends neither a turn nor a text"):
         (group, _) = load_preferences(rows, chat_tokenizer(behind), kind="completions")
     assert chat_tokenizer(behind).decode(group.samples[0].token_ids) == "blue" + behind
 

@@ -184,9 +184,9 @@ def test_an_adapter_is_trained_further_in_a_second_stage(tmp_path):
     ("changes", "message"),
     [
         ({"rank": 0}, "adapter.rank: expected the rank of the adapter in .*, to train it further, got 0. Or name"),
-        ({"rank": 8}, "adapter.rank: expected 4, as the adapter in .* has, got 8"),
-        ({"alpha": 16.0}, r"adapter.alpha: expected 8.0, as the adapter in .* has, got 16.0"),
-        ({"targets": ("q_proj",)}, r"adapter.targets: expected \['down_proj', .*\], as the adapter in .* has"),
+        ({"rank": 8}, "adapter.rank: expected 4, as in the adapter in .*, got 8"),
+        ({"alpha": 16.0}, r"adapter.alpha: expected 8.0, as in the adapter in .*, got 16.0"),
+        ({"targets": ("q_proj",)}, r"adapter.targets: expected \['down_proj', .*\], as in the adapter in .*"),
     ],
 )
 def test_a_trained_adapter_is_trained_further_as_it_is_or_not_at_all(tmp_path, changes, message):

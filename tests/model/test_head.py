@@ -246,7 +246,9 @@ def one_rank_mesh():
 def test_a_sharded_head_is_refused(one_rank_mesh):
     model = tiny("llama")
     torch.distributed.fsdp.fully_shard(model.lm_head, mesh=one_rank_mesh)
-    with pytest.raises(ValueError, match=r"head.weight: expected a plain tensor, got a DTensor\. Cut the model before"):
+    with pytest.raises(
+        ValueError, match=r"head.weight: expected a plain tensor, got a DTensor\. Split the model before"
+    ):
         split_head(model)
 
 

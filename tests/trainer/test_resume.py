@@ -154,7 +154,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_command_it_prints_goes_on(tmp_path, w
     assert (outcome.status, outcome.steps) == ("interrupted", 2)
     stopped = tmp_path / "stopped"
     command = shlex.join(["fastrl", "train", str(stopped / "config.yaml"), "--resume", str(stopped)])
-    assert f"To go on: {command}\n" in capsys.readouterr().out
+    assert f"To resume: {command}\n" in capsys.readouterr().out
     assert main(shlex.split(command)[1:]) == 0
     assert f"resumed after step 2, from {stopped / 'checkpoints' / 'step_000002'}" in capsys.readouterr().out
     logged, _, model = whole

@@ -359,7 +359,7 @@ def test_a_run_stops_at_the_first_step_to_which_no_reward_applies(tmp_path):
     assert (outcome.status, outcome.steps) == ("rewards failed", 2)
     assert [line["message"] for line in lines(tmp_path / "run" / "warnings.jsonl")] == [
         "Step 3: none_in_third_step and never returned None for all 16 completions. None means that a reward does not "
-        "apply, so there is nothing to learn from. Return a number where it does apply."
+        "apply, so there is nothing to learn from. Return a number where it applies."
     ]
 
 

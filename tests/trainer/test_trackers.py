@@ -77,7 +77,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, recorder
     monkeypatch.setattr(Recorder, "log", fail)
     assert train(tiny_config(tmp_path, log_to=("wandb",))).status == "finished"
     warnings = (tmp_path / "run" / "warnings.jsonl").read_text()
-    assert warnings.count("wandb failed and is left out from here on: ConnectionError: no network") == 1
+    assert warnings.count("wandb failed and is off from now on: ConnectionError: no network") == 1
 
 
 def test_a_missing_package_is_an_environment_error_before_anything_is_written(tmp_path, monkeypatch, capsys):
