@@ -14,6 +14,7 @@ PATIENCE = 3  # steps in a row, because one unlucky batch means nothing
 FIRST = 3  # first steps whose mean is the run's starting value
 RECENT = 10  # earlier steps that a spike is compared with
 SPIKE = 10.0
+STALE = 8.0  # updates, as many as ScaleRL's PipelineRL allows (arXiv:2510.13786)
 
 
 class Sign(NamedTuple):
@@ -97,6 +98,11 @@ def _signs(metrics: dict[str, float]) -> dict[str, Sign]:
             0.9 <= equal < 1.0,
             f"for {equal:.0%} of the prompts all completions got the same reward, so there is little left to learn. "
             "Choose another task, or replace such prompts with rollout.dynamic_sampling.",
+        ),
+        "stale": Sign(
+            metrics.get("sampling/staleness", 0.0) > STALE,
+            f"completions are {metrics.get('sampling/staleness', 0.0):.1f} updates old. Let the sampler run less far "
+            "ahead, or take the ratio to it with policy_gradient.ratio_to_sampler.",
         ),
         "length limit": Sign(
             cut > 0.9,

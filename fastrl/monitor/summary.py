@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import fmean, pstdev, stdev
 
 from fastrl.losses.metrics import finish, merge
-from fastrl.types import Batch, Sample
+from fastrl.types import Batch, Group, Sample
+
+
+def staleness(groups: Sequence[Group], updates: int) -> dict[str, float]:
+    """How many updates the weights that wrote the completions are behind, a mean over the policy's own tokens.
+
+    Empty where they are not behind, or the source does not say.
+    """
+    lags = [
+        updates - version
+        for group in groups
+        for sample in group.samples
+        for version, own in zip(sample.versions or [], sample.own or [True] * len(sample.token_ids), strict=False)
+        if own
+    ]
+    return {"sampling/staleness": fmean(lags)} if any(lags) else {}
 
 
 def step_metrics(batch: Batch) -> dict[str, float]:

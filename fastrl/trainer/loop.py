@@ -26,7 +26,7 @@ from fastrl.monitor.interrupt import Interrupted
 from fastrl.monitor.log import Callback, RunLog
 from fastrl.monitor.report import write_report
 from fastrl.monitor.screen import columns_for
-from fastrl.monitor.summary import step_metrics
+from fastrl.monitor.summary import staleness, step_metrics
 from fastrl.rewards import RewardFailure
 from fastrl.sources.base import Source
 from fastrl.trainer import resume
@@ -181,6 +181,8 @@ class Run:
         """One step, or the rest of one that was interrupted."""
         source, learner, algorithm, log = self.source, self.learner, self.algorithm, self.log
         self.batch = batch = self.batch or source.next(learner, log)
+        if not batch.updates:
+            batch.numbers |= staleness(batch.groups, learner.updates)
         self.rewind_to = resume.position(self)
         for update in algorithm.updates(learner, batch, log):
             with log.stage("train", f"micro-batches{update.label}") as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
@@ -67,12 +68,30 @@ def load_recipe(path: str | Path) -> TrainConfig:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:
         raise ConfigError(f"{path}: the recipe is empty. `recipes/` has some to start from.")
-    config = from_dict(TrainConfig, data, str(path))
     try:
+        config = from_dict(TrainConfig, data, "")
         build_algorithm(config)  # refuses what the algorithm does not have
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        message = str(error).removeprefix(": ")
+        raise ConfigError(f"{path}{_line(path, message)}: {message}") from None
     return config
+
+
+def _line(path: Path, message: str) -> str:
+    """ ", line N" of the setting that a message is about: it begins with the names on the way there."""
+    node, line = Strict(path.read_text(encoding="utf-8")).get_single_node(), 0
+    for name in re.split(r"[:.\[\],\s]+", message.removeprefix("TrainConfig: ")):
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if str(key.value).split(".")[0] == name]
+        elif isinstance(node, yaml.SequenceNode) and name.isdecimal():
+            found = [(value, value) for value in node.value[int(name) : int(name) + 1]]
+        else:
+            break
+        if not found:
+            break
+        key, node = found[0]
+        line = key.start_mark.line + 1
+    return f", line {line}" if line else ""
 
 
 def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:

@@ -177,6 +177,27 @@ def test_bad_recipe_is_one_sentence_that_names_file_and_key(tmp_path, text, mess
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("steps: 3\nstepz: 3", 2),
+        ("steps: many", 1),
+        ("rollout:\n  top_k: 1\n  temperatur: 1", 3),
+        ("rollout:\n  top_k: 1\n  temperature: -1", 3),
+        ("rewards:\n  - name: format\n  - nam: format", 3),
+        ("steps: 3\noptimizer: {lr: 1e-5,\n  betas: [0.9]}", 3),
+        ("algorithm: grpo\nloss:\n  aggregate: token_mean\n  surrogate.lo: 0.1", 4),
+        ("algorithm: dpo\n\nloss: {beta: -1}", 3),
+        ("algorithm: grpoo", 1),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_told_with_its_line(tmp_path, text, line):
+    path = recipe(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
+
+
 def test_missing_recipe_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such recipe"):
         load_recipe(tmp_path / "nowhere.yaml")

@@ -26,6 +26,7 @@ from trainer.fabricated import (
 from fastrl.monitor.alarms import Alarms
 from fastrl.monitor.log import RunLog, encode
 from fastrl.monitor.screen import WIDTH
+from fastrl.monitor.summary import staleness
 from fastrl.monitor.units import clock, duration, fixed, number
 from fastrl.monitor.untrusted import clean, one_line, question
 from fastrl.types import Group, Prompt, Sample
@@ -409,6 +410,19 @@ def test_a_hacked_reward_shows_in_lengths_and_entropies():
     assert [message.split(":")[0] for message in said] == ["Steps 8 to 10", "Steps 8 to 10"]
     assert "completions have 1.4 tokens, a third or less of the 12.0 they began with" in said[0]
     assert "the entropy is 0.500 nats per token, a tenth or less of the 5.500" in said[1]
+
+
+def test_completions_of_old_weights_are_measured_and_too_old_ones_told():
+    def groups(*versions):
+        samples = [Sample([5, 6], [-1.0, -1.0], True, versions=list(pair), own=[True, own]) for *pair, own in versions]
+        return [Group(Prompt(0, "", (1,)), samples)]
+
+    assert staleness(groups((3, 3, True), (1, 3, False)), 4) == {"sampling/staleness": pytest.approx((1 + 1 + 3) / 3)}
+    assert staleness(groups((4, 4, True)), 4) == {}
+    assert staleness([Group(Prompt(0, "", (1,)), [Sample([5], [-1.0], True)])], 4) == {}
+    alarms = Alarms()
+    (said,) = [message for step in range(1, 5) for message in alarms.check(step, {"sampling/staleness": 9.0})]
+    assert said.startswith("Steps 1 to 3: completions are 9.0 updates old")
 
 
 @pytest.mark.parametrize("name", ["grad_norm", "kl"])

@@ -224,6 +224,8 @@ def test_a_new_source_needs_no_change_of_the_loop(tmp_path, kind):
     assert outcome.status == "finished"
     assert outcome.after["sampled"] > outcome.before["sampled"]
     assert run.source.seen == list(range(1, 9))
+    behind = [line.get("sampling/staleness", 0.0) for line in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert behind == {Ahead: [0, *[1] * 7], Rounds: [0, 1, 2, 0, 1, 2, 0, 1]}.get(kind, [0] * 8)
     if kind is Toy:
         train(replace(config, run_dir=str(tmp_path / "plain")))
         plain, toy = (lines(tmp_path / name / "completions.jsonl") for name in ("plain", "run"))
