@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import random
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.offline import Objective, RewardModelling, pair_up
-from fastrl.check import require, sentence
+from fastrl.check import require
 from fastrl.data.plan import ModelShape
-from fastrl.data.preferences import load_preferences, split_groups, unpair, with_end
-from fastrl.data.prompts import load_prompts, split
+from fastrl.data.preferences import split_groups, with_end
 from fastrl.data.sampler import PromptSampler
 from fastrl.kernels.registry import resolve
-from fastrl.model.adapter import WithoutAdapter, add_adapter, base_of, load_adapter
+from fastrl.model.adapter import WithoutAdapter, base_of
 from fastrl.model.attention import prepare_attention
-from fastrl.model.load import embedding_rows, fingerprint, load_model, stop_token_ids, vocab_size
+from fastrl.model.checkpointing import checkpoint_activations
+from fastrl.model.load import fingerprint, load_model, stop_token_ids, vocab_size
 from fastrl.model.policy import Policy
 from fastrl.model.race import DTYPES, from_json
 from fastrl.model.router import about_router
-from fastrl.model.scalar import Critic, ScalarModel, SharedCritic, about_padding, load_scalar_model
+from fastrl.model.scalar import ScalarModel, about_padding, load_scalar_model
 from fastrl.monitor.log import Callback
 from fastrl.monitor.trackers import require_installed
 from fastrl.rewards import RewardFunc, RewardSuite, resolve_reward
@@ -39,27 +36,32 @@ from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.sources import Offline, Rollouts, Sampling, Source
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.checkpoint import Checkpoint, model_of
-from fastrl.trainer.config import AdapterConfig, TaskConfig, TrainConfig
+from fastrl.trainer.config import TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.lock import free_directory
 from fastrl.trainer.loop import Outcome, Run
-from fastrl.trainer.optimizer import CRITIC, POLICY, MasterOptimizer
+from fastrl.trainer.models import (
+    frozen,
+    load_critic,
+    make_optimizers,
+    pick_device,
+    positions,
+    require_known_tokens,
+    trained_adapter,
+    with_adapter,
+)
 from fastrl.trainer.precision import Speed, resolve_dtype
 from fastrl.trainer.reference import AskedOnce
 from fastrl.trainer.resume import require_same_model, resumable
-from fastrl.types import Group, Prompt
+from fastrl.trainer.rows import load_rows, load_task, require_room
+from fastrl.types import Prompt
 
 if TYPE_CHECKING:
     from typing import TypeVar
 
-    from peft import PeftModel
-
     Config = TypeVar("Config", bound=TrainConfig)
     Loaded = TypeVar("Loaded")
-
-
-SEPARATE_CRITIC_LR, SHARED_CRITIC_LR = 1e-5, 1e-4  # for a whole model; for a layer that starts at zero
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def _rollouts(
         learner.reference = WithoutAdapter(learner.policy, learner.adapted)
     elif algorithm.needs_ref:
         other = tokenizer if config.reference else None
-        learner.reference = _frozen(config, config.reference or config.model, learner, speed, other)
+        learner.reference = frozen(config, config.reference or config.model, learner, speed, other)
     if algorithm.needs_critic:
         learner.critic = load_critic(config, learner.policy, tokenizer, learner.layout)
     if isinstance(learner.critic, ScalarModel):
@@ -317,15 +319,15 @@ def _offline(
     policy, model = learner.policy, learner.policy.model
     reference = policy if algorithm.needs_ref else None
     if config.reference and algorithm.needs_ref:
-        reference = _frozen(config, config.reference, learner, speed, tokenizer)
+        reference = frozen(config, config.reference, learner, speed, tokenizer)
     models = [model] + ([reference.model] if reference else [])
-    groups, said = _load_rows(config, algorithm.kind, tokenizer, min(config.data.max_tokens, positions(*models)), rows)
+    groups, said = load_rows(config, algorithm.kind, tokenizer, min(config.data.max_tokens, positions(*models)), rows)
     require_known_tokens(model, config.model, (group.prompt.token_ids for group in groups))
     require_known_tokens(model, config.model, (sample.token_ids for group in groups for sample in group.samples))
     if isinstance(algorithm, RewardModelling):
         groups = with_end(groups, tokenizer.pad_token_id)
     train, held_out = split_groups(groups, config.data.held_out, config.seed)
-    _require_room(config, learner.layout, groups)
+    require_room(config, learner.layout, groups)
     objective = algorithm if isinstance(algorithm, Objective) else None
     if objective and objective.needs_mismatched:
         for part in filter(None, (train, held_out)):
@@ -337,29 +339,6 @@ def _offline(
         began = fingerprint(reference.model) if config.reference else began
         once = AskedOnce(reference, began, config.dtype, [*source.first(config.steps), *held_out])
     return _Made(source, [OnRows(held_out, objective, kind)] if held_out and objective else [], said, once)
-
-
-def _frozen(
-    config: TrainConfig,
-    name: str,
-    learner: Learner,
-    speed: Speed,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Policy:
-    """A reference model on the policy's device, quantized as the policy is. Given `tokenizer`, its vocabulary must
-    match."""
-    dtype, policy = DTYPES[config.dtype], learner.policy
-    model, other = load_model(name, dtype, quantize=config.adapter.quantize, device=learner.device)
-    if tokenizer is not None:
-        same = other.get_vocab() == tokenizer.get_vocab()
-        got = f"{name!r}, whose {len(other.get_vocab())} tokens differ"
-        do = "Its log-probabilities would belong to different tokens."
-        op = type(config).__name__
-        require(same, op, "reference", f"a model with the vocabulary of {config.model!r}", got, do)
-        require_same_rows(op, "reference", model, policy.model, len(tokenizer))
-    speed.up(model, config)
-    prepare_attention(model.to(learner.device).requires_grad_(False), config.layout, dtype=dtype)
-    return Policy(model, vocab_size=policy.head.vocab_size, **config.of_policy())
 
 
 def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Speed]:
@@ -383,225 +362,3 @@ def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Spee
     resolved, precision = resolve_dtype(config, device, resumed)
     known = from_json(resumed.json("state.json").get("linear", {})) if resumed else {}
     return resolved, resumed, device, Speed(precision, config.dtype, known)
-
-
-def make_optimizers(config: TrainConfig, learner: Learner) -> dict[str, MasterOptimizer]:
-    """The optimizer of the policy, and of the critic if there is one."""
-    each, critic, lr = config.optimizer.steps_per_rollout * config.optimizer.epochs_per_rollout, None, 0.0
-    if isinstance(learner.critic, ScalarModel):
-        critic, lr = learner.critic.model, SEPARATE_CRITIC_LR
-    elif isinstance(learner.critic, SharedCritic):
-        critic, lr = learner.critic.head, SHARED_CRITIC_LR
-    updates, without_policy = config.steps * each, config.ppo.critic_warmup * each
-    policy = MasterOptimizer(learner.policy.model.parameters(), config.optimizer, updates - without_policy)
-    if critic is None:
-        return {POLICY: policy}
-    rates = replace(config.optimizer, lr=lr if config.ppo.critic_lr is None else config.ppo.critic_lr)
-    return {POLICY: policy, CRITIC: MasterOptimizer(critic.parameters(), rates, updates)}
-
-
-def with_adapter(model: PreTrainedModel, config: AdapterConfig) -> PeftModel | None:
-    """Adds the configured adapters to the model; returns None if there are none and every weight trains."""
-    if not config.rank:
-        return None
-    return add_adapter(model, rank=config.rank, alpha=config.alpha, targets=config.targets)
-
-
-def trained_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """Loads the adapter in folder `config.model` into `model`, its base model.
-
-    Raises:
-        ValueError: the recipe trains every weight, or its adapter settings differ.
-    """
-    adapter, do = config.adapter, "Or name a model saved with adapter.save=merged, to train every weight."
-    expected = f"the rank of the adapter in {config.model!r}, to train it further"
-    require(adapter.rank > 0, "TrainConfig", "adapter.rank", expected, adapter.rank, do)
-    return load_adapter(model, config.model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-
-
-def load_critic(config: TrainConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, layout: str) -> Critic:
-    """The configured critic, on the policy's device and ready for the same micro-batches.
-
-    Raises:
-        ValueError: it has another tokenizer, or does not support the attention that the layout needs.
-    """
-    if config.ppo.critic == "shared":
-        return SharedCritic(policy)
-    name = config.ppo.critic_model or config.model
-    model, its_tokenizer = load_scalar_model(name, DTYPES[config.dtype])
-    same = its_tokenizer.get_vocab() == tokenizer.get_vocab()
-    got = f"{name!r}, which has a different tokenizer"
-    require(same, "TrainConfig", "ppo.critic_model", "a model with the policy's tokenizer", got)
-    require_same_rows("TrainConfig", "ppo.critic_model", model, policy.model, len(tokenizer))
-    prepare_attention(model.to(policy.model.device), layout, dtype=DTYPES[config.dtype])
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
-    return ScalarModel(model, router_aux_loss_coef=config.router_aux_loss_coef)
-
-
-def positions(*models: PreTrainedModel) -> float:
-    """The longest sequence that all models have positions for; infinite if none has a limit."""
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
-    return min(filter(None, limits), default=math.inf)
-
-
-def require_known_tokens(model: PreTrainedModel, name: str, sequences: Iterable[Sequence[int]]) -> None:
-    """Refuses token ids outside a model's embeddings, which another model's tokenizer may produce.
-
-    Raises:
-        ValueError: there are some.
-    """
-    rows, highest = embedding_rows(model), max(map(max, filter(None, sequences)), default=0)
-    got = f"{highest} from the tokenizer"
-    require(highest < rows, "prepare", "model", f"token ids below {rows}, the embeddings of {name!r}", got)
-
-
-def require_same_rows(op: str, argument: str, model: PreTrainedModel, policy: PreTrainedModel, tokens: int) -> None:
-    """Refuses a second model that lacks embeddings for tokens of the policy.
-
-    Embedding rows past the tokenizer's are padding, whose number differs between models of one family.
-
-    Raises:
-        ValueError: embeddings are missing.
-    """
-    rows, its_rows = embedding_rows(model), embedding_rows(policy)
-    needed = min(its_rows, tokens)
-    require(rows >= needed, op, argument, f"embeddings of the policy's {needed} tokens", f"a model with {rows}")
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Makes the model's layers recompute their activations in the backward pass instead of storing them.
-
-    Works in evaluation mode. The checkpointing in transformers needs training mode, which also turns on randomness that
-    no module shows (functional dropout, layer drop, router noise).
-
-    Raises:
-        ValueError: the model has no layers that transformers would checkpoint.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    got = f"{type(model).__name__}, which has none"
-    require(
-        bool(layers), "checkpoint_activations", "model", "layers that transformers can checkpoint", got, "Leave it off."
-    )
-    for layer in layers:
-        layer.__class__ = _recomputed(type(layer))
-
-
-@cache
-def _recomputed(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """A subclass of a layer that stores only its inputs."""
-
-    def forward(self: torch.nn.Module, *args: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return kind.forward(self, *args, **named)
-        return checkpoint(partial(kind.forward, self, **named), *args, use_reentrant=False, preserve_rng_state=False)
-
-    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": kind.__module__})
-
-
-def load_task(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]] | None = None
-) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
-    """(training prompts, held-out prompts, warnings about dropped rows); no question is in both sets."""
-    task = config.task
-
-    def load() -> tuple[list[Prompt], list[Prompt]]:
-        prompts = load_prompts(
-            task.source if rows is None else rows,
-            tokenizer,
-            size=task.size,
-            seed=config.seed,
-            options=task.options,
-            chat=task.chat,
-            system=task.system,
-            suffix=task.suffix,
-            template_options=task.template_options,
-            max_prompt_tokens=task.max_prompt_tokens,
-        )
-        return split(prompts, task.held_out, config.seed)
-
-    (train, held_out), said = with_warnings(load)
-    return train, held_out, said
-
-
-def with_warnings(load: Callable[[], Loaded]) -> tuple[Loaded, tuple[str, ...]]:
-    """(what `load` returns, the warnings it raised for the user), to be logged once there is a log."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loaded = load()
-    return loaded, tuple(str(one.message) for one in caught if issubclass(one.category, UserWarning))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: torch knows no such device, or has none here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
-        got = f"{name!r}: {str(error).splitlines()[0]}"
-        raise ValueError(sentence("pick_device", "device", "auto, cpu or another that torch has here", got)) from error
-    return device
-
-
-def _load_rows(
-    config: TrainConfig,
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    given: Sequence[Mapping[str, Any]] | None,
-) -> tuple[list[Group], tuple[str, ...]]:
-    """(groups of that kind, warnings about dropped rows)."""
-    data = config.data
-    groups, said = with_warnings(
-        lambda: load_preferences(
-            data.source if given is None else given,
-            tokenizer,
-            kind="pairs" if data.unpair else "ranked" if data.ranked else kind,
-            size=data.size,
-            seed=config.seed,
-            options=data.options,
-            chat=data.chat,
-            system=data.system,
-            template_options=data.template_options,
-            max_prompt_tokens=data.max_prompt_tokens,
-            max_tokens=max_tokens,
-            margin_column=data.margin_column,
-            soft_label_column=data.soft_label_column,
-        )
-    )
-    if data.unpair:
-        groups = [
-            Group(replace(group.prompt, index=index), group.samples) for index, group in enumerate(unpair(groups))
-        ]
-    return groups, said
-
-
-def _require_room(config: TrainConfig, layout: str, groups: Sequence[Group]) -> None:
-    """Refuses a token budget that the longest group exceeds; `pack` would notice only when that group is drawn."""
-
-    def tokens(group: Group) -> int:
-        prompt, completions = len(group.prompt.token_ids), [len(sample.token_ids) - 1 for sample in group.samples]
-        if layout == "padded":
-            return len(completions) * (prompt + max(completions))
-        copies = len(completions) if layout == "varlen" else 1  # of the prompt
-        return copies * prompt + sum(completions)
-
-    longest = max(map(tokens, groups))
-    expected = f"at least {longest}, the tokens of the longest row"
-    enough = config.max_tokens_per_microbatch >= longest
-    require(
-        enough,
-        "TrainConfig",
-        "max_tokens_per_microbatch",
-        expected,
-        config.max_tokens_per_microbatch,
-        "Or lower data.max_tokens.",
-    )

@@ -29,13 +29,14 @@ from fastrl.algorithms import ALGORITHMS
 from fastrl.data.pack import count, pack
 from fastrl.losses.metrics import finish
 from fastrl.model.attention import prepare_attention
+from fastrl.model.checkpointing import checkpoint_activations
 from fastrl.model.policy import Policy
 from fastrl.monitor.interrupt import Interrupt, Interrupted
 from fastrl.progress import Unwatched
 from fastrl.sources import rewards_differ
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import OptimizerConfig, RewardConfig, RolloutConfig
-from fastrl.trainer.setup import checkpoint_activations, prepare, train
+from fastrl.trainer.setup import prepare, train
 from fastrl.types import Group, Prompt, Sample
 
 
