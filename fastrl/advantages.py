@@ -1,4 +1,4 @@
-"""From rewards to advantages: what a trainer does besides `group_advantages` and `gae`. Nothing here has a gradient."""
+"""From rewards to advantages, in addition to `group_advantages` and `gae`. Nothing here has a gradient."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SCALE_RL = GroupAdvantage("mean", "batch")  # arXiv:2510.13786
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
-    """Shifted and scaled to mean 0 and standard deviation 1 over the valid tokens.
+    """Shifts and scales values to mean 0 and standard deviation 1 over the valid tokens.
 
-    (x_t - mean) / (std + eps), with n - 1 in the standard deviation; exactly 0 where masked, and everywhere when the
-    valid values are all equal or fewer than two. What a masked token holds, even NaN, is never read.
+    (x_t - mean) / (std + eps), with n - 1 in the standard deviation; exactly 0 where masked, and everywhere if the
+    valid values are all equal or fewer than two. Masked values, even NaN, are never read.
 
     Args:
         values: any shape, floating point.
@@ -33,7 +33,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, *, eps: float = 1e-8) -> to
     if values.numel() == 0:
         return values.new_empty(values.shape, dtype=answer(values))
     valid, wide = mask != 0, values.detach().to(widest(values.device))
-    # Equal values are exactly zero after the shift, and so are their mean and deviations, whatever their rounding.
+    # After the shift equal values are exactly zero, and so are their mean and deviations, despite rounding.
     low = wide.masked_fill(~valid, torch.inf).amin()
     shifted = torch.where(valid, wide - low, 0.0)
     count = valid.sum()
@@ -50,7 +50,7 @@ def kl_in_reward(
     coef: float,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rewards per token: the k1 estimate of the KL to the reference at each token, the score at the last.
+    """Rewards per token: minus the k1 estimate of the KL to the reference at each token, plus the score at the last.
 
     r_t = -coef (logps_t - ref_logps_t) + [t is the last valid token of its sequence] score: arXiv:2203.02155 eq. 2, in
     the per-token form of its reference code. Exactly 0 where masked: a token the policy did not write pays no KL. The
@@ -59,14 +59,14 @@ def kl_in_reward(
 
     Args:
         rewards: (B,) scores, or (S,) with `cu_seqlens`.
-        logps: (B, T), or (N,) with `cu_seqlens`; of the policy that sampled.
+        logps: (B, T), or (N,) with `cu_seqlens`; under the policy that sampled.
         ref_logps: as logps.
         mask: as logps; bool, or numbers that are zero where masked.
         coef: weight of the KL.
-        cu_seqlens: (S + 1,) bounds of packed sequences; tokens behind the last bound are padding.
+        cu_seqlens: (S + 1,) bounds of packed sequences; tokens after the last bound are padding.
 
     Returns:
-        As logps; float32, or float64 when an input is.
+        As logps; float32, or float64 if an input is.
     """
     op = "kl_in_reward"
     dims = 2 if cu_seqlens is None else 1
@@ -94,16 +94,15 @@ def discounted_returns(
     """Reward-to-go of each valid token: R_t = r_t + gamma R_{t'}, t' the next valid token.
 
     The return of REINFORCE++, arXiv:2501.03262, before `whiten`. It is `gae` with lam 1 and no critic, with the same
-    shapes, the same treatment of masked tokens and of rewards that fall on them.
+    shapes and the same treatment of masked tokens and their rewards.
     """
     advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0, cu_seqlens=cu_seqlens)
     return advantages
 
 
-# Estimators that compare a completion with the others of its prompt in other ways than `group_advantages` does. As
-# there: group ids are any integers in any order, groups may differ in size, a NaN reward gets exactly 0 and counts
-# nowhere, and a group without differences, or with one scorable member, gets exactly 0, unless a function says
-# otherwise.
+# Other estimators that compare a completion with the others of its prompt. As in `group_advantages`, group ids are any
+# integers in any order, groups may differ in size, a NaN reward gets exactly 0 and counts nowhere, and a group without
+# differences, or with one scorable member, gets exactly 0, unless a function says otherwise.
 
 
 def gdpo(
@@ -114,15 +113,15 @@ def gdpo(
     group_size: int | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Several rewards, each normalised in its group before they are added: GDPO, arXiv:2601.05242.
+    """Several rewards, each normalised within its group before they are added: GDPO, arXiv:2601.05242.
 
     S_i = sum_k w_k (r_ik - mean_G r_k) / (std_G r_k + eps),  A_i = S_i / (std_batch S + eps). The batch mean that the
-    paper subtracts is 0: every group's terms add up to 0. TRL's multi_objective_aggregation="normalize_then_sum", with
-    eps 1e-4 there.
+    paper subtracts is 0: every group's terms add up to 0. TRL's multi_objective_aggregation="normalize_then_sum", whose
+    eps is 1e-4.
 
     Args:
-        rewards: (B, K) floating point; NaN where reward k does not apply to a completion, which then has no such term.
-            A completion to which none applies gets exactly 0.
+        rewards: (B, K) floating point; NaN if reward k does not apply to a completion, which then lacks that term. A
+            completion to which no reward applies gets exactly 0.
         weights: (K,), 1 each by default.
         group_ids, group_size: as `group_advantages`.
         eps: added to both standard deviations.
@@ -156,13 +155,13 @@ def reinforce_pp_baseline(
     """Rewards minus their group's mean, then whitened over all tokens of the batch: REINFORCE++-baseline,
     arXiv:2501.03262.
 
-    a_i = r_i - mean_G r,  A_i = (a_i - mean_tokens a) / (std_tokens a + eps), a long completion counting as often as it
-    has tokens, so a group without differences need not get 0. verl's form, but for its eps, which is inside the root.
+    a_i = r_i - mean_G r,  A_i = (a_i - mean_tokens a) / (std_tokens a + eps). Each completion counts once per token, so
+    a group without differences may get non-zero advantages. verl's form, except that its eps is inside the root.
     Whitened over completions instead, it is `GroupAdvantage("mean", "batch")`.
 
     Args:
         rewards: (B,) floating point, finite or NaN.
-        lengths: (B,) int, the tokens of each completion that train. A completion of none gets 0.
+        lengths: (B,) int, the trained tokens of each completion. A completion without any gets 0.
         group_ids, group_size: as `group_advantages`.
 
     Returns:
@@ -190,8 +189,8 @@ def opo(
     """Rewards minus the group's mean weighted by length: OPO, arXiv:2505.23585.
 
     A_i = r_i - sum_j l_j r_j / sum_j l_j over i's group: the baseline of least variance if the squared gradient of a
-    completion's log-probability grows with its length. For exact on-policy training. verl leaves the reward of a
-    group's only member as it is; here it gets 0.
+    completion's log-probability grows with its length. For exact on-policy training. verl keeps the reward of a group's
+    only member; here it gets 0.
 
     Args:
         rewards: (B,) floating point, finite or NaN.
@@ -248,11 +247,11 @@ def pass_at_k(
     scale: str = "group",
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Only the best of a group is credited, with its lead over the second: arXiv:2503.19595.
+    """Credits only the best of each group, with its lead over the second: arXiv:2503.19595.
 
-    A_best = (r_best - r_second) / (std_G r + eps), or the lead alone with scale="none"; 0 for all others, and for
-    several that share the best reward. The k of pass@k is the group's size. verl's grpo_passk, which refuses a group of
-    one; here it gets 0.
+    A_best = (r_best - r_second) / (std_G r + eps), or just the lead with scale="none"; 0 for all others, and for all if
+    several share the best reward. The k of pass@k is the group's size. verl's grpo_passk, which refuses a group of one;
+    here it gets 0.
 
     Args:
         rewards: (B,) floating point, finite or NaN.
@@ -265,7 +264,7 @@ def pass_at_k(
     groups = check_groups("pass_at_k", rewards, group_ids, group_size)
     rewards = finite("pass_at_k", "rewards", rewards)
     valid, group, count = _indexed(rewards, groups)
-    # A difference of two advantages is that of their rewards, scaled.
+    # The difference of two advantages is the scaled difference of their rewards.
     wide = rewards.to(widest(rewards.device))
     relative = group_advantages(wide, group_ids=groups, scale=scale, eps=eps).masked_fill(~valid, -torch.inf)
     best = _largest(relative, group, count)[group]
@@ -277,13 +276,14 @@ def pass_at_k(
 
 
 def remax(rewards: torch.Tensor, greedy_rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards minus that of the greedy completion of the same prompt: ReMax, arXiv:2310.10505.
+    """Rewards minus the reward of the same prompt's greedy completion: ReMax, arXiv:2310.10505.
 
-    A_i = r_i - r(greedy). It needs no group: one sample per prompt will do.
+    A_i = r_i - r(greedy). It needs no group: one sample per prompt is enough.
 
     Args:
         rewards: (B,) floating point, finite or NaN.
-        greedy_rewards: (B,), to each completion that of its prompt's greedy one. Where either is NaN, A is exactly 0.
+        greedy_rewards: (B,), for each completion the reward of its prompt's greedy one. If either is NaN, A is exactly
+            0.
 
     Returns:
         (B,) float32, or float64 when an input is. A constant.
@@ -308,15 +308,15 @@ def vapo_gae(
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GAE with one lambda for the critic and another, by length, for the policy: VAPO, arXiv:2504.05118.
+    """GAE with one lambda for the critic and a length-dependent one for the policy: VAPO, arXiv:2504.05118.
 
-    The returns are those of `gae` with lam = lam_value. The advantages of a sequence of l valid tokens are those of
-    `gae` with lam = 1 - 1 / (alpha l), or 0 where alpha l < 1: the weights of the errors then add up to about alpha l
-    in sequences of every length.
+    The returns are from `gae` with lam = lam_value. The advantages of a sequence of l valid tokens are from `gae` with
+    lam = 1 - 1 / (alpha l), or 0 if alpha l < 1. The weights of the errors then add up to about alpha l for sequences
+    of every length.
 
     Args:
         rewards, values, mask, gamma, cu_seqlens, backend: as `gae`.
-        alpha: the paper takes 0.05.
+        alpha: the paper uses 0.05.
         lam_value: the critic's lambda.
 
     Returns:
@@ -334,7 +334,7 @@ def vapo_gae(
     before = torch.cat((valid.new_zeros(1), valid.cumsum(0)))[bounds]
     lengths = before.diff()  # (S,)
     advantages = torch.zeros_like(returns)
-    # `gae` takes one lambda: the sequences of each length go through it by themselves, so every token does once.
+    # `gae` takes one lambda, so the sequences of each length go through it separately; each token goes through once.
     position = torch.arange(len(rewards), device=rewards.device)
     sequence = torch.searchsorted(bounds, position, right=True) - 1
     inside = position < bounds[-1]
@@ -355,11 +355,11 @@ def _check_lengths(op: str, lengths: torch.Tensor, rewards: torch.Tensor) -> Non
 
 
 def _indexed(rewards: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Which rewards are scorable, the groups as numbers from 0, and how many there are."""
+    """(which rewards are scorable, the groups numbered from 0, the number of groups)."""
     ids, group = group_ids.unique(return_inverse=True)
     return ~rewards.isnan(), group, len(ids)
 
 
 def _largest(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-    """(groups,) the largest value of each."""
+    """(groups,) the largest value in each group."""
     return values.new_full((groups,), -torch.inf).scatter_reduce(0, group, values, "amax")

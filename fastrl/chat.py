@@ -63,9 +63,9 @@ def template_arguments(row: Mapping[str, Any], options: Mapping[str, Any]) -> di
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name!r} is no JSON: {error.msg}") from error
+                raise ValueError(f"{name!r} is not JSON: {error.msg}") from error
         if not isinstance(value, (kind, type(None), str)):
-            raise ValueError(f"{name!r} is no {kind.__name__}")
+            raise ValueError(f"{name!r} is not a {kind.__name__}")
         if value:
             given |= value if kind is dict else {name: value}
     return {**options, **given}

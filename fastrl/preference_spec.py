@@ -1,6 +1,6 @@
-"""What a preference loss is: frozen dataclasses, one per factor. Data only; `fastrl.losses.preference` computes them.
+"""Specifications of preference losses: frozen dataclasses, one per factor. Data only; `fastrl.losses` computes them.
 
-Log-probabilities become rewards, the two rewards of a pair meet in a link, and terms add up:
+Log-probabilities become rewards, a link combines the two rewards of a pair, and terms add up:
 
     x(y) = sum_t log pi(y_t), with the tokens past the length of the pair's shorter answer times `ld_alpha`
     h(y) = x(y) - x_ref(y), or x(y) where `reference` is False
@@ -8,7 +8,7 @@ Log-probabilities become rewards, the two rewards of a pair meet in a link, and 
     D    = r(chosen) - r(rejected) - margin
     loss = link(D), or link(r(chosen), r(rejected))
 
-Named losses are points in that space (`fastrl.losses.presets`), so there is no `loss_type` anywhere.
+Named losses are combinations of these (`fastrl.losses.presets`), so there is no `loss_type` anywhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _number(what: str, got: object, expected: str, low: float, high: float = mat
 
 @dataclass(frozen=True)
 class Power:
-    """(e^{c h} - 1) / c with c = `exponent`, which is h itself for c = 0. c h is held at 80, without gradient beyond.
+    """(e^{c h} - 1) / c with c = `exponent`; h itself for c = 0. c h is clamped to at most 80, without gradient beyond.
 
     | c         | f'(e^h), f-DPO, arXiv:2309.16240                      | without a reference        |
     |-----------|-------------------------------------------------------|----------------------------|
@@ -65,7 +65,7 @@ class JensenShannon:
 class LogOdds:
     """log(p / (1 - p)) with p = e^h, without a reference: ORPO, arXiv:2403.07691.
 
-    h is held at -eps of its dtype, without gradient beyond: the odds of a certain answer are infinite.
+    h is clamped to at most -eps of its dtype, without gradient beyond, because a certain answer has infinite odds.
     """
 
 
@@ -74,7 +74,7 @@ Transform = Power | JensenShannon | LogOdds
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """What the loss of a pair is; the module's docstring has the equations that the factors go into.
+    """The loss of a pair; the module's docstring has the equations.
 
     Links on the margin D. Label noise e = `label_smoothing` makes them (1 - e) l(D) + e l(-D), which is cDPO for
     `sigmoid`; `debias` makes that ((1 - e) l(D) - e l(-D)) / (1 - 2e), robust DPO, arXiv:2403.00409:
@@ -135,7 +135,7 @@ class PreferenceLoss:
     def _check_combination(self) -> None:
         plain = self.transform == Power(0.0)
         of_policy = not isinstance(self.transform, LogOdds) or not self.reference
-        self._require(of_policy, "reference", "False for LogOdds, whose ratio is no probability", True)
+        self._require(of_policy, "reference", "False for LogOdds, whose ratio is not a probability", True)
         if not self.compares:
             noiseless = self.label_smoothing == 0.0 and not self.debias
             self._require(noiseless, "label_smoothing", f"no label noise for {self.link}", self.label_smoothing)
@@ -158,18 +158,18 @@ class PreferenceLoss:
 
     @property
     def compares(self) -> bool:
-        """True when the link is one on the margin of the two rewards."""
+        """True if the link takes the margin between the two rewards."""
         return self.link in get_args(MarginLink)
 
     @property
     def takes_soft_labels(self) -> bool:
-        """True when each pair may have a label noise of its own: the spec has none, and compares pair by pair."""
+        """True if each pair may have its own label noise: the spec has none and compares pair by pair."""
         noiseless = self.label_smoothing == 0.0 and not self.debias
         return self.compares and self.match == "pairs" and self.link != "exo_pair" and noiseless
 
     @property
     def takes_margins(self) -> bool:
-        """True when each pair may have a margin of its own: the spec has none, and compares pair by pair."""
+        """True if each pair may have its own margin: the spec has none and compares pair by pair."""
         return self.compares and self.match == "pairs" and self.margin == 0.0
 
     @property
@@ -182,8 +182,8 @@ class PreferenceLoss:
 class Sft:
     """-log pi of the chosen answers' tokens, averaged as in `fastrl.losses.aggregate`: the SFT term of RPO and ORPO.
 
-    `seq_mean_token_mean` averages over each answer first, as RPO's paper does; `token_mean` over all tokens of the
-    batch, as TRL does for every loss; `seq_mean_token_sum` is -E log pi(y), as CPO's paper has it.
+    `seq_mean_token_mean` averages over each answer first, as in RPO's paper; `token_mean` averages over all tokens of
+    the batch, as TRL does for every loss; `seq_mean_token_sum` is -E log pi(y), as in CPO's paper.
     """
 
     aggregate: SftAggregate = "seq_mean_token_mean"
@@ -194,7 +194,7 @@ class Sft:
 
 @dataclass(frozen=True)
 class PreferenceMix:
-    """A weighted sum of terms, sum_k weight_k term_k: RPO, MPO, CPO, ORPO. Metrics are those of its first pair loss."""
+    """A weighted sum of terms, sum_k weight_k term_k: RPO, MPO, CPO, ORPO. Metrics are of its first pair loss."""
 
     terms: tuple[tuple[float, PreferenceLoss | Sft], ...]
 

@@ -1,6 +1,6 @@
-"""What a loss is: frozen dataclasses, one per factor. Data only; `fastrl.losses` computes them.
+"""Specifications of policy losses: frozen dataclasses, one per factor. Data only; `fastrl.losses` computes them.
 
-A policy-gradient loss is ratio level x surrogate x KL term x aggregation. Named algorithms are points in that space
+A policy-gradient loss is ratio level x surrogate x KL term x aggregation. Named algorithms are combinations of these
 (`fastrl.losses.presets`), so there is no `loss_type` anywhere.
 """
 
@@ -40,8 +40,8 @@ class Clip:
     negative advantage at -c A: dual-clip PPO, arXiv:1912.09729 eq. 5.
 
     The two-sided clipping of INTELLECT-2, arXiv:2505.07291, -min(min(rho, delta) A, clip(rho, 1-low, 1+high) A), is the
-    same bound: `dual` = delta, for a delta of at least 1+high, as the paper has it. A smaller one, which the option
-    `delta` of TRL and Liger also takes, is Clip(low, delta - 1, dual=1 + high).
+    same bound: `dual` = delta, for a delta of at least 1+high, as in the paper. A smaller delta, which TRL and Liger
+    also accept, is Clip(low, delta - 1, dual=1 + high).
     """
 
     low: float
@@ -60,8 +60,8 @@ class Cispo:
     """-sg(clamp(rho, ratio_min, ratio_max)) A log pi: CISPO, arXiv:2506.13585 eq. 4. The bounds are absolute values of
     the ratio, not distances from 1: `ratio_max=5` clamps at 5, not at 6.
 
-    So are those of ScaleRL, TRL, Liger and Tinker; TRL's and Liger's upper one is 0.2 unless it is set, which weighs
-    each token near a ratio of 1 by 0.2. The distances low and high of verl and NeMo-RL are
+    ScaleRL, TRL, Liger and Tinker use absolute bounds too. The default upper bound of TRL and Liger is 0.2, which
+    weights each token near a ratio of 1 by 0.2. verl and NeMo-RL use distances low and high, which are
     Cispo(ratio_max=1 + high, ratio_min=max(0, 1 - low)).
     """
 
@@ -92,12 +92,12 @@ class Reinforce:
 
 @dataclass(frozen=True)
 class Dppo:
-    """-M rho A, the mask M being 0 where the token's own probability has moved by more than a total variation of `high`
+    """-M rho A, with a mask M that is 0 if the token's probability has moved by more than a total variation of `high`
     (A > 0, upwards) or `low` (A < 0, downwards), else 1: DPPO-Binary-TV, arXiv:2602.04879. For `ratio="token"`.
 
-    The bounds are differences of probabilities, pi - pi_old: a rare token may change its ratio a lot. This is the form
-    of the paper and of prime-rl; verl takes -M sg(min(rho, 20)) A log pi, which has the same gradient up to a ratio of
-    20. pi_old is the policy of `old_logps`: the paper compares with the sampler, so pass its log-probabilities there.
+    The bounds are differences of probabilities, pi - pi_old, so a rare token may change its ratio a lot. The paper and
+    prime-rl use this form; verl uses -M sg(min(rho, 20)) A log pi, which has the same gradient up to a ratio of 20.
+    pi_old is the policy of `old_logps`. The paper compares with the sampler: pass its log-probabilities there.
     """
 
     low: float = 0.2
@@ -113,9 +113,9 @@ class Gmpo:
     """-exp(mean_t l_t) A, with the token's log-ratio log rho_t clipped against its advantage's pull: l_t =
     min(log rho_t, high) where A > 0, max(log rho_t, -low) elsewhere: GMPO, arXiv:2507.20673. For `ratio="sequence"`.
 
-    The geometric mean of clipped token ratios. The bounds are in log space: exp(-0.4) to exp(0.4) by default, as the
-    paper, TRL and verl have it. A clipped token gets no gradient. When TRL masks by entropy, it leaves low-entropy
-    tokens out of the mean too; here the mean is over the tokens of `mask`.
+    The geometric mean of clipped token ratios. The bounds are in log space: exp(-0.4) to exp(0.4) by default, as in
+    the paper, TRL and verl. A clipped token gets no gradient. TRL's entropy mask also leaves low-entropy tokens out of
+    the mean; here the mean is over the tokens of `mask`.
     """
 
     low: float = 0.4
@@ -129,11 +129,11 @@ class Gmpo:
 @dataclass(frozen=True)
 class Vespo:
     """-sg(phi(W)) A log pi, phi(W) = W^k exp(lam (1 - W)), with the whole sequence's ratio W = exp(sum_t log rho_t),
-    and k and lam those of the advantage's sign (0 counts as positive): VESPO, arXiv:2602.10693. For `ratio="sequence"`.
+    and k and lam for the advantage's sign (0 counts as positive): VESPO, arXiv:2602.10693. For `ratio="sequence"`.
 
-    phi(1) = 1, and it vanishes for sequences that have become rare and for those that have become frequent. There is no
-    normalisation by length. Defaults are those of TRL and Liger, which also multiply W by the product of their
-    correction weights; here that is `old_logps` = the sampler's log-probabilities. log W is held within [-20, 20].
+    phi(1) = 1, and phi vanishes for sequences that have become much rarer or more frequent. There is no length
+    normalisation. Defaults are from TRL and Liger, which also multiply W by the product of their correction weights;
+    here, pass the sampler's log-probabilities as `old_logps` instead. log W is clamped to [-20, 20].
     """
 
     k_pos: float = 2.0
@@ -164,10 +164,10 @@ class KL:
     | `k1+`      | -d                  | reverse KL                                     |
     | `k3+`      | e^d - d - 1         | reverse KL                                     |
 
-    rho is the ratio of the loss, the token's or the sequence's, as in TRL; with GMPO and VESPO the token's. The table's
-    gradient is that of the token's. A plus is the straight-through form of verl:
-    the value of the estimate, the derivative of k2. Where d is above 20, e^d is held at e^20, a constant; the
-    derivative of `k3_ratio` with the token's rho is -rho d, everywhere.
+    rho is the loss's ratio, per token or per sequence, as in TRL; with GMPO and VESPO it is per token. The table's
+    gradient is for the token's ratio. A plus is verl's straight-through form: the value of the estimate with the
+    derivative of k2. If d is above 20, e^d is clamped to the constant e^20. The derivative of `k3_ratio` with the
+    token's rho is always -rho d.
     """
 
     kind: KLKind
@@ -186,9 +186,9 @@ class Correction:
     `level="sequence"`, so the weight does not grow with length. `truncate`: min(w, high), TIS.
     `mask`: w where low <= w <= high, 0 elsewhere, IcePop.
 
-    Libraries disagree at the sequence level: TRL takes exp of the *sum*, and so does verl unless told otherwise. As
-    every surrogate is linear in the size of the advantage, that is the same loss without a correction, with each
-    sequence's advantages multiplied by its weight.
+    Libraries disagree at the sequence level: TRL, and verl by default, take exp of the *sum*. Every surrogate is linear
+    in the size of the advantage, so that is the loss without a correction and with each sequence's advantages
+    multiplied by its weight.
     """
 
     kind: Literal["truncate", "mask"]
@@ -205,13 +205,13 @@ class Correction:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What a policy loss is: sum_t w_t (c_t surrogate_t + kl.coef KL_t - entropy_coef H_t).
+    """A policy loss: sum_t w_t (c_t surrogate_t + kl.coef KL_t - entropy_coef H_t).
 
-    The weights w_t fold mask, aggregation and normaliser (`fastrl.losses.aggregate`); c_t is `correction`'s weight.
+    The weights w_t combine mask, aggregation and normaliser (`fastrl.losses.aggregate`); c_t is `correction`'s weight.
     `ratio="sequence"` uses rho_i = exp(mean_t(logps - old_logps)) for every token of sequence i: GSPO,
-    arXiv:2507.18071. `ratio="sequence_token"` is GSPO-token, its section 4.3: sg(rho_i) pi_t / sg(pi_t), the same
-    value, with a derivative by the token's own log-probability instead of the mean; where a sequence has one advantage
-    and equal weights, the gradients are the same too. It lets advantages differ within a sequence.
+    arXiv:2507.18071. `ratio="sequence_token"` is GSPO-token, its section 4.3: sg(rho_i) pi_t / sg(pi_t), the same value
+    with a derivative by the token's own log-probability instead of the mean. It lets advantages differ within a
+    sequence; with one advantage and equal weights per sequence, the gradients are the same too.
     """
 
     ratio: Ratio = "token"
@@ -220,8 +220,8 @@ class PolicyLoss:
     aggregate: Aggregate = "seq_mean_token_mean"
     entropy_coef: float = 0.0
     correction: Correction | None = None
-    # All of the above as text, the form in which it crosses the operator boundary; made here because torch.compile
-    # traces no json. `decode` is the inverse.
+    # All of the above as text, to cross the operator boundary; made here because torch.compile cannot trace json.
+    # `decode` is the inverse.
     code: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -249,7 +249,7 @@ class PolicyLoss:
 
     @property
     def separable(self) -> bool:
-        """True when a token's loss needs no other token's log-probability: it can be computed chunk by chunk."""
+        """True if a token's loss does not depend on other tokens' log-probabilities: it can be computed in chunks."""
         per_sequence_correction = self.correction is not None and self.correction.level == "sequence"
         return self.ratio == "token" and not per_sequence_correction
 
@@ -260,7 +260,7 @@ class PolicyLoss:
 
     @property
     def needs_entropy(self) -> bool:
-        """True when the entropy is part of the loss, and so needs a gradient."""
+        """True if the entropy is part of the loss and so needs a gradient."""
         return self.entropy_coef != 0.0
 
 

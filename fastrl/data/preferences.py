@@ -284,7 +284,7 @@ def _parts(values: Mapping[str, Any], kind: Kind, chat: bool) -> tuple[str | Mes
     if kind == "completions" and values.get("completion") is None and values.get("text") is not None:
         text = _content(values, "text")
         if not isinstance(text, str):
-            raise BadRow("whose 'text' is no text")
+            raise BadRow("whose 'text' is not text")
         return "", [text]
     names = ANSWERS[kind]
     if kind in ("ranked", "rewarded"):
@@ -364,7 +364,7 @@ def _content(values: Mapping[str, Any], name: str) -> str | Messages:
         if not content.strip():
             raise BadRow(f"with an empty {name!r}")
         if not is_unicode(content):
-            raise BadRow(f"whose {name!r} is no text in Unicode")
+            raise BadRow(f"whose {name!r} is not Unicode text")
         return content
     messages = messages_of(content)
     if not messages:

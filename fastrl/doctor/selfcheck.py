@@ -9,7 +9,7 @@ import torch
 import fastrl
 from fastrl.ops.linear import linear
 
-ROWS, HIDDEN, VOCABULARY = 24, 32, 211  # a vocabulary that is no multiple of any vector width
+ROWS, HIDDEN, VOCABULARY = 24, 32, 211  # a vocabulary that is not a multiple of any vector width
 TOLERANCE = 1e-4  # of float32 results, relative to 1 + |value|
 
 Results = list[torch.Tensor]

@@ -8,9 +8,9 @@
 | `seq_mean_token_sum`  | 1 / n                              | sequences with a masked-in token        |
 | `token_sum`           | 1 / n                              | none: `normalizer` is required          |
 
-`prompt_mean` is ScaleRL's, arXiv:2510.13786. The default n counts the tensors given; a trainer that splits a batch
-passes the count of the whole batch instead, and the split changes nothing. Where a split may cut through a prompt's
-group, `prompt_mean` takes one divisor per sequence: the tokens of its whole group times n.
+`prompt_mean` is from ScaleRL, arXiv:2510.13786. The default n counts the given tensors. If you split a batch, pass the
+count of the whole batch, and the split changes nothing. If a split may cut through a prompt's group, pass
+`prompt_mean` one divisor per sequence: the tokens of its whole group times n.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sequence_ids(shape: torch.Size, device: torch.device, cu_seqlens: torch.Tens
 
 
 def inside(mask: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """The mask as bool, False for packed tokens that belong to no sequence."""
+    """The mask as bool, False for packed tokens outside all sequences."""
     mask = mask.bool()
     if cu_seqlens is None:
         return mask
@@ -60,9 +60,9 @@ def token_weights(
     Args:
         mask: (B, T) padded or (N,) packed, bool or integer; True where the token is part of the loss.
         normalizer: n, a positive number or a 0-d tensor, which is read without a host synchronisation; or, for
-            `prompt_mean`, (B,) or (S,), all that each sequence's tokens are divided by.
-        group_ids: (B,) or (S,) integers, equal where two sequences answer the same prompt; for `prompt_mean`.
-        cu_seqlens: (S + 1,) bounds of the sequences in a packed mask; tokens outside them weigh nothing.
+            `prompt_mean`, (B,) or (S,), the full divisor of each sequence's tokens.
+        group_ids: (B,) or (S,) integers, equal if two sequences answer the same prompt; for `prompt_mean`.
+        cu_seqlens: (S + 1,) bounds of the sequences in a packed mask; tokens outside them have weight 0.
         dtype: of the weights.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Answers, padded or packed, as one row each: what the preference losses compute on."""
+"""Lays out padded or packed answers as one row each, for the preference losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastrl.losses.aggregate import check_layout
 
 @dataclass(frozen=True)
 class Rows:
-    """Answers as rows: exact zeros where the mask is False, so that a NaN there reaches neither loss nor gradient."""
+    """Answers as rows: exact zeros where the mask is False, so a NaN there reaches neither loss nor gradient."""
 
     logps: torch.Tensor  # (P, T)
     mask: torch.Tensor  # (P, T) bool
@@ -32,7 +32,7 @@ def answer_rows(
     ref_logps: torch.Tensor | None = None,
     log_sum_sq_probs: torch.Tensor | None = None,
 ) -> Rows:
-    """The answers of one side, checked and laid out; its arguments' names begin with `side`, such as chosen_."""
+    """Checks and lays out the answers of one side; argument names in messages begin with `side`, such as chosen_."""
     name, packed = f"{side}logps", cu_seqlens is not None
     check.floating(op, name, logps)
     expected = "shape (N,) with cu_seqlens" if packed else "shape (P, T), or packed with cu_seqlens"
@@ -53,7 +53,7 @@ def answer_rows(
 
     mask = _padded(mask.bool(), bounds)
     lengths = mask.sum(1)
-    empty = (lengths == 0).nonzero().view(-1).tolist()  # waits for the device: an answer without tokens has no loss
+    empty = (lengths == 0).nonzero().view(-1).tolist()  # waits for the device; an answer without tokens has no loss
     check.require(
         not empty, op, f"{side}mask", "a token in every answer", f"none in {empty[:8]}", "Leave such pairs out."
     )
@@ -71,7 +71,7 @@ def answer_rows(
 def _check_like(
     op: str, name: str, tensor: torch.Tensor | None, logps: torch.Tensor, like: str, also: tuple[int, ...] | None
 ) -> None:
-    """Require a floating-point tensor like `logps`, or of the shape `also`, where one is given."""
+    """Requires a given tensor to be floating point and shaped like `logps`, or `also`."""
     if tensor is not None:
         check.floating(op, name, tensor)
         check.device(op, name, tensor, logps.device, like)
@@ -81,17 +81,17 @@ def _check_like(
 
 
 def _padded(tensor: torch.Tensor, bounds: list[int] | None) -> torch.Tensor:
-    """(P, T) rows of a packed tensor, zeros behind each; a padded one as it is."""
+    """(P, T) rows of a packed tensor, padded with zeros; a padded tensor unchanged."""
     if bounds is None:
         return tensor
     if len(bounds) == 1:
-        return tensor[:0].view(0, 0)  # of the tensor itself: a loss of nothing has a gradient too
+        return tensor[:0].view(0, 0)  # a view, so that an empty loss has a gradient too
     sequences = [tensor[start:end] for start, end in pairwise(bounds)]
     return pad_sequence(sequences, batch_first=True)
 
 
 def sequence_logps(rows: Rows, token_weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P,) sums over the tokens, of the policy and of the reference; zeros for a reference that was not given."""
+    """(P,) sums over the tokens, for the policy and the reference; zeros without a reference."""
 
     def total(logps: torch.Tensor) -> torch.Tensor:
         if logps.dim() == 1:
@@ -105,9 +105,9 @@ def sequence_logps(rows: Rows, token_weights: torch.Tensor | None) -> tuple[torc
 def split_pairs(
     cu_seqlens: torch.Tensor, *, logps: torch.Tensor, **tensors: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """The keyword arguments of `preference_loss` from one packed forward: sequences alternate, chosen before rejected.
+    """The keyword arguments of `preference_loss` from one packed forward pass with alternating chosen and rejected.
 
-    That is how `fastrl.data.pack.pack(..., whole_groups=True)` lays pairs out.
+    `fastrl.data.pack.pack(..., whole_groups=True)` lays pairs out this way.
 
     Args:
         cu_seqlens: (2 P + 1,) int, bounds of the sequences.
@@ -115,7 +115,7 @@ def split_pairs(
         tensors: `mask`, `ref_logps` and `log_sum_sq_probs`, like `logps` where given.
 
     Raises:
-        ValueError: the number of sequences is odd, or the name of a tensor is none of these.
+        ValueError: the number of sequences is odd, or a tensor has another name.
     """
     S = cu_seqlens.numel() - 1
     check.require(S % 2 == 0, "split_pairs", "cu_seqlens", "an even number of sequences, pairs of two", S)

@@ -33,22 +33,22 @@ def group_policy_loss(
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> LossOutput:
-    """`policy_loss` with the advantages that `estimator` gives the rewards, on CUDA in the launches of the loss alone.
+    """`policy_loss` with the advantages that `estimator` computes from the rewards, without extra launches on CUDA.
 
-    Equals `policy_loss(logps, estimator(rewards, group_ids=group_ids), spec, mask=mask, ...)`, bit for bit. For who has
-    every completion of a group in one batch; a batch cut into micro-batches needs its advantages beforehand.
-    On CUDA that is one launch where no token's loss depends on its sequence, and three elsewhere. Advantages that are
-    divided by the spread of the batch, and float64 rewards beside other logps, take launches of their own.
+    Equals `policy_loss(logps, estimator(rewards, group_ids=group_ids), spec, mask=mask, ...)`, bit for bit. Every
+    completion of a group must be in the batch; a batch split into micro-batches needs its advantages beforehand.
+    On CUDA it takes one launch if no token's loss depends on its sequence, else three. Advantages scaled by the batch,
+    and float64 rewards with other logps, take extra launches.
 
     Args:
         logps, spec, mask, old_logps, ref_logps, sampling_logps, entropy, normalizer, cu_seqlens, backend: as
             `policy_loss`, with logps (B, T), or (N,) with `cu_seqlens`.
-        rewards, group_ids, group_size: as `group_advantages`, one per sequence: (B,) or (S,). On a device nobody looks
-            whether they are finite or NaN. The groups are also those of `prompt_mean`.
-        estimator: what an advantage is, such as `fastrl.advantages.GRPO`.
+        rewards, group_ids, group_size: as `group_advantages`, one per sequence: (B,) or (S,). On a device, infinite
+            rewards are not detected. `prompt_mean` uses the same groups.
+        estimator: the advantage estimator, such as `fastrl.advantages.GRPO`.
 
     Returns:
-        As `policy_loss`. `logps` and `entropy` get a gradient, the rewards none.
+        As `policy_loss`. `logps` and `entropy` get a gradient; the rewards do not.
 
     Raises:
         ValueError, TypeError: as `policy_loss` and `group_advantages`.
@@ -57,7 +57,7 @@ def group_policy_loss(
     refuse_forward_mode(OP, logps, entropy)
     check.require(logps.dim() in (1, 2), OP, "logps", "shape (B, T) or (N,)", tuple(logps.shape))
     packed = logps.dim() == 1
-    do = "A reward is that of a sequence."
+    do = "There is one reward per sequence."
     check.require(not packed or cu_seqlens is not None, OP, "cu_seqlens", "bounds with packed logps", None, do)
     sequences = cu_seqlens.numel() - 1 if packed else logps.shape[0]
     check.shape(OP, "rewards", rewards, (sequences,), "one per sequence")

@@ -47,14 +47,14 @@ def linear_policy_loss(
     memory: str | int = "auto",
     backend: str = "auto",
 ) -> LossOutput:
-    """`policy_loss` of the log-probabilities that `linear_logprob` gives, without a second pass over the vocabulary.
+    """`policy_loss` on the log-probabilities of `linear_logprob`, without a second pass over the vocabulary.
 
     Equals `policy_loss(linear_logprob(hidden, weight, targets).logps, advantages, spec, mask=mask, ...)`. A loss that
-    separates per token (`PolicyLoss.separable`) takes 3 matmuls with a trainable head and 2 with a frozen one, and the
-    ones after the first only over rows whose gradient is not zero. The C++ kernels take 4 with a trainable head, whose
-    logits then never leave the cache: without `main_grad` they run the two ops in turn and recompute, unless `memory`
-    says what to keep. A loss that does not separate (a sequence ratio, a sequence correction) runs as the two ops on
-    every backend, with `memory` as in `linear_logprob`.
+    separates per token (`PolicyLoss.separable`) takes 3 matmuls with a trainable head and 2 with a frozen one; those
+    after the first cover only rows with a non-zero gradient. The C++ kernels take 4 with a trainable head, but its
+    logits never leave the cache: without `main_grad` they run the two ops in turn and recompute, unless `memory` says
+    what to store. A loss that does not separate (a sequence ratio, a sequence correction) runs as the two ops on every
+    backend, with `memory` as in `linear_logprob`.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size, backend: as
@@ -62,12 +62,12 @@ def linear_policy_loss(
         advantages, spec, mask, old_logps, ref_logps, sampling_logps, group_ids, normalizer, cu_seqlens: as
             `policy_loss`.
         main_grad: (V, H), float32 (float64 for float64 inputs): the weight's gradient is added here in the forward
-            pass, unrounded and without a buffer of its own, and does not reach `weight.grad`. It is the gradient of the
-            loss itself: call `loss.backward()` without a factor. For losses that separate per token. With a frozen
-            weight, or without gradients, it stays as it is.
-        entropy: compute the entropy for its metric; a spec with an entropy term computes it in any case.
-        metrics: False also leaves rows out of the first matmul whose loss and gradient are known to be zero from their
-            advantage alone; the metrics then count the remaining rows only.
+            pass, unrounded and without an extra buffer, and does not reach `weight.grad`. It is the gradient of the
+            loss itself, so call `loss.backward()` without a factor. For losses that separate per token. With a frozen
+            weight, or without gradients, it is unchanged.
+        entropy: compute the entropy for its metric; a spec with an entropy term always computes it.
+        metrics: False also skips, in the first matmul, rows whose advantage alone makes loss and gradient zero; the
+            metrics then count only the other rows.
 
     Returns:
         LossOutput: the scalar loss, float32 (float64 for float64 inputs), and its metrics. hidden, weight and bias get
@@ -78,7 +78,9 @@ def linear_policy_loss(
     """
     head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    check.shape(OP, "mask", mask, targets.shape, "as targets")  # before it meets targets, where it would broadcast
+    check.shape(
+        OP, "mask", mask, targets.shape, "as targets"
+    )  # before combining it with targets, where it would broadcast
     check.device(OP, "mask", mask, targets.device, "targets")
     check_layout(OP, mask, cu_seqlens)  # while its dtype can still be seen
     tokens = flatten_tokens(

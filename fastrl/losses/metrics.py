@@ -1,6 +1,6 @@
 """Metrics as name -> (sum, count), so that they add up over micro-batches and ranks without bias.
 
-A name ending in `/max` is a maximum of something never negative: its count is 1, or 0 when no token was there.
+A name ending in `/max` is the maximum of a non-negative quantity: its count is 1, or 0 without tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def available(spec: PolicyLoss, *, ref: bool, sampling: bool, entropy: bool) -> tuple[str, ...]:
-    """The names that a loss can report, given which of the optional inputs it had; known without reading a tensor."""
+    """The metrics that a loss reports, given its optional inputs; known without reading a tensor."""
     present = {
         "clip_ratio": isinstance(spec.surrogate, (Clip, Cispo, Dppo, Gmpo)),
         "kl": ref,
@@ -28,13 +28,13 @@ def available(spec: PolicyLoss, *, ref: bool, sampling: bool, entropy: bool) -> 
 
 
 def named(table: torch.Tensor, names: Iterable[str]) -> Metrics:
-    """The rows of a kernel's (K, 2) table that `names` asks for."""
+    """The rows of a kernel's (K, 2) table with these names."""
     sums, counts = (column.unbind() for column in table.unbind(1))
     return {name: (sums[METRICS.index(name)], counts[METRICS.index(name)]) for name in names}
 
 
 def merge(parts: Iterable[Metrics]) -> Metrics:
-    """The metrics of disjoint sets of tokens together; a name may be missing from some."""
+    """Combines the metrics of disjoint sets of tokens; a name may be missing from some."""
     merged: Metrics = {}
     for part in parts:
         for name, row in part.items():
@@ -46,7 +46,7 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
 
 
 def finish(metrics: Metrics) -> dict[str, float]:
-    """sum / count as numbers, in one host synchronisation; what was never counted is left out."""
+    """sum / count as numbers, in one host synchronisation; metrics with count 0 are left out."""
     if not metrics:
         return {}
     rows = torch.stack([torch.stack([total, count]) for total, count in metrics.values()]).tolist()

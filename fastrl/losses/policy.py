@@ -1,4 +1,4 @@
-"""The policy loss on tensors of any layout: arguments are checked and flattened here, once."""
+"""The policy loss on tensors of any layout; checks and flattens the arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OP = "policy_loss"
 class TokenInputs:
     """Everything a policy loss reads besides `logps`, flat and contiguous: (N,) constants without gradient history.
 
-    `seq_ids` is None, and `num_seqs` 0, where no token's loss depends on its sequence (`PolicyLoss.separable`) and the
+    `seq_ids` is None and `num_seqs` 0 if no token's loss depends on its sequence (`PolicyLoss.separable`) and the
     advantages are given.
     """
 
@@ -54,7 +54,7 @@ def policy_loss(
 
     `fastrl.spec` has the equations and their sources, `fastrl.losses.aggregate` the weights w_t. `logps` and `entropy`
     get a gradient; everything else is a constant. A masked-out token has loss 0 and gradient exactly 0 whatever it
-    holds; a masked-in token with a NaN makes the loss NaN. Log-ratios are held within [-20, 20], without gradient
+    holds; a masked-in token with a NaN makes the loss NaN. Log-ratios are clamped to [-20, 20], without gradient
     beyond. A ratio exactly at its bound is not clipped.
 
     Args:
@@ -62,13 +62,13 @@ def policy_loss(
         advantages: (B,) or (S,), one per sequence, or shaped like `logps`. Packed with as many sequences as tokens,
             they are one per sequence.
         mask: like `logps`, bool or integer; True where the token trains.
-        old_logps: like `logps`, under the policy that the ratio compares with; None: `logps` as a constant, the ratio
-            is exactly 1.
-        ref_logps: like `logps`, under the reference policy; reported as `kl` also where the spec has no KL term.
-        sampling_logps: like `logps`, as the sampler reported them, for `spec.correction` and its metrics.
+        old_logps: like `logps`, under the old policy in the ratio; None: `logps` as a constant, so the ratio is exactly
+            1.
+        ref_logps: like `logps`, under the reference policy; `kl` is reported even if the spec has no KL term.
+        sampling_logps: like `logps`, from the sampler, for `spec.correction` and its metrics.
         entropy: like `logps`, for `spec.entropy_coef` and its metric.
-        group_ids: (B,) or (S,) int, equal for the samples of one prompt, for `prompt_mean`.
-        normalizer: what the weights are divided by; None counts the tensors given (`fastrl.losses.aggregate`).
+        group_ids: (B,) or (S,) int, equal for samples of one prompt, for `prompt_mean`.
+        normalizer: the divisor of the weights; None counts the given tensors (`fastrl.losses.aggregate`).
         cu_seqlens: (S + 1,) int, bounds of the sequences in packed tensors; tokens outside them are masked out.
         backend: as `linear_logprob`.
 
@@ -77,7 +77,7 @@ def policy_loss(
 
     Raises:
         ValueError: a shape, a device, or an argument that the spec needs is wrong or missing.
-        TypeError: a dtype is wrong, or the spec is no PolicyLoss.
+        TypeError: a dtype is wrong, or the spec is not a PolicyLoss.
     """
     check.floating(OP, "logps", logps)
     refuse_forward_mode(OP, logps, entropy)
@@ -133,10 +133,10 @@ def flatten_tokens(
     cu_seqlens: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TokenInputs:
-    """Check the arguments of a policy loss whose log-probabilities have `shape` and `device`, and flatten them.
+    """Checks and flattens the arguments of a policy loss whose log-probabilities have `shape` and `device`.
 
-    Args and Raises: as `policy_loss`; `op` is the name that error messages carry. `advantages` None: they will come
-    per sequence, so every token keeps the number of its own.
+    Args and Raises: as `policy_loss`; error messages start with `op`. If `advantages` is None, they will come per
+    sequence, so the result keeps each token's sequence.
     """
     check_spec(op, spec)
     constants = {"old_logps": old_logps, "ref_logps": ref_logps, "sampling_logps": sampling_logps}
@@ -176,13 +176,13 @@ def flatten_tokens(
 
 
 def check_spec(op: str, spec: object) -> None:
-    """Require a `PolicyLoss`, where the name of one is the likely mistake."""
-    if not isinstance(spec, PolicyLoss):  # torch.compile traces no repr, so only where it is needed
+    """Requires a `PolicyLoss`; the likely mistake is its name."""
+    if not isinstance(spec, PolicyLoss):  # torch.compile cannot trace repr, so it is called only on errors
         raise TypeError(check.sentence(op, "spec", "a PolicyLoss, such as fastrl.presets.DAPO", repr(spec)))
 
 
 def check_entropy(op: str, entropy: torch.Tensor | None, logps: torch.Tensor, spec: PolicyLoss) -> None:
-    """Require an entropy shaped like `logps` where the spec's loss has an entropy term."""
+    """Requires an entropy shaped like `logps` if the loss has an entropy term."""
     check_spec(op, spec)
     do = "Ask the log-probability op for entropy=True."
     given = entropy is not None or not spec.needs_entropy
@@ -193,7 +193,7 @@ def check_entropy(op: str, entropy: torch.Tensor | None, logps: torch.Tensor, sp
 def check_token_tensor(
     op: str, name: str, tensor: torch.Tensor | None, shape: torch.Size, device: torch.device
 ) -> None:
-    """Require a floating-point tensor of the shape and device of `logps`, where one is given."""
+    """Requires a given tensor to be floating point, with the shape and device of `logps`."""
     if tensor is not None:
         check.floating(op, name, tensor)
         check.shape(op, name, tensor, shape, "as logps")

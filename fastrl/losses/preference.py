@@ -1,7 +1,7 @@
-"""Preference losses of pairs on per-token log-probabilities: DPO and its kin.
+"""Preference losses of pairs on per-token log-probabilities: DPO and its variants.
 
-Length normalisation, LD-DPO's and WPO's weights and the SFT terms need the tokens, so they are computed in this one
-place and never by the caller.
+Length normalisation, the weights of LD-DPO and WPO, and the SFT terms need the tokens, so they are computed here and
+never by the caller.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def preference_loss(
 
     `fastrl.preference_spec` has the equations and their sources. The two log-probabilities get a gradient; everything
     else is a constant. A masked-out token has gradient exactly 0 whatever it holds; a masked-in NaN makes the loss NaN.
-    With an explicit `normalizer` the losses of any split of the pairs add up to that of all of them; the exceptions are
-    `match="aot"` and `"aot_unpaired"`, which sort the pairs given, so a split changes what is compared with what.
+    With an explicit `normalizer` the losses of any split of the pairs add up to the loss of all of them, except with
+    `match="aot"` and `"aot_unpaired"`: they sort the given pairs, so a split changes what is compared with what.
 
     Args:
         chosen_logps, rejected_logps: (P, T) padded, each side with its own T, or (N,) packed: the log-probability of
@@ -53,17 +53,17 @@ def preference_loss(
         chosen_cu_seqlens, rejected_cu_seqlens: (P + 1,) int, bounds of the sequences in packed tensors. `split_pairs`
             makes all of these from one packed forward pass.
         ref_chosen_logps, ref_rejected_logps: under the reference policy: like their log-probabilities, or (P,) sums
-            over the completion, which suffice unless `ld_alpha` weighs single tokens.
+            over the completion, which suffice unless `ld_alpha` weights single tokens.
         chosen_log_sum_sq_probs, rejected_log_sum_sq_probs: like their log-probabilities: log sum_v p_v^2 of the
             policy's distribution at each token, for `weighting="wpo"`.
-        margins: (P,) by how much the chosen answer's reward should be the higher one, in place of the spec's `margin`,
-            which must be 0: DPO with an offset, arXiv:2402.10571. Each pair loss must then be a link on the margin.
-        soft_labels: (P,) probability that the chosen answer is the better one, in place of 1 - label_smoothing: labels
-            of a judge, arXiv:2309.00267. Each pair loss must then be a link on the margin, without `debias`.
-        weights: (P,) by which the pairs' losses are multiplied, but not the SFT terms of a mix. They are not part of
-            the default normalizer.
-        normalizer: what the sum over pairs is divided by; None: the number of pairs given.
-        token_normalizer: the same for `Sft("token_mean")`: chosen tokens. Needed with a `normalizer`.
+        margins: (P,) by how much the chosen answer's reward should be higher, replacing the spec's `margin`, which must
+            be 0: DPO with an offset, arXiv:2402.10571. Each pair loss must then be a link on the margin.
+        soft_labels: (P,) probability that the chosen answer is better, replacing 1 - label_smoothing: labels of a
+            judge, arXiv:2309.00267. Each pair loss must then be a link on the margin, without `debias`.
+        weights: (P,) factors of the pairs' losses, but not of a mix's SFT terms. They do not enter the default
+            normalizer.
+        normalizer: divisor of the sum over pairs; None: the number of given pairs.
+        token_normalizer: the same for `Sft("token_mean")`, in chosen tokens. Required with a `normalizer`.
 
     Returns:
         The scalar loss, float32 (float64 for float64 `chosen_logps`). Metrics as TRL names them, per pair:
@@ -72,7 +72,7 @@ def preference_loss(
 
     Raises:
         ValueError: a shape, a device, an argument that the spec needs is wrong or missing, or an answer has no token.
-        TypeError: a dtype is wrong, or the spec is none of these.
+        TypeError: a dtype is wrong, or the spec is neither of these.
     """
     chosen_rows = answer_rows(
         OP, "chosen_", chosen_logps, chosen_mask, chosen_cu_seqlens, ref_chosen_logps, chosen_log_sum_sq_probs
@@ -135,7 +135,7 @@ def _check_inputs(
     soft_labels: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> None:
-    """Require what the term reads, and refuse what it would ignore."""
+    """Requires what the term reads, and refuses what it would ignore."""
     for side, rows in (("chosen", chosen), ("rejected", rejected)):
         given = rows.ref_logps is not None
         do = f"Pass ref_{side}_logps, or set reference=False."

@@ -1,7 +1,7 @@
 """From log-ratios to rewards and from rewards to the loss of a pair: one function per transform, link and match.
 
-The equations and their papers stand at `fastrl.preference_spec`. Every function is elementwise on (P,), the matches
-excepted, and stable where its value is: no exponential of something large, no logarithm of a rounded sigmoid.
+`fastrl.preference_spec` has the equations and their papers. Every function except the matches is elementwise on (P,).
+All are numerically stable: no exponential of something large, no logarithm of a rounded sigmoid.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Flip = float | torch.Tensor  # the probability that a pair's label is wrong
 
 
 def flip_of(op: str, soft_labels: torch.Tensor) -> torch.Tensor:
-    """1 - p of the probabilities p that the chosen answer is the better one; those that are none are refused."""
+    """1 - p, for the probabilities p that the chosen answer is better; refuses values outside [0, 1]."""
     p = soft_labels.detach()
     return 1 - check.values(op, "soft_labels", p, (p >= 0) & (p <= 1), "probabilities")
 
@@ -75,7 +75,7 @@ _MARGIN_LINKS: dict[str, Callable[[torch.Tensor, PreferenceLoss], torch.Tensor]]
 
 
 def margin_loss(margin: torch.Tensor, flip: Flip, spec: PreferenceLoss) -> torch.Tensor:
-    """The link on D, its label noise included."""
+    """The link applied to D, with label noise."""
     if spec.link == "exo_pair":
         log_q, log_not_q = logsigmoid(margin), logsigmoid(-margin)
         return log_q.exp() * (log_q - math.log1p(-flip)) + log_not_q.exp() * (log_not_q - math.log(flip))
@@ -138,7 +138,7 @@ _MATCHES: dict[str, Callable[[Answers, Answers, PreferenceLoss], torch.Tensor]] 
 def pair_loss(
     chosen: Answers, rejected: Answers, margin: float | torch.Tensor, flip: Flip, spec: PreferenceLoss
 ) -> torch.Tensor:
-    """(P,) losses of the pairs, or, where `match` sorts, of the ranks."""
+    """(P,) losses of the pairs or, if `match` sorts, of the ranks."""
     if not spec.compares:
         return _REWARD_LINKS[spec.link](chosen.reward, rejected.reward, spec)
     return margin_loss(_MATCHES[spec.match](chosen, rejected, spec) - margin, flip, spec)

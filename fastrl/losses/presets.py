@@ -1,7 +1,7 @@
-"""Named algorithms as points in the spaces of `PolicyLoss` and `PreferenceLoss`: change one with `dataclasses.replace`.
+"""Named algorithms as `PolicyLoss` and `PreferenceLoss` values; change one with `dataclasses.replace`.
 
-A preset is the loss alone. What the paper asks of the caller (advantages, normaliser, filters) is said beside it;
-advantages are those of `fastrl.group_advantages` or `fastrl.gae`.
+A preset is only the loss. The comment above it says what the paper leaves to the caller (advantages, normaliser,
+filters); advantages come from `fastrl.group_advantages` or `fastrl.gae`.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ DISCOPOP = PreferenceLoss("discopop", beta=0.1)
 # length="reward_mean".
 
 # LD-DPO, arXiv:2409.06411: tokens past the length of the pair's shorter answer count alpha, which is to be tuned;
-# 0.5 is no default.
+# 0.5 is not a default.
 LD_DPO = PreferenceLoss("sigmoid", beta=0.1, ld_alpha=0.5)
 
 # Weighted Preference Optimization, arXiv:2406.11827. Left to the caller: log sum_v p_v^2 of each token.
@@ -169,7 +169,7 @@ MPO = PreferenceMix(((0.8, DPO), (0.2, BCO), (1.0, Sft())))
 # margin is TRL's default; the paper tunes both numbers.
 SIMPO = PreferenceLoss("sigmoid", beta=2.0, reference=False, length="mean", margin=0.5)
 
-# AlphaPO, arXiv:2501.03884: SimPO with the reward (1 - p^-alpha) / alpha. Its alpha is to be tuned; 0.25 is no default.
+# AlphaPO, arXiv:2501.03884: SimPO with the reward (1 - p^-alpha) / alpha. Tune alpha; 0.25 is not a default.
 ALPHAPO = PreferenceLoss("sigmoid", beta=2.0, reference=False, length="mean", margin=0.5, transform=Power(-0.25))
 
 # Contrastive Preference Optimization, arXiv:2401.08417: no reference, and the chosen answer's NLL, a sum over its

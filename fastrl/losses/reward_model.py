@@ -27,16 +27,17 @@ def reward_model_loss(
     """The mean over pairs of -log sigmoid(r_w - r_l - m) + c (r_w + r_l)^2: Bradley-Terry, arXiv:2203.02155.
 
     It equals log(1 + e^{r_l - r_w + m}), which some libraries list as another loss. m: arXiv:2307.09288. The term with
-    c = `center_coef` keeps the rewards around 0, which a comparison leaves open: arXiv:2312.09244. `soft_labels` p make
-    it -p log sigmoid(d) - (1 - p) log sigmoid(-d), labels of a judge: arXiv:2309.00267. K ranked answers of a prompt
-    are K (K - 1) / 2 pairs with `weights` of one over that number, and `normalizer` the number of prompts.
+    c = `center_coef` keeps the rewards around 0, which comparisons alone do not fix: arXiv:2312.09244. `soft_labels` p,
+    for example from a judge, give -p log sigmoid(d) - (1 - p) log sigmoid(-d): arXiv:2309.00267. For K ranked answers
+    per prompt, pass K (K - 1) / 2 pairs with `weights` of one over that number, and the number of prompts as
+    `normalizer`.
 
     Args:
         chosen_rewards, rejected_rewards: (P,) scores of both sides; both get a gradient, everything else is constant.
-        margins: (P,) m, by how much the chosen one is better; no margin by default.
-        soft_labels: (P,) probability that the chosen one is better; 1 by default.
-        weights: (P,) by which the pairs' losses, centre terms included, are multiplied.
-        normalizer: what the sum is divided by; None: the number of pairs given.
+        margins: (P,) m, by how much the chosen answer is better; no margin by default.
+        soft_labels: (P,) probability that the chosen answer is better; 1 by default.
+        weights: (P,) factors of the pairs' losses, centre terms included.
+        normalizer: divisor of the sum; None: the number of given pairs.
 
     Returns:
         The scalar loss, float32 (float64 for float64 `chosen_rewards`). Metrics as TRL names them, per pair:

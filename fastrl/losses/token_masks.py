@@ -1,15 +1,15 @@
-"""Which tokens of a policy loss learn, where a paper says that not all do; and the weights of the terms some add.
+"""Masks for papers that train on only some tokens of a policy loss, and weights for the terms that some papers add.
 
-Every surrogate is proportional to its advantage, so a token is taken out of it by an advantage of 0:
+Every surrogate is proportional to its advantage, so an advantage of 0 takes a token out of it:
 
     policy_loss(logps, advantages * keep, spec, mask=mask, ...)          with advantages (B, T), or advantages[:, None]
 
-Its KL and entropy terms stay, and so does its place in the normaliser: in every paper below the sum over tokens is
-divided by the count of all of them. A row without any term left is then skipped by `linear_policy_loss`. What is to
-leave the normaliser as well, such as completions that were cut off, belongs in `mask` itself.
+The token keeps its KL and entropy terms and its place in the normaliser: every paper below divides the sum over tokens
+by the count of all of them. `linear_policy_loss` skips rows without any term left. Tokens that should leave the
+normaliser too, such as those of truncated completions, belong in `mask` itself.
 
 A mask that compares a token with the whole batch takes a threshold, computed once over the batch before it is split, so
-that the split into micro-batches changes nothing. Nothing here has a gradient but `kl_cov_penalty`.
+the split into micro-batches changes nothing. Only `kl_cov_penalty` has a gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastrl.losses.aggregate import check_layout, inside, sequence_ids
 
 
 def entropy_threshold(entropy: torch.Tensor, mask: torch.Tensor, keep: float = 0.2) -> torch.Tensor:
-    """The entropy that a share `keep` of the batch's masked-in tokens reaches: the 1 - keep quantile, interpolated.
+    """The entropy that a share `keep` of the batch's masked-in tokens reach: the 1 - keep quantile, interpolated.
 
     For `top_entropy_mask`; TRL's top_entropy_quantile = keep. Gather the entropies of all ranks first.
 
@@ -32,7 +32,7 @@ def entropy_threshold(entropy: torch.Tensor, mask: torch.Tensor, keep: float = 0
         keep: in [0, 1].
 
     Returns:
-        0-d, dtype of entropy; infinite where nothing is masked in.
+        0-d, dtype of entropy; infinite if nothing is masked in.
     """
     op = "entropy_threshold"
     check.shape(op, "mask", mask, entropy.shape, "as entropy")
@@ -66,21 +66,22 @@ def off_policy_sequence_mask(
     threshold: float = 0.5,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """False for sequences to be unlearnt that the policy has already left: DeepSeek-V3.2, arXiv:2512.02556 eq. 9.
+    """False for sequences with negative advantage that the policy has already left: DeepSeek-V3.2, arXiv:2512.02556
+    eq. 9.
 
     keep_i = A_i >= 0 or mean_t(sampling_logps - logps) <= threshold, over the masked-in tokens. The paper gives no
-    value. As TRL's off_policy_mask_threshold, a NaN counts as no difference.
+    threshold. As in TRL's off_policy_mask_threshold, a NaN counts as no difference.
 
     Args:
-        logps: (B, T), or (N,) with `cu_seqlens`; of the current policy.
-        sampling_logps: as logps, of the policy that sampled.
+        logps: (B, T), or (N,) with `cu_seqlens`; under the current policy.
+        sampling_logps: as logps, under the policy that sampled.
         advantages: (B,) or (S,), one per sequence.
         mask: as logps, bool or integer.
         threshold: nats per token.
         cu_seqlens: (S + 1,) bounds of packed sequences.
 
     Returns:
-        (B,) or (S,) bool: multiply the advantages by it. A sequence that is left out still counts in the normaliser.
+        (B,) or (S,) bool: multiply the advantages by it. A masked sequence still counts in the normaliser.
     """
     op = "off_policy_sequence_mask"
     check_layout(op, mask, cu_seqlens)
@@ -99,8 +100,8 @@ def off_policy_sequence_mask(
 def binary_tv_mask(
     logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, *, low: float = 0.2, high: float = 0.2
 ) -> torch.Tensor:
-    """False where the token's probability moved out of DPPO's trust region, arXiv:2602.04879: the mask of
-    `fastrl.Dppo`, for use with other surrogates.
+    """False for tokens whose probability left DPPO's trust region, arXiv:2602.04879: the mask of `fastrl.Dppo`, for use
+    with other surrogates.
 
     keep = not (A > 0 and p - p_old > high) and not (A < 0 and p - p_old < -low).
 
@@ -120,13 +121,13 @@ def covariance(
     *,
     means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """(log pi_t - mean log pi) (A_t - mean A), each token's share in the covariance that drives entropy down:
+    """(log pi_t - mean log pi) (A_t - mean A), each token's share of the covariance that drives entropy down:
     arXiv:2505.22617. For `clip_cov_score` and `kl_cov_penalty`.
 
     Args:
         logps, advantages: of one shape, one per token.
         mask: likewise; bool, or numbers that are zero where masked.
-        means: of logps and of the advantages over the masked-in tokens of the batch; those of the tensors given by
+        means: means of logps and advantages over the batch's masked-in tokens; computed from the given tensors by
             default.
 
     Returns:
@@ -144,8 +145,8 @@ def covariance(
 def top_threshold(scores: torch.Tensor, mask: torch.Tensor, fraction: float = 2e-4) -> torch.Tensor:
     """The score that max(1, floor(fraction n)) of the batch's n masked-in tokens reach.
 
-    Select with `scores >= threshold`, which takes all of several that are equal. Scores of -inf are no candidates:
-    where there are fewer candidates than that, the threshold takes them all, and where there are none, it is infinite.
+    Select with `scores >= threshold`, which includes ties. Scores of -inf are not candidates: with fewer candidates
+    than that, the threshold takes them all; with none, it is infinite.
 
     Args:
         scores: any shape, floating point.
@@ -172,8 +173,8 @@ def clip_cov_score(
         score = clip_cov_score(covariance(logps, advantages, mask), torch.rand_like(logps))
         keep = score < top_threshold(score, mask, fraction=2e-4)
 
-    keep is also True where masked. Defaults are verl's, which leaves out tokens that the ratio's clip has stopped
-    already: give those a covariance of -inf.
+    keep is also True where masked. Defaults are verl's, which excludes tokens that the ratio's clip already stops: give
+    those a covariance of -inf.
 
     Args:
         covariances: as `covariance` returns them.
@@ -191,20 +192,20 @@ def kl_cov_penalty(
     *,
     coef: float = 1.0,
 ) -> torch.Tensor:
-    """coef sum_t w_t |log pi_t - log pi_old,t| over the selected tokens, to be added to a loss: KL-Cov,
-    arXiv:2505.22617, in the form of its code and verl's.
+    """coef sum_t w_t |log pi_t - log pi_old,t| over the selected tokens, to add to a loss: KL-Cov, arXiv:2505.22617, as
+    in its code and verl's.
 
         cov = covariance(logps, advantages, mask)
         selected = cov >= top_threshold(cov, mask, fraction=2e-4)
         weights = token_weights(mask, spec.aggregate)
         loss = policy_loss(...).loss + kl_cov_penalty(logps, old_logps, selected, weights)
 
-    Their surrogate is not clipped: -rho A is `Clip(low=1, high=1e9)`. With the weights of the loss itself, the penalty
-    is divided by all tokens, as theirs is.
+    Their surrogate is unclipped: -rho A is `Clip(low=1, high=1e9)`. With the weights of the loss itself, the penalty is
+    divided by all tokens, as in theirs.
 
     Args:
         logps: any shape; gets a gradient, which is 0 where the two policies agree.
-        old_logps, weights: as logps. What an unselected token holds, even NaN, is never read.
+        old_logps, weights: as logps. Values of unselected tokens, even NaN, are never read.
         selected: as logps, bool.
 
     Returns:
@@ -230,20 +231,20 @@ def positive_nll_weights(
     normalizer: float | torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights of VAPO's imitation of its own correct answers, arXiv:2504.05118, its "Positive Example LM Loss".
+    """Token weights of VAPO's "Positive Example LM Loss", which imitates correct completions: arXiv:2504.05118.
 
-    mu NLL = -sum_t w_t log pi_t with w_t = coef / n on the tokens of correct sequences, 0 elsewhere: a term to be added
-    to a loss, from log-probabilities or with `linear_token_loss`. n counts the tokens of correct sequences only.
+    mu NLL = -sum_t w_t log pi_t with w_t = coef / n on the tokens of correct sequences, 0 elsewhere: a term to add to a
+    loss, from log-probabilities or with `linear_token_loss`. n counts only the tokens of correct sequences.
 
     Args:
         mask: (B, T), or (N,) with `cu_seqlens`; bool or integer.
         correct: (B,) or (S,) bool, such as rewards > 0.
         coef: the paper's mu.
-        normalizer: n of the whole batch, where this is a part of it; None counts the tensors given.
+        normalizer: n of the whole batch, if this is a part of it; None counts the given tensors.
         cu_seqlens: (S + 1,) bounds of packed sequences.
 
     Returns:
-        float32, shaped as mask; all 0 where nothing is correct.
+        float32, shaped as mask; all 0 if nothing is correct.
 
     Raises:
         ValueError: a shape or `normalizer` is wrong, or packed tokens have no bounds. TypeError: `correct` is not bool.
@@ -258,7 +259,7 @@ def positive_nll_weights(
     check.require(correct.dtype == torch.bool, op, "correct", "a bool tensor", correct.dtype, do, TypeError)
     if isinstance(normalizer, torch.Tensor):
         check.shape(op, "normalizer", normalizer, (), "or a number")
-    else:  # of a batch without a correct sequence it is 0
+    else:  # 0 for a batch without a correct sequence
         check.require(normalizer is None or normalizer >= 0, op, "normalizer", "a number of at least 0", normalizer)
     learns = inside(mask, cu_seqlens) & correct[ids].view(mask.shape)
     total = torch.as_tensor(learns.sum() if normalizer is None else normalizer, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Preference losses of single answers, each desirable or not: KTO and its kin."""
+"""Preference losses of single answers, each desirable or not: KTO and its variants."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unpaired_preference_loss(
     """The mean over S single answers of an `UnpairedPreferenceLoss`: KTO, and APO-zero without pairs.
 
     `fastrl.preference_spec` has the equation. `logps` get a gradient; `ref_logps` and `kl` are constants. With an
-    explicit `normalizer` and `kl` the losses of any split of the answers add up to that of all of them.
+    explicit `normalizer` and `kl` the losses of any split of the answers add up to the loss of all of them.
 
     Args:
         logps: (S, T) padded or (N,) packed, the log-probability of each completion token under the current policy.
@@ -35,9 +35,9 @@ def unpaired_preference_loss(
         ref_logps: like `logps`, or (S,) sums over the completion, under the reference policy.
         mask: like `logps`, bool or integer; None, when packed: every token.
         cu_seqlens: (S + 1,) int, bounds of the sequences in packed tensors.
-        kl: z of KTO before its max(0, z): sum / count of `mismatched_kl`, taken over the whole batch. It is one number
-            of a batch, so a micro-batch cannot compute its own. None where the baseline is zero.
-        normalizer: what the sum over answers is divided by; None: the number of answers given.
+        kl: KTO's z before max(0, z): sum / count of `mismatched_kl` over the whole batch, so a micro-batch cannot
+            compute its own. None if the baseline is zero.
+        normalizer: divisor of the sum over answers; None: the number of given answers.
 
     Returns:
         The scalar loss, float32 (float64 for float64 `logps`). Metrics as TRL names them, per desirable (chosen) or
@@ -45,7 +45,7 @@ def unpaired_preference_loss(
 
     Raises:
         ValueError: a shape, a device, an argument that the spec needs is wrong or missing, or an answer has no token.
-        TypeError: a dtype is wrong, or the spec is no UnpairedPreferenceLoss.
+        TypeError: a dtype is wrong, or the spec is not an UnpairedPreferenceLoss.
     """
     if not isinstance(spec, UnpairedPreferenceLoss):
         expected = "an UnpairedPreferenceLoss, such as fastrl.presets.KTO"
@@ -82,9 +82,9 @@ def mismatched_kl(
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum, count) of x - x_ref over answers to other prompts than their own, without gradient: KTO's z is sum / count.
+    """(sum, count) of x - x_ref over answers to mismatched prompts, without gradient: KTO's z is sum / count.
 
-    The pair adds up over micro-batches and ranks like a metric. `fastrl.data.preferences.mismatched` makes the answers.
+    Both add up over micro-batches and ranks like a metric. `fastrl.data.preferences.mismatched` makes the answers.
 
     Args and Raises: as `unpaired_preference_loss`.
     """

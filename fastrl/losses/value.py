@@ -22,22 +22,22 @@ def value_loss(
 ) -> LossOutput:
     """The mean over masked-in tokens of max((V - R)^2, (V_c - R)^2) / 2, V_c = V held within `clip` of V_old.
 
-    PPO's clipped value loss (arXiv:1707.06347; the form is that of its authors' code). A token whose clipped error is
-    the larger one has no gradient. With an explicit `normalizer` the losses of any split add up to that of the whole.
+    PPO's clipped value loss (arXiv:1707.06347, in the form of its authors' code). A token whose clipped error is larger
+    has no gradient. With an explicit `normalizer` the losses of any split add up to the loss of the whole.
 
     Args:
         values: (B, T) or (N,), V of each token under the current critic; the only input that gets a gradient.
-        old_values: like `values`, V_old at the time of the rollout; None where `clip` is None.
+        old_values: like `values`, V_old at the time of the rollout; None if `clip` is None.
         returns: like `values`, R: advantages plus V_old, as `fastrl.gae` gives them.
-        mask: like `values`, bool or integer; a token where it is False has gradient exactly 0 whatever it holds.
-        clip: distance, in units of the return; None: the squared error alone.
-        normalizer: what the sum is divided by; None: the number of masked-in tokens.
+        mask: like `values`, bool or integer; where False, the gradient is exactly 0 whatever the token holds.
+        clip: distance, in units of the return; None: only the squared error.
+        normalizer: divisor of the sum; None: the number of masked-in tokens.
 
     Returns:
-        The scalar loss, float32 (float64 for float64 `values`). Metrics: `value/clip_fraction`, tokens without
-        gradient; `value/mean` and `return/mean`; and `value/explained_variance`, 1 - Var(R - V) / Var(R), whose sum and
-        count are the two variances' difference and Var(R), each about the mean of the tokens given: micro-batches add
-        up to the part of the variance within them. It has no value where all returns are equal.
+        The scalar loss, float32 (float64 for float64 `values`). Metrics: `value/clip_fraction`, the share of tokens
+        without gradient; `value/mean` and `return/mean`; and `value/explained_variance`, 1 - Var(R - V) / Var(R). Its
+        sum and count are the difference of the variances and Var(R), each about the mean of the given tokens, so
+        micro-batches add up to the variance within them. It has no value if all returns are equal.
 
     Raises:
         ValueError: a shape, a device or `clip` is wrong, or `old_values` is missing.
@@ -83,7 +83,7 @@ def value_loss(
 def _squares(x: torch.Tensor, live: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Squared deviations from the mean, summed over live tokens.
 
-    The largest value is taken off first: a constant whose mean rounds would else have a variance.
+    The largest value is subtracted first; otherwise a constant whose mean rounds would have a variance.
     """
     lowest = x.new_full((1,), -torch.inf)
     anchor = torch.cat([torch.where(live, x, -torch.inf).reshape(-1), lowest]).max()

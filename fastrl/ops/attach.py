@@ -1,4 +1,4 @@
-"""How a gradient that was computed in the forward pass joins the autograd graph."""
+"""Adds gradients that were computed in the forward pass to the autograd graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from fastrl.ops.derivatives import once_differentiable
 
-PIECE = 1 << 19  # elements scaled at a time: their product stays in the cache
+PIECE = 1 << 19  # elements scaled at a time, so that their product stays in the cache
 
 
 @torch.library.custom_op("fastrl::attach_gradients", mutates_args=())
@@ -21,10 +21,10 @@ def attach_gradients(
     grad_weight: torch.Tensor,
     grad_bias: torch.Tensor,
 ) -> torch.Tensor:
-    """The scalar `loss`, whose derivatives with respect to hidden, weight and bias are the tensors given.
+    """The scalar `loss` with the given tensors as its derivatives with respect to hidden, weight and bias.
 
-    Gradients arrive in the accumulation dtype, are scaled by the upstream scalar on the device, and round once to the
-    dtype of the tensor they belong to; (0,) where not needed.
+    Gradients are in the accumulation dtype, are scaled by the upstream scalar on the device, and round once to the
+    dtype of their tensor; (0,) if not needed.
     """
     return loss.clone()
 
@@ -53,7 +53,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
 def scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """gradient * scale, rounded once to `dtype`.
 
-    A CPU would make the whole product in the accumulation dtype before it rounds: there it goes piece by piece.
+    A CPU would hold the whole product in the accumulation dtype before rounding, so there it is done in pieces.
     """
     out = torch.empty_like(gradient, dtype=dtype)
     if gradient.is_cuda or dtype == gradient.dtype:

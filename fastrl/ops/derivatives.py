@@ -1,4 +1,4 @@
-"""What the ops refuse of autograd, in their own words: forward mode, and second derivatives."""
+"""Clear errors for what the ops do not support in autograd: forward mode and second derivatives."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.autograd import forward_ad
 
 
 def refuse_forward_mode(op: str, *tensors: torch.Tensor | None) -> None:
-    """Refuse tensors with a tangent, of which a custom operator would make a zero one in silence.
+    """Refuses tensors with a tangent, which a custom operator would silently turn into zero.
 
     Raises:
-        NotImplementedError: there is one.
+        NotImplementedError: a tensor has a tangent.
     """
     if forward_ad._current_level < 0:
         return
@@ -26,7 +26,7 @@ def refuse_forward_mode(op: str, *tensors: torch.Tensor | None) -> None:
 
 
 def once_differentiable(op: str) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
-    """For a backward function whose gradients are constants: a derivative of them raises instead of being wrong."""
+    """Decorates a backward function so that differentiating its gradients raises instead of being wrong."""
 
     def decorate(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         @wraps(backward)
@@ -44,7 +44,7 @@ def once_differentiable(op: str) -> Callable[[Callable[..., tuple]], Callable[..
 
 
 class _Constant(torch.autograd.Function):
-    """A gradient that depends on the tensors behind it, in a way that nobody wrote down."""
+    """A gradient whose own derivative is not implemented."""
 
     @staticmethod
     def forward(ctx: Any, op: str, gradient: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:

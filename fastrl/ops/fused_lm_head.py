@@ -12,7 +12,7 @@ from fastrl.types import LogprobOutput
 class FusedLMHead(torch.nn.Module):
     """Wraps a `torch.nn.Linear` head; `forward` gives log-probabilities instead of logits.
 
-    The parameters stay where they are (`lm_head.weight`, tied or not), so a wrapper's hooks see this module's forward.
+    The parameters stay in place (`lm_head.weight`, tied or not), and a wrapper's hooks see this module's forward.
 
     Args:
         lm_head: the Linear that maps hidden states (..., H) to logits (..., V).
@@ -54,7 +54,7 @@ class FusedLMHead(torch.nn.Module):
         memory: str | int = "auto",
         backend: str = "auto",
     ) -> LogprobOutput:
-        """`linear_logprob` with this head: shapes, gradients and errors as there."""
+        """`linear_logprob` with this head, with the same shapes, gradients and errors."""
         return linear_logprob(
             hidden,
             self.lm_head.weight,

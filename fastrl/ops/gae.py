@@ -32,7 +32,7 @@ def _(rewards: torch.Tensor, values: torch.Tensor, *options: object) -> tuple[to
 
 
 def _check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
-    """Reads values, so it runs inside the operator, where torch.compile does not look."""
+    """Reads values, so it runs inside the operator, which torch.compile does not trace."""
     bounds = torch.cat((cu_seqlens.new_zeros(1), cu_seqlens, cu_seqlens.new_tensor([tokens])))
     check.require(
         bool((bounds.diff() >= 0).all() & (cu_seqlens[0] == 0)),
@@ -45,7 +45,7 @@ def _check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
 
 
 def _bounds(shape: torch.Size, cu_seqlens: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Where each sequence starts and ends among the flattened tokens."""
+    """Bounds of each sequence in the flattened tokens."""
     dims = 2 if cu_seqlens is None else 1
     layout = "shape (B, T), or (N,) with cu_seqlens" if cu_seqlens is None else "shape (N,) with cu_seqlens"
     check.require(len(shape) == dims, OP, "rewards", layout, tuple(shape))
@@ -69,16 +69,16 @@ def gae(
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and value targets of each token that the policy wrote.
+    """Advantages and value targets for each token that the policy wrote.
 
     delta_t = r_t + gamma V_{t'} - V_t,  A_t = delta_t + gamma lam A_{t'},  returns_t = A_t + V_t, where t' is the next
     token of the sequence with mask 1 and V_{t'} = A_{t'} = 0 after the last: arXiv:1506.02438 eq. 16, as PPO uses it,
     arXiv:1707.06347 eq. 11.
 
-    A masked token (padding, tool output) is no step of the policy: it costs no discount, and its value, even NaN, is
-    never read. Its reward is not lost: it is added, undiscounted, to the last token with mask 1 before it, so that a
-    terminal reward that falls on a tool token is earned by the action that led there. A reward that no such token
-    precedes in its sequence belongs to no action and is dropped; so is a masked reward that is not finite.
+    A masked token (padding, tool output) is not a step of the policy: it adds no discount, and its value, even NaN, is
+    never read. Its reward is added, undiscounted, to the last token with mask 1 before it, so a terminal reward on a
+    tool token goes to the action that led there. A reward without such a token before it in its sequence is dropped;
+    so is a masked reward that is not finite.
 
     Args:
         rewards: (B, T), or (N,) with `cu_seqlens`; floating point.
@@ -86,17 +86,17 @@ def gae(
         mask: as rewards; bool, or numbers that are zero where masked.
         gamma: discount per token with mask 1, in [0, 1].
         lam: in [0, 1]; 1 is the Monte Carlo return minus V, 0 the one-step error.
-        cu_seqlens: (S + 1,) int64 or int32 bounds of packed sequences, which may be empty; tokens behind the last bound
+        cu_seqlens: (S + 1,) int64 or int32 bounds of packed sequences, which may be empty; tokens after the last bound
             are padding.
         backend: as `linear_logprob`.
 
     Returns:
-        advantages and returns, shaped as rewards; float32, or float64 when rewards or values are; exactly 0 where
-        masked. Constants: no gradient reaches rewards or values.
+        advantages and returns, shaped as rewards; float32, or float64 if rewards or values are; exactly 0 where masked.
+        Constants: no gradient reaches rewards or values.
 
     Raises:
         ValueError: shapes or devices differ, gamma or lam is outside [0, 1], or cu_seqlens are not bounds.
-        TypeError: rewards or values are not floating point, or cu_seqlens no integers.
+        TypeError: rewards or values are not floating point, or cu_seqlens are not integers.
     """
     check.floating(OP, "rewards", rewards)
     check.floating(OP, "values", values)

@@ -1,4 +1,4 @@
-"""Advantages of completions against the other completions of the same prompt."""
+"""Advantages of completions relative to other completions of the same prompt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _(rewards: torch.Tensor, *options: object) -> torch.Tensor:
 
 
 def check_estimator(op: str, baseline: str, scale: str, eps: float) -> None:
-    """Refuses an estimator that has no meaning; `op` is the name the message starts with."""
+    """Refuses meaningless estimators; messages start with `op`."""
     check.choice(op, "baseline", baseline, BASELINES)
     check.choice(op, "scale", scale, SCALES)
     check.require(math.isfinite(eps) and eps >= 0, op, "eps", "a finite number of at least 0", eps)
@@ -44,8 +44,8 @@ def check_estimator(op: str, baseline: str, scale: str, eps: float) -> None:
 
 
 def finite(op: str, argument: str, rewards: torch.Tensor) -> torch.Tensor:
-    """The rewards without gradient. An infinite one, which leaves no advantage to its group, is refused; on a device,
-    where looking would have to wait for it, it counts as one that could not be scored."""
+    """The rewards without gradient. Infinite ones, which would leave their group no advantages, are refused; on a
+    device, where checking would have to wait, they count as not scored."""
     good = ~rewards.detach().isinf()
     return check.values(op, argument, rewards.detach(), good, "finite numbers, or NaN where there is none")
 
@@ -53,7 +53,7 @@ def finite(op: str, argument: str, rewards: torch.Tensor) -> torch.Tensor:
 def check_groups(
     op: str, rewards: torch.Tensor, group_ids: torch.Tensor | None, group_size: int | None
 ) -> torch.Tensor:
-    """The group of each of (B,) rewards, (B,) int64, whichever way it was given; `op` is the name in messages."""
+    """The group of each of (B,) rewards, (B,) int64, from either argument; messages start with `op`."""
     check.floating(op, "rewards", rewards)
     check.require(
         rewards.dim() == 1, op, "rewards", "shape (B,)", tuple(rewards.shape), "Pass one reward per completion."
@@ -95,7 +95,7 @@ def group_advantages(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Each reward minus the baseline of its group, divided by a spread.
+    """Each reward minus its group's baseline, divided by a spread.
 
     A_i = (r_i - b_i) / d_i, with, over the n scorable members of i's group:
 
@@ -111,18 +111,18 @@ def group_advantages(
     | `batch` | the standard deviation of r - b over the batch + eps      | ScaleRL, arXiv:2510.13786   |
     | `none`  | 1                                                         | Dr. GRPO, arXiv:2503.20783  |
 
-    Standard deviations divide by n - 1. Where one is zero, or of fewer than two numbers, d_i = 1. The batch is the
-    tensor given: gather the rewards of all ranks first when it spans several. Constant groups count in its spread.
-    TRL's scale_rewards="batch" divides by that of the rewards instead: scale="none", over rewards.std() + 1e-4.
+    Standard deviations divide by n - 1. If one is zero, or of fewer than two numbers, d_i = 1. The batch is the given
+    tensor: gather the rewards of all ranks first if it spans several. Constant groups count in its spread. TRL's
+    scale_rewards="batch" divides by the standard deviation of the rewards: scale="none", over rewards.std() + 1e-4.
 
-    A NaN reward marks a completion that could not be scored: its advantage is exactly 0, and it is part of no baseline
-    and no spread. With a baseline, a group whose rewards are all equal, or with one scorable member, gets exactly 0.
+    A NaN reward marks a completion that could not be scored: its advantage is exactly 0, and it enters no baseline or
+    spread. With a baseline, a group whose rewards are all equal, or with one scorable member, gets exactly 0.
 
     Args:
         rewards: (B,) floating point, finite or NaN.
         group_ids: (B,) int64 or int32, equal where completions share a prompt; any values, any order, any group sizes.
         group_size: instead of `group_ids`, for consecutive groups of one size.
-        baseline, scale: names of the tables.
+        baseline, scale: names from the tables.
         eps: added to the standard deviation, at least 0; 1e-6 as in verl. TRL's is 1e-4, which shrinks the advantages
             of rewards that hardly differ.
         backend: as `linear_logprob`.
@@ -142,7 +142,7 @@ def group_advantages(
 
 @dataclass(frozen=True)
 class GroupAdvantage:
-    """An outcome-reward estimator: which baseline is subtracted, what it is divided by. See `group_advantages`."""
+    """An outcome-reward estimator: its baseline and its scale. See `group_advantages`."""
 
     baseline: str = "mean"
     scale: str = "group"

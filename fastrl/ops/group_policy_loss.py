@@ -1,5 +1,4 @@
-"""The operator `fastrl::group_policy_loss`: `group_advantages` and `policy_loss` in one, on CUDA in the launches of the
-latter."""
+"""The operator `fastrl::group_policy_loss`: `group_advantages` and `policy_loss` in one, with no extra CUDA launch."""
 
 from __future__ import annotations
 
@@ -38,11 +37,11 @@ def group_policy_loss(
     spec: str,
     backend: str,
 ) -> Outputs:
-    """`fastrl::policy_loss` with the advantages that `fastrl::group_advantages` gives the rewards of the sequences.
+    """`fastrl::policy_loss` with the advantages that `fastrl::group_advantages` computes from the sequences' rewards.
 
     rewards (S,) and group_ids (S,) int64, one per sequence; seq_ids (N,) int64, never decreasing; everything else as in
-    `fastrl::policy_loss`. A backend with `forward_from_rewards` takes both steps in one launch where that gives the
-    same bits: the spread of a batch needs every advantage first, and an advantage is rounded to the rewards' precision.
+    `fastrl::policy_loss`. A backend with `forward_from_rewards` does both steps in one launch if that gives the same
+    bits. It does not for scale="batch", which needs every advantage first, or if rewards and logps differ in precision.
 
     Returns:
         As `fastrl::policy_loss`.

@@ -1,4 +1,4 @@
-"""A linear layer on the native matmul, with the products that its gradients need and no others."""
+"""A linear layer on the native matmul that computes only the products its gradients need."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def linear(
 ) -> torch.Tensor:
     """y = x W^T + b, as `torch.nn.functional.linear`, with the same result under autocast.
 
-    On a CPU, in float32 and bfloat16, the products are fastrl's own: accumulated in float32, rounded once, and the same
-    bits for any number of threads and whatever the other rows of x hold. Everything else is torch's: other devices and
-    dtypes, tensor subclasses, empty tensors, `torch.compile`, tracing, `torch.func`, forward-mode derivatives.
+    On a CPU, in float32 and bfloat16, the products are fastrl's own: accumulated in float32, rounded once, with bits
+    that depend neither on the number of threads nor on other rows of x. Everything else runs in torch: other devices
+    and dtypes, tensor subclasses, empty tensors, `torch.compile`, tracing, `torch.func`, forward-mode derivatives.
 
     Args:
         x: (..., K). weight: (V, K); float32 or bfloat16, as x. bias: (V,).
-        backend: cpu, reference, or auto: cpu for what it takes.
+        backend: cpu, reference, or auto, which takes cpu if it supports the tensors.
 
     Returns:
-        (..., V). x, weight and bias get gradients, once differentiable; a weight with an attribute `main_grad`, a
-        contiguous float32 tensor of its shape, gets its own added there, unrounded, and not to `weight.grad`.
+        (..., V). x, weight and bias get gradients, once differentiable. If a weight has an attribute `main_grad`, a
+        contiguous float32 tensor of its shape, its gradient is added there, unrounded, and not to `weight.grad`.
 
     Raises:
-        ValueError: there is no such backend, or cpu does not take these tensors.
-        RuntimeError: torch's own, for shapes that do not fit.
+        ValueError: there is no such backend, or cpu does not support these tensors.
+        RuntimeError: from torch, for shapes that do not fit.
     """
     if torch.compiler.is_compiling():
         return functional.linear(x, weight, bias)
@@ -49,13 +49,13 @@ def linear(
 
 
 def refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
-    """Why the native products do not take a layer's tensors here and now, or None."""
+    """Why the native products cannot take a layer's tensors in the current context, or None."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "compiled or traced code"
     tensors = (x, weight) if bias is None else (x, weight, bias)
     for tensor in tensors:
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_neg():
-            return f"a {type(tensor).__name__} that is no plain tensor"
+            return f"a {type(tensor).__name__} that is not a plain tensor"
         if tensor.device.type != "cpu":
             return f"a tensor on {tensor.device}"
     if torch.is_autocast_enabled("cpu"):
@@ -78,7 +78,7 @@ def refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def native_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`linear` of tensors that `refusal` has nothing against."""
+    """`linear` for tensors that `refusal` accepts."""
     x, weight, bias = _cast(x, weight, bias)
     if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _trains(bias))):
         return products.forward(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
@@ -93,10 +93,10 @@ def native_lora_linear(
     lora_b: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """y = x W^T + b + scaling (x A^T) B^T, arXiv:2106.09685, of tensors that `refusal` has nothing against.
+    """y = x W^T + b + scaling (x A^T) B^T, arXiv:2106.09685, for tensors that `refusal` accepts.
 
-    lora_a (r, K) and lora_b (V, r) get gradients, the frozen weight none: a step costs x W^T, dy W and the thin
-    products, and keeps x and x A^T.
+    lora_a (r, K) and lora_b (V, r) get gradients, the frozen weight gets none. A step costs x W^T, dy W and the thin
+    products, and stores x and x A^T.
     """
     x, weight, bias, lora_a, lora_b = _cast(x, weight, bias, lora_a, lora_b)
     return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling)
@@ -158,20 +158,20 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def main_grad(weight: torch.Tensor) -> torch.Tensor | None:
-    """Where a weight's gradient is added directly, if it has such a place."""
+    """The weight's `main_grad`, if it has a usable one to add gradients to directly."""
     found = getattr(weight, "main_grad", None)
     fits = isinstance(found, torch.Tensor) and found.dtype == torch.float32 and found.shape == weight.shape
     return found if fits and found.is_contiguous() and weight.requires_grad else None
 
 
 def _grad_weight(dy: torch.Tensor, x: torch.Tensor, main: torch.Tensor | None) -> torch.Tensor | None:
-    """dW, or None once it was added to `main`."""
+    """dW; None if it was added to `main`."""
     dw = products.grad_weight(dy, x, out=main)
     return dw if main is None else None
 
 
 def _cast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the dtype of autocast, where it is on."""
+    """The tensors in autocast's dtype, if autocast is on."""
     if not torch.is_autocast_enabled("cpu"):
         return tensors
     dtype = torch.get_autocast_dtype("cpu")

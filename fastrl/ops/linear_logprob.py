@@ -43,7 +43,7 @@ def check_head(
     ignore_index: int,
     vocab_size: int | None = None,
 ) -> HeadInputs:
-    """Checks the head's arguments once, at the door, and flattens the leading dimensions."""
+    """Checks the head's arguments once and flattens the leading dimensions."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         check.require(
             not hasattr(tensor, "full_tensor"),
@@ -109,11 +109,11 @@ def check_head(
 
 
 def refuse_replicated_gradient(op: str, name: str, tensor: torch.Tensor | None) -> None:
-    """Refuses what a plain `full_tensor()` gathered: DTensor takes each rank's gradient of it for the whole one, so
-    that the head would learn from this rank's tokens alone, in silence.
+    """Refuses the result of a plain `full_tensor()`: DTensor takes each rank's gradient of it for the whole gradient,
+    so the head would silently learn from this rank's tokens only.
 
     Raises:
-        TypeError: it is that.
+        TypeError: `tensor` is one.
     """
     if torch.compiler.is_compiling() or tensor is None:
         return
@@ -125,14 +125,14 @@ def refuse_replicated_gradient(op: str, name: str, tensor: torch.Tensor | None) 
 
 
 def check_softcap(op: str, softcap: float | None) -> float:
-    """The softcap as the kernels take it."""
+    """The softcap in the kernels' form."""
     finite = softcap is None or 0 < softcap < float("inf")  # infinity times tanh(0) would be NaN
     check.require(finite, op, "softcap", "a positive, finite number or None", softcap)
     return NO_SOFTCAP if softcap is None else float(softcap)
 
 
 def check_logit_scale(op: str, logit_scale: float) -> float:
-    """The scale as the kernels take it."""
+    """The scale in the kernels' form."""
     check.require(math.isfinite(logit_scale), op, "logit_scale", "a finite number", logit_scale)
     return float(logit_scale)
 
@@ -140,9 +140,9 @@ def check_logit_scale(op: str, logit_scale: float) -> float:
 def check_temperature(
     op: str, temperature: float | torch.Tensor, targets: torch.Tensor, dtype: torch.dtype, ignore_index: int
 ) -> torch.Tensor:
-    """The temperature as a tensor of 1 or N values, so that no value of it ever recompiles anything.
+    """The temperature as a tensor of 1 or N values, so that new values never trigger recompilation.
 
-    That of a token without a target is not read.
+    The temperature of a token without a target is not read.
     """
     if isinstance(temperature, torch.Tensor):
         if temperature.dim() == 0:
@@ -151,7 +151,7 @@ def check_temperature(
             return one.reshape(1).to(targets.device, dtype)
         check.shape(op, "temperature", temperature, targets.shape, "as targets, or a number")
         check.device(op, "temperature", temperature, targets.device, "targets")
-        if temperature.numel() == 0:  # of no tokens; kernels read at least one number
+        if temperature.numel() == 0:  # no tokens, but kernels read at least one number
             return torch.ones(1, dtype=dtype, device=targets.device)
         read = targets != ignore_index
         good = ((temperature > 0) & temperature.isfinite()) | ~read
@@ -190,14 +190,14 @@ def linear_logprob(
         bias: (V,) or None. temperature: a positive number, or one per token, shape (...); it gets no gradient.
         softcap: Gemma's final_logit_softcapping. logit_scale: Cohere's logit_scale, applied before the cap.
         ignore_index: targets with this id give exactly 0 and no gradient, whatever their hidden state holds.
-        vocab_size: rows of weight and bias that are tokens; those behind, which many models have as padding, have
-            probability 0: they are in neither logsumexp nor entropy, and their gradient is 0. None: all are tokens.
+        vocab_size: number of rows of weight and bias that are tokens. Later rows, which pad many models, have
+            probability 0: they enter neither logsumexp nor entropy, and their gradient is 0. None: all are tokens.
         entropy: also return the entropy, with its gradient.
-        memory: what is stored for backward when the head is trainable: "store" stores probabilities in the input dtype
+        memory: what to store for backward if the head is trainable: "store" stores probabilities in the input dtype
             (2 matmuls in backward), "recompute" nothing (3 matmuls), "auto" stores what fits in a budget
             (256 MiB on a CPU, 4 GiB on a GPU, or $FASTRL_KEEP_BYTES); an int is that budget in bytes. With 16-bit
             inputs and `entropy`, "auto" recomputes.
-            With a frozen head the derivative itself is kept, (..., H), and backward has no matmul.
+            With a frozen head the derivative itself is stored, (..., H), and backward has no matmul.
         backend: "auto", or a name from `fastrl doctor`; a named backend is used or refused, never replaced.
 
     Returns:
@@ -205,9 +205,9 @@ def linear_logprob(
         bias get gradients, accumulated in float32 and rounded once; double backward raises.
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, dtype or device, or is a DTensor, or what a DTensor's
-        full_tensor() gathered without `grad_placements`, whose gradient would be this rank's alone. IndexError: on a
-        CPU, a target is outside [0, V); on a GPU that row is NaN instead.
+        ValueError, TypeError: an argument has the wrong shape, dtype or device, or is a DTensor or the result of its
+        full_tensor() without `grad_placements`, which would get only this rank's gradient. IndexError: on a CPU, a
+        target is outside [0, V); on a GPU that row is NaN instead.
     """
     inputs = check_head(
         "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size
@@ -219,11 +219,10 @@ def linear_logprob(
 
 
 def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool, backend: str) -> str:
-    """What the forward pass keeps: none, frozen, store or recompute.
+    """What the forward pass stores: none, frozen, store or recompute.
 
-    A budget is filled only where that is the quicker way, by the rule that `stores_logits` asks. 16-bit probabilities
-    lose digits of log p + H, the entropy's gradient, where the distribution is nearly uniform: only an explicit "store"
-    takes that.
+    The budget is used only if storing is faster, by the rule of `stores_logits`. 16-bit probabilities lose digits of
+    log p + H, the entropy's gradient, if the distribution is nearly uniform; only an explicit "store" accepts that.
     """
     budget = logit_budget(op, memory, inputs.hidden.device)
     needs_hidden, *needs_head = needs_grad(inputs)
@@ -241,7 +240,7 @@ def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool
 
 
 def memory_of(op: str, memory: str | int) -> str | int:
-    """As given; an older name becomes today's."""
+    """`memory` with former names replaced by current ones."""
     if memory in RENAMED:
         new = RENAMED[memory]
         warnings.warn(f"{op}: memory: {memory!r} is called {new!r} now.", DeprecationWarning, stacklevel=3)
@@ -250,7 +249,7 @@ def memory_of(op: str, memory: str | int) -> str | int:
 
 
 def logit_budget(op: str, memory: str | int, device: torch.device) -> int:
-    """Bytes of logits or probabilities that `memory` allows; "store" has no bound."""
+    """Bytes of logits or probabilities that `memory` allows; "store" is unlimited."""
     if isinstance(memory, str):
         check.choice(op, "memory", memory, MEMORY)
         return {"store": 1 << 62, "recompute": 0}.get(memory, keep_budget(device))
@@ -259,14 +258,14 @@ def logit_budget(op: str, memory: str | int, device: torch.device) -> int:
 
 
 def stores_logits(op: str, inputs: HeadInputs, budget: int, backend: str) -> bool:
-    """Whether a backend had better store logits than compute them twice; torch's and the GPU's do in any case."""
+    """Whether storing logits is faster than computing them twice; torch's and the GPU backends always store."""
     isa = instruction_set(op, backend, inputs.hidden.device)
     rows, width, vocabulary = inputs.hidden.shape[0], inputs.hidden.shape[1], inputs.weight.shape[0]
     return not isa or stored_rows(inputs.hidden.dtype, isa, rows, width, vocabulary, budget) > 0
 
 
 def keep_budget(device: torch.device) -> int:
-    """Bytes that `memory="auto"` may keep on this device."""
+    """Bytes that `memory="auto"` may store on this device."""
     budget = env.keep_bytes()
     return DEFAULT_KEEP_BYTES.get(device.type, DEFAULT_KEEP_BYTES["cpu"]) if budget is None else budget
 
@@ -331,7 +330,7 @@ def backward_op(
     rounded: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(d hidden, d weight, d bias), in the dtype of hidden if `rounded`, else accumulated; (0,) where not needed."""
+    """(d hidden, d weight, d bias), in hidden's dtype if `rounded`, else the accumulation dtype; (0,) if not needed."""
     with as_written(hidden.device):
         gradients = resolve("linear_logprob", backend, hidden.device).backward(
             grad_logps,

@@ -1,4 +1,4 @@
-"""A policy loss straight from hidden states: the gradient is formed in the forward pass, so one pass does both."""
+"""A policy loss straight from hidden states, with the gradient formed in the same forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastrl.spec import PolicyLoss, decode
 
 
 class LinearPolicyLoss(NamedTuple):
-    """What the op returns: the loss carries the gradient, the rest are constants."""
+    """The op's outputs: the loss carries the gradient, the rest are constants."""
 
     loss: torch.Tensor  # ()
     logps: torch.Tensor  # (N,)
@@ -36,9 +36,9 @@ def linear_policy_loss(
 ) -> LinearPolicyLoss:
     """loss = sum_n weights_n l_n(logps_n) for checked, flat (N,) inputs and a spec that separates per token.
 
-    hidden, weight and bias of `head` get gradients, but that of the weight goes to `main_grad`, (V, H) in the
-    accumulation dtype, where it is given: added in this call, before any backward. `logit_bytes` bounds what the native
-    backend stores of logits. The public form, with the arguments users have, is `fastrl.losses.linear_policy_loss`.
+    hidden, weight and bias of `head` get gradients. If `main_grad`, (V, H) in the accumulation dtype, is given, the
+    weight's gradient is added to it in this call, before any backward. `logit_bytes` bounds the logits that the native
+    backend stores. The public form is `fastrl.losses.linear_policy_loss`.
     """
     needs = needs_grad(head)
     loss, logps, entropies, *gradients, metrics = _op(
@@ -60,11 +60,11 @@ def linear_policy_loss(
 
 
 def in_one_pass(head: HeadInputs, main_grad: torch.Tensor | None, logit_bytes: int, backend: str) -> bool:
-    """Whether forming gradients in the forward pass saves something over `linear_logprob`, then `policy_loss`.
+    """Whether forming gradients in the forward pass saves something over `linear_logprob` and then `policy_loss`.
 
-    A matmul, or with `main_grad` a buffer for d weight. Where the native backend had better compute the logits of a
-    trainable head twice it saves neither without: there d weight waits for the factor that backward brings, since it is
-    then rounded while it is formed, and no float32 copy of it exists.
+    It saves a matmul, or with `main_grad` a buffer for d weight. It saves nothing without `main_grad` if the native
+    backend is faster computing the logits of a trainable head twice: then d weight is better formed in backward, where
+    its factor is known, so it is rounded as it is formed and needs no float32 copy.
     """
     if main_grad is not None or not head.weight.requires_grad:
         return True

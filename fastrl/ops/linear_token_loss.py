@@ -43,10 +43,10 @@ def linear_token_loss(
             `linear_logprob`.
         token_loss: a differentiable function of torch operations, called as `token_loss(logps, *context)`, or
             `token_loss(logps, entropy, *context)` with `entropy=True`, on flat (n,) chunks of tokens; returns (n,). A
-            token's loss must not depend on the other tokens: the chunks are an implementation detail.
+            token's loss must not depend on other tokens: how they are chunked is an implementation detail.
         weights: (...) as targets: mask, aggregation and normaliser in one. Tokens with weight 0 cost nothing.
-        context: token-shaped tensors (old log-probabilities, advantages, ...), constants, cut into the same chunks.
-        memory: bytes of probabilities that may be kept at a time; None takes the budget of `linear_logprob`.
+        context: token-shaped constants (old log-probabilities, advantages, ...), cut into the same chunks.
+        memory: bytes of probabilities that may be stored at a time; None takes the budget of `linear_logprob`.
 
     Returns:
         LossOutput(loss, metrics) with the metrics `logps` and, with entropy, `entropy` as (sum, count) over the tokens

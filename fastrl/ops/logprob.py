@@ -27,8 +27,8 @@ def logprob(
 
         z = logits / temperature,   logps = z[target] - logsumexp(z),   entropy = -sum_v softmax(z)_v log softmax(z)_v
 
-    Equals `log_softmax(logits.float() / temperature, -1).gather(-1, targets[..., None])[..., 0]`. With the hidden
-    states at hand, `linear_logprob` needs far less memory.
+    Equals `log_softmax(logits.float() / temperature, -1).gather(-1, targets[..., None])[..., 0]`. If you have the
+    hidden states, `linear_logprob` needs far less memory.
 
     Args:
         logits: (..., V), any strides; never overwritten. targets: (...) integer ids.

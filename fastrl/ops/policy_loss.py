@@ -1,4 +1,4 @@
-"""The operator `fastrl::policy_loss`: loss = sum_t w_t l_t over flat token vectors, gradient in the forward."""
+"""The operator `fastrl::policy_loss`: loss = sum_t w_t l_t over flat token vectors, gradient in the forward pass."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def policy_loss(
     spec: str,
     backend: str,
 ) -> Outputs:
-    """The loss of a `PolicyLoss`, encoded, and what it sends back: sum_t w_t (c_t surrogate_t + coef KL_t - c_H H_t).
+    """The loss of an encoded `PolicyLoss` and its derivatives: sum_t w_t (c_t surrogate_t + coef KL_t - c_H H_t).
 
-    Every tensor is (N,) and contiguous, float32 or float64 alike, but `mask` bool and `seq_ids` int64. Only `logps` and
-    `entropy` get a gradient, and only through `loss`; all else is a constant. `fastrl.losses.policy_loss` is the door
-    that checks and flattens the arguments.
+    Every tensor is (N,) and contiguous, all float32 or all float64, except `mask` (bool) and `seq_ids` (int64). Only
+    `logps` and `entropy` get a gradient, and only through `loss`; everything else is a constant.
+    `fastrl.losses.policy_loss` checks and flattens the arguments.
 
     Returns:
-        loss (), dlogps (N,) and dentropy (N,) its derivatives, metrics (K, 2) as in `fastrl.kernels.policy_loss`.
+        loss (), its derivatives dlogps (N,) and dentropy (N,), metrics (K, 2) as in `fastrl.kernels.policy_loss`.
     """
     decoded = decode(spec)
     kernel = registry.resolve("policy_loss", backend, logps.device)
@@ -58,7 +58,7 @@ def fake(logps: torch.Tensor, *inputs: Any) -> Outputs:
 
 
 def register_gradient(op: Any, *, logps: int, entropy: int, inputs: int) -> None:
-    """The inputs at two positions get the derivatives that an operator with these outputs found in its forward."""
+    """Registers a backward that gives the inputs at two positions the derivatives found in the operator's forward."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         _, dlogps, dentropy, metrics = output

@@ -49,7 +49,7 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
         return _policy_gradient(config)
     other = {"ppo": PPOConfig(), "masks": TokenMasks(), "policy_gradient": PolicyGradientConfig(), "advantages": {}}
     for name, default in other.items():
-        expected = f"its defaults, as {config.algorithm} is no policy gradient"
+        expected = f"its defaults, as {config.algorithm} is not a policy gradient"
         require(getattr(config, name) == default, OP, name, expected, "a value")
     objective = build_objective(config)
     _require_fits(config, objective)

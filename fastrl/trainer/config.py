@@ -190,7 +190,7 @@ class PPOConfig:
     """PPO's settings besides the policy loss."""
 
     critic: Literal["separate", "shared", "none"] = "separate"
-    """separate is a model of its own, shared a linear layer on the policy's hidden states, none is REINFORCE++."""
+    """separate is its own model, shared a linear layer on the policy's hidden states, none is REINFORCE++."""
     critic_model: str = ""
     """Initial weights of a separate critic, such as a trained reward model; empty is the policy's model."""
     critic_lr: float | None = None

@@ -150,7 +150,7 @@ def _algorithm(
     own = estimator is None or isinstance(built, GroupPolicyGradient)
     require(own, OP, "estimator", "nothing for an algorithm without group advantages", config.algorithm)
     added = not terms or isinstance(built, PolicyGradient)
-    require(added, OP, "terms", "nothing for an algorithm that is no policy gradient", config.algorithm)
+    require(added, OP, "terms", "nothing for an algorithm that is not a policy gradient", config.algorithm)
     if estimator is not None:
         built = replace(built, estimator=Estimator(estimator))
     return replace(built, terms=(*built.terms, *terms)) if terms else built

@@ -204,7 +204,7 @@ BAD = {
     },
     "with a prompt longer than 30 tokens": GOOD | {"prompt": "long" * 10},
     "longer than 60 tokens": GOOD | {"chosen": "long" * 20},
-    "whose 'chosen' is no text in Unicode": GOOD | {"chosen": "\ud800"},
+    "whose 'chosen' is not Unicode text": GOOD | {"chosen": "\ud800"},
     "whose prompt has no user message": GOOD | {"prompt": [assistant("a")]},
 }
 

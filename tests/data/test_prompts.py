@@ -164,9 +164,9 @@ def test_a_message_that_says_nothing_or_no_text_is_refused(message, extra):
 @pytest.mark.parametrize(
     ("extra", "error"),
     [
-        ({"tools": "weather"}, "'tools' is no JSON"),
-        ({"tools": {"a": 1}}, "'tools' is no list"),
-        ({"chat_template_kwargs": ["a"]}, "'chat_template_kwargs' is no dict"),
+        ({"tools": "weather"}, "'tools' is not JSON"),
+        ({"tools": {"a": 1}}, "'tools' is not a list"),
+        ({"chat_template_kwargs": ["a"]}, "'chat_template_kwargs' is not a dict"),
     ],
 )
 def test_tools_that_are_no_list_are_refused_by_row(extra, error):
