@@ -29,7 +29,7 @@ from fastrl.monitor.interrupt import HEARD
 from fastrl.monitor.log import RunLog
 from fastrl.rewards import RewardFailure, call
 from fastrl.rollout.transformers_sampler import TransformersSampler
-from fastrl.trainer import loop, reference, setup
+from fastrl.trainer import loop, models, reference
 from fastrl.trainer.config import EvalConfig, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig
 from fastrl.trainer.evaluate import OnPrompts, OnRows
 from fastrl.trainer.learner import Learner
@@ -53,12 +53,12 @@ def optimizers(monkeypatch):
     """Those of every run of the test, in order."""
     made = []
 
-    class Kept(setup.MasterOptimizer):
+    class Kept(models.MasterOptimizer):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(setup, "MasterOptimizer", Kept)
+    monkeypatch.setattr(models, "MasterOptimizer", Kept)
     return made
 
 

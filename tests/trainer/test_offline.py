@@ -51,6 +51,7 @@ from fastrl.preference_spec import (
 )
 from fastrl.rewards import resolve_reward
 from fastrl.trainer import evaluate, loop, reference, setup
+from fastrl.trainer import models as run_models
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import (
     DataConfig,
@@ -475,7 +476,7 @@ def test_no_step_pays_for_the_reference_or_the_optimizers_buffers(tmp_path, monk
     def slow(function):
         return lambda *args, **named: time.sleep(1) or function(*args, **named)
 
-    for owner, name in ((reference.AskedOnce, "fill_in"), (setup, "MasterOptimizer")):
+    for owner, name in ((reference.AskedOnce, "fill_in"), (run_models, "MasterOptimizer")):
         monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
     train(offline_config(tmp_path, steps=1))
     (step,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
