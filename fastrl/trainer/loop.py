@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl import env
 from fastrl.algorithms.base import Algorithm
+from fastrl.check import require
 from fastrl.doctor import environment
 from fastrl.model.adapter import merged
 from fastrl.monitor.interrupt import Interrupted
@@ -180,7 +181,9 @@ class Run:
     def _step(self) -> None:
         """One step, or the rest of one that was interrupted."""
         source, learner, algorithm, log = self.source, self.learner, self.algorithm, self.log
-        self.batch = batch = self.batch or source.next(learner, log)
+        batch = self.batch or source.next(learner, log)
+        require(bool(batch.groups), type(source).__name__, "next", "a batch with groups", "one without")
+        self.batch = batch
         if not batch.updates:
             batch.numbers |= staleness(batch.groups, learner.updates)
         self.rewind_to = resume.position(self)

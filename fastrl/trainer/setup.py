@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrl import env
 from fastrl.algorithms import Algorithm
 from fastrl.algorithms.offline import Objective, RewardModelling, pair_up
-from fastrl.check import require
+from fastrl.check import require, sentence
 from fastrl.data.plan import ModelShape
 from fastrl.data.preferences import split_groups, with_end
 from fastrl.data.sampler import PromptSampler
@@ -186,7 +186,11 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     if given.source:
         made = replace(made, source=given.source)
     if resumed:
-        made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before any write
+        try:
+            made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before any write
+        except KeyError as error:
+            expected = f"a checkpoint of a run with {type(made.source).__name__}"
+            raise ValueError(sentence("resume", "source", expected, f"one whose source has no {error}")) from error
     # For rewards that draw random numbers; last, because libraries draw some when they are first imported.
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from fastrl.progress import Unwatched
 from fastrl.rewards import RewardSuite
 from fastrl.sources import Rollouts
 from fastrl.sources.collect import Judge, pass_at_k
+from fastrl.trainer import checkpoint
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import (
     DataConfig,
@@ -242,6 +244,64 @@ SAMPLED = {
     "min_new_tokens": 2,
     "stop_strings": ("w3 w4", "w5"),
 }
+
+
+class Odd(Toy):
+    """From the third step on it gives what `change` makes of its batch."""
+
+    change = None
+
+    def next(self, learner, watch):
+        batch = super().next(learner, watch)
+        return self.change(batch) if learner.steps >= 2 else batch
+
+
+def ends(batch):
+    raise StopIteration("no prompts are left")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (ends, "Step 3: StopIteration: no prompts are left (test_sources.py"),
+        (lambda batch: replace(batch, groups=[]), "Step 3: ValueError: Odd: next: expected a batch with groups"),
+    ],
+    ids=["ends early", "empty batch"],
+)
+def test_a_source_that_gives_nothing_ends_the_run_by_name_with_all_before_it_saved(tmp_path, change, message):
+    config = tiny_config(tmp_path, steps=4)
+    run = prepare(config)
+    run.source = Odd(run.source)
+    run.source.change = change
+    outcome = run.train()
+    assert (outcome.status, outcome.steps) == ("failed", 2)
+    assert message in lines(tmp_path / "run" / "warnings.jsonl")[-1]["message"].replace(f"{Path(__file__).parent}/", "")
+    train(replace(config, steps=2, run_dir=str(tmp_path / "plain")))
+    saved = checkpoint.find(tmp_path / "run").folder
+    assert saved.name == "step_000002"
+    files = saved / "model" / "model.safetensors", tmp_path / "plain" / "model" / "model.safetensors"
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(ValueError, match="resume: source: expected a checkpoint of a run with Rollouts, got one whose"):
+        train(replace(config, resume=config.run_dir))
+
+
+def repeated(batch):
+    return replace(batch, groups=[*batch.groups, replace(batch.groups[0])])
+
+
+def of_other_sizes(batch):
+    first, *others = batch.groups
+    return replace(batch, groups=[replace(first, samples=first.samples[:2]), *others])
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "scale_rl"])
+@pytest.mark.parametrize("change", [repeated, of_other_sizes])
+def test_a_prompt_twice_and_groups_of_different_sizes_train(tmp_path, algorithm, change):
+    run = prepare(tiny_config(tmp_path, algorithm=algorithm, steps=4))
+    run.source = Odd(run.source)
+    run.source.change = change
+    assert run.train().status == "finished"
+    assert all(math.isfinite(line.get("loss", 0.0)) for line in lines(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_how_a_recipe_samples_reaches_the_sampler_and_greedy_completions_are_cut_by_nothing(tmp_path):
