@@ -255,8 +255,9 @@ def build_objective(config: TrainConfig) -> Objective:
     weights, terms = zip(*preset.terms, strict=True) if mix else ((), (preset,))
     own = [[one.name for one in fields(term) if one.name != "threshold"] for term in terms]
     _require_known(config, [*dict.fromkeys(name for names in own for name in names), *(["weights"] if mix else [])])
-    weights = tuple(changes.pop("weights", weights))
-    require(len(weights) == len(terms) or not mix, OP, "loss.weights", f"{len(terms)} weights", list(weights))
+    weights = changes.pop("weights", weights)
+    listed = not mix or (isinstance(weights, list | tuple) and len(weights) == len(terms))
+    require(listed, OP, "loss.weights", f"a list of {len(terms)} weights", weights)
     terms = [
         changed(term, {name: changes[name] for name in names if name in changes}, where)
         for term, names in zip(terms, own, strict=True)
