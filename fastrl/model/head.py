@@ -13,6 +13,7 @@ from torch import nn
 
 from fastrl import check
 from fastrl.model.accelerate import is_linear
+from fastrl.model.head_layer import adapter_refusal, head_bias, head_weight, in_force, is_adapted
 from fastrl.model.masks import dense_masks
 
 if TYPE_CHECKING:
@@ -52,66 +53,6 @@ def run_decoder(
     return decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **named)
 
 
-def is_adapted(layer: nn.Module | None) -> bool:
-    """Whether a layer is a linear one with peft's low-rank adapters."""
-    return is_linear(getattr(layer, "base_layer", None)) and hasattr(layer, "lora_A")
-
-
-def adapted_weight(layer: Any) -> torch.Tensor:
-    """(out, in): W + (alpha / rank) B A of the active adapters, with gradient to A and B; W if they are switched off.
-
-    DoRA (arXiv:2402.09353): m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|, per row, with gradient to the
-    magnitude m too; the norm is a constant.
-    """
-    weight = layer.base_layer.weight
-    for name in _active(layer):
-        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
-        if _variant(layer, name) == DORA:
-            scale = layer.lora_magnitude_vector[name].weight / weight.detach().norm(dim=1)
-            weight = scale[:, None].to(weight.dtype) * weight
-    return weight
-
-
-def adapted_bias(layer: Any) -> torch.Tensor | None:
-    """(out,): b + (alpha / rank) b_B of the active adapters whose B has a bias; None if there is no bias at all."""
-    bias = layer.base_layer.bias
-    for name in _active(layer):
-        own = layer.lora_B[name].bias
-        if own is not None:
-            own = (layer.scaling[name] * own).to(layer.base_layer.weight.dtype)
-            bias = own if bias is None else bias + own
-    return bias
-
-
-def adapter_refusal(layer: Any) -> str | None:
-    """What a head's adapters do beyond a matrix product; None if `adapted_weight` covers them."""
-    for name in _active(layer):
-        variant, dropout = _variant(layer, name), getattr(layer.lora_dropout[name], "p", 0.0)
-        if variant not in (None, DORA):
-            return f"LoRA of the kind {variant}"
-        if variant == DORA and len(_active(layer)) > 1:
-            return "DoRA beside another adapter"
-        if dropout > 0:
-            return f"LoRA with a dropout of {dropout:g}"
-    return None
-
-
-DORA = "DoraLinearVariant"
-
-
-def _active(layer: Any) -> list[str]:
-    if layer.disable_adapters or layer.merged:
-        return []
-    return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _variant(layer: Any, name: str) -> str | None:
-    """The name of peft's class for a variant of LoRA; None for plain LoRA."""
-    if not hasattr(layer, "lora_variant"):  # peft before 0.16
-        return DORA if getattr(layer, "use_dora", {}).get(name) else None
-    return type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else None
-
-
 @dataclass(frozen=True)
 class SplitModel:
     """The halves of a model: logits = cap(logit_scale (hidden weight^T + bias)), cap(z) = softcap tanh(z / softcap).
@@ -121,20 +62,20 @@ class SplitModel:
 
     model: PreTrainedModel
     decoder: nn.Module
-    head: nn.Linear  # or a low-rank adapter around one
+    head: nn.Linear  # or peft's layer around one
     softcap: float | None
     logit_scale: float
     vocab_size: int | None = None  # rows of the head that are tokens; the rest has probability 0; None: all
 
     @property
     def weight(self) -> torch.Tensor:
-        """(V, H); the input embeddings themselves if the model ties the two; `adapted_weight` with an adapter."""
-        return adapted_weight(self.head) if is_adapted(self.head) else self.head.weight
+        """(V, H); the input embeddings themselves if the model ties the two; `head_weight` with an adapter."""
+        return head_weight(self.head)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """(V,) or None; `adapted_bias` with an adapter."""
-        return adapted_bias(self.head) if is_adapted(self.head) else self.head.bias
+        """(V,) or None; `head_bias` with an adapter."""
+        return head_bias(self.head)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -174,7 +115,9 @@ def split_head(
     at their own size and scaled up.
 
     `softcap` and `logit_scale` come from the model's configuration, under the names that models in transformers use
-    (`SOFTCAPS`, `SCALES`, `DIVISORS`).
+    (`SOFTCAPS`, `SCALES`, `DIVISORS`). Models read the same name in different ways: Granite divides by
+    `logits_scaling` and HyperCLOVA X multiplies by it; vision-language models leave out what their language model has.
+    So each reading is tried, and the one that gives the model's own logits is taken.
 
     Args:
         vocab_size: number of head rows that are tokens, as in `linear_logprob`.
@@ -187,20 +130,42 @@ def split_head(
     _require_decoder_only(model)
     head = model.get_output_embeddings()
     _require_plain_head(model, head)
-    config: Any = model.config.get_text_config()
-    scales = [getattr(config, name, None) or 1.0 for name in SCALES]
-    scales += [1.0 / (getattr(config, name, None) or 1.0) for name in DIVISORS]
-    caps = [cap for name in SOFTCAPS if (cap := getattr(config, name, None))]
-    halves = SplitModel(
-        model=model,
-        decoder=model.get_decoder(),
-        head=head,
-        softcap=softcap if softcap is not None else caps[0] if caps else None,
-        logit_scale=float(math.prod(scales)) if logit_scale is None else logit_scale,
-    )
+    decoder = _decoder(model)
+    readings = [
+        SplitModel(model, decoder, head, cap, scale)
+        for scale in (_scales(model.config.get_text_config()) if logit_scale is None else [logit_scale])
+        for cap in (_softcaps(model.config.get_text_config()) if softcap is None else [softcap])
+    ]
     with _evaluating(model), torch.no_grad():
-        _require_same_logits(halves)
+        halves = next((one for one in readings if _mismatch(one) is None), None)
+        if halves is None:
+            _refuse(readings[0])
     return replace(halves, vocab_size=vocab_size)
+
+
+def _scales(config: Any) -> list[float]:
+    """What a configuration may mean by its scales, the usual meaning first, no scale last."""
+    scale = math.prod(getattr(config, name, None) or 1.0 for name in SCALES)
+    divisor = math.prod(getattr(config, name, None) or 1.0 for name in DIVISORS)
+    return list(dict.fromkeys((float(scale / divisor), float(scale * divisor), 1.0)))
+
+
+def _softcaps(config: Any) -> list[float | None]:
+    """The same for its soft cap."""
+    caps = [float(cap) for name in SOFTCAPS if (cap := getattr(config, name, None))]
+    return [*caps[:1], None]
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that gives hidden states; some wrappers call their language model a decoder with its head on."""
+    decoder: Any = model.get_decoder()
+    if getattr(decoder, "get_output_embeddings", lambda: None)() is not None:
+        decoder = getattr(decoder, "model", decoder)
+    plain = getattr(decoder, "get_output_embeddings", lambda: None)() is None
+    name = f"{type(decoder).__name__}, which has one,"
+    do = "This model's head cannot be split off."
+    check.require(plain, "split_head", "model", "a decoder without a head", f"{name} in a {type(model).__name__}", do)
+    return decoder
 
 
 def _require_decoder_only(model: PreTrainedModel) -> None:
@@ -243,6 +208,7 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
         "a DTensor",
         "Split the model before sharding it.",
     )
+    head = in_force(head)
     kind, of_peft = type(head).__name__, type(head).__module__.startswith("peft.")
     refused = adapter_refusal(head) if is_adapted(head) else None
     check.require(
@@ -261,11 +227,12 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
     check.require(is_linear(head) or is_adapted(head), "split_head", "head", "a torch.nn.Linear", kind, advice)
 
 
-def _require_same_logits(halves: SplitModel) -> None:
-    ids = torch.arange(4, device=halves.weight.device).unsqueeze(0) % halves.weight.shape[0]
+def _mismatch(halves: SplitModel) -> tuple[float, float] | None:
+    """(largest difference from the model's own logits, largest of those); None if it is only rounding."""
+    ids = _probe(halves)
     hidden = halves.backbone(ids)
     if hidden.shape[-1] != halves.weight.shape[1]:
-        _refuse(halves, float("inf"), float("nan"), "")
+        return float("inf"), float("nan")
     largest = halves.head(hidden).abs().max().item()
     for factor in (1.0, LARGE / largest) if largest else (1.0,):  # a head of zeros has no large logits
         with _scaled_input(halves.head, factor):
@@ -274,8 +241,13 @@ def _require_same_logits(halves: SplitModel) -> None:
         error, scale = (ours - expected).abs().max().item(), expected.abs().max().item()
         # Each of the few roundings after the matmul is at most half an epsilon of the largest logit.
         if not error <= 4 * torch.finfo(hidden.dtype).eps * scale:
-            _require_finite(halves.model)
-            _refuse(halves, error, scale, _would_do(halves, ids, hidden))
+            return error, scale
+    return None
+
+
+def _probe(halves: SplitModel) -> torch.Tensor:
+    """(1, 4) token ids to compare on."""
+    return torch.arange(4, device=halves.weight.device).unsqueeze(0) % halves.weight.shape[0]
 
 
 def _require_finite(model: PreTrainedModel) -> None:
@@ -285,7 +257,10 @@ def _require_finite(model: PreTrainedModel) -> None:
     check.require(not bad, "split_head", "model", "finite weights", got, "Take a checkpoint from before it diverged.")
 
 
-def _refuse(halves: SplitModel, error: float, scale: float, do: str) -> None:
+def _refuse(halves: SplitModel) -> None:
+    """Says how the halves differ from the model, and with which constants they would not."""
+    _require_finite(halves.model)
+    error, scale = _mismatch(halves) or (0.0, 0.0)
     check.require(
         False,
         "split_head",
@@ -293,13 +268,15 @@ def _refuse(halves: SplitModel, error: float, scale: float, do: str) -> None:
         f"logits that follow from the last hidden states and the head (softcap {halves.softcap}, "
         f"logit scale {halves.logit_scale:g})",
         f"a {type(halves.model).__name__} whose own differ by up to {error:.3g} (largest logit {scale:.3g})",
-        do or "This model's head cannot be split off.",
+        _would_do(halves) or "This model's head cannot be split off.",
     )
 
 
-def _would_do(halves: SplitModel, ids: torch.Tensor, hidden: torch.Tensor) -> str:
+def _would_do(halves: SplitModel) -> str:
     """Advice on constants with which the halves would give the model's logits; empty if there are none."""
-    largest = halves.head(hidden).abs().max().item()
+    ids = _probe(halves)
+    hidden = halves.backbone(ids)
+    largest = halves.head(hidden).abs().max().item() if hidden.shape[-1] == halves.weight.shape[1] else 0.0
     if not largest:
         return ""
     pairs = []
