@@ -19,6 +19,7 @@ _EXPORTS = {
     "gae": "fastrl.ops.gae",
     "FusedLMHead": "fastrl.ops.fused_lm_head",
     "accelerate_cpu": "fastrl.model.accelerate",
+    "logps": "fastrl.model.logps",
     "split_head": "fastrl.model.head",
     "policy_loss": "fastrl.losses.policy",
     "linear_policy_loss": "fastrl.losses.linear_policy",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from fastrl.losses.value import value_loss as value_loss
     from fastrl.model.accelerate import accelerate_cpu as accelerate_cpu
     from fastrl.model.head import split_head as split_head
+    from fastrl.model.logps import logps as logps
     from fastrl.ops.fused_lm_head import FusedLMHead as FusedLMHead
     from fastrl.ops.gae import gae as gae
     from fastrl.ops.group_advantages import GroupAdvantage as GroupAdvantage
