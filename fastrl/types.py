@@ -59,6 +59,7 @@ class Sample:
     old_logps: list[float] | None = None
     values: list[float] | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # what rewards pass to `log_extra`, as JSON can hold it
+    support: list[list[int]] | None = None  # per token, if recorded: the ids it was drawn from; None: all of them
 
 
 @dataclass

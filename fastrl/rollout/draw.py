@@ -8,9 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastrl.check import require
 from fastrl.rollout.base import SamplingParams
 
 _BLOCK = 256  # tokens per block of the two-level cumulative sum
+_SUPPORT_IDS = 1 << 25  # that a call may record: up to 1.3 GB of Python integers
 _NUCLEUS_GUESS = 1024  # most nuclei fit in this many tokens, which avoids sorting the vocabulary
 
 
@@ -38,14 +40,61 @@ def draw(logits: torch.Tensor, u: torch.Tensor, params: SamplingParams) -> tuple
     Returns:
         token ids `(n,)` int64 and their log-probabilities `(n,)` float32.
     """
+    return draw_weighted(logits, u, params)[:2]
+
+
+def draw_weighted(
+    logits: torch.Tensor, u: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`draw`, and the weights `(n, V)` that it drew by, zero outside the set; None when greedy."""
     z = logits.float()
     if params.temperature == 0.0:
         tokens = z.argmax(-1)
-        return tokens, z.gather(-1, tokens[:, None])[:, 0] - z.logsumexp(-1)
+        return tokens, z.gather(-1, tokens[:, None])[:, 0] - z.logsumexp(-1), None
     z = z if params.temperature == 1.0 else z / params.temperature
     weights = truncate(z.softmax(-1), params.top_k, params.top_p, params.min_p)
     tokens, total = inverse_cdf(weights, u)
-    return tokens, (weights.gather(-1, tokens[:, None])[:, 0] / total).log().float()
+    return tokens, (weights.gather(-1, tokens[:, None])[:, 0] / total).log().float(), weights
+
+
+class Support:
+    """The ids that each draw chose among, collected step by step on the CPU.
+
+    Four bytes per id until the end, then lists of Python integers, up to 40 bytes each: top_k=20 and 100,000 tokens
+    make 80 MB. A nucleus of a flat distribution can hold most of the vocabulary, so what a call may record is bounded.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.total = 0
+
+    @staticmethod
+    def is_cut(params: SamplingParams) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return params.temperature > 0.0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+
+    def add(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        """The next token's sets: the ids of positive weight `(n, V)`, drawn for the completions `rows` `(n,)`.
+
+        Raises:
+            ValueError: too many ids in total.
+        """
+        positive = weights > 0
+        ids = positive.nonzero()[:, 1].int().cpu()
+        self.total += len(ids)
+        do = "Set top_k or lower top_p, sample fewer completions at a time, or turn record_support off."
+        expected = f"at most {_SUPPORT_IDS} kept ids in a call"
+        require(self.total <= _SUPPORT_IDS, "Support", "support", expected, f"{self.total} or more", do)
+        self.steps.append((rows.cpu(), ids, positive.sum(-1).cpu()))
+
+    def lists(self, lengths: list[int]) -> list[list[list[int]]]:
+        """For each completion, for each of its first `lengths` tokens, the ids in ascending order."""
+        found: list[list[list[int]]] = [[] for _ in lengths]
+        for rows, ids, sizes in self.steps:
+            for row, kept in zip(rows.tolist(), ids.split(sizes.tolist()), strict=True):
+                if len(found[row]) < lengths[row]:
+                    found[row].append(kept.tolist())
+        return found
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

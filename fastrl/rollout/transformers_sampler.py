@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from fastrl.model.load import embedding_rows
 from fastrl.progress import Progress, tracked, unseen
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.cache import DECODE_ATTENTION, RolloutCache, decode_attention, passed_as
-from fastrl.rollout.draw import draw, penalise, uniforms
+from fastrl.rollout.draw import Support, draw, draw_weighted, penalise, uniforms
 from fastrl.rollout.prepack import prepacked
 from fastrl.rollout.stop_strings import StopStrings
 from fastrl.types import Sample
@@ -67,6 +67,9 @@ class TransformersSampler:
         compact_after: drop finished rows from the batch once they have wasted the work of this many whole steps
             (0: at once; infinity: never). Moving the cache of the live rows costs about a quarter of a step.
         prepack: on a CPU, compute with packed copies of bfloat16 weights during a call; see `prepacked`.
+        record_support: fill in `Sample.support`, the ids that top_k, top_p and min_p left of each token's vocabulary.
+            `linear_logprob(support=...)` scores tokens under the distribution that they were drawn from. Costs up to 40
+            bytes per id, and on an accelerator a wait per token. Nothing to record without truncation or when greedy.
 
     Raises:
         ValueError: the model's attention cannot be replaced.
@@ -79,6 +82,7 @@ class TransformersSampler:
         *,
         compact_after: float = 0.25,
         prepack: bool = True,
+        record_support: bool = False,
     ) -> None:
         pluggable = getattr(model, "_supports_attention_backend", False)
         require(pluggable, _OP, "model", "a causal LM with pluggable attention", type(model).__name__)
@@ -86,6 +90,7 @@ class TransformersSampler:
         self.tokenizer = tokenizer
         self.compact_after = compact_after
         self.prepack = prepack
+        self.record_support = record_support
 
     @torch.no_grad()
     def sample(
@@ -98,18 +103,22 @@ class TransformersSampler:
         """Draws `num_samples` completions of each prompt; see `Sampler.sample`.
 
         Raises:
-            ValueError: no prompts, an empty prompt, a prompt with no room for `max_new_tokens`, or stop strings without
-                a tokenizer.
+            ValueError: no prompts, an empty prompt, a prompt with no room for `max_new_tokens`, stop strings without
+                a tokenizer, or `record_support` and sets too large to keep.
             FloatingPointError: the model's logits are not finite.
         """
         self._check(prompts, num_samples, params)
         streams = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
         with _eval_mode(self.model), prepacked(self.model) if self.prepack else nullcontext():
             u = uniforms(params.seed, streams, params.max_new_tokens)
-            tokens, logps, ends = self._complete(prompts, num_samples, params, u, progress)
+            support = Support() if self.record_support and Support.is_cut(params) else None
+            tokens, logps, ends = self._complete(prompts, num_samples, params, u, support, progress)
         if not bool(logps.isfinite().all()):
             raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. Check the weights.")
         samples = _collect(tokens, logps, params.stop_token_ids, ends)
+        if support is not None:
+            sets = support.lists([len(sample.token_ids) for sample in samples])
+            samples = [replace(sample, support=kept) for sample, kept in zip(samples, sets, strict=True)]
         return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
 
     def _check(self, prompts: Sequence[Sequence[int]], num_samples: int, params: SamplingParams) -> None:
@@ -139,6 +148,7 @@ class TransformersSampler:
         num_samples: int,
         params: SamplingParams,
         u: torch.Tensor,
+        support: Support | None,
         progress: Progress,
     ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int]]:
         """Token ids and log-probabilities `(completions, max_new_tokens)`, and the lengths of completions that a stop
@@ -152,7 +162,7 @@ class TransformersSampler:
         rows = _first_rows(lengths, layer.get_max_length(), layer.get_seq_length(), layer.keys.dtype)
         if params.repetition_penalty != 1.0:
             rows.seen = _tokens_in(distinct, logits)[source]
-        return self._decode(cache, logits, rows, params, u.to(logits.device), progress)
+        return self._decode(cache, logits, rows, params, u.to(logits.device), support, progress)
 
     def _prefill(
         self, prompts: list[tuple[int, ...]], source: torch.Tensor, max_new_tokens: int, progress: Progress
@@ -221,6 +231,7 @@ class TransformersSampler:
         rows: _Rows,
         params: SamplingParams,
         u: torch.Tensor,
+        support: Support | None,
         progress: Progress,
     ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int]]:
         """Draws tokens, drops finished rows when it pays, and feeds the tokens back; one result column per step."""
@@ -234,7 +245,11 @@ class TransformersSampler:
         wasted = 0.0  # steps' worth of work spent on finished rows since the last compaction
         for step in tracked(range(params.max_new_tokens), progress):
             logits = rows.logits(logits, step, stop, params)
-            drawn, logps[rows.index, step] = draw(logits, u[rows.index, step], params)
+            if support is None:
+                drawn, logps[rows.index, step] = draw(logits, u[rows.index, step], params)
+            else:
+                drawn, logps[rows.index, step], weights = draw_weighted(logits, u[rows.index, step], params)
+                support.add(rows.index, weights)
             tokens[rows.index, step] = drawn
             rows.done |= torch.isin(drawn, stop)
             last, checks = step + 1 == params.max_new_tokens, (step + 1) % every == 0
