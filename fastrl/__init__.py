@@ -17,7 +17,7 @@ _EXPORTS = {
     "linear_token_loss": "fastrl.ops.linear_token_loss",
     "group_advantages": "fastrl.ops.group_advantages",
     "gae": "fastrl.ops.gae",
-    "FusedLMHead": "fastrl.ops.fused_lm_head",
+    "FusedLMHead": "fastrl.model.fused_lm_head",
     "accelerate_cpu": "fastrl.model.accelerate",
     "logps": "fastrl.model.logps",
     "split_head": "fastrl.model.head",
@@ -70,9 +70,9 @@ if TYPE_CHECKING:
     from fastrl.losses.unpaired import unpaired_preference_loss as unpaired_preference_loss
     from fastrl.losses.value import value_loss as value_loss
     from fastrl.model.accelerate import accelerate_cpu as accelerate_cpu
+    from fastrl.model.fused_lm_head import FusedLMHead as FusedLMHead
     from fastrl.model.head import split_head as split_head
     from fastrl.model.logps import logps as logps
-    from fastrl.ops.fused_lm_head import FusedLMHead as FusedLMHead
     from fastrl.ops.gae import gae as gae
     from fastrl.ops.group_advantages import GroupAdvantage as GroupAdvantage
     from fastrl.ops.group_advantages import group_advantages as group_advantages

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from fastrl import check
-from fastrl.model.accelerate import is_linear
-from fastrl.model.head_layer import adapter_refusal, head_bias, head_weight, in_force, is_adapted
+from fastrl.model.fused_lm_head import FusedLMHead
+from fastrl.model.head_layer import adapter_refusal as adapter_refusal
+from fastrl.model.head_layer import head_bias, head_weight, require_linear
+from fastrl.model.head_layer import is_adapted as is_adapted
 from fastrl.model.masks import dense_masks
 
 if TYPE_CHECKING:
@@ -129,6 +131,7 @@ def split_head(
     """
     _require_decoder_only(model)
     head = model.get_output_embeddings()
+    head = head.lm_head if isinstance(head, FusedLMHead) else head
     _require_plain_head(model, head)
     decoder = _decoder(model)
     readings = [
@@ -208,23 +211,7 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
         "a DTensor",
         "Split the model before sharding it.",
     )
-    head = in_force(head)
-    kind, of_peft = type(head).__name__, type(head).__module__.startswith("peft.")
-    refused = adapter_refusal(head) if is_adapted(head) else None
-    check.require(
-        refused is None,
-        "split_head",
-        "head",
-        "a linear layer, or one with adapters that are a matrix",
-        f"one with {refused}",
-        "Set lora_dropout to 0, use LoRA or DoRA, or leave the head out of target_modules.",
-    )
-    advice = "Leave the head out of quantisation."
-    if of_peft:
-        advice = "Give the head LoRA or DoRA, leave it out of the adapter, or call merge_and_unload() first."
-        tuner = type(head).__module__.split(".")[-2]  # for example loha, whose layer is also called Linear
-        kind = f"one with another adapter of peft ({tuner}.{kind})"
-    check.require(is_linear(head) or is_adapted(head), "split_head", "head", "a torch.nn.Linear", kind, advice)
+    require_linear("split_head", "head", head)
 
 
 def _mismatch(halves: SplitModel) -> tuple[float, float] | None:

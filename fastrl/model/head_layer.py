@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastrl import check
 from fastrl.model.accelerate import is_linear
 
 
@@ -18,6 +19,35 @@ def in_force(layer: nn.Module) -> nn.Module:
         return layer
     active = [] if layer.disable_adapters else layer.active_adapters
     return copies[active[0]] if active and all(name in copies for name in active) else layer.original_module
+
+
+def require_linear(op: str, argument: str, layer: nn.Module, error: type[Exception] = ValueError) -> None:
+    """Requires a head of which `head_weight` and `head_bias` say all.
+
+    Raises:
+        error: it is another kind of layer, or its adapter is not a matrix.
+    """
+    layer = in_force(layer)
+    refused = adapter_refusal(layer) if is_adapted(layer) else None
+    check.require(
+        refused is None,
+        op,
+        argument,
+        "a linear layer, or one with adapters that are a matrix",
+        f"one with {refused}",
+        "Set lora_dropout to 0, use LoRA or DoRA, or leave the head out of target_modules.",
+        error,
+    )
+    kind, do = type(layer).__name__, "Leave the head out of quantisation."
+    if type(layer).__module__.startswith("peft."):
+        do = "Give the head LoRA or DoRA, leave it out of the adapter, or call merge_and_unload() first."
+        tuner = type(layer).__module__.split(".")[-2]  # for example loha, whose layer is also called Linear
+        kind = f"one with another adapter of peft ({tuner}.{kind})"
+    elif hasattr(layer, "get_output_embeddings"):
+        do = "Pass its head, model.get_output_embeddings()."
+    # A subclass that computes as its parent does, such as FSDP's, is plain.
+    plain = is_linear(layer) or (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward)
+    check.require(plain or is_adapted(layer), op, argument, "a torch.nn.Linear", kind, do, error)
 
 
 def head_weight(layer: nn.Module) -> torch.Tensor:

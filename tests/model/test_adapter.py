@@ -287,7 +287,24 @@ def test_an_adapter_on_the_embeddings_trains(tmp_path):
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
 
 
-def test_a_fused_head_says_what_to_do_with_an_adapted_one(tmp_path):
-    adapted = peft_model(tmp_path, **ON_THE_HEAD)
-    with pytest.raises(TypeError, match=r"FusedLMHead: lm_head: expected a torch.nn.Linear, got .*merge_and_unload"):
+@pytest.mark.parametrize("options", [ON_THE_HEAD, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])
+def test_a_fused_head_with_an_adapter_is_exact_with_gradients_to_all_of_it(tmp_path, options):
+    adapted = peft_model(tmp_path, **options)
+    head, hidden = adapted.get_output_embeddings(), split_head(adapted).backbone(IDS).detach()[:, :-1]
+    fused = FusedLMHead(head)
+    ours = fused(hidden, IDS[:, 1:]).logps
+    theirs = head(hidden).log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fused(hidden), head(hidden))
+    assert fused.state_dict().keys() == head.state_dict().keys()
+    trained = [param for param in head.parameters() if param.requires_grad]
+    for got, expected in zip(*(torch.autograd.grad(x.sum(), trained) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert expected.any()
+
+
+def test_a_fused_head_names_an_adapter_that_it_does_not_compute_and_says_what_to_do(tmp_path):
+    adapted = peft_model(tmp_path, kind="LoHaConfig", **ON_THE_HEAD)
+    message = r"FusedLMHead: lm_head: .* got one with another adapter of peft \(loha\.Linear\)\. .*merge_and_unload"
+    with pytest.raises(TypeError, match=message):
         FusedLMHead(adapted.get_output_embeddings())

@@ -1,0 +1,198 @@
+"""A fused head under two processes: its losses and gradients are those of one process."""
+
+from __future__ import annotations
+
+import traceback
+from functools import partial
+
+import pytest
+import torch
+from tolerance import assert_exact
+from torch import distributed, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fastrl import FusedLMHead, linear_policy_loss, presets
+
+WORLD, ROWS, LENGTH, WIDTH, VOCAB = 2, 6, 5, 8, 38
+TOKENS = ROWS * LENGTH
+
+
+class Net(nn.Module):
+    """A backbone and a head, with the loss in its forward."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+        self.lm_head = FusedLMHead(nn.Linear(WIDTH, VOCAB, dtype=dtype), softcap=4.0, logit_scale=0.5)
+
+    def forward(self, x, *args, kind, **named):
+        return getattr(self.lm_head, kind)(torch.tanh(self.backbone(x)), *args, **named).loss
+
+
+def data(rows=slice(None), dtype=torch.float64):
+    """x, targets, and what the loss reads of each token, (B, T)."""
+    torch.manual_seed(1)
+    x = torch.randn(ROWS, LENGTH, WIDTH, dtype=dtype)
+    targets = torch.randint(VOCAB, (ROWS, LENGTH))
+    mask = torch.rand(ROWS, LENGTH) < 0.8
+    advantages, old = torch.randn(ROWS, dtype=dtype), -torch.rand(ROWS, LENGTH, dtype=dtype)
+    return tuple(one[rows] for one in (x, targets, mask, advantages, old))
+
+
+def mine(rank):
+    return slice(rank, None, WORLD)
+
+
+def arguments(kind, rows=slice(None), share=1.0):
+    """Of `Net` for some rows; `share` is what one process' loss counts in the mean that the wrapper takes."""
+    x, targets, mask, advantages, old = data(rows)
+    if kind == "policy_loss":
+        named = {"mask": mask, "old_logps": old, "normalizer": TOKENS * share}
+        return (x, targets, advantages, presets.DAPO), {"kind": kind, **named}
+    weights = mask / (TOKENS * share)
+    return (x, targets, squared), {"kind": kind, "weights": weights, "context": (old,)}
+
+
+def squared(logps, old):
+    return (logps - old).square()
+
+
+def gradients(module):
+    whole = {}
+    for name, parameter in module.named_parameters():
+        grad = parameter.grad
+        whole[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return whole
+
+
+def expected(kind):
+    net = Net()
+    args, named = arguments(kind)
+    loss = net(*args, **named)
+    loss.backward()
+    return loss.detach(), gradients(net)
+
+
+def assert_equals_one_process(module, kind, rank):
+    args, named = arguments(kind, mine(rank), 1 / WORLD)
+    loss = module(*args, **named)
+    loss.backward()
+    total, one = loss.detach() / WORLD, expected(kind)
+    distributed.all_reduce(total)
+    assert_exact(total, one[0])
+    found = gradients(module)
+    assert len(found) == len(one[1]) == 4
+    for name, grad in one[1].items():
+        assert_exact(found[name], grad)
+        assert grad.any()
+
+
+def data_parallel(rank, kind):
+    net = DistributedDataParallel(Net())
+    args, named = arguments(kind, mine(rank), 1 / WORLD)
+    net(*args, **named).backward()
+    for name, grad in expected(kind)[1].items():
+        assert_exact(gradients(net)[f"module.{name}"], grad)
+        assert grad.any()
+
+
+def data_parallel_head_alone(rank):
+    head = DistributedDataParallel(Net().lm_head)
+    whole = Net().lm_head
+    for module, rows, share in ((whole, slice(None), 1.0), (head, mine(rank), 1 / WORLD)):
+        x, targets, mask, advantages, old = data(rows)
+        named = {"advantages": advantages, "mask": mask, "old_logps": old, "normalizer": TOKENS * share}
+        module(x, targets, op=partial(linear_policy_loss, spec=presets.DAPO, **named)).loss.backward()
+    assert_exact(head.module.weight.grad, whole.weight.grad)
+    assert whole.weight.grad.any()
+
+
+def sharded(rank, kind):
+    net = Net()
+    fully_shard(net.lm_head)
+    fully_shard(net)
+    assert_equals_one_process(net, kind, rank)
+
+
+def sharded_with_the_whole_model(rank):
+    assert_equals_one_process(fully_shard(Net()), "policy_loss", rank)
+
+
+def mixed_precision(rank):
+    """FSDP rounds what it sees; advantages and old log-probabilities it must not see."""
+    head = Net(torch.float32).lm_head
+    weight, bias = (one.detach().bfloat16() for one in (head.weight, head.bias))
+    x, targets, mask, advantages, old = data(mine(rank), torch.float32)
+    named = {"mask": mask, "old_logps": old}
+    fully_shard(head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    ours = head.policy_loss(x, targets, advantages, presets.DAPO, **named).loss
+    constants = {"bias": bias, "softcap": 4.0, "logit_scale": 0.5}
+    alone = linear_policy_loss(x.bfloat16(), weight, targets, advantages, presets.DAPO, **named, **constants).loss
+    rounded = {"mask": mask, "old_logps": old.bfloat16()}
+    wrong = linear_policy_loss(
+        x.bfloat16(), weight, targets, advantages.bfloat16(), presets.DAPO, **rounded, **constants
+    ).loss
+    torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-7)
+    assert (wrong - alone).abs() > 1e-5
+    with pytest.raises(ValueError, match=r"FusedLMHead: temperature: expected a tensor of at least 32 bits, got .*bfl"):
+        head(x, targets, temperature=torch.full(targets.shape, 0.7))
+
+
+def layer_sharded_inside(rank):
+    head = Net().lm_head
+    fully_shard(head.lm_head)
+    x, targets, *_ = data()
+    with pytest.raises(ValueError, match=r"^FusedLMHead: lm_head.weight: .* Shard the FusedLMHead instead"):
+        head(x, targets)
+
+
+def sharded_by_a_module_that_does_not_run(rank):
+    net = Net()
+    head = FusedLMHead(net.lm_head.lm_head)
+    fully_shard(net)
+    x, targets, *_ = data()
+    with pytest.raises(ValueError, match=r"^FusedLMHead: lm_head.weight: .* put the FusedLMHead into that module"):
+        head(x, targets)
+
+
+CASES = {
+    "data_parallel_policy_loss": partial(data_parallel, kind="policy_loss"),
+    "data_parallel_token_loss": partial(data_parallel, kind="token_loss"),
+    "data_parallel_head_alone": data_parallel_head_alone,
+    "sharded_policy_loss": partial(sharded, kind="policy_loss"),
+    "sharded_token_loss": partial(sharded, kind="token_loss"),
+    "sharded_with_the_whole_model": sharded_with_the_whole_model,
+    "mixed_precision": mixed_precision,
+    "layer_sharded_inside": layer_sharded_inside,
+    "sharded_by_a_module_that_does_not_run": sharded_by_a_module_that_does_not_run,
+}
+
+
+def process(rank, folder):
+    """Runs all cases; writes what each raised, or nothing."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+    for name, case in CASES.items():
+        try:
+            case(rank)
+            said = ""
+        except Exception:
+            said = traceback.format_exc()
+        (folder / f"{name}.{rank}").write_text(said)
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (folder,), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one_or_are_told_what_to_do(outcomes, case):
+    assert [(outcomes / f"{case}.{rank}").read_text() for rank in range(WORLD)] == ["", ""]
