@@ -29,29 +29,43 @@ def require(
         raise error(sentence(op, argument, expected, got, do))
 
 
-def shape(op: str, argument: str, tensor: torch.Tensor, expected: Iterable[int], like: str, do: str = "") -> None:
-    """Requires a shape; `like` says where it comes from."""
+def tensor(op: str, argument: str, value: object, expected: str = "a tensor") -> None:
+    """Requires a tensor; of a module or a model's outputs, the message names the part that was meant."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        parts = (argument, "logps", "last_hidden_state", "hidden_states", "weight")
+        part = next((name for name in parts if getattr(value, name, None) is not None), None)
+        do = "" if part is None else f"Pass its {part}{'[-1]' if part == 'hidden_states' else ''}."
+        raise TypeError(sentence(op, argument, expected, f"a {type(value).__name__}", do))
+
+
+def shape(op: str, argument: str, given: torch.Tensor, expected: Iterable[int], like: str, do: str = "") -> None:
+    """Requires a tensor of a shape; `like` says where it comes from."""
     expected = tuple(expected)
-    require(tuple(tensor.shape) == expected, op, argument, f"shape {expected} {like}", tuple(tensor.shape), do)
+    tensor(op, argument, given, f"a tensor of shape {expected} {like}")
+    require(tuple(given.shape) == expected, op, argument, f"shape {expected} {like}", tuple(given.shape), do)
 
 
-def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
+def floating(op: str, argument: str, given: torch.Tensor) -> None:
     """Requires a floating-point tensor of a dtype that kernels compute in: 8-bit types are for storage only."""
-    ok = tensor.is_floating_point() and tensor.element_size() > 1
+    tensor(op, argument, given)
+    ok = given.is_floating_point() and given.element_size() > 1
     expected = "a floating-point tensor of 16, 32 or 64 bits"
-    require(ok, op, argument, expected, tensor.dtype, "Cast it first.", TypeError)
+    require(ok, op, argument, expected, given.dtype, "Cast it first.", TypeError)
 
 
-def integer(op: str, argument: str, tensor: torch.Tensor) -> None:
+def integer(op: str, argument: str, given: torch.Tensor) -> None:
     """Requires an int32 or int64 tensor."""
     import torch
 
+    tensor(op, argument, given)
     require(
-        tensor.dtype in (torch.int64, torch.int32),
+        given.dtype in (torch.int64, torch.int32),
         op,
         argument,
         "an int64 or int32 tensor",
-        tensor.dtype,
+        given.dtype,
         "Token ids are integers.",
         TypeError,
     )

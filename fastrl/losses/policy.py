@@ -80,6 +80,7 @@ def policy_loss(
         TypeError: a dtype is wrong, or the spec is not a PolicyLoss.
     """
     check.floating(OP, "logps", logps)
+    _refuse_sharded(OP, logps=logps, entropy=entropy)
     refuse_forward_mode(OP, logps, entropy)
     check.require(logps.dim() in (1, 2), OP, "logps", "shape (B, T) or (N,)", tuple(logps.shape))
     check_entropy(OP, entropy, logps, spec)
@@ -140,6 +141,7 @@ def flatten_tokens(
     """
     check_spec(op, spec)
     constants = {"old_logps": old_logps, "ref_logps": ref_logps, "sampling_logps": sampling_logps}
+    _refuse_sharded(op, advantages=advantages, mask=mask, **constants)
     check.shape(op, "mask", mask, shape, "as logps")
     check.device(op, "mask", mask, device, "logps")
     check_layout(op, mask, cu_seqlens)
@@ -173,6 +175,16 @@ def flatten_tokens(
         seq_ids=None if without_ids else seq_ids,
         num_seqs=0 if without_ids else max(num_seqs, 1),
     )
+
+
+def _refuse_sharded(op: str, **tensors: torch.Tensor | None) -> None:
+    """A loss of tokens that are spread over processes needs their global counts, which a DTensor does not bring."""
+    do = (
+        "Pass each process its own tokens, to_local(), with the normalizer of all, or every process all tokens, "
+        "full_tensor()."
+    )
+    for name, tensor in tensors.items():
+        check.require(not hasattr(tensor, "full_tensor"), op, name, "a plain tensor", "a DTensor", do, TypeError)
 
 
 def check_spec(op: str, spec: object) -> None:

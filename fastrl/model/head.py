@@ -179,7 +179,7 @@ def _require_decoder_only(model: PreTrainedModel) -> None:
         "model",
         "a decoder-only model",
         f"{name}, an encoder and a decoder",
-        "Its log-probabilities need the encoder's states, which fastrl does not keep.",
+        "Run the model yourself, and pass what its head is given, and the head's weight, to linear_logprob.",
     )
     check.require(
         not getattr(config, "is_prompt_learning", False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,9 +92,21 @@ def load_pretrained(
             read = AutoTokenizer.from_pretrained(str(tokenizer) or source, trust_remote_code=False)
         except OSError as error:
             raise ValueError(_no_such_model(name, error)) from error
+        except ValueError as error:
+            _refuse_other_kind(name, kind, error)
+            raise
     if read.pad_token_id is None:
         read.pad_token = read.eos_token
     return model.eval(), read, sorted(loading["missing_keys"])
+
+
+def _refuse_other_kind(name: str, kind: Any, error: ValueError) -> None:
+    """In place of transformers' message, which lists every model that there is."""
+    other = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error))
+    if other is not None:
+        do = "fastrl trains decoder-only models, not those with an encoder and a decoder."
+        expected = f"a model of which transformers has an {kind.__name__}"
+        raise ValueError(check.sentence("load_model", name, expected, f"one with a {other[1]}", do)) from error
 
 
 def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:

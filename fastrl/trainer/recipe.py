@@ -15,6 +15,12 @@ from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.typed import ConfigError, from_dict, without_none
 
+# An installed package has no folder of recipes.
+START = (
+    "A file with the line `algorithm: grpo` is one, whose other settings `fastrl train FILE --print` shows; "
+    "`fastrl recipes` lists the algorithms."
+)
+
 
 class _Refused(yaml.YAMLError):
     """YAML would read something differently from how it looks."""
@@ -61,13 +67,13 @@ def load_recipe(path: str | Path) -> TrainConfig:
     except _Refused as error:
         raise ConfigError(f"{path}, {error}") from None
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe. `recipes/` has some to start from.") from None
+        raise ConfigError(f"{path}: no such recipe. {START}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected text in UTF-8, got {error}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:
-        raise ConfigError(f"{path}: the recipe is empty. `recipes/` has some to start from.")
+        raise ConfigError(f"{path}: the recipe is empty. {START}")
     try:
         config = from_dict(TrainConfig, data, "")
         build_algorithm(config)  # refuses what the algorithm does not have
