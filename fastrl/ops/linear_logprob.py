@@ -45,6 +45,8 @@ def check_head(
 ) -> HeadInputs:
     """Checks the head's arguments once and flattens the leading dimensions."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if name != "bias" or tensor is not None:
+            check.tensor(op, name, tensor)
         check.require(
             not hasattr(tensor, "full_tensor"),
             op,
