@@ -5,23 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastrl import check
-from fastrl.model.head import (
-    DIVISORS,
-    SCALES,
-    SOFTCAPS,
-    SplitModel,
-    _evaluating,
-    adapter_refusal,
-    is_adapted,
-    split_head,
-)
+from fastrl.model.head import DIVISORS, SCALES, SOFTCAPS, SplitModel, _evaluating, split_head
+from fastrl.model.head_layer import adapter_refusal, in_force, is_adapted
 from fastrl.model.masks import dense_masks
 from fastrl.ops.linear_logprob import linear_logprob
 from fastrl.types import LogprobOutput
@@ -31,7 +23,6 @@ if TYPE_CHECKING:
 
 OP = "logps"
 IGNORED = -100
-IN_FORWARD = "Call it on the model itself, and compile the decoder: model.get_decoder().compile()."
 
 
 def logps(
@@ -112,7 +103,7 @@ def logps(
         placed = [one.new_zeros(targets.numel()).index_copy(0, rows, one).view(targets.shape) for one in found]
         return torch.stack(placed, dim=-1)  # (B, L, 1 or 2)
 
-    attention_mask = _separated(inner, input_ids, attention_mask, position_ids)
+    attention_mask = _separated(halves.decoder, input_ids, attention_mask, position_ids)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     with replaced_head(OP, halves.head, head) as call:
         model(**inputs, use_cache=False, **model_inputs)
@@ -130,7 +121,8 @@ def unwrapped(op: str, model: nn.Module) -> PreTrainedModel:
         model = model.module
     kind = type(model).__name__
     refused = {
-        "OptimizedModule": IN_FORWARD,
+        # Its graph would be compiled anew for every number of tokens that go through the head.
+        "OptimizedModule": "Pass the model itself, and compile its decoder: model.get_decoder().compile().",
         "DataParallel": "Use DistributedDataParallel: start one process per GPU with torchrun.",
         "FullyShardedDataParallel": "Use fully_shard, on a model that was accelerated before.",
     }
@@ -140,9 +132,11 @@ def unwrapped(op: str, model: nn.Module) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class _Known:
-    """What `split_once` remembers of a split: neither the model nor its head, so both can be freed."""
+    """What `split_once` remembers of a split. No reference to a module, so that all can be freed."""
 
+    embeddings: weakref.ref[nn.Module]  # the model's output embeddings, which may be a wrapper of the head
     head: weakref.ref[nn.Module]
+    decoder: weakref.ref[nn.Module]
     state: tuple[object, ...]
     softcap: float | None
     logit_scale: float
@@ -154,44 +148,51 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def split_once(model: PreTrainedModel) -> SplitModel:
     """`split_head`, which runs the model, only if it has not been called or if the head or its constants are others.
 
-    Also checks that the model gives its head the very states that `split_head` looked at.
+    Here `logit_scale` is what the model does behind its head, to which it may give other states than its decoder's.
 
     Raises:
-        ValueError: as `split_head`, or the head's input is not the last hidden state.
+        ValueError: as `split_head`, or the model's logits do not follow from the head's input.
     """
     get = getattr(model, "get_output_embeddings", None)
     do = "Load it with AutoModelForCausalLM."
     check.require(get is not None, "split_head", "model", "a transformers model", type(model).__name__, do)
-    head = get()
-    known = _KNOWN.get(model)
-    if head is not None and known is not None and known.head() is head and known.state == _state(model, head):
-        return SplitModel(model, model.get_decoder(), head, known.softcap, known.logit_scale)
-    halves = split_head(model)
-    _require_plain_input(halves)
-    _KNOWN[model] = _Known(weakref.ref(head), _state(model, head), halves.softcap, halves.logit_scale)
+    embeddings, known = get(), _KNOWN.get(model)
+    if embeddings is not None and known is not None and known.embeddings() is embeddings:
+        head, decoder = known.head(), known.decoder()
+        if head is not None and decoder is not None and known.state == _state(model, head):
+            return SplitModel(model, decoder, head, known.softcap, known.logit_scale)
+    halves = _for_the_heads_input(split_head(model))
+    modules = (weakref.ref(one) for one in (embeddings, halves.head, halves.decoder))
+    _KNOWN[model] = _Known(*modules, _state(model, halves.head), halves.softcap, halves.logit_scale)
     return halves
 
 
 def _state(model: PreTrainedModel, head: nn.Module) -> tuple[object, ...]:
     """What makes a split another one if it changes."""
     config: Any = model.config.get_text_config()
-    adapters = adapter_refusal(head) if is_adapted(head) else None
     constants = tuple(getattr(config, name, None) for name in (*SCALES, *DIVISORS, *SOFTCAPS))
-    weight = head.base_layer.weight if is_adapted(head) else head.weight
-    return (tuple(weight.shape), adapters, constants)
+    layer: Any = in_force(head)
+    weight = layer.base_layer.weight if is_adapted(layer) else layer.weight
+    return (tuple(weight.shape), adapter_refusal(layer) if is_adapted(layer) else None, constants)
 
 
-def _require_plain_input(halves: SplitModel) -> None:
-    """Refuses a model that changes the last hidden state before its head: the head's constants would count twice."""
-    ids = torch.arange(4, device=halves.weight.device).unsqueeze(0) % halves.weight.shape[0]
-    with _evaluating(halves.model), torch.no_grad():
-        hidden = halves.backbone(ids)
-        with replaced_head("split_head", halves.head, lambda given: given) as call:
-            halves.model(input_ids=ids, use_cache=False)
-    given = call.output
-    same = given.shape == hidden.shape and torch.equal(given.to(hidden.dtype), hidden)
+def _for_the_heads_input(halves: SplitModel) -> SplitModel:
+    """The same halves, with the scale that is left to apply behind the head: MiniCPM3 scales its states before it."""
+    ids, inputs = torch.arange(4, device=halves.weight.device).unsqueeze(0) % halves.weight.shape[0], []
+    hook = halves.head.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        with _evaluating(halves.model), torch.no_grad():
+            logits = halves.model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    for scale in dict.fromkeys((halves.logit_scale, 1.0)):
+        found = replace(halves, logit_scale=scale)
+        error = (found.logits(inputs[0]).float() - logits).abs().max().item()
+        if error <= 4 * torch.finfo(inputs[0].dtype).eps * logits.abs().max().item():
+            return found
     got = f"a {type(halves.model).__name__}, which changes it first"
-    check.require(same, "split_head", "model", "a model whose head takes the decoder's last hidden state", got)
+    check.require(False, "split_head", "model", "a model whose head takes the decoder's last hidden state", got)
+    return halves
 
 
 class HeadCall:
@@ -215,12 +216,7 @@ def replaced_head(op: str, head: nn.Module, forward: Callable[[torch.Tensor], to
     The head is still called as a module, where its model calls it. So whatever hangs on that call happens: hooks, the
     gathering of sharded weights, moves between devices. What the model does to its logits is done to those few numbers,
     which the caller ignores.
-
-    Raises:
-        ValueError: under torch.compile, which would compile anew at every call.
     """
-    compiling = torch.compiler.is_compiling()
-    check.require(not compiling, op, "model", "a forward that is not compiled as a whole", "torch.compile", IN_FORWARD)
     call = HeadCall(op)
 
     def recorded(hidden: torch.Tensor) -> torch.Tensor:
@@ -287,7 +283,7 @@ def _targets(
 
 
 def _separated(
-    model: PreTrainedModel,
+    decoder: nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -302,4 +298,4 @@ def _separated(
     owner = starts.cumsum(1)
     mask = (owner[:, :, None] == owner[:, None, :]) & there[:, None, :] & there[:, :, None]
     mask = (mask & torch.ones_like(mask).tril()).unsqueeze(1)  # (B, 1, L, L)
-    return dense_masks(model.get_decoder(), input_ids, mask, position_ids, next(model.parameters()))
+    return dense_masks(decoder, input_ids, mask, position_ids, next(decoder.parameters()))

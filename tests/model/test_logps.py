@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from test_families import FAMILIES, IDS
 from test_head import CONFIGS, LENGTH, VOCAB, exact_softmax, ids, one_rank_mesh, tiny  # noqa: F401
 from tolerance import assert_no_worse
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,6 @@ from transformers import (
 
 import fastrl
 from fastrl.model import logps as module
-
 
 NOTHING = dict.fromkeys(("cache", "past_key_values", "hidden_states", "attentions"))
 
@@ -238,6 +238,40 @@ def test_nothing_of_the_model_changes():
     assert {name: dict(vars(one)) for name, one in model.named_modules()} == state
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_log_probabilities_of_its_own_logits(family):
+    model = FAMILIES[family].model()
+    out = fastrl.logps(model, IDS, entropy=True)
+    with torch.no_grad():
+        logits = model(IDS, use_cache=False).logits
+    scale = logits.abs().max().item()
+    logp = torch.log_softmax(logits.double(), -1)[:, :-1]
+    expected = logp.gather(-1, IDS[:, 1:, None])[..., 0]
+    torch.testing.assert_close(out.logps[:, 1:].double(), expected, rtol=1e-6, atol=1e-6 * scale)
+    entropy = -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(out.entropy[:, 1:].double(), entropy, rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("kind", ["fused_head", "modules_to_save"])
+def test_a_wrapped_head_scores_and_trains(kind):
+    model = fresh("llama")
+    if kind == "fused_head":
+        model.lm_head = fastrl.FusedLMHead(model.lm_head)
+        weight = model.lm_head.lm_head.weight
+    else:
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        model = get_peft_model(model, config).double()
+        weight = model.base_model.model.lm_head.modules_to_save["default"].weight
+    for _ in range(2):
+        out = fastrl.logps(model, ids())
+        expected, _ = by_logits(model, ids())
+        close(out.logps, expected)
+        (ours,), (own,) = torch.autograd.grad(out.logps.sum(), weight), torch.autograd.grad(expected.sum(), weight)
+        close(ours, own)
+        with torch.no_grad():
+            weight.mul_(1.5)
+
+
 def test_images_and_other_inputs_reach_the_model():
     vision = CLIPVisionConfig(
         hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2
@@ -291,12 +325,12 @@ def test_a_head_sharded_after_its_split_is_gathered_by_its_own_call(one_rank_mes
     close(model.lm_head.weight.grad.full_tensor(), grad)
 
 
-class Halved(torch.nn.Module):
-    """A backbone whose output is not what the head gets."""
+class Scaled(torch.nn.Module):
+    """A model that scales its states before the head by what its configuration calls a scale of logits, and more."""
 
-    def __init__(self, model):
+    def __init__(self, model, more):
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model, self.config, self.more = model, model.config, more
 
     def get_output_embeddings(self):
         return self.model.lm_head
@@ -304,18 +338,21 @@ class Halved(torch.nn.Module):
     def get_decoder(self):
         return self.model.model
 
-    def forward(self, input_ids, use_cache=None):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
         hidden = self.model.model(input_ids, use_cache=False).last_hidden_state
-        return type("Output", (), {"logits": self.model.lm_head(hidden * self.config.logit_scale)})
+        logits = self.model.lm_head(hidden * self.config.logit_scale / self.more) * self.more
+        return type("Output", (), {"logits": logits})
 
 
-def test_a_model_that_scales_before_its_head_is_refused():
+def test_a_scale_before_the_head_counts_once_and_a_split_one_is_refused():
     inner = fresh("llama")
     inner.config.logit_scale = 0.5
+    model = Scaled(inner, 1.0)
+    close(fastrl.logps(model, ids()).logps, by_logits(model, ids())[0])
     with pytest.raises(
-        ValueError, match="expected a model whose head takes the decoder's last hidden state, got a Hal"
+        ValueError, match="expected a model whose head takes the decoder's last hidden state, got a Sca"
     ):
-        fastrl.logps(Halved(inner), ids())
+        fastrl.logps(Scaled(inner, 4.0), ids())
 
 
 @pytest.mark.parametrize(
@@ -338,7 +375,7 @@ def test_inputs_that_would_shift_or_drop_tokens_are_refused(inputs, message):
 
 def test_models_whose_forward_cannot_be_entered_are_refused_by_name():
     model = tiny("llama")
-    with pytest.raises(ValueError, match=r"got OptimizedModule\. Call it on the model itself, and compile the decoder"):
+    with pytest.raises(ValueError, match=r"got OptimizedModule\. Pass the model itself, and compile its decoder"):
         fastrl.logps(torch.compile(model), ids())
     with pytest.raises(ValueError, match=r"got DataParallel\. Use DistributedDataParallel"):
         fastrl.logps(torch.nn.DataParallel(model), ids())
