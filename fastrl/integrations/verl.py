@@ -37,7 +37,7 @@ DEFAULTS = {
 }
 
 PolicyLossFunction = Callable[..., tuple[torch.Tensor, dict[str, Any]]]
-Advantages = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 # Policy losses.
@@ -175,12 +175,12 @@ def _groups(name: str, index: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor([numbers.setdefault(uid, len(numbers)) for uid in index], device=device)
 
 
-def _estimator(name: str, of_scores: Callable[..., torch.Tensor]) -> Callable[..., Advantages]:
+def _estimator(name: str, of_scores: Callable[..., torch.Tensor]) -> Callable[..., Pair]:
     """An estimator of one number per completion under veRL's signature."""
 
     def compute(
         token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **others: Any
-    ) -> Advantages:
+    ) -> Pair:
         scores, mask = token_level_rewards.detach().float().sum(-1), response_mask.bool()
         values = of_scores(name, scores, mask, config, **others)
         spread = torch.where(mask, values[:, None], 0.0)  # (B, T)
@@ -215,16 +215,14 @@ def _of_lengths(estimate: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return of_scores
 
 
-def reinforce_pp(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **_: Any
-) -> Advantages:
+def reinforce_pp(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **_: Any) -> Pair:
     """REINFORCE++ under veRL's signature: whitened rewards-to-go, and the rewards-to-go, (B, T) float32."""
     mask, gamma = response_mask.bool(), 1.0 if config is None else config.get("gamma", 1.0)
     returns = advantages.discounted_returns(token_level_rewards.detach().float(), mask, gamma=gamma)
     return advantages.whiten(returns, mask), returns
 
 
-ESTIMATORS: dict[str, Callable[..., Advantages]] = {
+ESTIMATORS: dict[str, Callable[..., Pair]] = {
     name: _estimator(name, of_scores)
     for name, of_scores in {
         "fastrl_grpo": _grpo,
@@ -273,7 +271,7 @@ class FusedLinear(torch.nn.Module):
         vocab_weights: torch.Tensor,
         input_ids: torch.Tensor,
         temperature: float | torch.Tensor = 1.0,
-    ) -> Advantages:
+    ) -> Pair:
         """Log-probability and entropy of each token, both float32 and both with a gradient.
 
         Args:
@@ -301,7 +299,7 @@ def linear_cross_entropy(
     temperature: float | torch.Tensor = 1.0,
     reduction: str = "none",
     dist_process_group: Any = None,
-) -> Advantages:
+) -> Pair:
     """veRL's `linear_cross_entropy`: (N,) log-probabilities and entropies of flattened tokens, float32.
 
     Raises:
@@ -332,7 +330,8 @@ def serve_fused_kernels(*, sum_pi_squared: bool = False) -> Handle:
     """Replaces the heads behind `use_fused_kernels=True`: `FusedLinearForPPO` and `linear_cross_entropy`.
 
     The entropy is float32 and has a gradient, the head's gradient is added up in float32, and a temperature may differ
-    by row. Call it in every worker, before a model's first forward pass.
+    by row. Call it in every worker, before a model's first forward pass. A Megatron module that is imported afterwards
+    keeps the function that it found.
 
     Args:
         sum_pi_squared: also serve `calculate_sum_pi_squared=True` with fused kernels, on FSDP, for

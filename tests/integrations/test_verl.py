@@ -339,15 +339,19 @@ def test_the_entropy_of_a_16_bit_head_is_float32(verl):
     torch.testing.assert_close(entropy.double(), wanted[1], rtol=1e-5, atol=1e-5)
 
 
-def test_undo_gives_verl_its_own_head_back(verl):
+def test_undo_gives_verl_its_own_head_back(verl, monkeypatch):
     functional = importlib.import_module("verl.utils.experimental.torch_functional")
     kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    importer = types.ModuleType(verl.HOLDERS[0])  # Megatron's forward, which has imported the function by its name
+    importer.linear_cross_entropy = kernel.linear_cross_entropy
+    monkeypatch.setitem(sys.modules, verl.HOLDERS[0], importer)
     before = functional.FusedLinearForPPO, kernel.linear_cross_entropy
     handle = verl.serve_fused_kernels()
     assert issubclass(functional.FusedLinearForPPO, verl.FusedLinear)
-    assert kernel.linear_cross_entropy is verl.linear_cross_entropy
+    assert kernel.linear_cross_entropy is importer.linear_cross_entropy is verl.linear_cross_entropy
     handle.undo()
     assert (functional.FusedLinearForPPO, kernel.linear_cross_entropy) == before
+    assert importer.linear_cross_entropy is before[1]
 
 
 def test_linear_cross_entropy_flattens_and_refuses_a_split_vocabulary(verl, monkeypatch):
