@@ -1,12 +1,16 @@
 import copy
 import inspect
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from model.test_families import FAMILIES, IDS
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
+from trainer.tiny import write_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -25,6 +29,7 @@ from transformers import (
 
 from fastrl.integrations import hf
 
+DOC = (Path(__file__).parents[2] / "docs/integrations/hf.md").read_text()
 VOCAB, LENGTH = 41, 12
 SIZES = {
     "vocab_size": VOCAB,
@@ -554,3 +559,19 @@ def test_a_model_with_a_loss_of_its_own_making_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"hf.accelerate: labels: expected the call's own in the model's loss"):
         hf.accelerate(model)
     assert "forward" not in vars(model)
+
+
+def test_the_documented_example_trains_and_is_undone(tmp_path, monkeypatch):
+    folder = str(write_model(tmp_path / "model"))
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        kind = getattr(transformers, name)
+        monkeypatch.setattr(kind, "from_pretrained", lambda _, load=kind.from_pretrained: load(folder))
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
+    assert len(code.strip().splitlines()) <= 15
+    names = {}
+    exec(code, names)
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    pairs = zip(names["model"].parameters(), before.parameters(), strict=True)
+    assert all(not torch.equal(*pair) for pair in pairs)
+    assert "forward" not in vars(names["model"])

@@ -1,6 +1,8 @@
 import copy
 import gc
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from test_families import FAMILIES, IDS
 from test_head import CONFIGS, LENGTH, VOCAB, exact_softmax, ids, one_rank_mesh, tiny  # noqa: F401
 from tolerance import assert_no_worse
 from torch.nn.parallel import DistributedDataParallel
+from trainer.tiny import write_model
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -20,6 +23,7 @@ from transformers import (
 
 import fastrl
 from fastrl.model import logps as module
+from fastrl.model.load import load_model
 
 NOTHING = dict.fromkeys(("cache", "past_key_values", "hidden_states", "attentions"))
 
@@ -400,3 +404,17 @@ def test_a_compiled_decoder_gives_the_same():
     expected = fastrl.logps(model, ids()).logps
     model.get_decoder().compile(backend="eager")
     close(fastrl.logps(model, ids()).logps, expected)
+
+
+def test_the_documented_example_trains(tmp_path, monkeypatch):
+    doc = (Path(__file__).parents[2] / "docs/integrations/plain_torch.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", doc, flags=re.DOTALL)
+    assert len(code.strip().splitlines()) <= 15
+    folder = write_model(tmp_path / "model")
+    monkeypatch.setattr("fastrl.model.load.load_model", lambda name, dtype: load_model(folder, dtype))
+    names = {}
+    exec(code, names)
+    before, _ = load_model(folder)
+    pairs = zip(names["model"].parameters(), before.parameters(), strict=True)
+    assert all(not torch.equal(*pair) for pair in pairs)
+    assert names["model"].lm_head.weight.isfinite().all()

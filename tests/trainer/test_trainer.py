@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import runpy
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastrl
 from fastrl import Trainer
 from fastrl.losses import presets
+from fastrl.model.load import load_model
 from fastrl.trainer.setup import train
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+LOOPS = ("hf_sft", "plain_torch")  # of which the trainer is somebody else's
+OWN = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in LOOPS)
 ROWS = [{"prompt": " ".join([f"w{i}"] * (1 + i % 3)), "wanted": "w7"} for i in range(24)]
 SMALL = {
     "dtype": "float32",
@@ -163,7 +167,21 @@ def test_settings_that_do_not_exist_are_refused_as_in_a_recipe(tmp_path, given, 
         Trainer("nowhere", ROWS, rewards=short, **given)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", LOOPS)
+def test_examples_with_another_loop_train(tmp_path, monkeypatch, name):
+    folder = write_model(tmp_path / "model")
+    monkeypatch.setattr("fastrl.model.load.load_model", lambda name, dtype: load_model(folder, dtype))
+    monkeypatch.chdir(tmp_path)
+    random.seed(0)
+    model = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")["model"]
+    before, _ = load_model(folder)
+    moved = [not torch.equal(*pair) for pair in zip(model.parameters(), before.parameters(), strict=True)]
+    assert all(moved)
+    assert all(one.isfinite().all() for one in model.parameters())
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_examples_run(tmp_path, monkeypatch, path):
     made = small_trainers(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
