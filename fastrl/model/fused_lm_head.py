@@ -35,8 +35,8 @@ class FusedLMHead(torch.nn.Module):
     FusedLMHead(model.lm_head)`, it leaves the model's own forward and `generate` as they were.
 
     Args:
-        lm_head: the linear layer that maps hidden states (..., H) to logits (..., V), also with LoRA, DoRA or in peft's
-            `modules_to_save`.
+        lm_head: the linear layer that maps hidden states (..., H) to logits (..., V), also with LoRA or DoRA, or in
+            peft's `modules_to_save` or `trainable_token_indices`.
         softcap, logit_scale, vocab_size: as `linear_logprob`; properties of the model. They are not part of plain
             logits, where the model itself applies them.
 
@@ -143,17 +143,17 @@ class FusedLMHead(torch.nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         """The layer's."""
-        return self.lm_head.bias
+        return getattr(self.lm_head, "bias", None)
 
     @property
     def in_features(self) -> int:
         """H."""
-        return self.lm_head.in_features
+        return self.weight.shape[1]
 
     @property
     def out_features(self) -> int:
         """V."""
-        return self.lm_head.out_features
+        return self.weight.shape[0]
 
     def _require_gathered(self, weight: torch.Tensor) -> None:
         if not hasattr(weight, "full_tensor"):

@@ -47,7 +47,9 @@ def require_linear(op: str, argument: str, layer: nn.Module, error: type[Excepti
         do = "Pass its head, model.get_output_embeddings()."
     # A subclass that computes as its parent does, such as FSDP's, is plain.
     plain = is_linear(layer) or (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward)
-    check.require(plain or is_adapted(layer), op, argument, "a torch.nn.Linear", kind, do, error)
+    check.require(
+        plain or is_adapted(layer) or trains_tokens(layer), op, argument, "a torch.nn.Linear", kind, do, error
+    )
 
 
 def head_weight(layer: nn.Module) -> torch.Tensor:
@@ -59,7 +61,18 @@ def head_weight(layer: nn.Module) -> torch.Tensor:
 def head_bias(layer: nn.Module) -> torch.Tensor | None:
     """(V,) or None: the bias that a head adds now; `adapted_bias` with low-rank adapters."""
     layer = in_force(layer)
+    if trains_tokens(layer):
+        return None
     return adapted_bias(layer) if is_adapted(layer) else layer.bias
+
+
+def trains_tokens(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one with peft's `trainable_token_indices`: its weight has the trained rows.
+
+    One with a bias is not, since peft leaves the bias out while the adapter is on.
+    """
+    base = layer.original_module if hasattr(layer, "token_adapter") else None
+    return is_linear(base) and base.bias is None
 
 
 def is_adapted(layer: nn.Module | None) -> bool:

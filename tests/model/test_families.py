@@ -14,7 +14,7 @@ from tolerance import assert_no_worse
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastrl import linear_logprob
+from fastrl import FusedLMHead, linear_logprob
 from fastrl.model.head import split_head
 from fastrl.model.router import router_loss
 
@@ -62,6 +62,9 @@ class Family:
     softcap: float | None = None
     bias: bool = False
     base: dict[str, Any] = field(default_factory=lambda: TEXT)
+
+    def tied(self) -> PreTrainedModel:
+        return replace(self, changes=self.changes | {"tie_word_embeddings": True}).model()
 
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Weights are large enough for a cap or a bias to show."""
@@ -152,8 +155,9 @@ def exact(model: nn.Module) -> torch.Tensor:
     """What the model's head and its arithmetic after the head give in float64, on the same hidden states."""
     wide = copy.deepcopy(model)
     head = wide.get_output_embeddings()
-    for name, parameter in list(head.named_parameters()):
-        setattr(head, name, nn.Parameter(parameter.double()))  # another object: the embeddings may share the old one
+    for module in head.modules():  # other objects, since the embeddings may share the old ones
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.double()))
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
     return target_logps(wide(input_ids=IDS, use_cache=False).logits)
 
@@ -231,6 +235,63 @@ def test_logps_and_gradients_under_an_adapter_are_the_models_own_with_it_and_wit
     assert (with_it - without).abs().max() > 0.01
 
 
+TIED_ADAPTERS = {
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [9, 12, 40]},
+    "both_adapted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "both_saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved_together": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon_h1", "minicpm3"])
+@pytest.mark.parametrize("adapter", TIED_ADAPTERS)
+def test_logps_and_gradients_of_a_tied_head_under_an_adapter_are_the_models_own(name, adapter):
+    options = copy.deepcopy(TIED_ADAPTERS[adapter])
+    options["target_modules"] += ["q_b_proj"] if name == "minicpm3" else []
+    adapted = spread(peft.get_peft_model(FAMILIES[name].tied(), peft.LoraConfig(r=2, **options)).eval())
+    assert_logps_are_the_models_own(adapted)
+    assert_gradients_are_the_models_own(adapted)
+
+
+def test_trained_tokens_get_a_gradient_through_the_head():
+    options = TIED_ADAPTERS["tokens"]
+    adapted = spread(peft.get_peft_model(FAMILIES["llama"].tied(), peft.LoraConfig(r=2, **options)))
+    halves = split_head(adapted)
+    hidden = halves.backbone(IDS).detach()  # so that the embeddings have no part in it
+    logps = linear_logprob(hidden, halves.weight, IDS, **halves.options).logps
+    assert torch.equal(FusedLMHead(adapted.get_output_embeddings())(hidden, IDS).logps, logps)
+    logps.sum().backward()
+    (delta,) = [weight for name, weight in adapted.named_parameters() if "trainable_tokens_delta" in name]
+    assert delta.grad.any(1).all()
+
+
+def test_trained_tokens_of_a_head_with_a_bias_are_refused_since_peft_drops_the_bias():
+    options = TIED_ADAPTERS["tokens"]
+    adapted = peft.get_peft_model(FAMILIES["phi"].tied(), peft.LoraConfig(r=2, **options))
+    with pytest.raises(ValueError, match=r"one with another adapter of peft \(utils\.TrainableTokensWrapper\)"):
+        split_head(adapted)
+
+
+def test_each_of_two_adapters_has_its_own_head():
+    adapted = peft.get_peft_model(FAMILIES["llama"].model(), peft.LoraConfig(**ADAPTERS["head_saved"]))
+    adapted.add_adapter("other", peft.LoraConfig(**ADAPTERS["head_left_out"]))
+    halves, heads = split_head(spread(adapted)), []
+    for name in ("default", "other", "default"):
+        adapted.set_adapter(name)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(halves), target_logps(adapted(input_ids=IDS).logits), rtol=1e-5, atol=1e-5)
+        heads.append(halves.weight)
+    assert heads[0] is heads[2]
+    assert heads[1] is adapted.get_output_embeddings().original_module.weight
+
+
+def test_a_merged_adapter_counts_once():
+    adapted = spread(peft.get_peft_model(FAMILIES["llama"].model(), peft.LoraConfig(**ADAPTERS["head_adapted"])).eval())
+    adapted.merge_adapter()
+    assert_logps_are_the_models_own(adapted)
+
+
 def test_a_head_that_an_adapter_saves_gets_the_gradient_and_the_original_none():
     adapted = spread(peft.get_peft_model(FAMILIES["llama"].model(), peft.LoraConfig(**ADAPTERS["head_saved"])))
     halves, wrapper = split_head(adapted), adapted.get_output_embeddings()
@@ -241,7 +302,7 @@ def test_a_head_that_an_adapter_saves_gets_the_gradient_and_the_original_none():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2", "qwen2_vl", "llava"])
 def test_logps_after_a_resize_are_the_models_own(name, tied):
     family = FAMILIES[name]
     model = replace(family, changes=family.changes | {"tie_word_embeddings": tied}).model()
