@@ -124,9 +124,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lane_tile", [](bool is_double) { return chosen->lane_tile[is_double]; });
 
   py::class_<Head>(m, "Head").def(py::init(&head));
-  m.def("head_forward", [](const Head& h, Address logps, Address lse, Address entropy, Address logits) {
+  m.def("head_forward", [](const Head& h, Address logps, Address lse, Address entropy, Address logits, Address summaries) {
     py::gil_scoped_release unlocked;
-    chosen->head_forward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(logits)});
+    chosen->head_forward({h, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(logits), at<void>(summaries)});
   });
   m.def("head_keep", [](const Head& h, Address lse, Address logits, Address kept) {
     py::gil_scoped_release unlocked;

@@ -101,16 +101,19 @@ PYBIND11_MODULE(FASTRL_CUDA_MODULE, m) {
 
   CLASS(PolicySpec, policy_spec);
   CLASS(PolicyLossCall, policy_call);
-  m.def("head_statistics", [](const HeadChunk& a, Address logps, Address lse, Address entropy, int device, Address stream) {
+  m.def("head_statistics", [](const HeadChunk& a, Address logps, Address lse, Address entropy, Address summaries,
+                              int device, Address stream) {
     on(device, [&] {
-      head_statistics({a, at<void>(logps), at<void>(lse), at<void>(entropy), /*tokens=*/nullptr, /*loss=*/{}},
+      head_statistics({a, at<void>(logps), at<void>(lse), at<void>(entropy), at<void>(summaries), /*tokens=*/nullptr,
+                       /*loss=*/{}},
                       at<void>(stream));
     });
   });
   m.def("head_statistics_with_loss", [](const HeadChunk& a, Address logps, Address lse, Address entropy, Address tokens,
                                         const PolicyLossCall& loss, int device, Address stream) {
     on(device, [&] {
-      head_statistics({a, at<void>(logps), at<void>(lse), at<void>(entropy), at<int64_t>(tokens), loss},
+      head_statistics({a, at<void>(logps), at<void>(lse), at<void>(entropy), /*summaries=*/nullptr, at<int64_t>(tokens),
+                       loss},
                       at<void>(stream));
     });
   });

@@ -18,10 +18,13 @@ Messages = list[dict[str, Any]]  # each with role and content, and whatever else
 
 
 class LogprobOutput(NamedTuple):
-    """Log-probabilities of the given ids and, if requested, the entropy of the whole distribution."""
+    """Log-probabilities of the given ids and, if requested, more about each token's distribution."""
 
     logps: torch.Tensor  # token-shaped, float32
-    entropy: torch.Tensor | None  # token-shaped, float32
+    entropy: torch.Tensor | None = None  # token-shaped, float32
+    log_sum_sq_probs: torch.Tensor | None = None  # log sum_v p_v^2, token-shaped, float32, no gradient
+    mean_logits: torch.Tensor | None = None  # mean over the vocabulary, token-shaped, float32, no gradient
+    is_top1: torch.Tensor | None = None  # whether greedy decoding gives the token, token-shaped, bool
 
 
 class LossOutput(NamedTuple):
@@ -29,6 +32,9 @@ class LossOutput(NamedTuple):
 
     loss: torch.Tensor  # scalar, float32
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    # Of the losses that compute them on the way, token-shaped constants; 0 outside the mask.
+    logps: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

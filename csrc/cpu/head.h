@@ -158,9 +158,10 @@ struct HeadKernel {
   void forward(const HeadForward& out) {
     const ptrdiff_t segments = (vocabulary + segment - 1) / segment;
     const bool entropy = out.entropy != nullptr;
+    const ptrdiff_t summed = out.summaries ? segments * 4 * padded : 0;
     const Real lowest = sizeof(Real) == 4 ? Real(-3.402823466e38) : Real(-1.797693134862315e308);
     Buffer<Unit> tokens(padded * units);
-    Buffer<Real> stats(segments * 4 * padded), warmth(padded);
+    Buffer<Real> stats(segments * 4 * padded), summaries(summed), warmth(padded);
     Buffer<int32_t> target(padded);
     prepare(warmth, target);
 #pragma omp parallel num_threads(h.threads)
@@ -174,6 +175,9 @@ struct HeadKernel {
         Real* top = stats + s * 4 * padded;
         Real *sum = top + padded, *moment = sum + padded, *at_target = moment + padded;
         for (ptrdiff_t i = 0; i < padded; ++i) top[i] = lowest, sum[i] = 0, moment[i] = 0, at_target[i] = 0;
+        Real* summary = summaries + s * 4 * padded;
+        for (ptrdiff_t i = 0; summed && i < padded; ++i) summary[i] = lowest, summary[padded + i] = 0;
+        for (ptrdiff_t i = 0; summed && i < padded; ++i) summary[2 * padded + i] = 0, summary[3 * padded + i] = 0;
         const ptrdiff_t end = least((s + 1) * segment, vocabulary);
         for (ptrdiff_t v = s * segment; v < end; v += block) {
           const ptrdiff_t count = least(block, end - v);
@@ -186,6 +190,7 @@ struct HeadKernel {
             for (ptrdiff_t l = 0; l < L; l += V::lanes)
               fold(z + l, v, count, warmth + t + l, target + t + l, top + t + l, sum + t + l, moment + t + l,
                    at_target + t + l, entropy);
+            for (ptrdiff_t l = 0; summed && l < L; l += V::lanes) summarise(z + l, v, count, top + t + l, summary + t + l);
             if (kept && z == tile)
               for (ptrdiff_t r = 0; r < count; ++r)
                 for (ptrdiff_t l = 0; l < n - t; ++l) kept[(v + r) * (n - t) + l] = tile[r * L + l];
@@ -212,7 +217,39 @@ struct HeadKernel {
       static_cast<Real*>(out.lse)[h.all + row] = Real(log_total);
       static_cast<Real*>(out.logps)[row] = Real(at_target - most - log_total);
       if (entropy) static_cast<Real*>(out.entropy)[row] = Real(log_total - weighted / total);
+      if (!summed) continue;
+      double squares = 0, logits = 0, first = -1;
+      for (ptrdiff_t s = 0; s < segments; ++s) {
+        const Real* summary = summaries + s * 4 * padded + i;
+        const double factor = ::exp(double(*summary) - most);
+        if (first < 0 && *summary == Real(most)) first = summary[3 * padded];
+        squares += factor * factor * summary[padded];
+        logits += summary[2 * padded];
+      }
+      Real* to = static_cast<Real*>(out.summaries) + row;
+      *to = Real(::log(squares) - 2 * log_total);
+      to[h.all] = Real(logits / double(vocabulary));
+      to[2 * h.all] = total == total && first == double(h.targets[row]);
     }
+  }
+
+  // Folds the finished logits of a block, whose largest so far are in `top`, into the rest that may be asked of them: of
+  // each lane the largest that the sum of exp^2 is relative to, that sum, the sum of all, and where the largest is first.
+  void summarise(const Real* z, ptrdiff_t v, ptrdiff_t count, const Real* top, Real* summary) const {
+    const V most = V::load(top), before = V::load(summary), factor = V::exp(before - most);
+    V squares = V::set(0), sum = V::set(0), few = V::set(0), first = V::set(0);
+    for (ptrdiff_t r = count - 1; r >= 0; --r) {
+      const V x = V::load(z + r * L), e = V::exp(x - most);
+      squares = squares + e * e;
+      few = few + x;
+      if (r % 16 == 0) sum = sum + few, few = V::set(0);  // in two steps, for fewer roundings of a long sum
+      first = V::select(V::is_zero(x - most), V::set(Real(v + r)), first);  // exact up to 2^24 entries
+    }
+    const V place = V::select(V::below(before, most), first, V::load(summary + 3 * padded));
+    most.store(summary);
+    (squares + V::load(summary + padded) * factor * factor).store(summary + padded);
+    (sum + V::load(summary + 2 * padded)).store(summary + 2 * padded);
+    place.store(summary + 3 * padded);
   }
 
   // Finishes the logits of one vector of tokens over `count` entries, in place, and folds them into its statistics.

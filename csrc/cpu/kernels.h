@@ -35,6 +35,7 @@ struct HeadForward {
   void* lse;      // Real (2, N): the largest logit, and log sum exp of the logits minus it
   void* entropy;  // Real (N) or null
   void* logits;   // Real, n V of them: the finished logits, or null
+  void* summaries;  // Real (3, N): log sum of p^2, mean logit, 1 where the target is the first of the largest; or null
 };
 
 // Probabilities of the listed rows, in hidden's dtype, from the logits that HeadForward left.

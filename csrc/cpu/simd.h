@@ -31,6 +31,7 @@ struct Array {
   static Int load_int(const int32_t* p) { Int r; for (int i = 0; i < lanes; ++i) r.i[i] = p[i]; return r; }
   static Mask equal(Int a, int32_t b) { Mask r; for (int i = 0; i < lanes; ++i) r.m[i] = a.i[i] == b; return r; }
   static Mask is_zero(Array a) { Mask r; for (int i = 0; i < lanes; ++i) r.m[i] = a.x[i] == 0; return r; }
+  static Mask below(Array a, Array b) { Mask r; for (int i = 0; i < lanes; ++i) r.m[i] = a.x[i] < b.x[i]; return r; }
   static Array select(Mask m, Array a, Array b) {
     Array r; for (int i = 0; i < lanes; ++i) r.x[i] = m.m[i] ? a.x[i] : b.x[i]; return r;
   }

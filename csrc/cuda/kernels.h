@@ -35,6 +35,7 @@ struct ChunkStatistics {
   void* logps;      // Real (n)
   void* lse;        // Real (2, n): the largest logit, and log sum exp of the logits minus it
   void* entropy;    // Real (n) or null
+  void* summaries;  // Real (3, n): log sum of p^2, mean logit, 1 where the target is the first of the largest; or null
   // With a policy loss, its derivatives of each row: of `loss` are read what it has of every token, but mask and
   // log-probabilities, and of its outputs dlogps and dentropy, Real (n), are written.
   const int64_t* tokens;  // (n): which token each row is; null: no loss

@@ -60,12 +60,39 @@ struct HeadFinish {
   }
 };
 
+// The rest that may be asked of a row, from a second read: log sum of p^2, mean logit, and whether the target is the
+// first of the largest; each `apart` from the last.
+template <typename Real, typename Row>
+__device__ void summarise(const Row& row, const Softmax<double>& of, int64_t target, Real* to, int64_t apart) {
+  const Real top = Real(of.top);
+  Real squares = 0, total = 0;
+  int64_t first = row.vocabulary;
+  each_pack(row.logits, row.vocabulary, [&](int64_t at, const auto& pack) {
+    Real z[pack.size];
+    widen_all(pack, z);
+    row.finish(at, z);
+    for (int k = 0; k < pack.size; ++k) {
+      const Real e = exp_of(z[k] - top);
+      squares += e * e;
+      total += z[k];
+      if (z[k] == top && at + k < first) first = at + k;
+    }
+  });
+  const double all_squares = block_reduce(double(squares), Add()), sum = block_reduce(double(total), Add());
+  const double place = -block_reduce(-double(first), Larger());
+  if (threadIdx.x != 0) return;
+  to[0] = Real(log_of(all_squares) - 2 * of.log_total());
+  to[apart] = Real(sum / double(row.vocabulary));
+  to[2 * apart] = of.sum == of.sum && place == double(target);
+}
+
 template <typename Real, bool capped>
 __global__ void __launch_bounds__(most_threads, blocks_at_once<Real>) statistics_of_row(ChunkStatistics a) {
   const HeadChunk& chunk = a.chunk;
   const int64_t i = blockIdx.x, target = chunk.targets[i], vocabulary = chunk.vocabulary;
   const SoftmaxRow<Real, HeadFinish<Real, capped>> row{reals<Real>(chunk.logits) + i * vocabulary, vocabulary, {chunk, i}};
   const Softmax<double> of = row.statistics(a.entropy != nullptr, [](int64_t, const auto&) {});
+  if (a.summaries) summarise(row, of, target, static_cast<Real*>(a.summaries) + i, chunk.rows);
   if (threadIdx.x != 0) return;
   const Real logp = target < 0 || target >= vocabulary ? Real(NAN) : Real(row.logp(target, of));
   const Real entropy = a.entropy ? Real(of.entropy()) : Real(0);

@@ -28,6 +28,7 @@ class Read(NamedTuple):
     lse: torch.Tensor  # (2, N), or (N,) of the reference
     saved: torch.Tensor
     saved_entropy: torch.Tensor
+    summaries: torch.Tensor  # (3, N): log sum_v p_v^2, the mean finished logit, 1.0 where the target is the argmax
 
 
 class Needs(NamedTuple):

@@ -124,7 +124,7 @@ def _self_test(module: ModuleType) -> bool:
         logps, grad, lse, ones = torch.zeros(rows), torch.zeros(rows, width), torch.zeros(2, rows), torch.ones(rows)
         shape = (width, width, width, vocabulary, address(index), rows, rows, address(targets), address(one))
         head = module.Head(DTYPES[dtype], address(h), address(w), 0, *shape, False, 0.0, 1.0, reduced, 1)
-        module.head_forward(head, address(logps), address(lse), 0, 0)
+        module.head_forward(head, address(logps), address(lse), 0, 0, 0)
         outputs = (address(grad), 0, 0, False, False)
         module.head_backward(head, address(logps), address(lse), 0, address(ones), 0, 0, 0, 0, 0, *outputs)
         if not torch.allclose(logps.double(), want_logps, rtol=0, atol=logp_tolerance):

@@ -172,6 +172,37 @@ def logp_at(
 
 
 @device_function
+def summaries(
+    row_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    target: tl.tensor,
+    V: tl.tensor,
+    top: tl.tensor,
+    log_total: tl.tensor,
+    temperature: tl.tensor,
+    softcap: tl.tensor,
+    logit_scale: tl.tensor,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """(log sum of p^2, mean logit, 1 where the target is the first of the largest) of a row, which is read once more."""
+    squared = tl.full((BLOCK,), 0, temperature.dtype)
+    total = tl.full((BLOCK,), 0, temperature.dtype)
+    first = tl.full((BLOCK,), 0, tl.int32) + V
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z, _ = load_finished(row_ptr, bias_ptr, cols, V, temperature, softcap, logit_scale, HAS_SOFTCAP)
+        e = tl.exp(z - top)
+        squared += e * e
+        total += tl.where(cols < V, z, 0)
+        first = tl.minimum(first, tl.where(z == top, cols, V))
+    squares = tl.log(tl.sum(squared, 0)) - 2 * log_total
+    mean = divide(tl.sum(total, 0), tl.full((), 0, temperature.dtype) + V)
+    is_top1 = (tl.min(first, 0) == target) & (log_total == log_total)
+    return squares, mean, is_top1.to(temperature.dtype)
+
+
+@device_function
 def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """x rounded to the nearest; the interpreter cuts off the bits of a bfloat16: there the rounding goes first."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -194,6 +225,7 @@ def statistics_kernel(
     logps_ptr: tl.tensor,
     lse_ptr: tl.tensor,  # (2, n) or None
     entropy_ptr: tl.tensor,  # (n,) or None
+    summaries_ptr: tl.tensor,  # (3, n) or None
     V: tl.int32,
     softcap: tl.float64,
     logit_scale: tl.float64,
@@ -225,6 +257,14 @@ def statistics_kernel(
         tl.store(lse_ptr + tl.num_programs(0) + row, log_total)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, entropy)
+    if summaries_ptr is not None:
+        row_ptr = logits_ptr + row * stride
+        squares, mean, is_top1 = summaries(
+            row_ptr, bias_ptr, target, V, top, log_total, temperature, softcap_, scale, HAS_SOFTCAP, BLOCK
+        )
+        tl.store(summaries_ptr + row, squares)
+        tl.store(summaries_ptr + tl.num_programs(0) + row, mean)
+        tl.store(summaries_ptr + 2 * tl.num_programs(0) + row, is_top1)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

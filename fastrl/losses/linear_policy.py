@@ -70,8 +70,9 @@ def linear_policy_loss(
             metrics then count only the other rows.
 
     Returns:
-        LossOutput: the scalar loss, float32 (float64 for float64 inputs), and its metrics. hidden, weight and bias get
-        gradients, accumulated in float32 and rounded once.
+        LossOutput: the scalar loss, float32 (float64 for float64 inputs), its metrics, and as constants, shaped like
+        targets, the log-probabilities and with `entropy` the entropies of the tokens of the mask. hidden, weight and
+        bias get gradients, accumulated in float32 and rounded once.
 
     Raises:
         ValueError, TypeError, IndexError: as `linear_logprob` and `policy_loss`.
@@ -123,20 +124,21 @@ def linear_policy_loss(
             logit_bytes=logit_bytes,
             backend=backend,
         )
-        loss, table = out.loss, out.metrics
+        loss, table, logps, entropies = out.loss, out.metrics, out.logps, out.entropy
     else:
         logps, entropies = _logps(head, constants.mask, entropy, save, backend)
         loss, _, _, table = policy_loss_op(
             logps, *constants, entropies, tokens.seq_ids, tokens.num_seqs, spec.code, backend
         )
     given = {"ref": ref_logps is not None, "sampling": sampling_logps is not None, "entropy": entropy}
-    return LossOutput(loss, named(table, available(spec, **given)))
+    shaped = (x.detach().view(targets.shape) for x in ((logps, entropies) if entropy else (logps,)))
+    return LossOutput(loss, named(table, available(spec, **given)), *shaped)
 
 
 def _logps(
     head: HeadInputs, mask: torch.Tensor, entropy: bool, save: str, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return linear_logprob_op(
+    read = linear_logprob_op(
         head.hidden,
         head.weight,
         head.targets.masked_fill(~mask, head.ignore_index),
@@ -149,3 +151,4 @@ def _logps(
         memory=save if save in ("store", "recompute") else "auto",
         backend=backend,
     )
+    return read.logps, read.entropy

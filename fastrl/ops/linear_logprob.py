@@ -176,6 +176,9 @@ def linear_logprob(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     entropy: bool = False,
+    log_sum_sq_probs: bool = False,
+    mean_logits: bool = False,
+    is_top1: bool = False,
     memory: str | int = "auto",
     backend: str = "auto",
 ) -> LogprobOutput:
@@ -195,6 +198,8 @@ def linear_logprob(
         vocab_size: number of rows of weight and bias that are tokens. Later rows, which pad many models, have
             probability 0: they enter neither logsumexp nor entropy, and their gradient is 0. None: all are tokens.
         entropy: also return the entropy, with its gradient.
+        log_sum_sq_probs, mean_logits, is_top1: also return log sum_v softmax(z)_v^2, the mean of z over the vocabulary,
+            and whether the target is the first argmax of z; without gradients. Ignored targets give 0 and False.
         memory: what to store for backward if the head is trainable: "store" stores probabilities in the input dtype
             (2 matmuls in backward), "recompute" nothing (3 matmuls), "auto" stores what fits in a budget
             (256 MiB on a CPU, 4 GiB on a GPU, or $FASTRL_KEEP_BYTES); an int is that budget in bytes. With 16-bit
@@ -203,8 +208,8 @@ def linear_logprob(
         backend: "auto", or a name from `fastrl doctor`; a named backend is used or refused, never replaced.
 
     Returns:
-        LogprobOutput(logps, entropy or None), float32 (float64 for float64 inputs), shape (...). hidden, weight and
-        bias get gradients, accumulated in float32 and rounded once; double backward raises.
+        LogprobOutput, float32 (float64 for float64 inputs; is_top1 bool), shape (...), None where not requested.
+        hidden, weight and bias get gradients, accumulated in float32 and rounded once; double backward raises.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or is a DTensor or the result of its
@@ -216,8 +221,12 @@ def linear_logprob(
     )
     memory = memory_of("linear_logprob", memory)
     save = choose_save("linear_logprob", inputs, memory, entropy=entropy, backend=backend)
-    logps, entropies, _, _, _ = _op(*inputs, entropy, save, backend)
-    return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
+    wanted = (log_sum_sq_probs, mean_logits, is_top1)
+    logps, entropies, _, _, _, summaries = _op(*inputs, entropy, save, any(wanted), backend)
+    rows = zip(summaries.detach(), wanted, strict=True)
+    more = [one.view(targets.shape) if asked else None for one, asked in rows]
+    more[2] = None if more[2] is None else more[2] != 0
+    return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None, *more)
 
 
 def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool, backend: str) -> str:
@@ -284,18 +293,20 @@ def _op(
     ignore_index: int,
     entropy: bool,
     save: str,
+    summaries: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with as_written(hidden.device):
         inputs = HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
-        return tuple(resolve("linear_logprob", backend, hidden.device).forward(inputs, entropy=entropy, save=save))
+        chosen = resolve("linear_logprob", backend, hidden.device)
+        return tuple(chosen.forward(inputs, entropy=entropy, save=save, summaries=summaries))
 
 
 @_op.register_fake
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    entropy, save = rest[-3:-1]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    entropy, save, summaries = rest[-4:-1]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
     saved = {"store": (rows, weight.shape[0]), "frozen": (rows, hidden.shape[1])}.get(save, (0,))
     saved_entropy = (rows, hidden.shape[1]) if save == "frozen" and entropy else (0,)
@@ -305,6 +316,7 @@ def _(
         hidden.new_empty(2, rows, dtype=dtype),
         hidden.new_empty(saved),
         hidden.new_empty(saved_entropy),
+        hidden.new_empty(3, rows if summaries else 0, dtype=dtype),
     )
 
 
@@ -338,7 +350,7 @@ def backward_op(
             grad_logps,
             grad_entropy,
             HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index),
-            Read(logps, entropy, lse, saved, saved_entropy),
+            Read(logps, entropy, lse, saved, saved_entropy, lse.new_empty(3, 0)),
             save=save,
             needs=Needs(needs_hidden, needs_weight, needs_bias),
             rounded=rounded,
@@ -365,8 +377,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, entropy, save, backend = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, temperature, *output)
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, entropy, save, _, backend = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, temperature, *output[:-1])
     ctx.options = (softcap, logit_scale, ignore_index, save)
     ctx.entropy, ctx.backend = entropy, backend
     ctx.set_materialize_grads(False)
@@ -374,7 +386,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 @once_differentiable("linear_logprob")
 def _backward(ctx: Any, grad_logps: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any) -> tuple:
-    nothing = (None,) * 11
+    nothing = (None,) * 12
     if grad_logps is None and grad_entropy is None:
         return nothing
     hidden, weight, targets, bias, temperature, logps, entropy, lse, saved, saved_entropy = ctx.saved_tensors

@@ -77,7 +77,7 @@ def linear_token_loss(
         t = head.temperature if head.temperature.numel() == 1 else head.temperature[piece]
         part = (h_all[piece], w_head, live[piece], b_head, t, head.softcap, head.logit_scale, head.ignore_index)
         save = "store" if any(needs) else "none"
-        logps, h, *saved = linear_logprob_op(*part, entropy, save, backend)
+        logps, h, *saved, _ = linear_logprob_op(*part, entropy, save, False, backend)
         w, *rest = (f[piece] for f in flat)
         value, dlogps, dentropy = _weighted_value_and_grad(token_loss, logps, h if entropy else None, w, rest)
         loss = loss + value.to(dtype)

@@ -56,7 +56,7 @@ def upstream(shape):
 
 def pull(outputs, grads):
     """Backpropagates through logps and, where there is one, entropy."""
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o is not None and o.requires_grad]
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs[:2], grads, strict=True) if o is not None and o.requires_grad]
     torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
 
 
@@ -151,7 +151,7 @@ def test_any_strides(backend, layout, memory, small_chunks):
     names |= {"targets": torch.randint(37, (3, 4)), "bias": torch.randn(37, dtype=torch.float64)}
     case = STRIDES[layout](names)
     bases = {name: case[name].requires_grad_() for name in EVERYTHING}
-    outputs = fused(Inputs(**case), entropy=True, memory=memory, backend=backend)
+    outputs = fused(Inputs(**case), entropy=True, memory=memory, backend=backend)[:2]
     expected = dense(Inputs(**case))
     weights = torch.randn(2, 3, 4, dtype=torch.float64)
     got = torch.autograd.grad([(w * o).sum() for w, o in zip(weights, outputs, strict=True)], list(bases.values()))
@@ -264,7 +264,7 @@ def test_a_masked_vocabulary_equals_a_smaller_one(backend, masked, memory, small
     inputs.targets, inputs.bias[~live] = live.nonzero().squeeze(-1)[positions], -math.inf
     ours = inputs.leaves(*EVERYTHING)
     theirs = Inputs(inputs.hidden, inputs.weight[live], positions, inputs.bias[live]).leaves(*EVERYTHING)
-    outputs, expected = fused(ours, entropy=True, memory=memory, backend=backend), dense(theirs)
+    outputs, expected = fused(ours, entropy=True, memory=memory, backend=backend)[:2], dense(theirs)
     grads = upstream((11,))
     pull(outputs, grads)
     pull(expected, grads)
@@ -606,6 +606,86 @@ def test_the_temperature_of_a_token_without_a_target_is_not_read(backend):
     assert torch.equal(with_any.entropy, with_ones.entropy)
 
 
+# What else is asked of the same pass.
+
+
+def summaries_of(logits, targets):
+    """log sum p^2, mean logit and whether the target is the first argmax, of finished logits."""
+    log_p = logits.log_softmax(-1)
+    return torch.logsumexp(2 * log_p, -1), logits.mean(-1), logits.argmax(-1) == targets
+
+
+ASKED = {"log_sum_sq_probs": True, "mean_logits": True, "is_top1": True}
+
+
+@pytest.mark.parametrize("memory", ["auto", "store", "recompute"])
+@pytest.mark.parametrize("trainable", ["nothing", "hidden", "everything"])
+@pytest.mark.parametrize("options", ["no options", "all"])
+def test_the_other_outputs_equal_their_definitions(backend, options, trainable, memory, small_chunks):
+    requires = {"nothing": (), "hidden": ("hidden",), "everything": EVERYTHING}[trainable]
+    inputs = gaussian(11, 8, 37).leaves(*requires)
+    given = OPTIONS[options](11)
+    best = finished(inputs, **given).argmax(-1)
+    targets = torch.where(torch.arange(11) % 2 == 0, best, inputs.targets)  # so that some are the argmax
+    targets[3] = IGNORE
+    inputs.targets = targets
+    out = fused(inputs, **given, **ASKED, entropy=True, memory=memory, backend=backend)
+    expected = summaries_of(finished(inputs, **given), targets)
+    for got, want in zip(out[2:4], expected[:2], strict=True):
+        assert not got.requires_grad
+        assert_exact(got, want.detach().masked_fill(targets == IGNORE, 0))
+    assert out.is_top1.dtype == torch.bool
+    assert torch.equal(out.is_top1, expected[2] & (targets != IGNORE))
+    assert out.is_top1.any() and not out.is_top1.all()
+
+
+def finished(inputs, temperature=1.0, softcap=None, logit_scale=1.0):
+    """The logits of which the softmax is taken."""
+    z = (inputs.hidden @ inputs.weight.T + (0 if inputs.bias is None else inputs.bias)) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return z / (temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature)
+
+
+def test_what_was_not_asked_for_is_none_and_the_rest_is_bitwise_the_same(backend):
+    inputs = gaussian(5, 8, 37)
+    without, with_all = (
+        fused(inputs, entropy=True, backend=backend),
+        fused(inputs, entropy=True, **ASKED, backend=backend),
+    )
+    assert without[2:] == (None, None, None)
+    assert torch.equal(without.logps, with_all.logps) and torch.equal(without.entropy, with_all.entropy)
+    for name in ASKED:
+        out = fused(inputs, **{name: True}, backend=backend)
+        assert torch.equal(getattr(out, name), getattr(with_all, name))
+        assert sum(one is not None for one in out) == 2
+
+
+def test_of_equal_largest_logits_the_first_is_the_top_one(backend):
+    hidden, weight = torch.ones(3, 2, dtype=torch.float64), torch.zeros(9000, 2, dtype=torch.float64)
+    weight[[5, 6, 8500]] = 1
+    out = linear_logprob(hidden, weight, torch.tensor([5, 6, 8500]), is_top1=True, backend=backend)
+    assert out.is_top1.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_other_outputs_are_no_worse_than_plain_torch_over_a_whole_vocabulary(backend, dtype):
+    inputs = gaussian(9, 64, 50257, dtype=dtype, bias=False, ignored=False)
+    out = fused(inputs, **ASKED, backend=backend)
+    truth = summaries_of(inputs.hidden.double() @ inputs.weight.double().T, inputs.targets)
+    plain = summaries_of((inputs.hidden @ inputs.weight.T).float(), inputs.targets)
+    assert_no_worse(out.log_sum_sq_probs, plain[0], truth[0], name="log_sum_sq_probs")
+    assert_no_worse(out.mean_logits, plain[1], truth[1], name="mean_logits")
+
+
+def test_a_row_that_is_not_finite_is_no_top_one_and_spoils_no_other(backend):
+    inputs = gaussian(4, 8, 37, ignored=False)
+    inputs.hidden[1] = math.nan
+    out = fused(inputs, **ASKED, backend=backend)
+    assert not out.is_top1[1] and out.log_sum_sq_probs[1].isnan() and out.mean_logits[1].isnan()
+    keep = torch.tensor([0, 2, 3])
+    assert out.log_sum_sq_probs[keep].isfinite().all() and out.mean_logits[keep].isfinite().all()
+
+
 # torch.library and torch.compile.
 
 
@@ -614,7 +694,7 @@ def test_the_temperature_of_a_token_without_a_target_is_not_read(backend):
 def test_gradients_are_rounded_once_from_the_accumulated_sums(backend, save, dtype):
     inputs = gaussian(70, 65, 131, dtype=dtype)
     head = (inputs.hidden, inputs.weight, inputs.targets, inputs.bias, torch.full((1,), 0.7))
-    saved = module._op(*head, 0.0, 1.0, IGNORE, False, save, backend)
+    *saved, _ = module._op(*head, 0.0, 1.0, IGNORE, False, save, False, backend)
     args = (torch.randn(70), None, *head, *saved, 0.0, 1.0, IGNORE, save, True, True, True)
     wide, rounded = (module.backward_op(*args, narrow, backend) for narrow in (False, True))
     for w, r in zip(wide, rounded, strict=True):
@@ -631,10 +711,10 @@ def test_operators_pass_opcheck(backend, save, layout):
     if layout == "column-major":
         hidden = hidden.detach().T.contiguous().T.requires_grad_(hidden.requires_grad)
     head = (hidden, inputs.weight, inputs.targets, inputs.bias, torch.ones(1))
-    torch.library.opcheck(module._op, (*head, 3.0, 0.5, IGNORE, True, save, backend))
+    torch.library.opcheck(module._op, (*head, 3.0, 0.5, IGNORE, True, save, True, backend))
     if save != "none":
         with torch.no_grad():
-            outputs = module._op(*head, 3.0, 0.5, IGNORE, True, save, backend)
+            *outputs, _ = module._op(*head, 3.0, 0.5, IGNORE, True, save, True, backend)
         plain = tuple(t.detach() for t in head)
         needs = (True, save != "frozen", save != "frozen")
         for rounded in (False, True):

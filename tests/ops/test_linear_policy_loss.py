@@ -192,10 +192,8 @@ def test_equals_the_two_ops_with_loss_gradients_and_metrics(backend, spec, memor
     tokens["mask"] &= inputs.targets != IGNORE
     ours, theirs = inputs.leaves(*EVERYTHING), inputs.leaves(*EVERYTHING)
     out = fused(ours, advantages, spec, tokens, temperature=0.7, entropy=True, memory=memory, backend=backend)
-    logps, entropy = linear_logprob(
-        theirs.hidden, theirs.weight, theirs.targets, bias=theirs.bias, temperature=0.7, entropy=True
-    )
-    expected = policy_loss(logps, advantages, spec, entropy=entropy, **tokens)
+    read = linear_logprob(theirs.hidden, theirs.weight, theirs.targets, bias=theirs.bias, temperature=0.7, entropy=True)
+    expected = policy_loss(read.logps, advantages, spec, entropy=read.entropy, **tokens)
     out.loss.backward()
     expected.loss.backward()
     assert_exact(out.loss, expected.loss)

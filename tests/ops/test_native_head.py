@@ -104,7 +104,7 @@ def run(isa, case, *, keep_logits, threads=1, add_to=None):
         )  # fmt: skip
         logits = torch.empty(vocabulary * n) if keep_logits else None
         logps, lse, entropy = torch.zeros(total), torch.zeros(2, total), torch.zeros(total)
-        EXTENSION.head_forward(head, address(logps), address(lse), address(entropy), address(logits))
+        EXTENSION.head_forward(head, address(logps), address(lse), address(entropy), address(logits), 0)
         grad_hidden = torch.zeros(total, width)
         grad_weight = torch.full((vocabulary, width), float("nan")) if add_to is None else add_to.clone()
         grad_bias = torch.zeros(vocabulary)

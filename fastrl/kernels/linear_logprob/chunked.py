@@ -22,6 +22,7 @@ from fastrl.kernels.softmax_row import (
     scale_rows,
     slope_from_probs,
     softmax_,
+    summaries_of,
     unfinish_grad_,
 )
 
@@ -195,10 +196,12 @@ class Chunk:
         self.softcap, self.logit_scale = softcap, logit_scale
         self.slope: torch.Tensor | None = None
 
-    def read(self, logits: torch.Tensor, entropy: bool) -> Statistics:
-        """Statistics of hidden W^T (n, V)."""
+    def read(self, logits: torch.Tensor, entropy: bool, summaries: torch.Tensor | None = None) -> Statistics:
+        """Statistics of hidden W^T (n, V); writes `Read.summaries` (3, n) too where there is room for them."""
         self.p = logits if self.bias is None else logits.add_(self.bias)
         self.slope = finish_logits_(self.p, self.temperature, self.softcap, self.logit_scale)
+        if summaries is not None:
+            summaries.copy_(summaries_of(self.p, self.targets))
         return Statistics(*softmax_(self.p, self.targets), entropy_of(self.p) if entropy else None)
 
     def reread(self, logits: torch.Tensor) -> None:
@@ -245,6 +248,7 @@ def forward_in_chunks(
     *,
     entropy: bool,
     save: str,
+    summaries: bool = False,
 ) -> Read:
     """As `reference.forward`, in chunks of rows; on a GPU the host waits once, for the number of rows."""
     hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index = inputs
@@ -254,6 +258,7 @@ def forward_in_chunks(
     count, vocabulary = len(targets), weight.shape[0]
     logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(2, count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
+    summary = hidden.new_zeros(3, count if summaries else 0, dtype=head.dtype)
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
     if save == "store":
         saved = hidden.new_empty(count, vocabulary)
@@ -266,7 +271,10 @@ def forward_in_chunks(
         saved.index_fill_(0, ignored, 0)
     for rows in row_chunks(live, vocabulary, logps.element_size()):
         chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
-        known = chunk.read(head.logits(hidden[rows]), entropy)
+        own = summary.new_empty(3, len(rows)) if summaries else None
+        known = chunk.read(head.logits(hidden[rows]), entropy, own)
+        if own is not None:
+            summary[:, rows] = own
         if poisoned is not None:
             known.logps.masked_fill_(poisoned[rows], float("nan"))
         logps[rows], lse[:, rows] = known.logps, known.lse
@@ -280,7 +288,7 @@ def forward_in_chunks(
                 dz = chunk.gradient(known, torch.zeros_like(one), one, head.dz_dtype, last=False)
                 saved_entropy[rows] = head.grad_hidden(dz).to(hidden.dtype)
             saved[rows] = head.grad_hidden(chunk.gradient(known, one, None, head.dz_dtype)).to(hidden.dtype)
-    return Read(logps, entropies, lse, saved, saved_entropy)
+    return Read(logps, entropies, lse, saved, saved_entropy, summary)
 
 
 def backward_in_chunks(
@@ -297,7 +305,7 @@ def backward_in_chunks(
     """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing. On a GPU the host waits once,
     for the number of the others."""
     hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index = inputs
-    logps, entropy, lse, saved, saved_entropy = read
+    logps, entropy, lse, saved, saved_entropy, _ = read
     needs_hidden, needs_weight, needs_bias = needs
     head = Head(weight)
     if save == "frozen":

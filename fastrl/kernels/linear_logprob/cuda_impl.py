@@ -27,9 +27,10 @@ class Chunk(epilogue.Chunk):
         bias = None if bias is None else dense(bias.to(temperature.dtype))
         super().__init__(dense(targets), dense(temperature), bias, softcap, logit_scale)
 
-    def write_statistics(self, known: Statistics) -> None:
-        """Statistics of `source`."""
-        launch("head_statistics", self.source.device, self._rows(self.targets, self.temperature), *map(address, known))
+    def write_statistics(self, known: Statistics, summaries: torch.Tensor | None = None) -> None:
+        """Statistics of `source`, and its summaries (3, n) where there is room for them."""
+        rows, outputs = self._rows(self.targets, self.temperature), map(address, (*known, summaries))
+        launch("head_statistics", self.source.device, rows, *outputs)
 
     def keep(self, known: Statistics, saved: torch.Tensor, rows: torch.Tensor) -> None:
         """Writes the probabilities to those rows of `saved` (N, V)."""

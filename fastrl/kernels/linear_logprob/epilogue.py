@@ -18,8 +18,8 @@ class Chunk(chunked.Chunk, ABC):
     read."""
 
     @abstractmethod
-    def write_statistics(self, known: Statistics) -> None:
-        """Statistics of `source`."""
+    def write_statistics(self, known: Statistics, summaries: torch.Tensor | None = None) -> None:
+        """Statistics of `source`, and its summaries (3, n) where there is room for them."""
 
     @abstractmethod
     def write_gradient(
@@ -35,10 +35,10 @@ class Chunk(chunked.Chunk, ABC):
         """d `source` to `out`, which may be `source` itself. `rows`: where in `source` each row is, None: in its place;
         everything else is by row of `out`."""
 
-    def read(self, logits: torch.Tensor, entropy: bool) -> Statistics:
-        """Statistics of hidden W^T (n, V)."""
+    def read(self, logits: torch.Tensor, entropy: bool, summaries: torch.Tensor | None = None) -> Statistics:
+        """Statistics of hidden W^T (n, V); writes `Read.summaries` (3, n) too where there is room for them."""
         known = self.unknown(logits, entropy)
-        self.write_statistics(known)
+        self.write_statistics(known, summaries)
         return known
 
     def unknown(self, logits: torch.Tensor, entropy: bool) -> Statistics:

@@ -90,9 +90,10 @@ class NativeHead:
         lse: torch.Tensor,
         entropy: torch.Tensor | None,
         logits: torch.Tensor | None = None,
+        summaries: torch.Tensor | None = None,
     ) -> None:
         """Writes what was asked for at these rows."""
-        self.extension.head_forward(self.at(rows), *map(address, (logps, lse, entropy, logits)))
+        self.extension.head_forward(self.at(rows), *map(address, (logps, lse, entropy, logits, summaries)))
 
     def keep(self, rows: torch.Tensor, lse: torch.Tensor, logits: torch.Tensor, kept: torch.Tensor) -> None:
         """Writes the probabilities of these rows to `kept`, in the order of `logits`."""
@@ -129,6 +130,7 @@ def forward(
     *,
     entropy: bool,
     save: str,
+    summaries: bool = False,
 ) -> Read:
     """As `reference.forward`."""
     hidden, weight, targets, ignore_index = inputs.hidden, inputs.weight, inputs.targets, inputs.ignore_index
@@ -137,6 +139,8 @@ def forward(
     head = NativeHead(inputs._replace(targets=safe))
     logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(2, count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
+    summary = hidden.new_zeros(3, count if summaries else 0, dtype=head.dtype)
+    asked = summary if summaries else None
     saved, saved_entropy = hidden.new_empty(0), hidden.new_empty(0)
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     wanted = entropies if entropy else None
@@ -144,12 +148,12 @@ def forward(
         saved = hidden.new_empty(count, vocabulary)
         kept, used = saved.view(-1), len(rows) * vocabulary
         if hidden.dtype == head.dtype:
-            head.forward(rows, logps, lse, wanted, kept)
+            head.forward(rows, logps, lse, wanted, kept, asked)
         else:
             chunks = head.chunks(rows, storage.KEEP_BYTES // (vocabulary * head.dtype.itemsize))
             logits = head.logits_buffer(chunks[0]) if chunks else None  # the first chunk is the longest
             for chunk, to in zip(chunks, kept[:used].split(logits.numel()) if chunks else (), strict=True):
-                head.forward(chunk, logps, lse, wanted, logits)
+                head.forward(chunk, logps, lse, wanted, logits, asked)
                 head.keep(chunk, lse, logits, to)
         kept[used:].zero_()
     elif save == "frozen":
@@ -161,15 +165,15 @@ def forward(
         zeros, ones = torch.zeros_like(logps), torch.ones_like(logps)
         grad, known = hidden.new_zeros(hidden.shape, dtype=head.dtype), Statistics(logps, lse, wanted)
         for chunk in chunks:
-            head.forward(chunk, logps, lse, wanted, logits)
+            head.forward(chunk, logps, lse, wanted, logits, asked)
             head.backward(chunk, known, ones, None, Gradients(grad), logits=logits)
             saved[chunk] = grad[chunk].to(hidden.dtype)
             if entropy:
                 head.backward(chunk, known, zeros, ones, Gradients(grad), logits=logits)
                 saved_entropy[chunk] = grad[chunk].to(hidden.dtype)
     else:
-        head.forward(rows, logps, lse, wanted)
-    return Read(logps, entropies, lse, saved, saved_entropy)
+        head.forward(rows, logps, lse, wanted, None, asked)
+    return Read(logps, entropies, lse, saved, saved_entropy, summary)
 
 
 def backward(
@@ -184,7 +188,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.backward`; rows whose upstream gradient is exactly zero cost nothing."""
     hidden, weight, targets, ignore_index = inputs.hidden, inputs.weight, inputs.targets, inputs.ignore_index
-    logps, entropy, lse, saved, saved_entropy = read
+    logps, entropy, lse, saved, saved_entropy, _ = read
     vocabulary = weight.shape[0]
     if save == "frozen":
         nothing = (hidden.new_empty(0, dtype=logps.dtype) for _ in range(2))

@@ -13,12 +13,13 @@ from fastrl.kernels.softmax_row import (
     grad_logits_,
     scale_rows,
     softmax_,
+    summaries_of,
     unfinish_grad_,
 )
 
 
 def _probabilities(
-    inputs: HeadInputs, hidden: torch.Tensor, targets: torch.Tensor
+    inputs: HeadInputs, hidden: torch.Tensor, targets: torch.Tensor, summaries: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(p, logps, lse, slope of the cap) with hidden states and targets that are safe to compute with."""
     _, weight, _, bias, temperature, softcap, logit_scale, _ = inputs
@@ -27,6 +28,8 @@ def _probabilities(
     if bias is not None:
         z += bias.to(dtype)
     slope = finish_logits_(z, temperature.to(dtype), softcap, logit_scale)
+    if summaries is not None:
+        summaries.copy_(summaries_of(z, targets))
     logps, lse = softmax_(z, targets)
     return z, logps, lse, slope
 
@@ -36,6 +39,7 @@ def forward(
     *,
     entropy: bool,
     save: str,
+    summaries: bool = False,
 ) -> Read:
     """logps_n = log softmax(cap(logit_scale (h_n W^T + b)) / temperature_n)[y_n], and the entropy of that softmax.
 
@@ -47,7 +51,9 @@ def forward(
     safe, poisoned = check_targets(targets, weight.shape[0], ignore_index)
     safe = safe.masked_fill(ignored, 0)
     clean = hidden.masked_fill(ignored.unsqueeze(-1), 0)
-    p, logps, lse, slope = _probabilities(inputs, clean, safe)
+    dtype = accumulate_dtype(hidden.dtype)
+    summary = hidden.new_empty(3, len(targets) if summaries else 0, dtype=dtype)
+    p, logps, lse, slope = _probabilities(inputs, clean, safe, summary if summaries else None)
     if poisoned is not None:
         logps = logps.masked_fill(poisoned, float("nan"))
     h = entropy_of(p) if entropy else p.new_empty(0)
@@ -64,8 +70,8 @@ def forward(
         saved = grad_hidden(grad_logits_(p.clone(), safe, logps, one))
         if entropy:
             saved_entropy = grad_hidden(grad_logits_(p, safe, logps, zero, h, one))
-    zeroed = [t.masked_fill(ignored, 0) if t.numel() else t for t in (logps, h, lse)]
-    return Read(*zeroed, saved, saved_entropy)
+    zeroed = [t.masked_fill(ignored, 0) if t.numel() else t for t in (logps, h, lse, summary)]
+    return Read(*zeroed[:3], saved, saved_entropy, zeroed[3])
 
 
 def backward(

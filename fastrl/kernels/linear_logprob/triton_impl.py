@@ -41,8 +41,8 @@ FUSED_HIDDEN = 2048  # up to this size the logits' way to memory and back weighs
 class Chunk(epilogue.Chunk):
     """As `epilogue.Chunk`, in Triton."""
 
-    def write_statistics(self, known: Statistics) -> None:
-        """Statistics of `source`."""
+    def write_statistics(self, known: Statistics, summaries: torch.Tensor | None = None) -> None:
+        """Statistics of `source`, and its summaries (3, n) where there is room for them."""
         launch(
             statistics_kernel,
             len(self.source),
@@ -53,6 +53,7 @@ class Chunk(epilogue.Chunk):
             logps_ptr=known.logps,
             lse_ptr=known.lse,
             entropy_ptr=known.entropy,
+            summaries_ptr=summaries,
             ignore_index=NOT_A_TARGET,
             **self._finish(self.temperature),
         )
@@ -268,16 +269,17 @@ def forward(
     *,
     entropy: bool,
     save: str,
+    summaries: bool = False,
 ) -> Read:
     """As `reference.forward`."""
     hidden = inputs.hidden
     # Wider values would go to units that multiply no faster than the library uses them; odd rows cannot be copied to
     # shared memory while the kernel multiplies.
     size = hidden.shape[1]
-    if save != "none" or hidden.element_size() > 2 or size > FUSED_HIDDEN or size % ALIGNED != 0:
-        return forward_in_chunks(Chunk, inputs, entropy=entropy, save=save)
-    nothing = (hidden.new_empty(0) for _ in range(2))
-    return Read(*_fused(inputs, entropy=entropy), *nothing)
+    if summaries or save != "none" or hidden.element_size() > 2 or size > FUSED_HIDDEN or size % ALIGNED != 0:
+        return forward_in_chunks(Chunk, inputs, entropy=entropy, save=save, summaries=summaries)
+    nothing, summary = (hidden.new_empty(0) for _ in range(2)), inputs.temperature.new_empty(3, 0)
+    return Read(*_fused(inputs, entropy=entropy), *nothing, summary)
 
 
 def _fused(inputs: HeadInputs, *, entropy: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -356,13 +358,14 @@ def _builds(head: str) -> list[Build]:
     real = "fp64" if head == "fp64" else "fp32"
     row = {"targets": "i64", "temperature": real, "bias": head}
     logits, known = {"logits": real, **row}, dict.fromkeys(("logps", "lse", "entropy"), real)
-    upstream = dict.fromkeys(("grad_logps", "grad_entropy"), real)
+    upstream, summary = dict.fromkeys(("grad_logps", "grad_entropy"), real), {"summaries": real}
     capped = {"HAS_SOFTCAP": True, "PER_ROW_TEMPERATURE": True}
     saved = {**logits, "logits": head, "rows": "i64"}
     kept = {**logits, "rows": "i64", "lse": real, "out": head}
     del kept["targets"]
     return [
         build(f"linear_logprob statistics {head}", statistics_kernel, logits | known, **capped),
+        build(f"linear_logprob summaries {head}", statistics_kernel, logits | known | summary, **capped),
         build(f"linear_logprob gradient {head}", gradient_kernel, logits | known | upstream | {"out": head}, **capped),
         build(
             f"linear_logprob gradient of kept {head}",

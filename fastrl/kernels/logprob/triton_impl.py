@@ -18,7 +18,8 @@ def forward(
         torch.empty(shape, dtype=dtype, device=logits.device) for shape in (rows, rows if entropy else 0, (2, rows))
     )
     call = _call(logits, targets, temperature, ignore_index)
-    launch(statistics_kernel, rows, logits, **call, logps_ptr=logps, lse_ptr=lse, entropy_ptr=h if entropy else None)
+    outputs = {"logps_ptr": logps, "lse_ptr": lse, "entropy_ptr": h if entropy else None, "summaries_ptr": None}
+    launch(statistics_kernel, rows, logits, **call, **outputs)
     return logps, h, lse
 
 
