@@ -82,7 +82,7 @@ def _experts(config: Any) -> int:
 
 
 def _balance(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
-    module = sys.modules.get(type(model.base_model).__module__)
+    module = sys.modules.get(type(model.get_decoder()).__module__)  # peft's own classes are elsewhere
     known = hasattr(model.config.get_text_config(), "router_aux_loss_coef")
     return getattr(module, "load_balancing_loss_func", None) if known else None
 

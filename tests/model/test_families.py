@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fastrl import FusedLMHead, linear_logprob
 from fastrl.model.head import split_head
-from fastrl.model.router import router_loss
+from fastrl.model.router import about_router, router_loss
 
 VOCAB = 41
 IDS = torch.randint(9, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))  # below 9 are special tokens
@@ -35,6 +35,7 @@ GPT = {
 }  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"router_aux_loss_coef": 0.5}
 LATENT = {
     "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
     "v_head_dim": 8,
@@ -50,6 +51,9 @@ LINEAR_ATTENTION = {
 }  # fmt: skip
 SECTIONS = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
 QWEN_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 8}
+QWEN3_VISION = QWEN_VISION | {
+    "intermediate_size": 16, "out_hidden_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 16
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,20 @@ FAMILIES = {
     "llama4": Family("Llama4Text", HEAD_DIM | {"num_local_experts": 4, "intermediate_size_mlp": 32}),
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3", HEAD_DIM),
-    "qwen3_moe": Family("Qwen3Moe", HEAD_DIM | QWEN_EXPERTS | {"router_aux_loss_coef": 0.5}),
+    "qwen3_moe": Family("Qwen3Moe", HEAD_DIM | QWEN_EXPERTS | ROUTED),
     "qwen3_next": Family("Qwen3Next", LINEAR_ATTENTION | QWEN_EXPERTS | {"shared_expert_intermediate_size": 16}),
     "qwen3_5": Family("Qwen3_5Text", LINEAR_ATTENTION),
     "gemma": Family("Gemma", HEAD_DIM),
     "gemma2": Family("Gemma2", HEAD_DIM | CAPPED, softcap=3.0),
     "gemma3": Family("Gemma3Text", HEAD_DIM | CAPPED, softcap=3.0),
     "mistral": Family("Mistral", HEAD_DIM),
-    "mixtral": Family("Mixtral", EXPERTS | {"router_aux_loss_coef": 0.5}),
+    "mixtral": Family("Mixtral", EXPERTS | ROUTED),
     "phi3": Family("Phi3"),
     "phi": Family("Phi", bias=True),
     "cohere": Family("Cohere", {"logit_scale": 0.25}, scale=0.25),
     "cohere2": Family("Cohere2", HEAD_DIM | {"logit_scale": 0.25}, scale=0.25),
     "granite": Family("Granite", {"logits_scaling": 7.0}, scale=1 / 7),
-    "granite_moe": Family("GraniteMoe", EXPERTS | {"logits_scaling": 7.0, "router_aux_loss_coef": 0.5}, scale=1 / 7),
+    "granite_moe": Family("GraniteMoe", EXPERTS | ROUTED | {"logits_scaling": 7.0}, scale=1 / 7),
     "hyperclova_x": Family("HyperCLOVAX", HEAD_DIM | {"logits_scaling": 7.0}, scale=7.0),
     "minicpm3": Family("MiniCPM3", LATENT | {"hidden_size": 32, "dim_model_base": 16}, scale=0.5),
     "gpt2": Family("GPT2", base=GPT),
@@ -117,12 +121,13 @@ FAMILIES = {
     "smollm3": Family("SmolLM3"),
     "falcon_h1": Family("FalconH1", MAMBA | {"hidden_size": 48, "lm_head_multiplier": 0.5}, scale=0.5),
     "deepseek_v3": Family("DeepseekV3", DEEPSEEK),
-    "gpt_oss": Family("GptOss", HEAD_DIM | EXPERTS | {"sliding_window": 4}),
+    "gpt_oss": Family("GptOss", HEAD_DIM | EXPERTS | ROUTED | {"sliding_window": 4}),
     "glm4": Family("Glm4", HEAD_DIM),
     "qwen2_vl": Family(**wrapped("Qwen2VL", TEXT | SECTIONS, QWEN_VISION | {"embed_dim": 16, "mlp_ratio": 1})),
     "qwen2_5_vl": Family(
         **wrapped("Qwen2_5_VL", TEXT | SECTIONS, QWEN_VISION | {"intermediate_size": 16, "out_hidden_size": 16})
     ),
+    "qwen3_vl_moe": Family(**wrapped("Qwen3VLMoe", TEXT | SECTIONS | HEAD_DIM | QWEN_EXPERTS | ROUTED, QWEN3_VISION)),
     # The wrappers below leave out the language model's own constant: with them its log-probabilities would be wrong.
     "gemma3_vl": Family(**wrapped("Gemma3", TEXT | HEAD_DIM | CAPPED, VISION, mm_tokens_per_image=4)),
     "llava_granite": Family(**wrapped("LlavaNext", text("Granite", logits_scaling=7.0), CLIP, image_token_index=5)),
@@ -205,9 +210,13 @@ def test_gradient_of_a_familys_backbone_is_that_of_its_own_logits(name):
     assert_gradients_are_the_models_own(FAMILIES[name].model())
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "granite_moe"])
-def test_the_router_loss_of_a_mixture_is_kept(name):
-    assert router_loss(FAMILIES[name].model()).coef == 0.5
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_vl_moe", "mixtral", "granite_moe", "gpt_oss"])
+def test_the_router_loss_of_a_mixture_is_kept_with_and_without_an_adapter(name):
+    model = FAMILIES[name].model()
+    assert router_loss(model).coef == 0.5
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert router_loss(adapted).coef == 0.5
+    assert about_router(adapted).endswith("the routers' load-balancing loss is added, times 0.5.")
 
 
 ADAPTERS = {
