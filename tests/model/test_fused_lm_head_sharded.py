@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from functools import partial
 
+import peft
 import pytest
 import torch
 from tolerance import assert_exact
@@ -21,11 +22,17 @@ TOKENS = ROWS * LENGTH
 class Net(nn.Module):
     """A backbone and a head, with the loss in its forward."""
 
-    def __init__(self, dtype=torch.float64):
+    def __init__(self, dtype=torch.float64, adapter=False):
         super().__init__()
         torch.manual_seed(0)
-        self.backbone = nn.Linear(WIDTH, WIDTH, dtype=dtype)
-        self.lm_head = FusedLMHead(nn.Linear(WIDTH, VOCAB, dtype=dtype), softcap=4.0, logit_scale=0.5)
+        self.backbone, self.layer = nn.Linear(WIDTH, WIDTH, dtype=dtype), nn.Linear(WIDTH, VOCAB, dtype=dtype)
+        if adapter:
+            config = peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+            peft.inject_adapter_in_model(config, self)
+            self.backbone.requires_grad_(True)
+            self.to(dtype)
+        self.lm_head = FusedLMHead(self.layer, softcap=4.0, logit_scale=0.5)
+        del self.layer
 
     def forward(self, x, *args, kind, **named):
         return getattr(self.lm_head, kind)(torch.tanh(self.backbone(x)), *args, **named).loss
@@ -62,24 +69,26 @@ def squared(logps, old):
 def gradients(module):
     whole = {}
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         grad = parameter.grad
         whole[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     return whole
 
 
-def expected(kind):
-    net = Net()
+def expected(kind, adapter=False):
+    net = Net(adapter=adapter)
     args, named = arguments(kind)
     loss = net(*args, **named)
     loss.backward()
     return loss.detach(), gradients(net)
 
 
-def assert_equals_one_process(module, kind, rank):
+def assert_equals_one_process(module, kind, rank, adapter=False):
     args, named = arguments(kind, mine(rank), 1 / WORLD)
     loss = module(*args, **named)
     loss.backward()
-    total, one = loss.detach() / WORLD, expected(kind)
+    total, one = loss.detach() / WORLD, expected(kind, adapter)
     distributed.all_reduce(total)
     assert_exact(total, one[0])
     found = gradients(module)
@@ -118,6 +127,12 @@ def sharded(rank, kind):
 
 def sharded_with_the_whole_model(rank):
     assert_equals_one_process(fully_shard(Net()), "policy_loss", rank)
+
+
+def sharded_with_an_adapter(rank):
+    net = Net(adapter=True)
+    fully_shard(net.lm_head)
+    assert_equals_one_process(fully_shard(net), "policy_loss", rank, adapter=True)
 
 
 def mixed_precision(rank):
@@ -164,6 +179,7 @@ CASES = {
     "sharded_policy_loss": partial(sharded, kind="policy_loss"),
     "sharded_token_loss": partial(sharded, kind="token_loss"),
     "sharded_with_the_whole_model": sharded_with_the_whole_model,
+    "sharded_with_an_adapter": sharded_with_an_adapter,
     "mixed_precision": mixed_precision,
     "layer_sharded_inside": layer_sharded_inside,
     "sharded_by_a_module_that_does_not_run": sharded_by_a_module_that_does_not_run,
