@@ -246,7 +246,8 @@ def test_a_trainer_takes_the_same_steps(tmp_path, options, adapters):
 
 
 def test_gradient_accumulation_weighs_tokens_not_micro_batches(tmp_path):
-    """Three micro-batches with other numbers of labels than each other step like one batch of all."""
+    """Three micro-batches with other numbers of labels than each other step like one batch of all:
+    https://github.com/fla-org/flash-linear-attention/issues/539"""
     weights = []
     for options in ({"per_device_train_batch_size": 6}, {"gradient_accumulation_steps": 3}):
         model = tiny()
@@ -266,6 +267,7 @@ def accuracy(prediction):
 
 @pytest.mark.parametrize(("logits", "metrics"), [("eval", None), ("eval", accuracy), ("never", None)])
 def test_evaluation_gives_the_same_numbers(tmp_path, logits, metrics):
+    """Without metrics it can do without logits: https://github.com/huggingface/trl/pull/5069"""
     model = tiny()
     own = trainer(model, tmp_path, metrics=metrics).evaluate()
     hf.accelerate(model, logits=logits)
@@ -478,6 +480,72 @@ def test_cpu_also_accelerates_the_other_layers_and_undoes_it():
     handle.undo()
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert "forward" not in vars(model)
+
+
+def test_logits_to_keep_in_training_mode_keeps_logits():
+    """https://github.com/linkedin/Liger-Kernel/issues/694"""
+    model, inputs = tiny(), batch()
+    inputs["labels"] = inputs["labels"][:, -4:]
+    own = model(**inputs, logits_to_keep=4)
+    hf.accelerate(model)
+    out = model(**inputs, logits_to_keep=4)
+    assert out.logits.shape == (3, 4, VOCAB)
+    assert torch.equal(out.loss, own.loss)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_shift_labels_give_a_loss_in_evaluation_mode_too(skip_logits):
+    """https://github.com/linkedin/Liger-Kernel/pull/888"""
+    model, inputs = tiny().eval(), batch() | KINDS["shift_labels"]
+    own = model(**inputs).loss
+    hf.accelerate(model)
+    torch.testing.assert_close(model(**inputs, skip_logits=skip_logits).loss, own)
+
+
+def test_gemmas_softcap_is_in_the_loss():
+    """https://github.com/apple/ml-cross-entropy/issues/48"""
+    model, inputs = tiny("gemma2"), batch()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10.0)
+    own = model(**inputs).loss
+    with hf.accelerate(model):
+        torch.testing.assert_close(model(**inputs).loss, own)
+    model.config.final_logit_softcapping = None
+    assert model(**inputs).loss > own + 0.1
+
+
+def test_a_model_that_keeps_the_number_of_items_from_its_loss_is_refused(monkeypatch):
+    """https://github.com/huggingface/transformers/issues/47688: it would train with an inflated loss."""
+    model = tiny()
+    forward = type(model).forward
+
+    def dropping(self, input_ids, labels=None, attention_mask=None, num_items_in_batch=None, **kwargs):
+        return forward(self, input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", dropping)
+    hf.accelerate(model)
+    assert model(**batch()).logits is None
+    with pytest.raises(ValueError, match=r"hf.accelerate: num_items_in_batch: expected the call's own"):
+        model(**batch(), num_items_in_batch=torch.tensor(57))
+
+
+def test_a_head_in_modules_to_save_trains_when_sharded(one_rank_mesh):
+    """https://github.com/linkedin/Liger-Kernel/pull/674"""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny(), config).train()
+    own, own_grads = gradients(model, **batch())
+    own_grads = {name: one.clone() for name, one in own_grads.items()}
+    model.zero_grad()
+    hf.accelerate(model)
+    inner = model.get_base_model()
+    for part in (inner.lm_head, *inner.model.layers, model):
+        torch.distributed.fsdp.fully_shard(part, mesh=one_rank_mesh)
+    out, grads = gradients(model, **batch())
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, own.loss)
+    assert any("modules_to_save" in name for name in grads)
+    agree({name: one.full_tensor() for name, one in grads.items()}, own_grads)
 
 
 def own_loss(logits, labels, vocab_size, **kwargs):
