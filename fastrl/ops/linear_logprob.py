@@ -14,6 +14,7 @@ from fastrl.kernels.linear_logprob.storage import KEEP_BYTES, stored_rows
 from fastrl.kernels.registry import as_written, instruction_set, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
 from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
+from fastrl.ops.support import Support, refuse_beside_support, support_logprob
 from fastrl.types import LogprobOutput
 
 MEMORY = ("auto", "store", "recompute")
@@ -179,6 +180,7 @@ def linear_logprob(
     log_sum_sq_probs: bool = False,
     mean_logits: bool = False,
     is_top1: bool = False,
+    support: Support | None = None,
     memory: str | int = "auto",
     backend: str = "auto",
 ) -> LogprobOutput:
@@ -200,6 +202,11 @@ def linear_logprob(
         entropy: also return the entropy, with its gradient.
         log_sum_sq_probs, mean_logits, is_top1: also return log sum_v softmax(z)_v^2, the mean of z over the vocabulary,
             and whether the target is the first argmax of z; without gradients. Ignored targets give 0 and False.
+        support: (token_ids (nnz,), offsets (N + 1,)), int64 or int32: the distribution is renormalised over these ids,
+            as top-k, top-p and min-p leave it. Row n of the N flattened rows keeps token_ids[offsets[n]:offsets[n+1]];
+            logsumexp and entropy run over them alone. The set of an ignored target is not read. A small set reads only
+            its rows of weight, and one number per kept id is stored for backward whatever `memory` says. Waits for the
+            device. Other outputs and named backends are refused.
         memory: what to store for backward if the head is trainable: "store" stores probabilities in the input dtype
             (2 matmuls in backward), "recompute" nothing (3 matmuls), "auto" stores what fits in a budget
             (256 MiB on a CPU, 4 GiB on a GPU, or $FASTRL_KEEP_BYTES); an int is that budget in bytes. With 16-bit
@@ -214,12 +221,20 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or is a DTensor or the result of its
         full_tensor() without `grad_placements`, which would get only this rank's gradient. IndexError: on a CPU, a
-        target is outside [0, V); on a GPU that row is NaN instead.
+        target is outside [0, V); on a GPU that row is NaN instead. With `support`, on every device, a ValueError: a set
+        has an id outside [0, V), an id twice, or not its target.
     """
     inputs = check_head(
         "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size
     )
     memory = memory_of("linear_logprob", memory)
+    if support is not None:
+        refuse_beside_support(
+            backend=backend, log_sum_sq_probs=log_sum_sq_probs, mean_logits=mean_logits, is_top1=is_top1
+        )
+        logit_budget("linear_logprob", memory, hidden.device)  # refuses a wrong one
+        logps, entropies = support_logprob(inputs, support, entropy=entropy)
+        return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
     save = choose_save("linear_logprob", inputs, memory, entropy=entropy, backend=backend)
     wanted = (log_sum_sq_probs, mean_logits, is_top1)
     logps, entropies, _, _, _, summaries = _op(*inputs, entropy, save, any(wanted), backend)

@@ -28,12 +28,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from fastrl import linear_logprob
+from fastrl.data.groups import group_from_json, group_to_json
 from fastrl.rollout import SamplingParams
+from fastrl.rollout import draw as draw_module
 from fastrl.rollout import transformers_sampler as module
 from fastrl.rollout.cache import decode_attention, passed_as
 from fastrl.rollout.draw import inverse_cdf, truncate, uniforms
 from fastrl.rollout.prepack import can_prepack, prepacked
 from fastrl.rollout.transformers_sampler import TransformersSampler
+from fastrl.types import Group, Prompt
 
 VOCAB = 61
 COMMON = {
@@ -676,3 +680,81 @@ def test_logits_that_are_not_finite_raise(llama):
         llama.lm_head.weight[3] = math.nan
     with pytest.raises(FloatingPointError, match="finite logits"):
         TransformersSampler(llama).sample(PROMPTS, 1, SamplingParams(4))
+
+
+# The sets that tokens were drawn from.
+
+CUTS = [{"top_p": 0.8}, {"top_k": 20}, {"min_p": 0.1}, {"top_p": 0.8, "top_k": 20, "min_p": 0.1}]
+
+
+def score(model, prompt, sample, support):
+    """Log-probabilities of the completion from a plain forward's hidden states."""
+    backbone = model.get_decoder()
+    ids = torch.tensor([[*prompt, *sample.token_ids]])
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    with torch.no_grad():
+        hidden = backbone(ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+        targets, weight = torch.tensor(sample.token_ids), model.get_output_embeddings().weight
+        return linear_logprob(hidden, weight, targets, temperature=0.7, softcap=softcap, support=support).logps
+
+
+def csr(sets):
+    offsets = torch.tensor([0, *map(len, sets)]).cumsum(0)
+    return torch.tensor([one for kept in sets for one in kept]), offsets
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma3_window"])
+def test_scoring_under_the_recorded_support_gives_the_sampling_logps_and_scoring_under_all_does_not(name, cut):
+    model = build(name)
+    params = SamplingParams(8, temperature=0.7, seed=3, stop_token_ids=(2, 7, 11, 30), **cut)
+    groups = TransformersSampler(model, compact_after=0.0, record_support=True).sample(PROMPTS, 4, params)
+    apart = 0.0
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for sample in group:
+            assert len(sample.support) == len(sample.token_ids)
+            expected = torch.tensor(sample.sampling_logps)
+            under = score(model, prompt, sample, csr(sample.support))
+            torch.testing.assert_close(under, expected, rtol=0, atol=1e-4)
+            apart = max(apart, (score(model, prompt, sample, None) - expected).abs().max().item())
+    assert apart > 0.05
+    assert len({len(sample.token_ids) for sample in flat(groups)}) > 1  # rows left while others were drawn
+
+
+def test_recording_the_support_changes_nothing_else(llama):
+    params = SamplingParams(8, temperature=0.7, top_p=0.8, seed=3, stop_token_ids=(2, 7))
+    plain = TransformersSampler(llama).sample(PROMPTS, 3, params)
+    recorded = TransformersSampler(llama, record_support=True).sample(PROMPTS, 3, params)
+    assert all(sample.support is None for sample in flat(plain))
+    assert all(sample.support is not None for sample in flat(recorded))
+    assert (ids(plain), logps(plain)) == (ids(recorded), logps(recorded))
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.0, "top_p": 0.5}], ids=["nothing cut", "greedy"])
+def test_there_is_no_support_where_tokens_are_drawn_from_the_whole_vocabulary_or_not_at_all(llama, fields):
+    groups = TransformersSampler(llama, record_support=True).sample(PROMPTS, 2, SamplingParams(4, **fields))
+    assert all(sample.support is None for sample in flat(groups))
+
+
+def test_stop_tokens_before_the_minimum_and_ids_past_vocab_size_are_in_no_support(llama):
+    stops = (2, 7, 11, 30)
+    params = SamplingParams(6, top_k=40, min_new_tokens=3, stop_token_ids=stops, vocab_size=50, seed=1)
+    for sample in flat(TransformersSampler(llama, record_support=True).sample(PROMPTS, 3, params)):
+        assert not {*stops} & {one for kept in sample.support[:3] for one in kept}
+        assert max(one for kept in sample.support for one in kept) < 50
+
+
+def test_more_kept_ids_than_a_call_may_record_are_refused(llama, monkeypatch):
+    params = SamplingParams(4, top_k=5, seed=0)
+    sampler = TransformersSampler(llama, record_support=True)
+    monkeypatch.setattr(draw_module, "_SUPPORT_IDS", 2 * 5 * 4)
+    assert sum(len(kept) for one in flat(sampler.sample([[5, 9]], 2, params)) for kept in one.support) == 40
+    monkeypatch.setattr(draw_module, "_SUPPORT_IDS", 2 * 5 * 4 - 1)
+    with pytest.raises(ValueError, match="expected at most 39 kept ids in a call, got 40 or more"):
+        sampler.sample([[5, 9]], 2, params)
+
+
+def test_the_support_survives_a_file(llama):
+    (samples,) = TransformersSampler(llama, record_support=True).sample([[5, 9]], 2, SamplingParams(3, top_k=5, seed=0))
+    group = Group(Prompt(0, "", (5, 9)), samples)
+    assert [one.support for one in group_from_json(group_to_json(group)).samples] == [one.support for one in samples]
