@@ -127,6 +127,8 @@ class MicroBatch:
     attention_max_seqlen: int = 0  # length of the longest of them
     token_mask: torch.Tensor | None = None  # (R, L) bool, True for tokens, False for padding
     share: float = 1.0  # share of the tokens of all micro-batches packed together
+    # (token_ids (nnz,), offsets (N + 1,)) int64: the ids that each token was drawn from; None = the whole vocabulary
+    support: tuple[torch.Tensor, torch.Tensor] | None = None
     samples: tuple[Sample, ...] = ()  # the original samples
 
     @property

@@ -126,7 +126,7 @@ def masked(
         return list(batches), {}
     needs_entropy = masks.top_entropy is not None
     outputs = [
-        policy.outputs(policy.hidden(batch), batch.targets, temperature=temperature, entropy=needs_entropy)
+        policy.of(policy.hidden(batch), batch, temperature=temperature, entropy=needs_entropy)
         for batch in tracked(batches, progress, after=len(batches))
     ]
     logps = torch.cat([out.logps for out in outputs])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +19,7 @@ from fastrl.data.pack import Counts, count, minibatches
 from fastrl.losses.aggregate import token_weights
 from fastrl.losses.linear_policy import linear_policy_loss
 from fastrl.losses.metrics import Metrics
+from fastrl.losses.policy import policy_loss
 from fastrl.losses.token_masks import kl_cov_penalty
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic
@@ -198,32 +199,40 @@ def policy_gradient_loss(
     With `ratio_to_sampler` the ratio is to `sampling_logps` instead of `old_logps`; its metrics then show the distance
     to the sampler. The terms for the batch's `kl_cov_weights` and `nll_weights` are added. `hidden` is
     `policy.hidden(batch)`, if the caller has it already. If the head's weight has a `main_grad`, the policy loss's
-    gradient is already in it on return.
+    gradient is already in it on return. A batch with a `support` is scored under it, by autograd through two ops, which
+    leave `main_grad` alone.
     """
     if spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
         normalizer = normalizer * batch.group_tokens
     weight = policy.head.weight
     hidden = policy.hidden(batch) if hidden is None else hidden
     old_logps = batch.sampling_logps if ratio_to_sampler else batch.old_logps
-    out = linear_policy_loss(
-        hidden,
-        weight,
-        batch.targets,
-        batch.advantages,
-        spec,
-        mask=batch.mask,
-        old_logps=old_logps,
-        ref_logps=batch.ref_logps,
-        sampling_logps=None if ratio_to_sampler else batch.sampling_logps,
-        group_ids=batch.group_ids,
-        normalizer=normalizer,
-        cu_seqlens=batch.cu_seqlens,
-        temperature=temperature,
-        main_grad=getattr(weight, "main_grad", None) if spec.separable else None,
-        entropy=entropy,
-        backend=policy.backend,
-        **policy.head.options,
-    )
+    tokens = {
+        "mask": batch.mask,
+        "old_logps": old_logps,
+        "ref_logps": batch.ref_logps,
+        "sampling_logps": None if ratio_to_sampler else batch.sampling_logps,
+        "group_ids": batch.group_ids,
+        "normalizer": normalizer,
+        "cu_seqlens": batch.cu_seqlens,
+        "backend": policy.backend,
+    }
+    if batch.support is None:
+        out = linear_policy_loss(
+            hidden,
+            weight,
+            batch.targets,
+            batch.advantages,
+            spec,
+            temperature=temperature,
+            main_grad=getattr(weight, "main_grad", None) if spec.separable else None,
+            entropy=entropy,
+            **tokens,
+            **policy.head.options,
+        )
+    else:
+        read = policy.of(hidden, batch, temperature=temperature, entropy=entropy or spec.needs_entropy)
+        out = policy_loss(read.logps, batch.advantages, spec, entropy=read.entropy, **tokens)
     if batch.kl_cov_weights is not None and old_logps is not None:  # else distance and gradient are 0
         out = _plus(out, _kl_cov(policy, hidden, batch, spec, normalizer, old_logps, temperature))
     if batch.nll_weights is not None:
@@ -246,7 +255,7 @@ def _own(
     weights = token_weights(
         batch.mask, spec.aggregate, normalizer=normalizer, group_ids=batch.group_ids, cu_seqlens=batch.cu_seqlens
     )
-    logps = policy.outputs(hidden, batch.targets, temperature=temperature).logps
+    logps = policy.of(hidden, batch, temperature=temperature).logps
     loss, metrics = 0.0, {}
     for term in terms:
         values, name = term(logps, batch), getattr(term, "__name__", type(term).__name__)
@@ -276,7 +285,10 @@ def _kl_cov(
     weights = token_weights(
         batch.mask, spec.aggregate, normalizer=normalizer, group_ids=batch.group_ids, cu_seqlens=batch.cu_seqlens
     )
-    logps = policy.outputs(hidden[selected], batch.targets[selected], temperature=temperature).logps
+    if batch.support is None:
+        logps = policy.outputs(hidden[selected], batch.targets[selected], temperature=temperature).logps
+    else:  # only the rows of the mask are computed
+        logps = policy.of(hidden, replace(batch, mask=selected), temperature=temperature).logps[selected]
     old_logps, every = old_logps[selected], torch.ones_like(logps, dtype=torch.bool)
     loss = kl_cov_penalty(logps, old_logps, every, (weights * batch.kl_cov_weights)[selected])
     distance = (logps.detach() - old_logps).abs().sum()
@@ -285,6 +297,8 @@ def _kl_cov(
 
 def _nll(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, temperature: float) -> LossOutput:
     """sum_t w_t (-log pi_t) with w = `batch.nll_weights`."""
+    do = "Leave positive_nll at 0, or record no support."
+    require(batch.support is None, "positive_nll", "support", "None", "a set for each token", do)
     head = policy.head
     out = linear_token_loss(
         hidden,

@@ -86,7 +86,8 @@ def pack(
     `layout="auto"` takes the cheaper of `padded` and `shared` under `ModelShape.row_cost`. `varlen` needs a model whose
     attention takes sequence bounds: `fastrl.model.attention.prepare_attention`. A sample's group id is the index of its
     group in `groups`. `advantages` and `sampling_logps` come from the samples; so do `ref_logps`, `old_logps` and
-    `values` if every sample of the micro-batch has them. Equal arguments give equal order.
+    `values` if every sample of the micro-batch has them, and `support`, which all have or none. Equal arguments give
+    equal order.
 
     Args:
         max_tokens: bound on R * L of a micro-batch, padding included.
@@ -96,8 +97,8 @@ def pack(
             such as preference losses; under `shared` they are then one row.
 
     Raises:
-        ValueError: a sequence, or with `whole_groups` a group, is longer than `max_tokens`, a prompt is empty, or
-            `sampling_logps` do not match the tokens.
+        ValueError: a sequence, or with `whole_groups` a group, is longer than `max_tokens`, a prompt is empty,
+            `sampling_logps` or `support` do not match the tokens, or only some samples have a `support`.
     """
     choice("pack", "layout", layout, LAYOUTS)
     shape = shape or ModelShape()
@@ -151,6 +152,11 @@ def _check(rows: list[Row], max_tokens: int) -> None:
         require(len(prompt_ids) > 0, "pack", f"groups[{group_id}].prompt.token_ids", "at least one token", "none")
         tokens, logps = len(sample.token_ids), len(sample.sampling_logps)
         require(logps == tokens, "pack", f"groups[{group_id}] sampling_logps", f"{tokens}, one per token", logps)
+        sets = tokens if sample.support is None else len(sample.support)
+        require(sets == tokens, "pack", f"groups[{group_id}] support", f"{tokens} sets, one per token", sets)
+    recorded = sum(row.samples[0].support is not None for row in rows)
+    do = "Record it for all, or set it to None."
+    require(recorded in (0, len(rows)), "pack", "support", f"{len(rows)} samples with one, or none", recorded, do)
     if rows:
         longest = max(rows, key=lambda row: row.length)
         parts = f"a prompt of {len(longest.prompt_ids)} and a completion of {len(longest.samples[0].token_ids)} tokens"
@@ -223,8 +229,18 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
         attention_cu_seqlens=tensor(starts, torch.int32) if varlen else None,
         attention_max_seqlen=longest if varlen else 0,
         token_mask=owners >= 0,
+        support=_support(samples, device),
         samples=tuple(samples),
     )
+
+
+def _support(samples: list[Sample], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The sets of all tokens end to end, and their bounds."""
+    if samples[0].support is None:
+        return None
+    sets = list(chain.from_iterable(sample.support for sample in samples))
+    offsets = torch.tensor([0, *accumulate(map(len, sets))], device=device)
+    return torch.tensor(list(chain.from_iterable(sets)), dtype=torch.int64, device=device), offsets
 
 
 def _shared_mask(owners: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from fastrl.model.attention import attention_inputs
 from fastrl.model.head import run_decoder, split_head
 from fastrl.model.router import RouterLoss, router_loss
 from fastrl.ops.linear_logprob import linear_logprob
+from fastrl.ops.support import Support
 from fastrl.types import LogprobOutput, MicroBatch
 
 
@@ -43,7 +44,7 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: MicroBatch, *, temperature: float = 1.0, entropy: bool = False) -> LogprobOutput:
         """Log-probabilities of the completion tokens, (N,) float32, and entropies if requested; with gradient."""
-        return self.outputs(self.hidden(batch), batch.targets, temperature=temperature, entropy=entropy)
+        return self.of(self.hidden(batch), batch, temperature=temperature, entropy=entropy)
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
         """(N, H): the state that predicts each completion token, with gradient; carries the routers' loss."""
@@ -57,10 +58,26 @@ class Policy(torch.nn.Module):
     @torch.no_grad()
     def read(self, hidden: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0) -> torch.Tensor:
         """`score`, given the hidden states of the batch."""
-        return self.outputs(hidden, batch.targets, temperature=temperature).logps
+        return self.of(hidden, batch, temperature=temperature).logps
+
+    def of(
+        self, hidden: torch.Tensor, batch: MicroBatch, *, temperature: float = 1.0, entropy: bool = False
+    ) -> LogprobOutput:
+        """`forward`, given the hidden states of the batch; over the tokens' `support` where the batch has one.
+
+        With a support, tokens outside the mask are 0: what the policy did not draw has no set.
+        """
+        targets = batch.targets if batch.support is None else batch.targets.masked_fill(~batch.mask, -100)
+        return self.outputs(hidden, targets, temperature=temperature, entropy=entropy, support=batch.support)
 
     def outputs(
-        self, hidden: torch.Tensor, targets: torch.Tensor, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        support: Support | None = None,
     ) -> LogprobOutput:
         """Log-probabilities of the targets and, if requested, entropies; both with gradient."""
         return linear_logprob(
@@ -69,6 +86,7 @@ class Policy(torch.nn.Module):
             targets,
             temperature=temperature,
             entropy=entropy,
+            support=support,
             backend=self.backend,
             **self.head.options,
         )

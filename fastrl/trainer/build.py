@@ -45,7 +45,12 @@ def build_algorithm(config: TrainConfig) -> Algorithm:
     Raises:
         ValueError: the algorithm has no such factor, or cannot have that value.
     """
-    if ALGORITHMS[config.algorithm].kind == "rewarded":
+    gradient = ALGORITHMS[config.algorithm].kind == "rewarded"
+    replays, expected = config.rollout.replay_support, "false, except for policy gradients on rollouts"
+    require(not replays or (gradient and not config.offline), OP, "rollout.replay_support", expected, replays)
+    auto = config.backend == "auto" or not replays
+    require(auto, OP, "backend", "auto with rollout.replay_support", config.backend)
+    if gradient:
         return _policy_gradient(config)
     other = {"ppo": PPOConfig(), "masks": TokenMasks(), "policy_gradient": PolicyGradientConfig(), "advantages": {}}
     for name, default in other.items():
@@ -185,6 +190,7 @@ def _ratio_to_sampler(config: TrainConfig, spec: PolicyLoss) -> bool:
     expected = "its default where training reads the sampler's log-probabilities: it would reshape them"
     do = "Leave loss.correction out." if corrected else "Leave masks.off_policy and masks.total_variation out."
     do = "Set policy_gradient.ratio_to_sampler to false." if ratio_to_sampler else do
+    do += " Or set rollout.replay_support." if reshaped.keys() <= {"top_p", "top_k", "min_p"} else ""
     names, got = ", ".join(f"rollout.{name}" for name in reshaped), ", ".join(map(str, reshaped.values()))
     require(not (reads and reshaped), OP, names, expected, got, do)
     optimizer = config.optimizer
@@ -200,6 +206,8 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     whole, name = not config.policy_gradient.filter_zero_variance, "policy_gradient.filter_zero_variance"
     require(whole, OP, name, "False: a critic learns from equal rewards too", True)
     require(spec.kl is None, OP, "loss.kl", "nothing: PPO's KL is in the reward, ppo.kl_coef", spec.kl)
+    positive = ppo.positive_nll == 0 or not config.rollout.replay_support
+    require(positive, OP, "ppo.positive_nll", "0 with rollout.replay_support", ppo.positive_nll)
     finite = ppo.critic_lr is None or 0 <= ppo.critic_lr < math.inf
     require(finite, OP, "ppo.critic_lr", "0 or more, and finite, or null", ppo.critic_lr)
     own = ppo.critic != "shared" or not ppo.critic_model

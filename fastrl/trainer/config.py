@@ -75,6 +75,9 @@ class RolloutConfig:
     """Sample from only the k most probable tokens; 0 is off."""
     min_p: float = 0.0
     """Drop tokens less probable than min_p times the most probable one; 0 is off."""
+    replay_support: bool = False
+    """Train on the policy that was sampled from: log-probabilities, entropy and reference over the tokens that top_p,
+    top_k and min_p left, which the sampler records for each token drawn. For policy-gradient algorithms on rollouts."""
     repetition_penalty: float = 1.0
     """Above 1, tokens already in the prompt or the completion become less likely; 1 is off."""
     min_new_tokens: int = 0
@@ -92,8 +95,9 @@ class RolloutConfig:
     @property
     def reshaped(self) -> dict[str, Any]:
         """The active settings that make the sampler draw from something other than the softmax at the temperature,
-        which is what training computes log-probabilities of."""
-        names = ("top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens")
+        which is what training computes log-probabilities of. `replay_support` covers the truncation."""
+        cut = () if self.replay_support else ("top_p", "top_k", "min_p")
+        names = (*cut, "repetition_penalty", "min_new_tokens")
         return {name: value for name in names if (value := getattr(self, name)) != getattr(RolloutConfig, name)}
 
 

@@ -235,7 +235,8 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
         seed=config.seed,
         vocab_size=learner.policy.head.vocab_size,
     )
-    return Sampling(TransformersSampler(model, tokenizer), tokenizer, params)
+    sampler = TransformersSampler(model, tokenizer, record_support=rollout.replay_support)
+    return Sampling(sampler, tokenizer, params)
 
 
 def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:
