@@ -88,7 +88,7 @@ def entropy_of(p: torch.Tensor) -> torch.Tensor:
 
 
 def summaries_of(z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(3, N) of finished logits z (N, V): log sum_v p_v^2, the mean of z, and 1 where z is first largest at the target."""
+    """(3, N) of finished logits z (N, V): log sum_v p_v^2, mean z, and 1 where z is first largest at the target."""
     squared = torch.logsumexp(2 * z, -1) - 2 * torch.logsumexp(z, -1)
     return torch.stack((squared, z.mean(-1), (z.argmax(-1) == targets).to(z.dtype)))
 

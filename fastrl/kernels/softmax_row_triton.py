@@ -185,7 +185,7 @@ def summaries(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """(log sum of p^2, mean logit, 1 where the target is the first of the largest) of a row, which is read once more."""
+    """(log sum of p^2, mean logit, 1 where the target is the first of the largest) of a row, read once more."""
     squared = tl.full((BLOCK,), 0, temperature.dtype)
     total = tl.full((BLOCK,), 0, temperature.dtype)
     first = tl.full((BLOCK,), 0, tl.int32) + V

@@ -636,7 +636,8 @@ def test_the_other_outputs_equal_their_definitions(backend, options, trainable, 
         assert_exact(got, want.detach().masked_fill(targets == IGNORE, 0))
     assert out.is_top1.dtype == torch.bool
     assert torch.equal(out.is_top1, expected[2] & (targets != IGNORE))
-    assert out.is_top1.any() and not out.is_top1.all()
+    assert out.is_top1.any()
+    assert not out.is_top1.all()
 
 
 def finished(inputs, temperature=1.0, softcap=None, logit_scale=1.0):
@@ -653,7 +654,8 @@ def test_what_was_not_asked_for_is_none_and_the_rest_is_bitwise_the_same(backend
         fused(inputs, entropy=True, **ASKED, backend=backend),
     )
     assert without[2:] == (None, None, None)
-    assert torch.equal(without.logps, with_all.logps) and torch.equal(without.entropy, with_all.entropy)
+    assert torch.equal(without.logps, with_all.logps)
+    assert torch.equal(without.entropy, with_all.entropy)
     for name in ASKED:
         out = fused(inputs, **{name: True}, backend=backend)
         assert torch.equal(getattr(out, name), getattr(with_all, name))
@@ -681,9 +683,12 @@ def test_a_row_that_is_not_finite_is_no_top_one_and_spoils_no_other(backend):
     inputs = gaussian(4, 8, 37, ignored=False)
     inputs.hidden[1] = math.nan
     out = fused(inputs, **ASKED, backend=backend)
-    assert not out.is_top1[1] and out.log_sum_sq_probs[1].isnan() and out.mean_logits[1].isnan()
+    assert not out.is_top1[1]
+    assert out.log_sum_sq_probs[1].isnan()
+    assert out.mean_logits[1].isnan()
     keep = torch.tensor([0, 2, 3])
-    assert out.log_sum_sq_probs[keep].isfinite().all() and out.mean_logits[keep].isfinite().all()
+    assert out.log_sum_sq_probs[keep].isfinite().all()
+    assert out.mean_logits[keep].isfinite().all()
 
 
 # torch.library and torch.compile.

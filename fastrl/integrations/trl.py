@@ -1,0 +1,322 @@
+"""fastrl in TRL's trainers: `accelerate(trainer)`.
+
+TRL computes every log-probability in one function of (hidden, head, ids), which its trainers reach through
+`add_fused_lm_head`: GRPO, RLOO, DPO, KTO, SFT, AsyncGRPO. That function is replaced here; TRL's loss formulas stay.
+
+| trainer | log-probabilities | `loss=True` |
+|---|---|---|
+| GRPO | yes | what `policy_spec` covers |
+| RLOO | yes | no: its ratio is of whole completions, not per token |
+| DPO, KTO, SFT, AsyncGRPO | yes | no |
+| Reward | no: it has no LM head | no |
+| those of `trl.experimental` that read whole logits | no, refused by name | no |
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import suppress
+from types import MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastrl import check
+from fastrl.integrations.handle import Handle, check_version
+from fastrl.losses.linear_policy import linear_policy_loss
+from fastrl.model.accelerate import accelerate_cpu
+from fastrl.ops.linear_logprob import linear_logprob
+from fastrl.spec import KL, Cispo, Clip, PolicyLoss, Sapo, Vespo
+
+if TYPE_CHECKING:
+    from fastrl.spec import Surrogate
+
+HOST = "fastrl.integrations.trl"
+TESTED = ("1.12", "1.17")
+EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def accelerate(trainer: Any = None, *, loss: bool = False, cpu: bool = False) -> Handle:
+    """Has TRL compute log-probabilities with `fastrl.linear_logprob`.
+
+    The results are TRL's own to rounding: log-probabilities, entropies, what its metrics read, and all gradients. Only
+    tokens with a label go through the head, and only those with a gradient come back through it, also on CPUs.
+
+    The function is one for the whole process, so every trainer in it is accelerated until `undo()`. A second call
+    changes nothing. Call it before a trainer is made whose constructor computes log-probabilities
+    (`precompute_ref_log_probs` of DPO), so that both sides of its ratios come from one function.
+
+    Args:
+        trainer: a trainer, or a model of one; refused if it does not go through that function. None checks nothing.
+        loss: for a `GRPOTrainer`, form the policy loss's gradient while the logits are at hand: 3 matmuls instead of 4
+            where logits are not stored, and none after the first for tokens without advantage. The loss that is
+            returned and all metrics are still computed by TRL; its gradient is fastrl's.
+        cpu: also run the model's linear layers on fastrl's CPU products, by `fastrl.accelerate_cpu`.
+
+    Returns:
+        A handle; `undo()`, or leaving its block, gives TRL its own objects back.
+
+    Raises:
+        ImportError: TRL is not installed, or has no such function (it has since 1.12).
+        ValueError: the trainer stores whole logits, or `loss=True` and an option of it is not covered; by name.
+    """
+    check_version("trl", *TESTED)
+    utils = _utils()
+    model = trainer if isinstance(trainer, torch.nn.Module) else getattr(trainer, "model", None)
+    _require_fused(trainer, model)
+    if loss or cpu:
+        _require(trainer is not None, "trainer", "a trainer, for loss=True or cpu=True", None, "Pass the trainer.")
+    if loss:
+        policy_spec(trainer)  # refuses
+    handle = Handle(HOST)
+    if utils._ChunkedLogProbFunction is not FusedLogprob:
+        _require_no_zero3()
+        handle.replace(utils, "_ChunkedLogProbFunction", FusedLogprob)
+        handle.replace(utils, "_use_triton", _always)  # it decides whether tokens without a label are left out
+    if loss and not isinstance(vars(trainer).get("_compute_loss"), _OnePass):
+        handle.replace(trainer, "_compute_loss", _OnePass(trainer))
+    if cpu:
+        handle.on_undo(accelerate_cpu(model).undo)
+    return handle
+
+
+class FusedLogprob:
+    """`trl.kernels.ChunkedLogProbFunction` on fastrl: the same arguments and the same five results."""
+
+    one_pass: _OnePass | None = None  # the loss that is being computed, if any
+
+    @classmethod
+    def apply(
+        cls,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", *EXTRAS),
+    ) -> tuple[torch.Tensor | None, ...]:
+        """(logps, entropy, log_sum_sq_probs, mean_logits, is_top1), (N,) each, float32; None where not asked for.
+
+        hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) without ignored ones. `chunk_size` is not read.
+        """
+        weight, bias = (None if x is None else _with_all_gradients(x) for x in (weight, bias))
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        options = {
+            "bias": bias,
+            "temperature": temperature,
+            "softcap": final_logit_softcapping,
+            "logit_scale": logit_scale,
+        }
+        if cls.one_pass is not None:
+            return cls.one_pass.logps(hidden, weight, targets, options)
+        asked = {name: name in outputs for name in ("entropy", *EXTRAS)}
+        return tuple(linear_logprob(hidden, weight, targets, **options, **asked))
+
+
+def policy_spec(trainer: Any) -> PolicyLoss:
+    """The loss of a `GRPOTrainer` as a `PolicyLoss`, read off its configuration.
+
+    Raises:
+        ValueError: the trainer is no GRPOTrainer, or one of its options has no counterpart; the message names it.
+    """
+    grpo = importlib.import_module("trl").GRPOTrainer
+    do = "RLOO's ratio is of a sum over whole completions, and the other trainers have no policy loss."
+    _require(isinstance(trainer, grpo), "trainer", "a GRPOTrainer, for its loss", type(trainer).__name__, do)
+    args, kind = trainer.args, trainer.loss_type
+    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    for option, got, covered, expected in (
+        ("loss_type", kind, kind in AGGREGATE, f"one of {', '.join(AGGREGATE)}"),
+        ("top_entropy_quantile", args.top_entropy_quantile, trainer.top_entropy_quantile >= 1.0, "1.0"),
+        ("off_policy_mask_threshold", args.off_policy_mask_threshold, args.off_policy_mask_threshold is None, "None"),
+        ("entropy_coef", args.entropy_coef, not trainer._entropy_bonus_enabled, "no entropy bonus"),
+        ("vllm_importance_sampling_correction", corrected, not (corrected and kind == "vespo"), "False with vespo"),
+        ("delta", args.delta, args.delta is None or args.delta > 1, "above 1"),
+        ("trainer", "one with its own _compute_loss", _own_loss(trainer, grpo), "a GRPOTrainer with TRL's loss"),
+    ):
+        _require(
+            covered, option, f"{expected}, for fastrl's loss", got, "Leave it to TRL: accelerate without loss=True."
+        )
+    level = "sequence" if kind == "vespo" else trainer.importance_sampling_level
+    kl = KL("k3_ratio" if args.use_bias_correction_kl else "k3", trainer.beta) if trainer.beta else None
+    return PolicyLoss(ratio=level, surrogate=_surrogate(trainer), kl=kl, aggregate=AGGREGATE[kind])
+
+
+# TRL's loss types by how they average over tokens; `normalizer` gives the number each divides by.
+AGGREGATE = {
+    "grpo": "seq_mean_token_mean",
+    "sapo": "seq_mean_token_mean",
+    "bnpo": "token_mean",
+    "dapo": "token_mean",
+    "cispo": "token_mean",
+    "vespo": "token_mean",
+    "dr_grpo": "token_sum",
+    "luspo": "seq_mean_token_sum",
+}
+
+
+def _surrogate(trainer: Any) -> Surrogate:
+    args, kind = trainer.args, trainer.loss_type
+    low, high, delta = trainer.epsilon_low, trainer.epsilon_high, args.delta
+    if kind == "cispo":
+        return Cispo(ratio_max=high)
+    if kind == "sapo":
+        return Sapo(args.sapo_temperature_pos, args.sapo_temperature_neg)
+    if kind == "vespo":
+        return Vespo(args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
+    if delta is None:
+        return Clip(low, high)
+    return Clip(low, high, dual=delta) if delta >= 1 + high else Clip(low, delta - 1, dual=1 + high)
+
+
+def normalizer(trainer: Any, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor | float:
+    """What TRL's loss of a micro-batch is divided by, as `linear_policy_loss` takes it for `policy_spec`'s aggregate.
+
+    Args:
+        mask: (B, T), the tokens of the loss.
+    """
+    training, kind = trainer.model.training, trainer.loss_type
+    accumulated = trainer.current_gradient_accumulation_steps if training else 1.0
+    if kind in ("dapo", "cispo", "vespo"):
+        items = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+        return items * accumulated / trainer.args.steps_per_generation if training else items
+    if kind == "bnpo":
+        return mask.sum().clamp(min=1.0) * accumulated
+    if kind == "dr_grpo":
+        return float(mask.shape[0] * trainer.max_completion_length * accumulated)
+    return float(mask.shape[0] * accumulated)
+
+
+class _OnePass:
+    """`GRPOTrainer._compute_loss` with the gradient formed in the forward pass of the head.
+
+    TRL's own method runs, on log-probabilities that are constants to it: the loss's value and the metrics are its own.
+    Beside them stands fastrl's loss, whose gradient takes the place of the one that they would have had.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.host = trainer, trainer._compute_loss
+        self.inputs: dict[str, Any] = {}
+        self.loss: torch.Tensor | None = None
+
+    def __call__(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self.inputs, self.loss, FusedLogprob.one_pass = inputs, None, self
+        try:
+            value = self.host(model, inputs)
+        finally:
+            FusedLogprob.one_pass = None
+        ours, self.loss, self.inputs = self.loss, None, {}
+        check.require(ours is not None, HOST, "model", "one that calls TRL's fused head", type(model).__name__)
+        return value + (ours - ours.detach())
+
+    def logps(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, options: dict[str, Any]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What TRL's function returns, without a gradient of their own; computes the loss on the way."""
+        inputs, spec = self.inputs, policy_spec(self.trainer)
+        labelled = inputs["completion_mask"].bool()  # (B, T); the N tokens here are those, row by row
+        mask = labelled & inputs["tool_mask"].bool() if "tool_mask" in inputs else labelled
+        got = f"{len(targets)} labelled tokens where the completions have {int(labelled.sum())}"
+        check.require(len(targets) == labelled.sum(), HOST, "model", "a head that sees the completions", got)
+        advantages = inputs["advantages"].unsqueeze(-1) if inputs["advantages"].dim() == 1 else inputs["advantages"]
+        trainer = self.trainer
+        if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+            advantages = advantages * inputs["importance_sampling_ratio"]  # every surrogate is linear in |A|
+        advantages = advantages.expand(labelled.shape)
+        given = {name: inputs.get(f"{name[:-6]}_per_token_logps") for name in ("old_logps", "ref_logps")}
+        lengths = labelled.sum(-1)
+        bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+        out = linear_policy_loss(
+            hidden,
+            weight,
+            targets,
+            advantages[labelled].float(),
+            spec,
+            mask=mask[labelled],
+            cu_seqlens=bounds,
+            normalizer=normalizer(trainer, inputs, mask),
+            entropy=True,
+            **{name: None if x is None else x[labelled].float() for name, x in given.items()},
+            **options,
+        )
+        self.loss = out.loss
+        # Where the loss does not look, TRL must not find a ratio that overflows: 0 times infinity is not 0.
+        elsewhere = out.logps if given["old_logps"] is None else given["old_logps"][labelled].float()
+        logps = torch.where(mask[labelled], out.logps, elsewhere)
+        return _Constant.apply(logps, out.loss), out.entropy, None, None, None
+
+
+class _Constant(torch.autograd.Function):
+    """Log-probabilities that take no gradient, yet hang on the graph of the loss, where DDP looks for what was used."""
+
+    @staticmethod
+    def forward(ctx: Any, logps: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return logps.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad.new_zeros(())
+
+
+def _with_all_gradients(weight: torch.Tensor) -> torch.Tensor:
+    """A head that TRL gathered from a DTensor by `full_tensor()`: with the mean of all ranks' gradients, as FSDP takes
+    it, instead of this rank's alone."""
+    made = weight.grad_fn
+    spec = getattr(made, "dtensor_spec", None)
+    if spec is not None and made.grad_placements is None:
+        from torch.distributed.tensor import Partial
+
+        made.grad_placements = [Partial("avg")] * spec.mesh.ndim
+    return weight
+
+
+def _always(device: torch.device) -> bool:
+    return True
+
+
+def _utils() -> ModuleType:
+    utils = importlib.import_module("trl.trainer.utils")
+    if not hasattr(utils, "_ChunkedLogProbFunction") or not hasattr(utils, "_use_triton"):
+        got = f"trl {importlib.import_module('trl').__version__} without its fused LM head"
+        raise ImportError(check.sentence(HOST, "trl", f"{TESTED[0]} or newer", got, "Upgrade TRL."))
+    return utils
+
+
+def _require_fused(trainer: Any, model: Any) -> None:
+    """Refuses a trainer whose model was not given TRL's fused head."""
+    if trainer is None:
+        return
+    fused = isinstance(model, torch.nn.Module) and any(map(_is_fused, model.modules()))
+    do = "It reads whole logits, or has no LM head: there is no log-probability here to replace."
+    expected = "a trainer on TRL's fused LM head, or its model"
+    _require(fused, "trainer", expected, type(trainer).__name__, do)
+
+
+def _is_fused(module: torch.nn.Module) -> bool:
+    """Whether TRL's `add_fused_lm_head` gave this module its forward, below whatever has been wrapped around it."""
+    forward = vars(module).get("forward")
+    while forward is not None:
+        function = forward.__func__ if isinstance(forward, MethodType) else forward
+        if "_ChunkedLogProbFunction" in getattr(getattr(function, "__code__", None), "co_names", ()):
+            return True
+        forward = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _require_no_zero3() -> None:
+    with suppress(ImportError):
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+        do = "Use ZeRO-2 or FSDP."
+        _require(not is_deepspeed_zero3_enabled(), "DeepSpeed", "a head that is not partitioned", "ZeRO-3", do)
+
+
+def _own_loss(trainer: Any, grpo: Any) -> bool:
+    return type(trainer)._compute_loss is grpo._compute_loss
+
+
+def _require(condition: bool, argument: str, expected: str, got: object, do: str = "") -> None:
+    check.require(condition, f"{HOST}.accelerate", argument, expected, got, do)

@@ -1,0 +1,403 @@
+"""Real TRL trainers on a tiny random model, three steps each, with and without fastrl's log-probabilities."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from itertools import product
+
+import pytest
+import torch
+from datasets import Dataset
+from integrations.hosts import saved, texts
+
+trl = pytest.importorskip("trl")
+
+from fastrl import presets  # noqa: E402
+from fastrl.integrations import trl as integration  # noqa: E402
+from fastrl.spec import KL, Cispo, Clip, Sapo, Vespo  # noqa: E402
+
+UTILS = importlib.import_module("trl.trainer.utils")
+STEPS = 3
+CLOCKS = ("time", "runtime", "per_second", "flos")
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def mixture_of_experts(tmp_path_factory):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    folder = tmp_path_factory.mktemp("moe")
+    return saved(folder, kind=Qwen3MoeForCausalLM, config=Qwen3MoeConfig, output_router_logits=True, **experts)
+
+
+def reward(completions, **_):
+    """Different within groups, and equal in some of them."""
+    return [float(len(text.split()) % 3) for text in completions]
+
+
+def arguments(kind, folder, **options):
+    common = {
+        "output_dir": f"{folder}/out", "max_steps": STEPS, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True,
+        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 1, "bf16": False,
+        "per_device_train_batch_size": 4, "gradient_checkpointing": False,
+    }  # fmt: skip
+    return getattr(trl, f"{kind}Config")(**common | options)
+
+
+def online(kind, folder, **options):
+    sampling = {"num_generations": 4, "max_completion_length": 8}
+    rows = Dataset.from_list([{"prompt": text} for text in texts()])
+    make = getattr(trl, f"{kind}Trainer")
+    return make(folder, reward_funcs=reward, args=arguments(kind, folder, **sampling | options), train_dataset=rows)
+
+
+def offline(kind, folder, **options):
+    answers = texts(seed=1), texts(seed=2)
+    rows = {
+        "SFT": [{"prompt": p, "completion": f" {a}"} for p, a in zip(texts(), answers[0], strict=True)],
+        "DPO": [
+            {"prompt": p, "chosen": f" {a}", "rejected": f" {b}"} for p, a, b in zip(texts(), *answers, strict=True)
+        ],
+        "KTO": [
+            {"prompt": p, "completion": f" {a}", "label": n % 2 == 0}
+            for n, (p, a) in enumerate(zip(texts(), answers[0], strict=True))
+        ],
+    }[kind]  # fmt: skip
+    make = getattr(trl, f"{kind}Trainer")
+    return make(folder, args=arguments(kind, folder, **options), train_dataset=Dataset.from_list(rows))
+
+
+def train(make, kind, folder, accelerated=None, **options):
+    """(what was logged, weights) after the steps; `accelerated`: arguments of `accelerate`, None without it."""
+    trainer = make(kind, folder, **options)
+    handle = None if accelerated is None else integration.accelerate(trainer, **accelerated)
+    try:
+        trainer.train()
+    finally:
+        if handle is not None:
+            handle.undo()
+    logged = [
+        {name: value for name, value in row.items() if not any(clock in name for clock in CLOCKS)}
+        for row in trainer.state.log_history
+    ]
+    return logged, dict(trainer.model.state_dict())
+
+
+def assert_same(with_it, without, tolerance=2e-5):
+    """Everything logged, and the weights, which three updates of 1e-2 have moved far.
+
+    The gradient's norm is relative to itself: one part in 1e5 is what torch's own order of summation changes.
+    """
+    (logged, weights), (expected, expected_weights) = with_it, without
+    assert [row.keys() for row in logged] == [row.keys() for row in expected]
+    assert len(logged) == STEPS + 1
+    for row, other in zip(logged, expected, strict=True):
+        for name, value in row.items():
+            want = other[name]
+            if isinstance(want, float) and math.isfinite(want):
+                assert value == pytest.approx(want, rel=tolerance, abs=tolerance), name
+            else:
+                assert value == want or (value != value and want != want), name
+    for name, want in expected_weights.items():
+        torch.testing.assert_close(weights[name], want, rtol=0, atol=5e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# The log-probability, under every trainer that goes through TRL's fused head.
+
+GRPO = {
+    "defaults": {},
+    "reference": {"beta": 0.1},
+    "reference, plain k3": {"beta": 0.1, "use_bias_correction_kl": False},
+    "two updates a rollout": {"num_iterations": 2},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "steps_per_generation": 2},
+    "temperature": {"temperature": 0.7},
+    "entropy bonus": {"entropy_coef": 0.01},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 3.0},
+    "high-entropy tokens": {"top_entropy_quantile": 0.5},
+    "off-policy mask": {"off_policy_mask_threshold": 0.5, "num_iterations": 2},
+    "two-sided clipping": {"delta": 2.0, "num_iterations": 2},
+    "float32 head": {"cast_lm_head_to_fp32": True},
+    "truncated completions masked": {"mask_truncated_completions": True},
+    "bf16 weights": {"model_init_kwargs": {"dtype": "bfloat16"}},
+}  # fmt: skip
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+GRPO |= {
+    f"{loss}, {level}": {"loss_type": loss, "importance_sampling_level": level, "num_iterations": 2, "beta": 0.05}
+    for loss, level in product(LOSS_TYPES, ("token", "sequence"))
+    if (loss, level) != ("vespo", "sequence")
+}
+
+
+@pytest.mark.parametrize("options", GRPO)
+def test_grpo_trains_the_same(folder, options):
+    given = GRPO[options]
+    tolerance = 2e-2 if "bf16" in options else 2e-5  # of weights that a step moves by half a unit in the last place
+    if "bf16" in options:
+        with_it, without = (train(online, "GRPO", folder, used, **given) for used in ({}, None))
+        for row, other in zip(with_it[0], without[0], strict=True):
+            assert row.get("loss", 0) == pytest.approx(other.get("loss", 0), abs=tolerance)
+        return
+    assert_same(train(online, "GRPO", folder, {}, **given), train(online, "GRPO", folder, **given), tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"num_iterations": 2}], ids=str)
+def test_rloo_trains_the_same(folder, options):
+    assert_same(train(online, "RLOO", folder, {}, **options), train(online, "RLOO", folder, **options))
+
+
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+DPO = {
+    loss: {"loss_type": [loss], "label_smoothing": 0.1 if loss in ("exo_pair", "robust") else 0.0}
+    for loss in DPO_LOSSES
+}
+DPO |= {
+    "WPO": {"use_weighting": True},
+    "mixed": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "length-desensitised": {"ld_alpha": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", DPO)
+def test_dpo_trains_the_same(folder, options):
+    assert_same(train(offline, "DPO", folder, {}, **DPO[options]), train(offline, "DPO", folder, **DPO[options]))
+
+
+def test_reference_log_probabilities_that_the_constructor_computes_are_accelerated_too(folder):
+    given = {"precompute_ref_log_probs": True}
+    with integration.accelerate():
+        with_it = train(offline, "DPO", folder, **given)
+    without = train(offline, "DPO", folder, **given)
+    assert with_it[0][0]["rewards/margins"] == 0  # of TRL's, which are rounding here, the signs are counted too
+    for logged, _ in (with_it, without):
+        del logged[0]["rewards/accuracies"]
+    assert_same(with_it, without)
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_kto_trains_the_same(folder, loss):
+    assert_same(*(train(offline, "KTO", folder, used, loss_type=loss) for used in ({}, None)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.1}, {"packing": True}], ids=str
+)
+def test_sft_trains_the_same(folder, options):
+    assert_same(train(offline, "SFT", folder, {}, **options), train(offline, "SFT", folder, **options))
+
+
+def test_a_mixture_of_experts_keeps_its_router_loss(mixture_of_experts):
+    with_it, without = (train(offline, "SFT", mixture_of_experts, used) for used in ({}, None))
+    assert_same(with_it, without)
+    assert "aux_loss" in with_it[0][0]
+
+
+def test_an_adapter_trains_the_same(folder):
+    from peft import LoraConfig
+
+    def make(kind, folder, **options):
+        rows = Dataset.from_list([{"prompt": text} for text in texts()])
+        args = arguments(kind, folder, num_generations=4, max_completion_length=8, beta=0.1, **options)
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        torch.manual_seed(0)
+        return trl.GRPOTrainer(folder, reward_funcs=reward, args=args, train_dataset=rows, peft_config=lora)
+
+    for loss in (False, True):
+        assert_same(train(make, "GRPO", folder, {"loss": loss}), train(make, "GRPO", folder))
+
+
+# TRL's loss with its gradient formed in the forward pass.
+
+COVERED = [
+    *(name for name in GRPO if name.split(",")[0] in LOSS_TYPES), "defaults", "reference", "reference, plain k3",
+    "accumulation", "temperature", "two-sided clipping", "truncated completions masked", "float32 head",
+]  # fmt: skip
+REFUSED = {
+    "entropy bonus": "entropy_coef: expected no entropy bonus, for fastrl's loss, got 0.01",
+    "adaptive entropy": "entropy_coef: expected no entropy bonus",
+    "high-entropy tokens": "top_entropy_quantile: expected 1.0, for fastrl's loss, got 0.5",
+    "off-policy mask": "off_policy_mask_threshold: expected None, for fastrl's loss, got 0.5",
+}
+
+
+@pytest.mark.parametrize("options", COVERED)
+def test_the_one_pass_loss_trains_and_logs_as_trl_does(folder, options):
+    given = GRPO[options]
+    assert_same(train(online, "GRPO", folder, {"loss": True}, **given), train(online, "GRPO", folder, **given))
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_an_option_that_the_one_pass_loss_lacks_is_refused_by_name(folder, options):
+    trainer = online("GRPO", folder, **GRPO[options])
+    before = UTILS._ChunkedLogProbFunction
+    with pytest.raises(ValueError, match=REFUSED[options]):
+        integration.accelerate(trainer, loss=True)
+    assert UTILS._ChunkedLogProbFunction is before
+    assert "_compute_loss" not in vars(trainer)
+
+
+def test_other_trainers_and_losses_of_ones_own_are_refused_by_name(folder):
+    class Own(trl.GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs) * 2
+
+    with pytest.raises(ValueError, match="trainer: expected a GRPOTrainer, for its loss, got RLOOTrainer"):
+        integration.accelerate(online("RLOO", folder), loss=True)
+    rows = Dataset.from_list([{"prompt": text} for text in texts()])
+    own = Own(folder, reward_funcs=reward, args=arguments("GRPO", folder, num_generations=4), train_dataset=rows)
+    with pytest.raises(ValueError, match="expected a GRPOTrainer with TRL's loss"):
+        integration.accelerate(own, loss=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "spec"),
+    [
+        ({}, {"surrogate": Clip(0.2, 0.2), "aggregate": "token_mean"}),
+        ({"loss_type": "grpo", "beta": 0.1}, {"kl": KL("k3_ratio", 0.1), "aggregate": "seq_mean_token_mean"}),
+        ({"beta": 0.1, "use_bias_correction_kl": False}, {"kl": KL("k3", 0.1)}),
+        ({"loss_type": "cispo", "epsilon_high": 5.0}, {"surrogate": Cispo(ratio_max=5.0)}),
+        ({"loss_type": "sapo"}, {"surrogate": Sapo(1.0, 1.05)}),
+        ({"loss_type": "vespo"}, {"surrogate": Vespo(2.0, 3.0, 3.0, 2.0), "ratio": "sequence"}),
+        ({"delta": 4.0}, {"surrogate": Clip(0.2, 0.2, dual=4.0)}),
+        ({"delta": 1.1}, {"surrogate": Clip(0.2, 1.1 - 1, dual=1.2)}),
+        ({"importance_sampling_level": "sequence"}, {"ratio": "sequence"}),
+        ({"loss_type": "dr_grpo"}, {"aggregate": "token_sum"}),
+        ({"loss_type": "luspo"}, {"aggregate": "seq_mean_token_sum"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_policy_spec_reads_the_loss_off_the_configuration(folder, options, spec):
+    got = integration.policy_spec(online("GRPO", folder, **options))
+    assert {name: getattr(got, name) for name in spec} == spec
+
+
+# The handle.
+
+
+def test_undo_gives_trl_its_own_objects_back(folder):
+    trainer = online("GRPO", folder)
+    before = UTILS._ChunkedLogProbFunction, UTILS._use_triton, dict(vars(trainer))
+    with integration.accelerate(trainer, loss=True):
+        assert UTILS._ChunkedLogProbFunction is integration.FusedLogprob
+        with integration.accelerate(trainer, loss=True):  # nothing the second time
+            pass
+        assert UTILS._ChunkedLogProbFunction is integration.FusedLogprob
+        assert isinstance(vars(trainer)["_compute_loss"], integration._OnePass)
+    assert (UTILS._ChunkedLogProbFunction, UTILS._use_triton) == before[:2]
+    assert vars(trainer) == before[2]
+
+
+def test_a_trainer_without_trl_s_fused_head_is_refused_by_name(folder):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ValueError, match="trainer: expected a trainer on TRL's fused LM head, or its model, got Llama"):
+        integration.accelerate(AutoModelForCausalLM.from_pretrained(folder))
+    for name in ("OnlineDPOTrainer",):
+        fake = type(name, (), {"model": AutoModelForCausalLM.from_pretrained(folder)})()
+        with pytest.raises(ValueError, match=f"got {name}. It reads whole logits"):
+            integration.accelerate(fake)
+
+
+def test_an_old_trl_is_refused(monkeypatch):
+    monkeypatch.delattr(UTILS, "_ChunkedLogProbFunction")
+    with pytest.raises(ImportError, match=r"trl: expected 1\.12 or newer, got trl .* without its fused LM head"):
+        integration.accelerate()
+
+
+def test_the_model_alone_may_be_given_and_its_layers_run_on_the_cpu_products_until_undo(folder):
+    from torch import nn
+
+    trainer = offline("SFT", folder)
+    handle = integration.accelerate(trainer.model, cpu=True)
+    kinds = {type(module).__name__ for module in trainer.model.modules()}
+    handle.undo()
+    after = {type(module) for module in trainer.model.modules()}
+    assert "NativeLinear" in kinds
+    assert nn.Linear in after
+    assert "NativeLinear" not in {one.__name__ for one in after}
+
+
+# The function itself, beside TRL's.
+
+
+def head(count=9, dtype=torch.float32, bias=True):
+    hidden, weight = torch.randn(count, 16, dtype=dtype), torch.randn(70, 16, dtype=dtype)
+    return hidden, weight, torch.randn(70, dtype=dtype) if bias else None, torch.randint(70, (count,))
+
+
+ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@pytest.mark.parametrize("outputs", [ALL, ("log_probs",), ("log_probs", "mean_logits", "is_top1")], ids=len)
+@pytest.mark.parametrize("options", [(1.0, None, 1.0), (0.7, 3.0, 0.5)], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_function_gives_what_trl_s_gives(outputs, options, biased):
+    temperature, softcap, scale = options
+    hidden, weight, bias, targets = head(bias=biased)
+    results = []
+    for function in (integration.FusedLogprob, UTILS._ChunkedLogProbFunction):
+        leaves = [x if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        out = function.apply(*leaves, targets, temperature, 32, softcap, scale, outputs)
+        loss = out[0].square().sum() + (0 if out[1] is None else out[1].sum())
+        results.append((out, torch.autograd.grad(loss, [x for x in leaves if x is not None])))
+    (ours, our_grads), (theirs, their_grads) = results
+    for got, want in zip((*ours, *our_grads), (*theirs, *their_grads), strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert [one is not None and one.requires_grad for one in ours] == [
+        one is not None and one.requires_grad for one in theirs
+    ]
+
+
+def test_no_token_gives_no_result_that_still_hangs_on_the_graph():
+    hidden, weight, bias, targets = head(0)
+    hidden.requires_grad_()
+    logps, *_ = integration.FusedLogprob.apply(hidden, weight, bias, targets, 1.0, 32)
+    logps.sum().backward()
+    assert logps.shape == (0,)
+    assert hidden.grad is not None
+
+
+def test_a_float32_hidden_state_meets_a_bf16_head_without_rounding():
+    hidden, weight, bias, targets = head(dtype=torch.bfloat16)
+    weight.requires_grad_()
+    out = integration.FusedLogprob.apply(hidden.float(), weight, bias, targets, 1.0, 32)
+    expected = (hidden.double() @ weight.double().T + bias.double()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=1e-5)
+    out[0].sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+
+
+def test_under_autocast_the_head_multiplies_in_its_dtype_and_gradients_are_float32():
+    hidden, weight, bias, targets = head()
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = integration.FusedLogprob.apply(hidden, weight, bias, targets, 1.0, 32)[0]
+        theirs = UTILS._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 32)[0]
+    ours.sum().backward()
+    assert weight.grad.dtype == torch.float32
+    assert (ours - theirs).abs().max() < 0.1  # TRL rounds the logits to bf16, of units 1/16 at 8; fastrl does not
+    exact = (hidden.bfloat16().double() @ weight.bfloat16().double().T + bias.bfloat16().double()).log_softmax(-1)
+    torch.testing.assert_close(ours.double(), exact.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_trl_s_default_loss_with_dapo_s_upper_bound_is_the_preset(folder):
+    assert integration.policy_spec(online("GRPO", folder, epsilon_high=0.28)) == presets.DAPO
