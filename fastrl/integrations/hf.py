@@ -34,9 +34,10 @@ def accelerate(
 
     which is transformers' `ForCausalLMLoss` with `labels`, `shift_labels`, `ignore_index` and `num_items_in_batch` as
     it reads them. Softcap, logit scale, bias, tied weights and adapters are the model's; a mixture of experts adds its
-    routers' loss itself, as always. The head's backward pass takes one matmul less, and nothing of size (tokens, V) is
-    kept. The model's own forward runs, so its signature, its other outputs, hooks, gradient checkpointing, autocast,
-    DistributedDataParallel and fully_shard work as before. Applying it twice changes nothing more.
+    routers' loss itself, as always. The gradient, to hidden states and head, is formed in the forward pass, chunk by
+    chunk (`linear_token_loss`): three matmuls, as with logits, but nothing of size (tokens, V) is kept. The model's own
+    forward runs, so its signature, its other outputs, hooks, gradient checkpointing, autocast, DistributedDataParallel
+    and fully_shard work as before. Applying it twice changes nothing more.
 
     The output has no `logits` if there are `labels`, in training mode. Logits are made as always without labels, which
     is how `generate`, label smoothing and a `compute_loss_func` call a model, and with `logits_to_keep`.

