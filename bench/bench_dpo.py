@@ -1,6 +1,7 @@
 """Whole DPO steps on pairs of a fixed length: fastrl and TRL, each in a process of its own, in turns.
 
 python -m bench.run dpo --against trl
+python -m bench.run dpo --against trl,trl+fastrl
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bench.timing import environment
 PROVIDERS = {
     "fastrl": Provider("bench.dpo_fastrl"),
     "trl": Provider("bench.dpo_trl"),
+    "trl+fastrl": Provider("bench.dpo_trl", ("float32", "logps"), note="fastrl.integrations.trl.accelerate"),
     "trl-bf16": Provider("bench.dpo_trl", ("bfloat16",), note="bf16 weights: small updates are lost"),
 }
 

@@ -3,6 +3,7 @@
 python -m bench.run step --against trl,naive
 python -m bench.run step --against trl --dtype auto --trl-dtype float32
 python -m bench.run step --against trl,trl+cpu --dtype float32
+python -m bench.run step --against trl,trl+fastrl,trl+fastrl-loss --dtype float32 --reward half
 python -m bench.run step --algorithm ppo --against naive-ppo
 """
 
@@ -45,12 +46,12 @@ PROVIDERS = {
     "fastrl": Provider("bench.step_fastrl"),
     "trl": Provider("bench.step_trl", needs=("trl", "datasets")),
     "trl-bf16": Provider("bench.step_trl", ("bfloat16",), ("trl", "datasets"), "bf16 weights: does not learn"),
-    "trl+cpu": Provider(
-        "bench.step_trl", ("float32", "accelerate"), ("trl", "datasets"), "fastrl.accelerate_cpu in TRL"
+    "trl+cpu": Provider("bench.step_trl", ("float32", "cpu"), ("trl", "datasets"), "fastrl.accelerate_cpu in TRL"),
+    "trl-bf16+cpu": Provider("bench.step_trl", ("bfloat16", "cpu"), ("trl", "datasets"), "the same, bf16 weights"),
+    "trl+fastrl": Provider(
+        "bench.step_trl", ("float32", "logps"), ("trl", "datasets"), "fastrl.integrations.trl.accelerate"
     ),
-    "trl-bf16+cpu": Provider(
-        "bench.step_trl", ("bfloat16", "accelerate"), ("trl", "datasets"), "the same, bf16 weights"
-    ),
+    "trl+fastrl-loss": Provider("bench.step_trl", ("float32", "loss"), ("trl", "datasets"), "the same, loss=True"),
     "naive": Provider("bench.step_naive"),
     "naive-ppo": Provider("bench.step_naive_ppo", algorithm="ppo"),
 }

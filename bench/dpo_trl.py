@@ -1,18 +1,22 @@
-"""TRL's DPOTrainer on the pairs: float32 weights under bf16 autocast, which learn, no gradient checkpointing, and the
-reference's log-probabilities computed before the first step. `bfloat16` weights are there to show the speed of that."""
+"""TRL's DPOTrainer on the pairs, no gradient checkpointing, the reference's log-probabilities before the first step.
+
+float32 weights, which learn, under bf16 autocast where the hardware multiplies bf16. `bfloat16` weights are there to
+show the speed of that."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from bench.pairs import PairsWorkload
 from bench.step_child import STAGES, StepRecord, child
-from bench.workload import model_folder
+from bench.workload import compute_dtype, model_folder
+from fastrl.integrations import trl as fastrl_in_trl
 
 
 class Clock(TrainerCallback):
@@ -36,8 +40,10 @@ class Clock(TrainerCallback):
             self.records.append(StepRecord(self.seconds, stages, logs["loss"], 0.0, self.tokens, 0.0))
 
 
-def run(workload: PairsWorkload, dtype: str = "float32") -> list[StepRecord]:
-    """Every step, warm-up included."""
+def run(workload: PairsWorkload, dtype: str = "float32", accelerate: str = "") -> list[StepRecord]:
+    """Every step, warm-up included; with `accelerate` on fastrl's log-probabilities."""
+    if accelerate:
+        fastrl_in_trl.accelerate()
     folder, clock = model_folder(workload.model), Clock(workload)
     micro_batch = min(workload.micro_batch, workload.pairs)
     config = DPOConfig(
@@ -52,7 +58,7 @@ def run(workload: PairsWorkload, dtype: str = "float32") -> list[StepRecord]:
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=compute_dtype("", workload.device) == torch.bfloat16,
         gradient_checkpointing=False,
         use_cpu=workload.device == "cpu",
         logging_steps=1,

@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 import fastrl
 from bench.step_child import StepRecord, child
 from bench.workload import REWARDS, Workload, compute_dtype, model_folder
+from fastrl.integrations import trl as fastrl_in_trl
 
 NESTED = ("_generate", "_calculate_rewards", "_generate_and_score_completions", "training_step")
 
@@ -106,7 +107,8 @@ def settings(workload: Workload, dtype: str) -> GRPOConfig:
 
 
 def run(workload: Workload, dtype: str = "float32", accelerate: str = "") -> list[StepRecord]:
-    """Every step, warm-up included; with `accelerate` the model computes with fastrl's CPU products."""
+    """Every step, warm-up included. `accelerate`: cpu, fastrl's CPU products; logps, its log-probabilities; loss, also
+    its one-pass loss."""
     clock = Clock()
     trainer = GRPOTrainer(
         model=str(model_folder(workload.model)),
@@ -117,8 +119,10 @@ def run(workload: Workload, dtype: str = "float32", accelerate: str = "") -> lis
     )
     weights = next(trainer.model.parameters()).dtype
     assert weights == getattr(torch, dtype), weights
-    if accelerate:
+    if accelerate == "cpu":
         fastrl.accelerate_cpu(trainer.model)
+    elif accelerate:
+        fastrl_in_trl.accelerate(trainer, loss=accelerate == "loss")
     clock.wrap(trainer)
     trainer.train()
     return clock.records

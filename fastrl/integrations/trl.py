@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import suppress
+from functools import partial
 from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -194,49 +195,90 @@ class _OnePass:
     """`GRPOTrainer._compute_loss` with the gradient formed in the forward pass of the head.
 
     TRL's own method runs, on log-probabilities that are constants to it: the loss's value and the metrics are its own.
-    Beside them stands fastrl's loss, whose gradient takes the place of the one that they would have had.
+    Beside them stands fastrl's loss, whose gradient takes the place of the one that they would have had. In a single
+    process, completions without an advantage go through the model without a gradient, for the metrics.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.host = trainer, trainer._compute_loss
         self.inputs: dict[str, Any] = {}
+        self.rows: torch.Tensor | None = None  # (B,) bool: the completions of the model's next call; None: all
         self.loss: torch.Tensor | None = None
 
     def __call__(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        self.inputs, self.loss, FusedLogprob.one_pass = inputs, None, self
+        self.inputs, self.loss = inputs, None
+        trains = self._with_gradient()
+        call = self._all if trains is None else partial(self._in_two, trains)
         try:
-            value = self.host(model, inputs)
+            value = self.host(partial(call, model), inputs)
         finally:
             FusedLogprob.one_pass = None
         ours, self.loss, self.inputs = self.loss, None, {}
         check.require(ours is not None, HOST, "model", "one that calls TRL's fused head", type(model).__name__)
         return value + (ours - ours.detach())
 
+    def _with_gradient(self) -> torch.Tensor | None:
+        """(B,) bool: completions that can have a gradient; None if all go together.
+
+        Several processes take the same steps through their models' collectives, so there nothing is divided.
+        """
+        inputs, trainer = self.inputs, self.trainer
+        rows = (
+            inputs["advantages"].flatten(1).ne(0).any(-1)
+            if inputs["advantages"].dim() > 1
+            else inputs["advantages"] != 0
+        )
+        together = trainer.accelerator.num_processes > 1 or trainer.aux_loss_enabled or not torch.is_grad_enabled()
+        if together or policy_spec(trainer).kl is not None or rows.all():
+            return None
+        rows[0] |= ~rows.any()  # a loss needs a graph
+        return rows
+
+    def _all(self, model: torch.nn.Module, **batch: Any) -> Any:
+        self.rows, FusedLogprob.one_pass = None, self
+        return model(**batch)
+
+    def _in_two(self, trains: torch.Tensor, model: torch.nn.Module, **batch: Any) -> Any:
+        """What the model gives for the whole batch, from a call with gradients and one without."""
+        known = ("input_ids", "attention_mask", "labels")
+        if set(batch) - {*known, "fused_lm_head"}:
+            return self._all(model, **batch)  # images and the like do not lie row by row
+        parts = [{name: batch[name][rows] for name in known} for rows in (trains, ~trains)]
+        with torch.no_grad():
+            silent = model(**parts[1], fused_lm_head=True)
+        self.rows, FusedLogprob.one_pass = trains, self
+        out = model(**parts[0], fused_lm_head=True)
+        for name in ("log_probs", "entropy", "label_mask"):
+            own, other = getattr(out, name), getattr(silent, name)
+            joined = own.new_zeros(len(trains), *own.shape[1:])
+            joined = joined.masked_scatter(trains.unsqueeze(-1), own).masked_scatter(~trains.unsqueeze(-1), other)
+            setattr(out, name, joined)
+        return out
+
     def logps(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, options: dict[str, Any]
     ) -> tuple[torch.Tensor | None, ...]:
         """What TRL's function returns, without a gradient of their own; computes the loss on the way."""
-        inputs, spec = self.inputs, policy_spec(self.trainer)
-        labelled = inputs["completion_mask"].bool()  # (B, T); the N tokens here are those, row by row
-        mask = labelled & inputs["tool_mask"].bool() if "tool_mask" in inputs else labelled
+        inputs, trainer, FusedLogprob.one_pass = self.inputs, self.trainer, None
+        completion = inputs["completion_mask"].bool()  # (B, T); the N tokens here are those of `rows`, row by row
+        mask = completion & inputs["tool_mask"].bool() if "tool_mask" in inputs else completion
+        labelled = completion if self.rows is None else completion & self.rows.unsqueeze(-1)
         got = f"{len(targets)} labelled tokens where the completions have {int(labelled.sum())}"
         check.require(len(targets) == labelled.sum(), HOST, "model", "a head that sees the completions", got)
         advantages = inputs["advantages"].unsqueeze(-1) if inputs["advantages"].dim() == 1 else inputs["advantages"]
-        trainer = self.trainer
         if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
             advantages = advantages * inputs["importance_sampling_ratio"]  # every surrogate is linear in |A|
-        advantages = advantages.expand(labelled.shape)
+        advantages = advantages.expand(completion.shape)
         given = {name: inputs.get(f"{name[:-6]}_per_token_logps") for name in ("old_logps", "ref_logps")}
         lengths = labelled.sum(-1)
-        bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         out = linear_policy_loss(
             hidden,
             weight,
             targets,
             advantages[labelled].float(),
-            spec,
+            policy_spec(trainer),
             mask=mask[labelled],
-            cu_seqlens=bounds,
+            cu_seqlens=torch.cat((lengths.new_zeros(1), lengths.cumsum(0))),
             normalizer=normalizer(trainer, inputs, mask),
             entropy=True,
             **{name: None if x is None else x[labelled].float() for name, x in given.items()},

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
+import runpy
 import warnings
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from fastrl import presets  # noqa: E402
 from fastrl.integrations import trl as integration  # noqa: E402
 from fastrl.spec import KL, Cispo, Clip, Sapo, Vespo  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 UTILS = importlib.import_module("trl.trainer.utils")
 STEPS = 3
 CLOCKS = ("time", "runtime", "per_second", "flos")
@@ -242,6 +246,36 @@ def test_the_one_pass_loss_trains_and_logs_as_trl_does(folder, options):
     assert_same(train(online, "GRPO", folder, {"loss": True}, **given), train(online, "GRPO", folder, **given))
 
 
+def half(completions, **_):
+    """Every other group of four has no signal."""
+    return [float(n % 2) if n // 4 % 2 else 1.0 for n in range(len(completions))]
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo"}, {"importance_sampling_level": "sequence"}], ids=str)
+def test_completions_without_an_advantage_go_through_the_model_without_a_gradient(folder, options, monkeypatch):
+    seen = []
+
+    def make(kind, folder, **options):
+        sizes = {"num_generations": 4, "max_completion_length": 8, "per_device_train_batch_size": 8}
+        rows = Dataset.from_list([{"prompt": text} for text in texts()])
+        args = arguments(kind, folder, **sizes | options)
+        trainer = trl.GRPOTrainer(folder, reward_funcs=half, args=args, train_dataset=rows)
+        decoder = trainer.model.model
+        decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                seen.append((len(kwargs["input_ids"]), torch.is_grad_enabled())) if module.training else None
+            ),
+            with_kwargs=True,
+        )
+        return trainer
+
+    without = train(make, "GRPO", folder, **options)
+    assert {rows for rows, gradient in seen if gradient} == {8}
+    seen.clear()
+    assert_same(train(make, "GRPO", folder, {"loss": True}, **options), without)
+    assert [rows for rows, gradient in seen if gradient] == [4] * STEPS
+
+
 @pytest.mark.parametrize("options", REFUSED)
 def test_an_option_that_the_one_pass_loss_lacks_is_refused_by_name(folder, options):
     trainer = online("GRPO", folder, **GRPO[options])
@@ -401,3 +435,30 @@ def test_under_autocast_the_head_multiplies_in_its_dtype_and_gradients_are_float
 
 def test_trl_s_default_loss_with_dapo_s_upper_bound_is_the_preset(folder):
     assert integration.policy_spec(online("GRPO", folder, epsilon_high=0.28)) == presets.DAPO
+
+
+# What is documented.
+
+
+def test_the_documented_example_trains(tmp_path, monkeypatch):
+    doc = (ROOT / "docs/integrations/trl.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", doc, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    saved(tmp_path / "HuggingFaceTB/SmolLM2-135M-Instruct")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("max_steps=20", "max_steps=2"), names)
+    names["handle"].undo()
+    assert names["trainer"].state.global_step == 2
+
+
+def test_the_example_trains(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model")
+    (Path(folder) / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
+    monkeypatch.setattr("fastrl.model.packaged.converted", lambda name: folder)
+    monkeypatch.chdir(tmp_path)
+    trainer = runpy.run_path(str(ROOT / "examples/trl_grpo.py"), run_name="__main__")["trainer"]
+    assert trainer.state.global_step == 10
+    assert UTILS._ChunkedLogProbFunction is not integration.FusedLogprob
