@@ -25,6 +25,7 @@ _EXPORTS = {
     "linear_policy_loss": "fastrl.losses.linear_policy",
     "preference_loss": "fastrl.losses.preference",
     "unpaired_preference_loss": "fastrl.losses.unpaired",
+    "mismatched_kl": "fastrl.losses.unpaired",
     "reward_model_loss": "fastrl.losses.reward_model",
     "value_loss": "fastrl.losses.value",
     "group_policy_loss": "fastrl.losses.group_policy",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from fastrl.losses.policy import policy_loss as policy_loss
     from fastrl.losses.preference import preference_loss as preference_loss
     from fastrl.losses.reward_model import reward_model_loss as reward_model_loss
+    from fastrl.losses.unpaired import mismatched_kl as mismatched_kl
     from fastrl.losses.unpaired import unpaired_preference_loss as unpaired_preference_loss
     from fastrl.losses.value import value_loss as value_loss
     from fastrl.model.accelerate import accelerate_cpu as accelerate_cpu

@@ -18,7 +18,7 @@ from fastrl import (
 )
 from fastrl.model.load import load_model
 from fastrl.trainer.recipe import load_recipe
-from fastrl.trainer.typed import ConfigError
+from fastrl.typed import ConfigError
 
 IDS = torch.tensor([[5, 6, 7]])
 ADVANTAGES, MASK = torch.ones(1), torch.ones(1, 3, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Callable
 from importlib import metadata
@@ -49,7 +50,7 @@ class Handle:
         for owner, name, value in last.values():
             now = vars(owner).get(name, _ABSENT)
             ours = now is value
-            got = "no attribute" if now is _ABSENT else repr(now)
+            got = "no attribute" if now is _ABSENT else textwrap.shorten(repr(now), 80)
             check.require(
                 ours, self.host, name, "fastrl's own object", got, "Undo what replaced it first.", RuntimeError
             )
@@ -86,8 +87,6 @@ def check_version(package: str, least: str, below: str) -> Version:
             check.sentence(f"fastrl.integrations.{package}", package, "an installed package", "none", do)
         ) from None
     if not Version(least) <= version < Version(below):
-        warnings.warn(
-            f"fastrl.integrations: {package} {version} is installed; tested were {least} up to, not including, {below}.",
-            stacklevel=3,
-        )
+        tested = f"tested were {least} up to, not including, {below}"
+        warnings.warn(f"fastrl.integrations: {package} {version} is installed; {tested}.", stacklevel=3)
     return version

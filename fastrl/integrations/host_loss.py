@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,22 +13,11 @@ from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import check_entropy, check_spec, check_token_tensor, flat, flatten_tokens
 from fastrl.losses.presets import PRESETS
 from fastrl.ops.policy_loss import policy_loss as policy_loss_op
-from fastrl.spec import KL, SURROGATES, Correction, PolicyLoss
+from fastrl.spec import PolicyLoss
+from fastrl.typed import changed, nested
 from fastrl.types import LossOutput
 
 NAMES = tuple(name.lower() for name in PRESETS)
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-
-
-# The classes of each factor, by the name that chooses one.
-FACTORS = {
-    "surrogate": {_snake(name): kind for name, kind in SURROGATES.items()},
-    "kl": {"kl": KL},
-    "correction": {"correction": Correction},
-}
 
 
 def preset(op: str, name: str, changes: Mapping[str, Any] | None = None) -> PolicyLoss:
@@ -42,50 +30,10 @@ def preset(op: str, name: str, changes: Mapping[str, Any] | None = None) -> Poli
             `{"surrogate": {"high": 0.3}}`; the key `name` chooses another surrogate.
 
     Raises:
-        ValueError: there is no such preset or field, or a value is out of range.
-        TypeError: a factor is given as something other than a mapping or None.
+        ValueError: there is no such preset or field, or a value has the wrong type or is out of range.
     """
     check.choice(op, "preset", name, NAMES)
-    spec = PRESETS[name.upper()]
-    for key, value in _nested(op, changes or {}).items():
-        check.choice(op, key, key, [one.name for one in fields(spec) if one.init])
-        if key in FACTORS and value is not None:
-            value = _factor(op, key, getattr(spec, key), value)
-        spec = replace(spec, **{key: value})
-    return spec
-
-
-def _nested(op: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested mappings; a field that is given twice is refused."""
-    found: dict[str, Any] = {}
-    for name, value in changes.items():
-        key, dot, rest = name.partition(".")
-        value = {rest: value} if dot else value
-        if isinstance(value, Mapping) and isinstance(found.get(key), dict):
-            twice = found[key].keys() & value.keys()
-            check.require(not twice, op, name, "each field once", f"{', '.join(sorted(twice))} twice")
-            found[key] |= value
-            continue
-        check.require(key not in found, op, name, "each field once", f"{key} twice")
-        found[key] = dict(value) if isinstance(value, Mapping) else value
-    return found
-
-
-def _factor(op: str, key: str, current: Any, value: Any) -> Any:
-    """One factor with some fields changed; of another class if `name` says so."""
-    is_mapping = isinstance(value, Mapping)
-    check.require(is_mapping, op, key, "a mapping of its fields, or None", repr(value), error=TypeError)
-    value, kinds = dict(value), FACTORS[key]
-    name = value.pop("name", _snake(type(current).__name__) if current is not None else key)
-    check.choice(op, f"{key}.name", name, kinds)
-    kind = kinds[name]
-    for one in value:
-        check.choice(op, f"{key}.{one}", one, [field.name for field in fields(kind)])
-    if type(current) is kind:
-        return replace(current, **value)
-    missing = [one.name for one in fields(kind) if one.name not in value and one.default is MISSING]
-    check.require(not missing, op, key, f"all fields of {kind.__name__}", f"none for {', '.join(missing)}")
-    return kind(**value)
+    return changed(PRESETS[name.upper()], nested(changes or {}, op), op)
 
 
 def weighted_policy_loss(

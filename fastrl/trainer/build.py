@@ -22,7 +22,7 @@ from fastrl.ops.group_advantages import GroupAdvantage
 from fastrl.preference_spec import PreferenceMix
 from fastrl.spec import KL, Clip, PolicyLoss, Reinforce
 from fastrl.trainer.config import PolicyGradientConfig, PPOConfig, TrainConfig
-from fastrl.trainer.typed import ConfigError, changed
+from fastrl.typed import ConfigError, changed
 
 OP = "TrainConfig"
 MOVED = {  # keys of `loss` in older recipes

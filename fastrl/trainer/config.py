@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fastrl.algorithms import ALGORITHMS, OFFLINE, TokenMasks
 from fastrl.check import choice, require
-from fastrl.trainer.typed import nested
+from fastrl.typed import nested
 
 # Settings that a resumed run may change: how long, how often and on what it runs, but not what it computes.
 # `model` may have a new name if the weights are the same.

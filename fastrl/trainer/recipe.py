@@ -13,7 +13,7 @@ import yaml
 
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import TrainConfig
-from fastrl.trainer.typed import ConfigError, from_dict, without_none
+from fastrl.typed import ConfigError, from_dict, without_none
 
 # An installed package has no folder of recipes.
 START = (

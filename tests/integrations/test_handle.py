@@ -18,7 +18,9 @@ def test_undo_gives_back_the_very_objects_and_removes_what_was_not_there():
     handle.replace(module, "head", "ours again")
     handle.replace(module, "fresh", "ours")
     handle.undo()
-    assert module.head is head and module.loss is loss and not hasattr(module, "fresh")
+    assert module.head is head
+    assert module.loss is loss
+    assert not hasattr(module, "fresh")
 
 
 def test_a_second_undo_does_nothing():
@@ -28,7 +30,8 @@ def test_a_second_undo_does_nothing():
     handle.undo()
     module.head = "theirs"
     handle.undo()
-    assert module.head == "theirs" and calls == ["once"]
+    assert module.head == "theirs"
+    assert calls == ["once"]
 
 
 def test_a_block_ends_with_undo_also_when_it_fails():
@@ -47,7 +50,8 @@ def test_what_somebody_replaced_since_is_not_overwritten():
     module.head = "theirs"
     with pytest.raises(RuntimeError, match="host: head: expected fastrl's own object, got 'theirs'"):
         handle.undo()
-    assert module.head == "theirs" and module.loss == "ours"
+    assert module.head == "theirs"
+    assert module.loss == "ours"
 
 
 def test_a_version_outside_what_was_tested_is_said_once_and_a_missing_package_is_an_import_error():

@@ -146,9 +146,9 @@ def test_a_sequence_without_tokens_reports_zero_under_the_same_names():
         ({"entropy_coef": 0.1}, "entropy_coef: expected 0, got 0.1. A custom loss gets no entropy"),
         ({"correction": {"kind": "mask", "level": "token", "high": 2.0}}, "correction: expected none"),
         ({"preset": "grpo"}, "ref_logprobs: expected a tensor, for the KL of grpo, got None"),
-        ({"surrogate": {"hihg": 0.3}}, "surrogate.hihg: expected one of low, high, dual"),
-        ({"surrogate.low": 0.3, "surrogate": {"low": 0.1}}, "surrogate: expected each field once, got low twice"),
-        ({"surrogate": {"name": "cispo"}}, "surrogate: expected all fields of Cispo, got none for ratio_max"),
+        ({"surrogate": {"hihg": 0.3}}, "surrogate.hihg: unknown key. Did you mean 'high'"),
+        ({"surrogate.low": 0.3, "surrogate": {"low": 0.1}}, "surrogate: a second time"),
+        ({"surrogate": {"name": "cispo"}}, "surrogate: ratio_max: missing"),
     ],
 )
 def test_what_a_custom_loss_cannot_serve_is_refused_by_name(options, message):
@@ -162,7 +162,7 @@ def test_overrides_change_a_field_or_choose_another_factor():
     assert preset("op", "dapo", {"kl": {"kind": "k3", "coef": 0.1}}).kl == KL("k3", 0.1)
     assert preset("op", "grpo", {"kl": {"coef": 0.1}, "surrogate.dual": 3.0}).kl == KL("k3", 0.1)
     assert preset("op", "grpo", {"kl": None, "entropy_coef": 0.1}).kl is None
-    with pytest.raises(TypeError, match="op: kl: expected a mapping of its fields, or None, got 0"):
+    with pytest.raises(ValueError, match=r"op\.kl: expected a mapping, of kl \(kind, coef\), got 0\.1"):
         preset("op", "grpo", {"kl": 0.1})
 
 

@@ -20,7 +20,7 @@ from fastrl.trainer.config import AdapterConfig, OptimizerConfig
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.recipe import load_recipe
 from fastrl.trainer.setup import evaluate_model, train
-from fastrl.trainer.typed import ConfigError
+from fastrl.typed import ConfigError
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 NF4 = AdapterConfig(rank=8, quantize="nf4")

@@ -13,7 +13,7 @@ from fastrl.trainer import config as config_module
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import OptimizerConfig, RewardConfig, RolloutConfig, TrainConfig
 from fastrl.trainer.recipe import load_recipe, shown, with_flags
-from fastrl.trainer.typed import ConfigError, changed, nested
+from fastrl.typed import ConfigError, changed, nested
 
 
 def recipe(tmp_path, text):
