@@ -18,22 +18,20 @@ import importlib
 from contextlib import suppress
 from functools import partial
 from types import MethodType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastrl import check
 from fastrl.integrations.handle import Handle, check_version
+from fastrl.integrations.trl_specs import normalizer, policy_spec, preference_spec
 from fastrl.losses.linear_policy import linear_policy_loss
 from fastrl.model.accelerate import accelerate_cpu
 from fastrl.ops.linear_logprob import linear_logprob
-from fastrl.spec import KL, Cispo, Clip, PolicyLoss, Sapo, Vespo
-
-if TYPE_CHECKING:
-    from fastrl.spec import Surrogate
 
 HOST = "fastrl.integrations.trl"
 TESTED = ("1.12", "1.17")
+__all__ = ["FusedLogprob", "accelerate", "normalizer", "policy_spec", "preference_spec"]
 EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -116,79 +114,6 @@ class FusedLogprob:
             return cls.one_pass.logps(hidden, weight, targets, options)
         asked = {name: name in outputs for name in ("entropy", *EXTRAS)}
         return tuple(linear_logprob(hidden, weight, targets, **options, **asked))
-
-
-def policy_spec(trainer: Any) -> PolicyLoss:
-    """The loss of a `GRPOTrainer` as a `PolicyLoss`, read off its configuration.
-
-    Raises:
-        ValueError: the trainer is no GRPOTrainer, or one of its options has no counterpart; the message names it.
-    """
-    grpo = importlib.import_module("trl").GRPOTrainer
-    do = "RLOO's ratio is of a sum over whole completions, and the other trainers have no policy loss."
-    _require(isinstance(trainer, grpo), "trainer", "a GRPOTrainer, for its loss", type(trainer).__name__, do)
-    args, kind = trainer.args, trainer.loss_type
-    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
-    for option, got, covered, expected in (
-        ("loss_type", kind, kind in AGGREGATE, f"one of {', '.join(AGGREGATE)}"),
-        ("top_entropy_quantile", args.top_entropy_quantile, trainer.top_entropy_quantile >= 1.0, "1.0"),
-        ("off_policy_mask_threshold", args.off_policy_mask_threshold, args.off_policy_mask_threshold is None, "None"),
-        ("entropy_coef", args.entropy_coef, not trainer._entropy_bonus_enabled, "no entropy bonus"),
-        ("vllm_importance_sampling_correction", corrected, not (corrected and kind == "vespo"), "False with vespo"),
-        ("delta", args.delta, args.delta is None or args.delta > 1, "above 1"),
-        ("trainer", "one with its own _compute_loss", _own_loss(trainer, grpo), "a GRPOTrainer with TRL's loss"),
-    ):
-        _require(
-            covered, option, f"{expected}, for fastrl's loss", got, "Leave it to TRL: accelerate without loss=True."
-        )
-    level = "sequence" if kind == "vespo" else trainer.importance_sampling_level
-    kl = KL("k3_ratio" if args.use_bias_correction_kl else "k3", trainer.beta) if trainer.beta else None
-    return PolicyLoss(ratio=level, surrogate=_surrogate(trainer), kl=kl, aggregate=AGGREGATE[kind])
-
-
-# TRL's loss types by how they average over tokens; `normalizer` gives the number each divides by.
-AGGREGATE = {
-    "grpo": "seq_mean_token_mean",
-    "sapo": "seq_mean_token_mean",
-    "bnpo": "token_mean",
-    "dapo": "token_mean",
-    "cispo": "token_mean",
-    "vespo": "token_mean",
-    "dr_grpo": "token_sum",
-    "luspo": "seq_mean_token_sum",
-}
-
-
-def _surrogate(trainer: Any) -> Surrogate:
-    args, kind = trainer.args, trainer.loss_type
-    low, high, delta = trainer.epsilon_low, trainer.epsilon_high, args.delta
-    if kind == "cispo":
-        return Cispo(ratio_max=high)
-    if kind == "sapo":
-        return Sapo(args.sapo_temperature_pos, args.sapo_temperature_neg)
-    if kind == "vespo":
-        return Vespo(args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
-    if delta is None:
-        return Clip(low, high)
-    return Clip(low, high, dual=delta) if delta >= 1 + high else Clip(low, delta - 1, dual=1 + high)
-
-
-def normalizer(trainer: Any, inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor | float:
-    """What TRL's loss of a micro-batch is divided by, as `linear_policy_loss` takes it for `policy_spec`'s aggregate.
-
-    Args:
-        mask: (B, T), the tokens of the loss.
-    """
-    training, kind = trainer.model.training, trainer.loss_type
-    accumulated = trainer.current_gradient_accumulation_steps if training else 1.0
-    if kind in ("dapo", "cispo", "vespo"):
-        items = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
-        return items * accumulated / trainer.args.steps_per_generation if training else items
-    if kind == "bnpo":
-        return mask.sum().clamp(min=1.0) * accumulated
-    if kind == "dr_grpo":
-        return float(mask.shape[0] * trainer.max_completion_length * accumulated)
-    return float(mask.shape[0] * accumulated)
 
 
 class _OnePass:
@@ -354,10 +279,6 @@ def _require_no_zero3() -> None:
 
         do = "Use ZeRO-2 or FSDP."
         _require(not is_deepspeed_zero3_enabled(), "DeepSpeed", "a head that is not partitioned", "ZeRO-3", do)
-
-
-def _own_loss(trainer: Any, grpo: Any) -> bool:
-    return type(trainer)._compute_loss is grpo._compute_loss
 
 
 def _require(condition: bool, argument: str, expected: str, got: object, do: str = "") -> None:
