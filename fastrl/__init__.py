@@ -49,6 +49,7 @@ _EXPORTS = {
     "LogOdds": "fastrl.preference_spec",
     "Trainer": "fastrl.trainer.trainer",
     "LogprobOutput": "fastrl.types",
+    "LogprobDetails": "fastrl.types",
     "LossOutput": "fastrl.types",
 }
 _MODULES = {
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from fastrl.spec import Sapo as Sapo
     from fastrl.spec import Vespo as Vespo
     from fastrl.trainer.trainer import Trainer as Trainer
+    from fastrl.types import LogprobDetails as LogprobDetails
     from fastrl.types import LogprobOutput as LogprobOutput
     from fastrl.types import LossOutput as LossOutput
 

@@ -18,10 +18,17 @@ Messages = list[dict[str, Any]]  # each with role and content, and whatever else
 
 
 class LogprobOutput(NamedTuple):
-    """Log-probabilities of the given ids and, if requested, more about each token's distribution."""
+    """Log-probabilities of the given ids and, if requested, the entropy of the whole distribution."""
 
     logps: torch.Tensor  # token-shaped, float32
-    entropy: torch.Tensor | None = None  # token-shaped, float32
+    entropy: torch.Tensor | None  # token-shaped, float32
+
+
+class LogprobDetails(NamedTuple):
+    """As `LogprobOutput`, and what else was requested of each token's distribution; None where not requested."""
+
+    logps: torch.Tensor  # token-shaped, float32
+    entropy: torch.Tensor | None  # token-shaped, float32
     log_sum_sq_probs: torch.Tensor | None = None  # log sum_v p_v^2, token-shaped, float32, no gradient
     mean_logits: torch.Tensor | None = None  # mean over the vocabulary, token-shaped, float32, no gradient
     is_top1: torch.Tensor | None = None  # whether greedy decoding gives the token, token-shaped, bool

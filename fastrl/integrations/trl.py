@@ -113,7 +113,8 @@ class FusedLogprob:
         if cls.one_pass is not None:
             return cls.one_pass.logps(hidden, weight, targets, options)
         asked = {name: name in outputs for name in ("entropy", *EXTRAS)}
-        return tuple(linear_logprob(hidden, weight, targets, **options, **asked))
+        out = linear_logprob(hidden, weight, targets, **options, **asked)
+        return tuple(getattr(out, name, None) for name in ("logps", "entropy", *EXTRAS))
 
 
 class _OnePass:

@@ -15,7 +15,7 @@ from fastrl.kernels.registry import as_written, instruction_set, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
 from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
 from fastrl.ops.support import Support, refuse_beside_support, support_logprob
-from fastrl.types import LogprobOutput
+from fastrl.types import LogprobDetails, LogprobOutput
 
 MEMORY = ("auto", "store", "recompute")
 RENAMED = {"keep": "store", "stream": "recompute"}
@@ -183,7 +183,7 @@ def linear_logprob(
     support: Support | None = None,
     memory: str | int = "auto",
     backend: str = "auto",
-) -> LogprobOutput:
+) -> LogprobOutput | LogprobDetails:
     """Log-probability of each target token, and the entropy of its distribution, from the last hidden state.
 
         z = cap(logit_scale (hidden W^T + bias)) / temperature,   cap(x) = softcap tanh(x / softcap)
@@ -215,8 +215,9 @@ def linear_logprob(
         backend: "auto", or a name from `fastrl doctor`; a named backend is used or refused, never replaced.
 
     Returns:
-        LogprobOutput, float32 (float64 for float64 inputs; is_top1 bool), shape (...), None where not requested.
-        hidden, weight and bias get gradients, accumulated in float32 and rounded once; double backward raises.
+        LogprobOutput(logps, entropy or None), or LogprobDetails, which also has what else was requested; float32
+        (float64 for float64 inputs; is_top1 bool), shape (...), None where not requested. hidden, weight and bias get
+        gradients, accumulated in float32 and rounded once; double backward raises.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or is a DTensor or the result of its
@@ -238,10 +239,13 @@ def linear_logprob(
     save = choose_save("linear_logprob", inputs, memory, entropy=entropy, backend=backend)
     wanted = (log_sum_sq_probs, mean_logits, is_top1)
     logps, entropies, _, _, _, summaries = _op(*inputs, entropy, save, any(wanted), backend)
+    pair = LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
+    if not any(wanted):
+        return pair
     rows = zip(summaries.detach(), wanted, strict=True)
     more = [one.view(targets.shape) if asked else None for one, asked in rows]
     more[2] = None if more[2] is None else more[2] != 0
-    return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None, *more)
+    return LogprobDetails(*pair, *more)
 
 
 def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool, backend: str) -> str:

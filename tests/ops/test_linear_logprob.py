@@ -357,7 +357,7 @@ def test_all_rows_ignored_gives_zeros_and_zero_gradients(backend, memory):
     ours = inputs.leaves(*EVERYTHING)
     out = fused(ours, entropy=True, memory=memory, backend=backend)
     pull(out, torch.ones(2, 6))
-    for tensor in (*out, *ours.grads().values()):
+    for tensor in (*out[:2], *ours.grads().values()):
         assert (tensor == 0).all()
 
 
@@ -449,7 +449,7 @@ def test_no_grad_keeps_nothing_and_gives_the_same_values(backend):
         quiet = fused(inputs, entropy=True, backend=backend)
     loud = fused(inputs, entropy=True, backend=backend)
     assert not quiet.logps.requires_grad
-    for a, b in zip(quiet, loud, strict=True):
+    for a, b in zip(quiet[:2], loud[:2], strict=True):
         assert_exact(a, b.detach())
 
 
@@ -653,7 +653,7 @@ def test_what_was_not_asked_for_is_none_and_the_rest_is_bitwise_the_same(backend
         fused(inputs, entropy=True, backend=backend),
         fused(inputs, entropy=True, **ASKED, backend=backend),
     )
-    assert without[2:] == (None, None, None)
+    assert without._fields == ("logps", "entropy")
     assert torch.equal(without.logps, with_all.logps)
     assert torch.equal(without.entropy, with_all.entropy)
     for name in ASKED:
