@@ -1,0 +1,172 @@
+"""TRL's fused head under two processes: with fastrl its gradients are those of one process on the joined batch."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import traceback
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from integrations.hosts import model, saved, texts
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PhiConfig, PhiForCausalLM
+
+trl = pytest.importorskip("trl")
+
+from fastrl.integrations import trl as integration  # noqa: E402
+
+UTILS = importlib.import_module("trl.trainer.utils")
+WORLD, ROWS, LENGTH = 2, 6, 9
+
+
+def net(adapter=False, **options):
+    made = model(**options)
+    UTILS.add_fused_lm_head(made, outputs=("log_probs", "entropy"))
+    if not adapter:
+        return made
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    return get_peft_model(made, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+def loss_of(module, rows=slice(None), silent=()):
+    """A sum over rows, so that a mean over processes is half of it; `silent` rows have no label."""
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 64, (ROWS, LENGTH), generator=g)
+    labels = ids.masked_fill(torch.rand(ROWS, LENGTH, generator=g) < 0.4, -100)
+    labels[list(silent)] = -100
+    out = module(input_ids=ids[rows], labels=labels[rows], fused_lm_head=True)
+    weights = torch.linspace(0.5, 2.0, ROWS)[rows, None]
+    return (weights * (out.log_probs.square() + 0.1 * out.entropy)).sum()
+
+
+def mine(rank):
+    return slice(rank, None, WORLD)
+
+
+def gradients(module):
+    whole = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            grad = parameter.grad
+            whole[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return whole
+
+
+def expected(rows=slice(None), share=1 / WORLD, silent=(), **options):
+    one = net(**options)
+    (share * loss_of(one, rows, silent)).backward()
+    return gradients(one)
+
+
+def assert_close(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert grad.any(), name
+        scale = grad.abs().max()
+        torch.testing.assert_close(
+            found[name] / scale, grad / scale, rtol=0, atol=1e-5, msg=lambda text, n=name: n + text
+        )
+
+
+def layers_and_root(made, mesh=None):
+    causal = made.get_base_model() if hasattr(made, "get_base_model") else made
+    for layer in causal.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(made, mesh=mesh)
+
+
+def head_by_itself(made, mesh=None):
+    fully_shard(made.get_output_embeddings(), mesh=mesh)
+    return layers_and_root(made, mesh)
+
+
+def tied_group(made):
+    fully_shard([made.get_input_embeddings(), made.get_output_embeddings()])
+    return layers_and_root(made)
+
+
+def copies_and_shards(made, shape):
+    return head_by_itself(made, distributed.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")))
+
+
+def equal_one_process(rank, wrap, silent=(), **options):
+    wanted = expected(silent=silent, **options)
+    with integration.accelerate():
+        module = wrap(net(**options))
+        loss_of(module, mine(rank), silent).backward()
+        assert_close(gradients(module), wanted)
+        loss_of(module, mine(rank), silent).backward()  # accumulates
+    assert_close(gradients(module), {name: 2 * grad for name, grad in wanted.items()})
+
+
+def trl_s_own_head(rank):
+    """Why the gathered head is told that its gradient is a mean: TRL's own rows learn from one process' tokens each."""
+    module = head_by_itself(net())
+    loss_of(module, mine(rank)).backward()
+    found = gradients(module)
+    parts = [expected(mine(one), 1.0)["lm_head.weight"].chunk(WORLD)[one] for one in range(WORLD)]
+    assert_close({"lm_head.weight": found.pop("lm_head.weight")}, {"lm_head.weight": torch.cat(parts)})
+    wanted = expected()
+    del wanted["lm_head.weight"]
+    assert_close(found, wanted)
+
+
+CASES = {
+    "data_parallel": partial(equal_one_process, wrap=DistributedDataParallel),
+    "data_parallel_tied": partial(equal_one_process, wrap=DistributedDataParallel, tie_word_embeddings=True),
+    "data_parallel_that_looks_for_unused_parameters": partial(
+        equal_one_process, wrap=partial(DistributedDataParallel, find_unused_parameters=True)
+    ),
+    "data_parallel_where_one_process_has_no_label": partial(
+        equal_one_process, wrap=DistributedDataParallel, silent=(1, 3, 5)
+    ),
+    "layers_and_root": partial(equal_one_process, wrap=layers_and_root),
+    "layers_and_root_tied": partial(equal_one_process, wrap=layers_and_root, tie_word_embeddings=True),
+    "layers_and_root_with_an_adapter": partial(equal_one_process, wrap=layers_and_root, adapter=True),
+    "head_by_itself": partial(equal_one_process, wrap=head_by_itself),
+    "head_by_itself_with_an_adapter": partial(equal_one_process, wrap=head_by_itself, adapter=True),
+    "head_by_itself_with_a_bias": partial(
+        equal_one_process, wrap=head_by_itself, kind=PhiForCausalLM, config=PhiConfig
+    ),
+    "head_by_itself_where_one_process_has_no_label": partial(equal_one_process, wrap=head_by_itself, silent=(1, 3, 5)),
+    "head_and_embedding_tied_in_one_group": partial(equal_one_process, wrap=tied_group, tie_word_embeddings=True),
+    "two_copies": partial(equal_one_process, wrap=partial(copies_and_shards, shape=(WORLD, 1))),
+    "one_copy_in_two_shards": partial(equal_one_process, wrap=partial(copies_and_shards, shape=(1, WORLD))),
+    "trl_s_own_head": trl_s_own_head,
+}
+
+
+def process(rank, folder):
+    """Runs all cases; writes what each raised, or nothing."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    for name, case in CASES.items():
+        try:
+            case(rank)
+            said = ""
+        except Exception:
+            said = traceback.format_exc()
+        (folder / f"{name}.{rank}").write_text(said)
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (folder,), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(outcomes, case):
+    assert [(outcomes / f"{case}.{rank}").read_text() for rank in range(WORLD)] == ["", ""]
