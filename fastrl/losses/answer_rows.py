@@ -53,19 +53,28 @@ def answer_rows(
 
     mask = _padded(mask.bool(), bounds)
     lengths = mask.sum(1)
-    empty = (lengths == 0).nonzero().view(-1).tolist()  # waits for the device; an answer without tokens has no loss
-    check.require(
-        not empty, op, f"{side}mask", "a token in every answer", f"none in {empty[:8]}", "Leave such pairs out."
-    )
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    outside = _outside(op, f"{side}mask", lengths, dtype)
 
     def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None or tensor.shape != logps.shape:
             return None if tensor is None else tensor.to(dtype)
-        return torch.where(mask, _padded(tensor.to(dtype), bounds), 0.0)
+        return torch.where(mask, _padded(tensor.to(dtype), bounds), outside)
 
     ref_logps, log_sum_sq_probs = (None if x is None else x.detach() for x in (ref_logps, log_sum_sq_probs))
     return Rows(rows(logps), mask, lengths.to(dtype), rows(ref_logps), rows(log_sum_sq_probs))
+
+
+def _outside(op: str, name: str, lengths: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(P, 1): what stands where the mask is False: 0, and in an answer without tokens, which has no loss, NaN.
+
+    On a CPU such an answer is refused, unless this is compiled; a GPU would have to be waited for.
+    """
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        empty = (lengths == 0).nonzero().view(-1).tolist()
+        got, do = f"none in {empty[:8]}", "Leave such pairs out."
+        check.require(not empty, op, name, "a token in every answer", got, do)
+    return torch.zeros_like(lengths, dtype=dtype).masked_fill(lengths == 0, torch.nan).unsqueeze(1)
 
 
 def _check_like(

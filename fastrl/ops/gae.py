@@ -31,11 +31,17 @@ def _(rewards: torch.Tensor, values: torch.Tensor, *options: object) -> tuple[to
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 
+def _are_bounds(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Whether they start at 0, never decrease and end at most at the number of tokens: a bool on their device."""
+    return (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= tokens)
+
+
 def _check_bounds(cu_seqlens: torch.Tensor, tokens: int) -> None:
-    """Reads values, so it runs inside the operator, which torch.compile does not trace."""
-    bounds = torch.cat((cu_seqlens.new_zeros(1), cu_seqlens, cu_seqlens.new_tensor([tokens])))
+    """Reads values, so it runs inside the operator, which torch.compile does not trace, and on a CPU alone."""
+    if cu_seqlens.device.type != "cpu":
+        return
     check.require(
-        bool((bounds.diff() >= 0).all() & (cu_seqlens[0] == 0)),
+        bool(_are_bounds(cu_seqlens, tokens)),
         OP,
         "cu_seqlens",
         f"bounds that start at 0, never decrease and end at most at the {tokens} tokens given",
@@ -95,7 +101,8 @@ def gae(
         Constants: no gradient reaches rewards or values.
 
     Raises:
-        ValueError: shapes or devices differ, gamma or lam is outside [0, 1], or cu_seqlens are not bounds.
+        ValueError: shapes or devices differ, gamma or lam is outside [0, 1], or cu_seqlens are not bounds; on a GPU
+            these give NaN everywhere instead, because reading them would wait for it.
         TypeError: rewards or values are not floating point, or cu_seqlens are not integers.
     """
     check.floating(OP, "rewards", rewards)
@@ -106,6 +113,11 @@ def gae(
         check.device(OP, name, tensor, rewards.device, "rewards")
     for name, number in (("gamma", gamma), ("lam", lam)):
         check.require(0.0 <= number <= 1.0, OP, name, "a number from 0 to 1", number)
+    good = None
+    if cu_seqlens is not None and rewards.device.type != "cpu":  # where reading them would wait for the device
+        good = _are_bounds(bounds, rewards.shape[0])
+        bounds = torch.where(good, bounds, 0)  # kernels read no tokens outside the ones given
     flat = (x.detach().reshape(-1) for x in (rewards, values, mask != 0))
-    advantages, returns = _gae(*flat, bounds, float(gamma), float(lam), backend)
+    both = _gae(*flat, bounds, float(gamma), float(lam), backend)
+    advantages, returns = both if good is None else (torch.where(good, one, torch.nan) for one in both)
     return advantages.reshape(rewards.shape), returns.reshape(rewards.shape)

@@ -15,6 +15,7 @@ from fastrl.kernels.registry import as_written, instruction_set, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
 from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
 from fastrl.ops.support import Support, refuse_beside_support, support_logprob
+from fastrl.ops.tags import WAITS
 from fastrl.types import LogprobDetails, LogprobOutput
 
 MEMORY = ("auto", "store", "recompute")
@@ -300,7 +301,7 @@ def keep_budget(device: torch.device) -> int:
     return DEFAULT_KEEP_BYTES.get(device.type, DEFAULT_KEEP_BYTES["cpu"]) if budget is None else budget
 
 
-@torch.library.custom_op("fastrl::linear_logprob", mutates_args=())
+@torch.library.custom_op("fastrl::linear_logprob", mutates_args=(), **WAITS)
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -339,7 +340,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastrl::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("fastrl::linear_logprob_backward", mutates_args=(), **WAITS)
 def backward_op(
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor | None,

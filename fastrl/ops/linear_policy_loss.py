@@ -12,6 +12,7 @@ from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
 from fastrl.ops.linear_logprob import needs_grad, stores_logits
+from fastrl.ops.tags import WAITS
 from fastrl.spec import PolicyLoss, decode
 
 
@@ -71,7 +72,7 @@ def in_one_pass(head: HeadInputs, main_grad: torch.Tensor | None, logit_bytes: i
     return stores_logits("linear_policy_loss", head, logit_bytes, backend)
 
 
-@torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=("main_grad",))
+@torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=("main_grad",), **WAITS)
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,

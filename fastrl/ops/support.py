@@ -11,6 +11,7 @@ from fastrl.kernels.inputs import HeadInputs, Needs
 from fastrl.kernels.linear_logprob import support as kernel
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.derivatives import once_differentiable
+from fastrl.ops.tags import WAITS
 
 OP = "linear_logprob"
 Support = tuple[torch.Tensor, torch.Tensor]  # token_ids (nnz,), offsets (N + 1,)
@@ -64,7 +65,7 @@ def support_logprob(inputs: HeadInputs, support: Support, *, entropy: bool) -> t
     return logps, entropies
 
 
-@torch.library.custom_op("fastrl::linear_logprob_support", mutates_args=())
+@torch.library.custom_op("fastrl::linear_logprob_support", mutates_args=(), **WAITS)
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -97,7 +98,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastrl::linear_logprob_support_backward", mutates_args=())
+@torch.library.custom_op("fastrl::linear_logprob_support_backward", mutates_args=(), **WAITS)
 def backward_op(
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor | None,
