@@ -160,10 +160,11 @@ def _softcaps(config: Any) -> list[float | None]:
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that gives hidden states; some wrappers call their language model a decoder with its head on."""
+    """The module that gives hidden states; some wrappers call their language model a decoder with its head on, and
+    transformers 4 the whole model, where its decoder is not called `model`."""
     decoder: Any = model.get_decoder()
     if getattr(decoder, "get_output_embeddings", lambda: None)() is not None:
-        decoder = getattr(decoder, "model", decoder)
+        decoder = getattr(decoder, "model", getattr(decoder, "base_model", decoder))
     plain = getattr(decoder, "get_output_embeddings", lambda: None)() is None
     name = f"{type(decoder).__name__}, which has one,"
     do = "This model's head cannot be split off."

@@ -49,7 +49,8 @@ LINEAR_ATTENTION = {
     "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2,
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 8,
 }  # fmt: skip
-SECTIONS = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+ROPE = "rope_parameters" if hasattr(transformers.LlamaConfig(), "rope_parameters") else "rope_scaling"  # transformers 4
+SECTIONS = {ROPE: {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
 QWEN_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 8}
 QWEN3_VISION = QWEN_VISION | {
     "intermediate_size": 16, "out_hidden_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 16
@@ -73,6 +74,8 @@ class Family:
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Weights are large enough for a cap or a bias to show."""
         torch.manual_seed(0)
+        if not hasattr(transformers, f"{self.config}Config"):
+            pytest.skip(f"transformers {transformers.__version__} has no {self.config}Config")
         config = getattr(transformers, f"{self.config}Config")(**self.base | self.changes)
         kind = transformers.AutoModelForCausalLM
         if "vision_config" in self.changes:
