@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-570} # and some seconds for what a step leaves behind, below 600 together
 export PYTHONPATH=. TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(mktemp -d)}
 
-steps="build doctor parity tests linear_policy_loss linear_logprob group_policy_loss gae policy_loss linear_policy_loss_small
+steps="build doctor parity tests integrations linear_policy_loss linear_logprob group_policy_loss gae policy_loss linear_policy_loss_small
 logprob group_advantages memcheck racecheck"
 for name in "$@"; do
   case " ${steps//$'\n'/ } " in *" $name "*) ;; *)
@@ -76,6 +76,8 @@ step parity 100 env FASTRL_TEST_DEVICE=cuda "$PYTHON" -m pytest tests/ops -m gpu
 # The emulated and interpreted tests of a CPU, now compiled; of the CUDA kernels also 50 equal runs. Not those that show on
 # a CPU what a GPU does.
 step tests 130 env FASTRL_TEST_DEVICE=cuda "$PYTHON" -m pytest tests/ops --ignore tests/ops/test_device_head.py -m "not gpu" -k "triton or cuda or chunked" --no-header --tb=short
+# The heads of other trainers beside fastrl's, for the hosts that are installed here.
+step integrations 60 env FASTRL_TEST_DEVICE=cuda "$PYTHON" -m pytest tests/integrations -k "function or fused or head" --no-header --tb=short
 
 small=auto,cuda,triton,chunked
 heads=auto,cuda,chunked # auto is Triton

@@ -52,7 +52,7 @@ def test_a_step_that_fails_is_reported_with_its_reason_and_the_others_run(fails,
     status, printed, results = run(tmp_path, fails=fails)
     assert status == 1
     assert f"because of {fails}" in printed
-    assert len(results) == 15  # 14 steps and the heading
+    assert len(results) == 16  # 15 steps and the heading
     assert {name for name, result in results.items() if result != "ok"} == {step, "step"}
     assert results[step] == "failed: 7"
 
