@@ -7,6 +7,7 @@ import os
 import socket
 import traceback
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -170,3 +171,107 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(outcomes, case):
     assert [(outcomes / f"{case}.{rank}").read_text() for rank in range(WORLD)] == ["", ""]
+
+
+# GRPO with its gradient formed in the forward pass, by TRL's own trainer on two processes.
+
+
+def reward(completion_ids, **_):
+    return [float(sum(ids) % 3) for ids in completion_ids]
+
+
+def trainer(folder, **options):
+    common = {
+        "output_dir": f"{folder}/out", "max_steps": 3, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True,
+        "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 1, "bf16": False,
+        "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    rows = Dataset.from_list([{"prompt": text} for text in texts()])
+    return trl.GRPOTrainer(
+        str(folder), reward_funcs=reward, args=trl.GRPOConfig(**common | options), train_dataset=rows
+    )
+
+
+def trained(folder, accelerated, **options):
+    """(losses, gradient norms, weights) of a run."""
+    made = trainer(folder, **options)
+    assert made.accelerator.num_processes == WORLD
+    with integration.accelerate(made, loss=True) if accelerated else nullcontext():
+        made.train()
+    logged = [row for row in made.state.log_history if "loss" in row]
+    assert len(logged) == 3
+    return [row["loss"] for row in logged], [row["grad_norm"] for row in logged], made.model.state_dict()
+
+
+def train_as_trl(rank, folder, **options):
+    (losses, norms, weights), wanted = (trained(folder, used, **options) for used in (True, False))
+    assert losses == pytest.approx(wanted[0], abs=2e-5)
+    assert norms == pytest.approx(wanted[1], rel=2e-5)
+    assert max(norms) > 0.1
+    for name, weight in wanted[2].items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=5e-4)
+
+
+def one_pass_under_fsdp(rank, folder):
+    """The gradient of a batch with the head sharded by itself, where TRL's own is right: without sharding it so."""
+    g = torch.Generator().manual_seed(rank)
+    made, mask = trainer(folder, loss_type="grpo"), torch.ones(4, 5, dtype=torch.long)
+    mask[0, 3:] = 0
+    batch = {
+        "prompt_ids": torch.randint(3, 64, (4, 3), generator=g),
+        "prompt_mask": torch.ones(4, 3, dtype=torch.long),
+        "completion_ids": torch.randint(3, 64, (4, 5), generator=g),
+        "completion_mask": mask,
+        "advantages": torch.tensor([1.0, -1.0, 0.5, 0.0]),
+        "num_items_in_batch": torch.tensor(2 * mask.sum().item()),
+    }
+    made.current_gradient_accumulation_steps = 1
+    found = []
+    for wrap, accelerated in ((head_by_itself, True), (layers_and_root, False)):
+        module = wrap(net())
+        made.model = module
+        module.train()
+        with integration.accelerate(made, loss=True) if accelerated else nullcontext():
+            made._compute_loss(module, batch).backward()
+        found.append(gradients(module))
+    assert_close(*found)
+
+
+TRAINERS = {
+    "defaults": train_as_trl,
+    "unused_parameters_looked_for": partial(train_as_trl, ddp_find_unused_parameters=True),
+    "reference_and_two_updates": partial(train_as_trl, beta=0.1, num_iterations=2, loss_type="dr_grpo"),
+    "one_pass_under_fsdp": one_pass_under_fsdp,
+}
+
+
+def trainers(rank, folder, port):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    warnings.simplefilter("ignore", FutureWarning)
+    for name, case in TRAINERS.items():
+        try:
+            case(rank, folder)
+            said = ""
+        except Exception:
+            said = traceback.format_exc()
+        (folder / f"{name}.{rank}").write_text(said)
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainers")
+    saved(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(trainers, (folder, port), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+def test_the_one_pass_loss_on_two_processes_is_trl_s(trainings, case):
+    assert [(trainings / f"{case}.{rank}").read_text() for rank in range(WORLD)] == ["", ""]
