@@ -30,7 +30,7 @@ from fastrl.model.accelerate import accelerate_cpu
 from fastrl.ops.linear_logprob import linear_logprob
 
 HOST = "fastrl.integrations.trl"
-TESTED = ("1.12", "1.17")
+TESTED = ("1.15", "1.17")
 __all__ = ["FusedLogprob", "accelerate", "normalizer", "policy_spec", "preference_spec"]
 EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -56,7 +56,7 @@ def accelerate(trainer: Any = None, *, loss: bool = False, cpu: bool = False) ->
         A handle; `undo()`, or leaving its block, gives TRL its own objects back.
 
     Raises:
-        ImportError: TRL is not installed, or has no such function (it has since 1.12).
+        ImportError: TRL is not installed, or has no such function (it has since 1.15).
         ValueError: the trainer stores whole logits, or `loss=True` and an option of it is not covered; by name.
     """
     check_version("trl", *TESTED)
@@ -71,7 +71,8 @@ def accelerate(trainer: Any = None, *, loss: bool = False, cpu: bool = False) ->
     if utils._ChunkedLogProbFunction is not FusedLogprob:
         _require_no_zero3()
         handle.replace(utils, "_ChunkedLogProbFunction", FusedLogprob)
-        handle.replace(utils, "_use_triton", _always)  # it decides whether tokens without a label are left out
+        if hasattr(utils, "_use_triton"):  # it decides whether tokens without a label are left out; 1.15 always does
+            handle.replace(utils, "_use_triton", _always)
     if loss and not isinstance(vars(trainer).get("_compute_loss"), _OnePass):
         handle.replace(trainer, "_compute_loss", _OnePass(trainer))
     if cpu:
@@ -247,7 +248,7 @@ def _always(device: torch.device) -> bool:
 
 def _utils() -> ModuleType:
     utils = importlib.import_module("trl.trainer.utils")
-    if not hasattr(utils, "_ChunkedLogProbFunction") or not hasattr(utils, "_use_triton"):
+    if not hasattr(utils, "_ChunkedLogProbFunction") or not hasattr(utils, "add_fused_lm_head"):
         got = f"trl {importlib.import_module('trl').__version__} without its fused LM head"
         raise ImportError(check.sentence(HOST, "trl", f"{TESTED[0]} or newer", got, "Upgrade TRL."))
     return utils
