@@ -508,3 +508,199 @@ def test_smollm2_trains_the_same_under_dpo(smollm2, tmp_path):
         )
 
     assert_same(*(train(make, "DPO", smollm2, used) for used in ({}, None)), tolerance=1e-4, steps=2)
+
+
+# What was reported of TRL and of other fused heads under it: tried on both, with and without the one-pass loss.
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """Models whose logits are capped, scaled or both."""
+    import transformers
+
+    options = {
+        "Gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8, "query_pre_attn_scalar": 8},
+        "Cohere": {"logit_scale": 0.25},
+        "Granite": {"logits_scaling": 4.0},
+        "tied Llama": {"tie_word_embeddings": True},
+    }
+    made = {}
+    for name, given in options.items():
+        kind = name.split()[-1]
+        classes = {
+            "kind": getattr(transformers, f"{kind}ForCausalLM"),
+            "config": getattr(transformers, f"{kind}Config"),
+        }
+        made[name] = saved(tmp_path_factory.mktemp(name.replace(" ", "_")), **classes, **given)
+    return made
+
+
+# https://github.com/huggingface/trl/pull/5691 scaled behind the cap, https://github.com/unslothai/unsloth-zoo/pull/593
+# did not cap, https://github.com/unslothai/unsloth/pull/8997 multiplied by what divides.
+@pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Granite", "tied Llama"])
+def test_capped_scaled_and_tied_heads_train_as_trl_does(families, family):
+    # A tied head of these models repeats a token unless it is warm.
+    given = {"temperature": 4.0 if "tied" in family else 0.6, "beta": 0.05, "num_iterations": 2}
+    without = train(online, "GRPO", families[family], **given)
+    for loss in (False, True):
+        assert_same(train(online, "GRPO", families[family], {"loss": loss}, **given), without)
+    assert_same(*(train(offline, "DPO", families[family], used) for used in ({}, None)))
+
+
+# https://github.com/huggingface/trl/issues/6668, https://github.com/huggingface/trl/pull/5826: nothing left to learn.
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_batch_whose_tokens_are_all_masked_is_trl_s_zero(folder, loss):
+    given = {"mask_truncated_completions": True, "max_completion_length": 2}
+    runs = [train(online, "GRPO", folder, used, **given) for used in ({"loss": loss}, None)]
+    for logged, _ in runs:
+        assert [row["grad_norm"] for row in logged[:STEPS]] == [0.0] * STEPS
+        assert [row["loss"] for row in logged[:STEPS]] == [0.0] * STEPS
+    for name, weight in runs[1][1].items():
+        assert torch.equal(runs[0][1][name], weight)
+
+
+def test_sft_without_a_label_is_trl_s_zero(folder):
+    trainer = offline("SFT", folder)
+    ids = torch.randint(3, 60, (2, 6))
+    with integration.accelerate(trainer):
+        out = trainer.model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    out.loss.backward()
+    assert out.loss == 0
+    assert not any(one.grad.any() for one in trainer.model.parameters() if one.grad is not None)
+
+
+# https://github.com/huggingface/trl/issues/835: recomputed forwards.
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_trains_as_trl_does(folder, reentrant):
+    given = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}, "beta": 0.1}
+    without = train(online, "GRPO", folder, **given)
+    for loss in (False, True):
+        assert_same(train(online, "GRPO", folder, {"loss": loss}, **given), without)
+    assert_same(*(train(offline, "DPO", folder, used, **given) for used in ({}, None)))
+
+
+# https://github.com/unslothai/unsloth/pull/8261, https://github.com/huggingface/trl/pull/5710: divided once too often.
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO"])
+def test_accumulated_gradients_are_divided_as_trl_does(folder, kind):
+    given = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    assert_same(*(train(offline, kind, folder, used, **given) for used in ({}, None)))
+
+
+def adapted(config):
+    def make(kind, folder, **options):
+        torch.manual_seed(0)
+        if kind != "GRPO":
+            rows = offline(kind, folder).train_dataset
+            return getattr(trl, f"{kind}Trainer")(
+                folder, args=arguments(kind, folder, **options), train_dataset=rows, peft_config=config
+            )
+        rows = Dataset.from_list([{"prompt": text} for text in texts()])
+        args = arguments(kind, folder, num_generations=4, max_completion_length=8, **options)
+        return trl.GRPOTrainer(folder, reward_funcs=reward, args=args, train_dataset=rows, peft_config=config)
+
+    return make
+
+
+# https://github.com/huggingface/trl/pull/6159: a copy of the head that trains beside an adapter.
+# https://github.com/huggingface/trl/pull/6186: virtual tokens before the prompt.
+@pytest.mark.parametrize("kind", ["GRPO", "DPO", "SFT"])
+@pytest.mark.parametrize("adapter", ["head that trains", "virtual tokens"])
+def test_adapters_that_change_the_head_s_weight_or_positions_train_as_trl_does(folder, kind, adapter):
+    import peft
+
+    if adapter == "virtual tokens":
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    else:
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+        )
+    without = train(adapted(config), kind, folder)
+    for options in ({}, {"loss": True}) if kind == "GRPO" else ({},):
+        assert_same(train(adapted(config), kind, folder, options), without)
+
+
+# https://github.com/huggingface/trl/issues/3640: probabilities of 0.
+def test_a_temperature_near_zero_gives_exact_log_probabilities():
+    hidden, weight, bias, targets = head()
+    hidden.requires_grad_()
+    logps, entropy, *_ = integration.FusedLogprob.apply(hidden, weight, bias, targets, 1e-3, 32)
+    exact = ((hidden.double() @ weight.double().T + bias.double()) / 1e-3).log_softmax(-1)
+    torch.testing.assert_close(logps.double(), exact.gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-2)
+    (logps.sum() + entropy.sum()).backward()
+    assert hidden.grad.isfinite().all()
+    assert logps.min() < -1000
+
+
+# https://github.com/huggingface/trl/pull/6330: a float32 head under autocast.
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_float32_head_under_autocast_trains_as_trl_does(folder, loss):
+    given = {"bf16": True, "cast_lm_head_to_fp32": True, "optim": "sgd"}
+    (logged, weights), (expected, expected_weights) = (
+        train(online, "GRPO", folder, used, **given) for used in ({"loss": loss}, None)
+    )
+    for row, other in zip(logged[:STEPS], expected[:STEPS], strict=True):
+        assert row["entropy"] == pytest.approx(other["entropy"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    for name, want in expected_weights.items():
+        torch.testing.assert_close(weights[name], want, rtol=0, atol=1e-5)
+
+
+# https://github.com/huggingface/trl/pull/4976, /pull/6439, /issues/6166: tokens of tools, ratios of the sampler.
+
+
+def written(seed=0, **more):
+    """A batch as GRPO's loss takes it, with everything that may be in one."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.ones(4, 7, dtype=torch.long)
+    mask[1, 5:], mask[2, 2:] = 0, 0
+    tools = torch.ones_like(mask)
+    tools[0, 2:4], tools[2] = 0, 0  # the third completion is all a tool's
+    logps = -4 + torch.rand(4, 7, generator=g)
+    return {
+        "prompt_ids": torch.randint(3, 64, (4, 3), generator=g),
+        "prompt_mask": torch.ones(4, 3, dtype=torch.long),
+        "completion_ids": torch.randint(3, 64, (4, 7), generator=g),
+        "completion_mask": mask,
+        "tool_mask": tools,
+        "advantages": torch.tensor([1.0, -1.0, 0.5, 0.0]),
+        "old_per_token_logps": logps,
+        "ref_per_token_logps": logps + 0.1 * torch.randn(4, 7, generator=g),
+        "num_items_in_batch": (mask * tools).sum(),
+        **more,
+    }
+
+
+WRITTEN = {
+    "tools": {},
+    "an advantage per token": {"advantages": torch.linspace(-1, 1, 28).view(4, 7)},
+    "ratios per token": {"importance_sampling_ratio": torch.linspace(0, 2, 28).view(4, 7)},
+    "ratios per sequence": {"importance_sampling_ratio": torch.tensor([[0.5], [1.5], [0.0], [2.0]])},
+}
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "name"),
+    [pair for pair in product(LOSS_TYPES, WRITTEN) if pair[0] != "vespo" or "ratios" not in pair[1]],  # refused
+)
+def test_tools_tokens_and_the_sampler_s_ratios_have_trl_s_gradient_in_one_pass(folder, loss_type, name):
+    sampled = "ratios" in name
+    trainer = online("GRPO", folder, loss_type=loss_type, beta=0.05)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.use_vllm = sampled
+    found = []
+    for used in (True, False):
+        handle = integration.accelerate(trainer, loss=True) if used else None
+        trainer.model.zero_grad()
+        trainer._metrics["train"].clear()
+        loss = trainer._compute_loss(trainer.model, written(**WRITTEN[name]))
+        loss.backward()
+        metrics = {key: values[-1] for key, values in trainer._metrics["train"].items()}
+        found.append((loss.detach(), metrics, [one.grad.clone() for one in trainer.model.parameters()]))
+        if handle is not None:
+            handle.undo()
+    (loss, metrics, grads), (want, want_metrics, want_grads) = found
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    assert metrics == pytest.approx(want_metrics, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert sum(one.square().sum() for one in want_grads) > 0
+    for got, wanted in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()) + 1e-9)
