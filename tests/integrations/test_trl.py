@@ -704,3 +704,61 @@ def test_tools_tokens_and_the_sampler_s_ratios_have_trl_s_gradient_in_one_pass(f
     assert sum(one.square().sum() for one in want_grads) > 0
     for got, wanted in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()) + 1e-9)
+
+
+def test_evaluation_between_the_steps_is_trl_s(folder):
+    def make(kind, folder, **options):
+        rows = Dataset.from_list([{"prompt": text} for text in texts()])
+        sizes = {"num_generations": 4, "max_completion_length": 8, "per_device_eval_batch_size": 4}
+        args = arguments(kind, folder, eval_strategy="steps", eval_steps=1, **sizes | options)
+        return trl.GRPOTrainer(folder, reward_funcs=reward, args=args, train_dataset=rows, eval_dataset=rows)
+
+    (logged, _), (expected, _) = (train(make, "GRPO", folder, used) for used in ({"loss": True}, None))
+    losses = [row["eval_loss"] for row in expected if "eval_loss" in row]
+    assert len(losses) == STEPS
+    assert max(map(abs, losses)) > 1e-3
+    assert [row["eval_loss"] for row in logged if "eval_loss" in row] == pytest.approx(losses, rel=1e-5, abs=1e-6)
+
+
+def test_a_router_s_loss_keeps_its_gradient_beside_the_one_pass_loss(mixture_of_experts):
+    given = {"router_aux_loss_coef": 0.1}
+    with_it, without = (train(online, "GRPO", mixture_of_experts, used, **given) for used in ({"loss": True}, None))
+    assert_same(with_it, without)
+    assert without[0][0]["aux_loss"] > 0
+
+
+# https://github.com/huggingface/trl/pull/5575: a vision-language model's images enter below the head.
+def test_a_vision_language_model_has_trl_s_log_probabilities_and_gradients():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 16, "num_hidden_layers": 2}
+    vision = CLIPVisionConfig(hidden_size=16, num_attention_heads=2, image_size=8, patch_size=4, **sizes)
+    text = LlamaConfig(vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    images = {"image_token_id": 63, "image_seq_length": 4}
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **images))
+    UTILS.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ids = torch.randint(3, 60, (2, 10))
+    ids[:, 1:5] = 63
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8), "labels": ids.clone()}
+    batch["labels"][:, :6] = -100
+    found = []
+    for used in (True, False):
+        handle = integration.accelerate(model) if used else None
+        model.zero_grad()
+        out = model(**batch, fused_lm_head=True)
+        (out.log_probs.square().sum() + out.entropy.sum()).backward()
+        grads = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        found.append((out.log_probs.detach(), out.entropy.detach(), grads))
+        if handle is not None:
+            handle.undo()
+    assert any("vision" in name and grad.any() for name, grad in found[1][2].items())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_in_pieces_is_refused_by_name(monkeypatch):
+    deepspeed = importlib.import_module("transformers.integrations.deepspeed")
+    monkeypatch.setattr(deepspeed, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="DeepSpeed: expected a head that is not partitioned, got ZeRO-3"):
+        integration.accelerate()
+    assert UTILS._ChunkedLogProbFunction is not integration.FusedLogprob
