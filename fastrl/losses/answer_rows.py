@@ -84,9 +84,10 @@ def _check_like(
     if tensor is not None:
         check.floating(op, name, tensor)
         check.device(op, name, tensor, logps.device, like)
-        expected = f"shape {tuple(logps.shape)} as {like}" + (f" or {also}, sums of answers" if also else "")
-        known = tensor.shape == logps.shape or tuple(tensor.shape) == also
-        check.require(known, op, name, expected, tuple(tensor.shape))
+        if tensor.shape != logps.shape and tuple(tensor.shape) != also:
+            # Only now: torch.compile takes a size put in a message for a constant.
+            either = f" or {also}, sums of answers" if also else ""
+            check.require(False, op, name, f"shape {tuple(logps.shape)} as {like}{either}", tuple(tensor.shape))
 
 
 def _padded(tensor: torch.Tensor, bounds: list[int] | None) -> torch.Tensor:

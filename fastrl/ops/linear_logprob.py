@@ -137,7 +137,8 @@ def check_softcap(op: str, softcap: float | None) -> float:
 
 def check_logit_scale(op: str, logit_scale: float) -> float:
     """The scale in the kernels' form."""
-    check.require(math.isfinite(logit_scale), op, "logit_scale", "a finite number", logit_scale)
+    finite = -math.inf < logit_scale < math.inf  # torch.compile(dynamic=True) traces no math.isfinite
+    check.require(finite, op, "logit_scale", "a finite number", logit_scale)
     return float(logit_scale)
 
 

@@ -14,7 +14,7 @@ from fastrl.spec import decode
 
 SCHEMA = (
     "(Tensor logps, Tensor advantages, Tensor weights, Tensor mask, Tensor? old_logps, Tensor? ref_logps, "
-    "Tensor? sampling_logps, Tensor? entropy, Tensor? seq_ids, int num_seqs, str spec, str backend)"
+    "Tensor? sampling_logps, Tensor? entropy, Tensor? seq_ids, SymInt num_seqs, str spec, str backend)"
     " -> (Tensor loss, Tensor dlogps, Tensor dentropy, Tensor metrics)"
 )
 
