@@ -21,6 +21,7 @@ from types import MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, Partial
 
 from fastrl import check
 from fastrl.integrations.handle import Handle, check_version
@@ -73,6 +74,7 @@ def accelerate(trainer: Any = None, *, loss: bool = False, cpu: bool = False) ->
         handle.replace(utils, "_ChunkedLogProbFunction", FusedLogprob)
         if hasattr(utils, "_use_triton"):  # it decides whether tokens without a label are left out; 1.15 always does
             handle.replace(utils, "_use_triton", _always)
+        handle.replace(utils, "DTensor", _Nothing)  # what it would gather by itself
     if loss and not isinstance(vars(trainer).get("_compute_loss"), _OnePass):
         handle.replace(trainer, "_compute_loss", _OnePass(trainer))
     if cpu:
@@ -100,9 +102,10 @@ class FusedLogprob:
     ) -> tuple[torch.Tensor | None, ...]:
         """(logps, entropy, log_sum_sq_probs, mean_logits, is_top1), (N,) each, float32; None where not asked for.
 
-        hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) without ignored ones. `chunk_size` is not read.
+        hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) without ignored ones. The weight and the bias may
+        be DTensors; they are gathered. `chunk_size` is not read.
         """
-        weight, bias = (None if x is None else _with_all_gradients(x) for x in (weight, bias))
+        weight, bias = (None if x is None else _whole(x) for x in (weight, bias))
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         options = {
@@ -230,16 +233,18 @@ class _Constant(torch.autograd.Function):
         return None, grad.new_zeros(())
 
 
-def _with_all_gradients(weight: torch.Tensor) -> torch.Tensor:
-    """A head that TRL gathered from a DTensor by `full_tensor()`: with the mean of all ranks' gradients, as FSDP takes
-    it, instead of this rank's alone."""
-    made = weight.grad_fn
-    spec = getattr(made, "dtensor_spec", None)
-    if spec is not None and made.grad_placements is None:
-        from torch.distributed.tensor import Partial
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """A head, gathered where it is in shards; then its gradient is the mean of all processes', as FSDP takes it.
 
-        made.grad_placements = [Partial("avg")] * spec.mesh.ndim
-    return weight
+    TRL's own call of `full_tensor` says nothing of the gradient, so each shard would get that of one process' tokens.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+
+
+class _Nothing:
+    """No tensor is one, so that TRL hands over a head as it is."""
 
 
 def _always(device: torch.device) -> bool:
@@ -248,7 +253,7 @@ def _always(device: torch.device) -> bool:
 
 def _utils() -> ModuleType:
     utils = importlib.import_module("trl.trainer.utils")
-    if not hasattr(utils, "_ChunkedLogProbFunction") or not hasattr(utils, "add_fused_lm_head"):
+    if not all(hasattr(utils, name) for name in ("_ChunkedLogProbFunction", "add_fused_lm_head", "DTensor")):
         got = f"trl {importlib.import_module('trl').__version__} without its fused LM head"
         raise ImportError(check.sentence(HOST, "trl", f"{TESTED[0]} or newer", got, "Upgrade TRL."))
     return utils

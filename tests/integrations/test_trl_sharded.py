@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from integrations.hosts import model, saved, texts
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PhiConfig, PhiForCausalLM
 
@@ -78,16 +78,16 @@ def assert_close(found, wanted):
         )
 
 
-def layers_and_root(made, mesh=None):
+def layers_and_root(made, **options):
     causal = made.get_base_model() if hasattr(made, "get_base_model") else made
     for layer in causal.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(made, mesh=mesh)
+        fully_shard(layer, **options)
+    return fully_shard(made, **options)
 
 
-def head_by_itself(made, mesh=None):
-    fully_shard(made.get_output_embeddings(), mesh=mesh)
-    return layers_and_root(made, mesh)
+def head_by_itself(made, **options):
+    fully_shard(made.get_output_embeddings(), **options)
+    return layers_and_root(made, **options)
 
 
 def tied_group(made):
@@ -96,7 +96,7 @@ def tied_group(made):
 
 
 def copies_and_shards(made, shape):
-    return head_by_itself(made, distributed.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")))
+    return head_by_itself(made, mesh=distributed.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")))
 
 
 def equal_one_process(rank, wrap, silent=(), **options):
@@ -107,6 +107,18 @@ def equal_one_process(rank, wrap, silent=(), **options):
         assert_close(gradients(module), wanted)
         loss_of(module, mine(rank), silent).backward()  # accumulates
     assert_close(gradients(module), {name: 2 * grad for name, grad in wanted.items()})
+
+
+def mixed_precision(rank):
+    """A head that is gathered here, in float32, has the gradient of one that FSDP gathers in bf16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found = []
+    for wrap in (head_by_itself, layers_and_root):
+        module = wrap(net(), mp_policy=policy)
+        with integration.accelerate():
+            loss_of(module, mine(rank)).backward()
+        found.append(gradients(module))
+    assert_close(*found)
 
 
 def trl_s_own_head(rank):
@@ -142,6 +154,7 @@ CASES = {
     "head_and_embedding_tied_in_one_group": partial(equal_one_process, wrap=tied_group, tie_word_embeddings=True),
     "two_copies": partial(equal_one_process, wrap=partial(copies_and_shards, shape=(WORLD, 1))),
     "one_copy_in_two_shards": partial(equal_one_process, wrap=partial(copies_and_shards, shape=(1, WORLD))),
+    "mixed_precision": mixed_precision,
     "trl_s_own_head": trl_s_own_head,
 }
 
