@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,8 @@ def split_head(
     `softcap` and `logit_scale` come from the model's configuration, under the names that models in transformers use
     (`SOFTCAPS`, `SCALES`, `DIVISORS`). Models read the same name in different ways: Granite divides by
     `logits_scaling` and HyperCLOVA X multiplies by it; vision-language models leave out what their language model has.
-    So each reading is tried, and the one that gives the model's own logits is taken.
+    So each reading is tried, and the one that gives the model's own logits is taken. If wrappers of the model's forward
+    bring an autocast, as accelerate's do, the comparison is made in it; the halves themselves run in their caller's.
 
     Args:
         vocab_size: number of head rows that are tokens, as in `linear_logprob`.
@@ -215,21 +216,54 @@ def _require_plain_head(model: nn.Module, head: nn.Module | None) -> None:
     require_linear("split_head", "head", head)
 
 
+@dataclass(frozen=True)
+class HeadRun:
+    """One call of a model, seen from its head."""
+
+    logits: torch.Tensor  # the model's own, in float32
+    hidden: torch.Tensor | None  # what its head was given; None if the model did not call it
+    precision: AbstractContextManager[object]  # the autocast in which it was called
+
+
+def watched(halves: SplitModel) -> HeadRun:
+    """Calls the model on four tokens. Wrappers of its forward, such as accelerate's, bring an autocast of their own;
+    only in the same do its halves compute what it computes."""
+    kind, seen = halves.weight.device.type, []
+
+    def state() -> tuple[bool, torch.dtype]:
+        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    hook = halves.head.register_forward_pre_hook(lambda _, given: seen.append((given[0], state())))
+    try:
+        logits = halves.model(input_ids=_probe(halves), use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    hidden, (enabled, dtype) = seen[0] if seen else (None, state())
+    precision = torch.autocast(kind, dtype, enabled) if (enabled, dtype) != state() else nullcontext()
+    return HeadRun(logits, hidden, precision)
+
+
+def rounding(hidden: torch.Tensor, logits: torch.Tensor) -> float:
+    """The epsilon of the less precise of a head's input and output, which differ in an autocast."""
+    return max(torch.finfo(one.dtype).eps for one in (hidden, logits))
+
+
 def _mismatch(halves: SplitModel) -> tuple[float, float] | None:
     """(largest difference from the model's own logits, largest of those); None if it is only rounding."""
-    ids = _probe(halves)
-    hidden = halves.backbone(ids)
-    if hidden.shape[-1] != halves.weight.shape[1]:
-        return float("inf"), float("nan")
-    largest = halves.head(hidden).abs().max().item()
-    for factor in (1.0, LARGE / largest) if largest else (1.0,):  # a head of zeros has no large logits
-        with _scaled_input(halves.head, factor):
-            expected = halves.model(input_ids=ids, use_cache=False).logits.float()
-            ours = halves.logits(hidden).float()
-        error, scale = (ours - expected).abs().max().item(), expected.abs().max().item()
-        # Each of the few roundings after the matmul is at most half an epsilon of the largest logit.
-        if not error <= 4 * torch.finfo(hidden.dtype).eps * scale:
-            return error, scale
+    run = watched(halves)
+    with run.precision:
+        hidden = halves.backbone(_probe(halves))
+        if hidden.shape[-1] != halves.weight.shape[1]:
+            return float("inf"), float("nan")
+        largest = halves.head(hidden).abs().max().item()
+        for factor in (1.0, LARGE / largest) if largest else (1.0,):  # a head of zeros has no large logits
+            with _scaled_input(halves.head, factor):
+                expected = run.logits if factor == 1.0 else watched(halves).logits
+                ours = halves.logits(hidden)
+            error, scale = (ours.float() - expected).abs().max().item(), expected.abs().max().item()
+            # Each of the few roundings after the matmul is at most half an epsilon of the largest logit.
+            if not error <= 4 * rounding(hidden, ours) * scale:
+                return error, scale
     return None
 
 
@@ -262,19 +296,20 @@ def _refuse(halves: SplitModel) -> None:
 
 def _would_do(halves: SplitModel) -> str:
     """Advice on constants with which the halves would give the model's logits; empty if there are none."""
-    ids = _probe(halves)
-    hidden = halves.backbone(ids)
-    largest = halves.head(hidden).abs().max().item() if hidden.shape[-1] == halves.weight.shape[1] else 0.0
-    if not largest:
-        return ""
-    pairs = []
-    for size in (1e-3, LARGE, 1e4):  # where no cap shows; where it bends; where it is all that shows
-        with _scaled_input(halves.head, size / largest):
-            expected = halves.model(input_ids=ids, use_cache=False).logits.double()
-            pairs.append((expected, halves.head(hidden).double()))
+    with watched(halves).precision:
+        hidden = halves.backbone(_probe(halves))
+        product = halves.head(hidden) if hidden.shape[-1] == halves.weight.shape[1] else hidden.new_zeros(1)
+        largest, eps = product.abs().max().item(), rounding(hidden, product)
+        if not largest:
+            return ""
+        pairs = []
+        for size in (1e-3, LARGE, 1e4):  # where no cap shows; where it bends; where it is all that shows
+            with _scaled_input(halves.head, size / largest):
+                expected = halves.model(input_ids=_probe(halves), use_cache=False).logits.double()
+                pairs.append((expected, halves.head(hidden).double()))
     (small, product), (large, large_product), (capped, _) = pairs
     scale, cap = ((small * product).sum() / product.square().sum()).item(), capped.abs().max().item()
-    near = 64 * torch.finfo(hidden.dtype).eps * large.abs().max()
+    near = 64 * eps * large.abs().max()
     for softcap in (None, cap):
         logits = scale * large_product
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastrl import check
-from fastrl.model.head import DIVISORS, SCALES, SOFTCAPS, SplitModel, _evaluating, split_head
+from fastrl.model.head import DIVISORS, SCALES, SOFTCAPS, SplitModel, _evaluating, rounding, split_head, watched
 from fastrl.model.head_layer import adapter_refusal, in_force, is_adapted
 from fastrl.model.masks import dense_masks
 from fastrl.ops.linear_logprob import linear_logprob
@@ -178,18 +178,15 @@ def _state(model: PreTrainedModel, head: nn.Module) -> tuple[object, ...]:
 
 def _for_the_heads_input(halves: SplitModel) -> SplitModel:
     """The same halves, with the scale that is left to apply behind the head: MiniCPM3 scales its states before it."""
-    ids, inputs = torch.arange(4, device=halves.weight.device).unsqueeze(0) % halves.weight.shape[0], []
-    hook = halves.head.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    try:
-        with _evaluating(halves.model), torch.no_grad():
-            logits = halves.model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-    for scale in dict.fromkeys((halves.logit_scale, 1.0)):
-        found = replace(halves, logit_scale=scale)
-        error = (found.logits(inputs[0]).float() - logits).abs().max().item()
-        if error <= 4 * torch.finfo(inputs[0].dtype).eps * logits.abs().max().item():
-            return found
+    with _evaluating(halves.model), torch.no_grad():
+        run = watched(halves)
+        for scale in dict.fromkeys((halves.logit_scale, 1.0)) if run.hidden is not None else ():
+            found = replace(halves, logit_scale=scale)
+            with run.precision:
+                logits = found.logits(run.hidden)
+            error = (logits.float() - run.logits).abs().max().item()
+            if error <= 4 * rounding(run.hidden, logits) * run.logits.abs().max().item():
+                return found
     got = f"a {type(halves.model).__name__}, which changes it first"
     check.require(False, "split_head", "model", "a model whose head takes the decoder's last hidden state", got)
     return halves

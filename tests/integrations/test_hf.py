@@ -60,6 +60,12 @@ CONFIGS = {
 DENSE = ["llama", "llama_tied", "qwen3", "gemma2", "cohere", "granite", "gpt2"]
 
 
+@pytest.fixture(autouse=True)
+def no_precision_of_an_earlier_test(monkeypatch):
+    """The TrainingArguments of transformers 4 write theirs into the environment, where the next ones read it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def tiny(name="llama", dtype=torch.float32):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).to(dtype).train()
@@ -124,6 +130,8 @@ def test_loss_and_gradients_are_the_models_own_and_there_are_no_logits(name, kin
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_keeps_its_loss(name):
     model = FAMILIES[name].model()
+    if name == "gemma3_vl" and "loss_function" not in inspect.getsource(type(model).forward):
+        pytest.skip(f"Gemma 3 with vision computes its loss itself in transformers {transformers.__version__}")
     own, own_grads = gradients(model, input_ids=IDS, labels=IDS)
     hf.accelerate(model, logits="never")
     out, grads = gradients(model, input_ids=IDS, labels=IDS)
@@ -216,7 +224,11 @@ def lora(model, targets=("q_proj", "v_proj")):
 OPTIONS = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3},
-    "checkpointing": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    "checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # transformers 5's default, and adapters need it
+        "gradient_accumulation_steps": 2,
+    },
     "autocast": {"bf16": True},
     "smoothing": {"label_smoothing_factor": 0.1},
 }
@@ -358,6 +370,23 @@ def test_undo_after_a_trainers_autocast_wants_it_taken_off_first(tmp_path):
     model.forward = model._original_forward
     handle.undo()
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "mixtral"])
+def test_a_model_that_a_trainer_ran_in_autocast_before_gets_the_same_loss_and_gradients(name, tmp_path):
+    model = tiny(name)
+    trainer(model, tmp_path, bf16=True).evaluate()
+    wrapper = vars(model)["forward"]
+    model.train()
+    own, own_grads = gradients(model, **batch())
+    with hf.accelerate(model):
+        out, grads = gradients(model, **batch())
+    assert vars(model)["forward"] is wrapper
+    assert out.logits is None
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(out.loss, own.loss, rtol=eps, atol=0)
+    for key, grad in own_grads.items():
+        assert (grads[key] - grad).norm() <= 4 * eps * grad.norm() + 1e-6, key
 
 
 def test_nothing_but_forward_changes_even_if_a_call_fails():

@@ -46,6 +46,14 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.fixture
+def accelerator():
+    """Accelerator's precision is one for the whole process, until it is reset."""
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_place_holds_the_log_probability_of_its_own_token_and_the_entropy_it_was_drawn_from(name):
     model = tiny(name)
@@ -274,6 +282,22 @@ def test_a_wrapped_head_scores_and_trains(kind):
         close(ours, own)
         with torch.no_grad():
             weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_a_model_in_accelerates_bfloat16_gives_what_it_gives_in_that_autocast(name, accelerator):
+    plain = fresh(name).float()
+    prepared = accelerator(mixed_precision="bf16", cpu=True).prepare(copy.deepcopy(plain))
+    assert "forward" in vars(prepared)  # accelerate's wrapper
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = fastrl.logps(plain, ids()).logps
+    exact = fastrl.logps(plain, ids()).logps
+    ours = fastrl.logps(prepared, ids()).logps
+    assert torch.equal(ours, expected)
+    assert not torch.equal(ours, exact)
+    (ours.sum() - expected.sum()).backward()
+    for one, own in zip(prepared.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, -own.grad)
 
 
 def test_images_and_other_inputs_reach_the_model():
