@@ -15,7 +15,8 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
 for step in range(STEPS):
     pairs = [(random.randint(0, 9), random.randint(0, 9)) for _ in range(PROMPTS)]
-    prompts = tokenizer([f"{a} + {b} =" for a, b in pairs], return_tensors="pt", padding=True)
+    questions = [f"{a} + {b} =" for a, b in pairs]
+    prompts = tokenizer(questions, return_tensors="pt", padding=True, return_token_type_ids=False)
     ids = model.generate(**prompts, max_new_tokens=8, do_sample=True, num_return_sequences=GROUP)  # (B, L)
 
     width = prompts.input_ids.shape[1]
