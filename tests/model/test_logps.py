@@ -50,8 +50,13 @@ def close(got, expected):
 def accelerator():
     """Accelerator's precision is one for the whole process, until it is reset."""
     accelerate = pytest.importorskip("accelerate")
+
+    def reset():
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+    reset()  # trainers of earlier tests have chosen one
     yield accelerate.Accelerator
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    reset()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
