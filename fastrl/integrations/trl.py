@@ -153,11 +153,8 @@ class _OnePass:
         Several processes take the same steps through their models' collectives, so there nothing is divided.
         """
         inputs, trainer = self.inputs, self.trainer
-        rows = (
-            inputs["advantages"].flatten(1).ne(0).any(-1)
-            if inputs["advantages"].dim() > 1
-            else inputs["advantages"] != 0
-        )
+        advantages = inputs["advantages"]  # (B,) or (B, T)
+        rows = (advantages.reshape(len(advantages), -1) != 0).any(-1)
         together = trainer.accelerator.num_processes > 1 or trainer.aux_loss_enabled or not torch.is_grad_enabled()
         if together or policy_spec(trainer).kl is not None or rows.all():
             return None

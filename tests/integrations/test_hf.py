@@ -120,7 +120,7 @@ def test_loss_and_gradients_are_the_models_own_and_there_are_no_logits(name, kin
     own, own_grads = gradients(model, **inputs)
     with hf.accelerate(model):
         out, grads = gradients(model, **inputs)
-    torch.testing.assert_close(out.loss, own.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.loss, own.loss, rtol=1e-6, atol=1e-6)  # float32; twelve digits in float64 below
     agree(grads, own_grads)
     assert own.logits is not None
     assert out.logits is None
@@ -136,6 +136,7 @@ def test_every_family_keeps_its_loss(name):
     hf.accelerate(model, logits="never")
     out, grads = gradients(model, input_ids=IDS, labels=IDS)
     assert out.logits is None
+    # float32 through recurrent layers and experts, whose own orders of summation differ by as much.
     torch.testing.assert_close(out.loss, own.loss, rtol=1e-5, atol=1e-5)
     agree(grads, own_grads, rtol=1e-4)
 
@@ -246,6 +247,7 @@ def test_a_trainer_takes_the_same_steps(tmp_path, options, adapters):
         runs.append(trainer(model, tmp_path, **OPTIONS[options]))
         runs[-1].train()
     plain, fused = runs
+    # Under autocast transformers rounds the logits to bfloat16, eight bits, and fastrl does not.
     rounding = 2e-2 if options == "autocast" else 1e-5
     assert len(losses(fused)) == 3
     np.testing.assert_allclose(losses(fused), losses(plain), rtol=rounding)
