@@ -43,7 +43,8 @@ class Interrupt:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside the block, the first of `SIGNALS` prints `HEARD` and asks the run to stop; the second stops it at
-        once. A hangup that was ignored before, as under nohup, stays ignored."""
+        once. A hangup is never the second, and later ones are ignored, also after the block: a terminal that closes
+        sends one, and its shell another. One that was ignored before, as under nohup, stays ignored."""
 
         hangup = getattr(signal, "SIGHUP", None)
         # Checked now, because a terminal that is gone no longer looks like one.
@@ -51,7 +52,10 @@ class Interrupt:
 
         def handle(number: int, _: FrameType | None) -> None:
             if number == hangup:
+                signal.signal(hangup, signal.SIG_IGN)
                 _to_nowhere(terminals)
+                if self:
+                    return
             if self:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(number)
@@ -64,7 +68,8 @@ class Interrupt:
             yield
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                if number != hangup or signal.getsignal(hangup) is not signal.SIG_IGN:
+                    signal.signal(number, handler)
 
 
 def _say(line: str) -> None:
