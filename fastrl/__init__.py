@@ -15,6 +15,7 @@ _EXPORTS = {
     "linear_logprob": "fastrl.ops.linear_logprob",
     "logprob": "fastrl.ops.logprob",
     "linear_token_loss": "fastrl.ops.linear_token_loss",
+    "support_sets": "fastrl.ops.support",
     "group_advantages": "fastrl.ops.group_advantages",
     "gae": "fastrl.ops.gae",
     "FusedLMHead": "fastrl.model.fused_lm_head",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from fastrl.ops.linear_logprob import linear_logprob as linear_logprob
     from fastrl.ops.linear_token_loss import linear_token_loss as linear_token_loss
     from fastrl.ops.logprob import logprob as logprob
+    from fastrl.ops.support import support_sets as support_sets
     from fastrl.preference_spec import JensenShannon as JensenShannon
     from fastrl.preference_spec import LogOdds as LogOdds
     from fastrl.preference_spec import Power as Power

@@ -19,7 +19,6 @@ from fastrl.data.pack import Counts, count, minibatches
 from fastrl.losses.aggregate import token_weights
 from fastrl.losses.linear_policy import linear_policy_loss
 from fastrl.losses.metrics import Metrics
-from fastrl.losses.policy import policy_loss
 from fastrl.losses.token_masks import kl_cov_penalty
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic
@@ -199,8 +198,7 @@ def policy_gradient_loss(
     With `ratio_to_sampler` the ratio is to `sampling_logps` instead of `old_logps`; its metrics then show the distance
     to the sampler. The terms for the batch's `kl_cov_weights` and `nll_weights` are added. `hidden` is
     `policy.hidden(batch)`, if the caller has it already. If the head's weight has a `main_grad`, the policy loss's
-    gradient is already in it on return. A batch with a `support` is scored under it, by autograd through two ops, which
-    leave `main_grad` alone.
+    gradient is already in it on return. A batch with a `support` is scored under it.
     """
     if spec.aggregate == "prompt_mean":  # a group may lie in several micro-batches
         normalizer = normalizer * batch.group_tokens
@@ -217,22 +215,19 @@ def policy_gradient_loss(
         "cu_seqlens": batch.cu_seqlens,
         "backend": policy.backend,
     }
-    if batch.support is None:
-        out = linear_policy_loss(
-            hidden,
-            weight,
-            batch.targets,
-            batch.advantages,
-            spec,
-            temperature=temperature,
-            main_grad=getattr(weight, "main_grad", None) if spec.separable else None,
-            entropy=entropy,
-            **tokens,
-            **policy.head.options,
-        )
-    else:
-        read = policy.of(hidden, batch, temperature=temperature, entropy=entropy or spec.needs_entropy)
-        out = policy_loss(read.logps, batch.advantages, spec, entropy=read.entropy, **tokens)
+    out = linear_policy_loss(
+        hidden,
+        weight,
+        batch.targets,
+        batch.advantages,
+        spec,
+        temperature=temperature,
+        support=batch.support,
+        main_grad=getattr(weight, "main_grad", None) if spec.separable else None,
+        entropy=entropy,
+        **tokens,
+        **policy.head.options,
+    )
     if batch.kl_cov_weights is not None and old_logps is not None:  # else distance and gradient are 0
         out = _plus(out, _kl_cov(policy, hidden, batch, spec, normalizer, old_logps, temperature))
     if batch.nll_weights is not None:
@@ -297,8 +292,6 @@ def _kl_cov(
 
 def _nll(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, temperature: float) -> LossOutput:
     """sum_t w_t (-log pi_t) with w = `batch.nll_weights`."""
-    do = "Leave positive_nll at 0, or record no support."
-    require(batch.support is None, "positive_nll", "support", "None", "a set for each token", do)
     head = policy.head
     out = linear_token_loss(
         hidden,
@@ -307,6 +300,7 @@ def _nll(policy: Policy, hidden: torch.Tensor, batch: MicroBatch, temperature: f
         torch.neg,
         weights=batch.nll_weights,
         temperature=temperature,
+        support=batch.support,
         backend=policy.backend,
         **head.options,
     )

@@ -21,6 +21,7 @@ import torch
 
 from fastrl.check import choice, require
 from fastrl.data.plan import ModelShape, Row, balance, fit, plan, split
+from fastrl.ops.support import support_sets
 from fastrl.types import Group, MicroBatch, Sample
 
 Layout = Literal["auto", "padded", "shared", "varlen"]
@@ -236,11 +237,8 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
 
 def _support(samples: list[Sample], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The sets of all tokens end to end, and their bounds."""
-    if samples[0].support is None:
-        return None
-    sets = list(chain.from_iterable(sample.support for sample in samples))
-    offsets = torch.tensor([0, *accumulate(map(len, sets))], device=device)
-    return torch.tensor(list(chain.from_iterable(sets)), dtype=torch.int64, device=device), offsets
+    recorded = samples[0].support is not None
+    return support_sets((sample.support for sample in samples), device=device) if recorded else None
 
 
 def _shared_mask(owners: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
 from fastrl.ops.linear_policy_loss import in_one_pass
 from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
 from fastrl.ops.policy_loss import policy_loss as policy_loss_op
+from fastrl.ops.support import Support, check_support
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput
 
@@ -41,6 +42,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
+    support: Support | None = None,
     main_grad: torch.Tensor | None = None,
     entropy: bool = False,
     metrics: bool = True,
@@ -57,8 +59,9 @@ def linear_policy_loss(
     backend, with `memory` as in `linear_logprob`.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size, backend: as
-            `linear_logprob`, with targets (B, T) or (N,). A token whose target is `ignore_index` is outside the mask.
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size, support, backend: as
+            `linear_logprob`, with targets (B, T) or (N,). A token whose target is `ignore_index` is outside the mask,
+            and the set of a token outside the mask is not read.
         advantages, spec, mask, old_logps, ref_logps, sampling_logps, group_ids, normalizer, cu_seqlens: as
             `policy_loss`.
         main_grad: (V, H), float32 (float64 for float64 inputs): the weight's gradient is added here in the forward
@@ -107,6 +110,7 @@ def linear_policy_loss(
         check.device(OP, "main_grad", main_grad, weight.device, "weight")
         check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
         main_grad = main_grad[: len(head.weight)]
+    sets = None if support is None else check_support(OP, head, support, backend)
     entropy = entropy or spec.needs_entropy
     memory = memory_of(OP, memory)
     save = choose_save(OP, head, memory, entropy=spec.needs_entropy, backend=backend)
@@ -114,7 +118,7 @@ def linear_policy_loss(
     constants = LossTokens(*(getattr(tokens, name) for name in LossTokens._fields))
     if spec.separable and not metrics:
         constants = constants._replace(mask=tokens.mask & ~zero_advantage_rows(constants, spec))
-    if spec.separable and in_one_pass(head, main_grad, logit_bytes, backend):
+    if spec.separable and (sets is not None or in_one_pass(head, main_grad, logit_bytes, backend)):
         out = linear_policy_loss_op(
             head,
             constants,
@@ -123,10 +127,11 @@ def linear_policy_loss(
             entropy=entropy,
             logit_bytes=logit_bytes,
             backend=backend,
+            support=sets,
         )
         loss, table, logps, entropies = out.loss, out.metrics, out.logps, out.entropy
     else:
-        logps, entropies = _logps(head, constants.mask, entropy, save, backend)
+        logps, entropies = _logps(head, constants.mask, sets, entropy, save, backend)
         loss, _, _, table = policy_loss_op(
             logps, *constants, entropies, tokens.seq_ids, tokens.num_seqs, spec.code, backend
         )
@@ -136,7 +141,7 @@ def linear_policy_loss(
 
 
 def _logps(
-    head: HeadInputs, mask: torch.Tensor, entropy: bool, save: str, backend: str
+    head: HeadInputs, mask: torch.Tensor, support: Support | None, entropy: bool, save: str, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     read = linear_logprob_op(
         head.hidden,
@@ -148,6 +153,7 @@ def _logps(
         logit_scale=head.logit_scale,
         ignore_index=head.ignore_index,
         entropy=entropy,
+        support=support,
         memory=save if save in ("store", "recompute") else "auto",
         backend=backend,
     )

@@ -16,6 +16,7 @@ from fastrl.model.head import DIVISORS, SCALES, SOFTCAPS, SplitModel, _evaluatin
 from fastrl.model.head_layer import adapter_refusal, in_force, is_adapted
 from fastrl.model.masks import dense_masks
 from fastrl.ops.linear_logprob import linear_logprob
+from fastrl.ops.support import Support
 from fastrl.types import LogprobOutput
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def logps(
     position_ids: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     entropy: bool = False,
+    support: Support | None = None,
     memory: str | int = "auto",
     backend: str = "auto",
     **model_inputs: Any,
@@ -66,6 +68,8 @@ def logps(
             they are.
         temperature: a positive number, or a tensor that broadcasts to (B, L); no gradient.
         entropy: also return the entropy, with gradient.
+        support: as `linear_logprob`, a set for each token that is scored, row by row, and none for the others:
+            `support_sets` of what an engine returned for the completions of the batch.
         memory, backend: as `linear_logprob`.
         model_inputs: whatever else the model's forward takes, such as `pixel_values`.
 
@@ -75,8 +79,8 @@ def logps(
         takes it from the model, or trains with `fastrl.integrations.hf` or the built-in trainer.
 
     Raises:
-        ValueError: as `split_head`; a shape is wrong; a row has a gap in its attention_mask; sequences share a row in a
-            model whose layers cannot keep them apart.
+        ValueError: as `split_head`; a shape or a set is wrong; a row has a gap in its attention_mask; sequences share a
+            row in a model whose layers cannot keep them apart.
     """
     inner = unwrapped(OP, model)
     halves = split_once(inner)
@@ -84,6 +88,10 @@ def logps(
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1)  # (N,), each at least 1 as no row's first token counts
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.broadcast_to(targets.shape).flatten()[rows]
+
+    if support is not None:
+        got = len(support[1]) - 1
+        check.require(got == len(rows), OP, "support", f"{len(rows)} sets, one for each token that is scored", got)
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
         check.shape(
@@ -95,6 +103,7 @@ def logps(
             targets.flatten()[rows],
             temperature=temperature,
             entropy=entropy,
+            support=support,
             memory=memory,
             backend=backend,
             **halves.options,

@@ -14,7 +14,7 @@ from fastrl.kernels.linear_logprob.storage import KEEP_BYTES, stored_rows
 from fastrl.kernels.registry import as_written, instruction_set, resolve
 from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
 from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
-from fastrl.ops.support import Support, refuse_beside_support, support_logprob
+from fastrl.ops.support import Support, check_support, support_logprob
 from fastrl.ops.tags import WAITS
 from fastrl.types import LogprobDetails, LogprobOutput
 
@@ -232,11 +232,10 @@ def linear_logprob(
     )
     memory = memory_of("linear_logprob", memory)
     if support is not None:
-        refuse_beside_support(
-            backend=backend, log_sum_sq_probs=log_sum_sq_probs, mean_logits=mean_logits, is_top1=is_top1
-        )
         logit_budget("linear_logprob", memory, hidden.device)  # refuses a wrong one
-        logps, entropies = support_logprob(inputs, support, entropy=entropy)
+        others = {"log_sum_sq_probs": log_sum_sq_probs, "mean_logits": mean_logits, "is_top1": is_top1}
+        sets = check_support("linear_logprob", inputs, support, backend, **others)
+        logps, entropies = support_logprob(inputs, sets, entropy=entropy)
         return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
     save = choose_save("linear_logprob", inputs, memory, entropy=entropy, backend=backend)
     wanted = (log_sum_sq_probs, mean_logits, is_top1)

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrl.kernels.inputs import HeadInputs, LossTokens, Needs
+from fastrl.kernels.linear_policy_loss import support as over_support
 from fastrl.kernels.policy_loss import METRICS
 from fastrl.kernels.registry import as_written, resolve
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
 from fastrl.ops.linear_logprob import needs_grad, stores_logits
+from fastrl.ops.support import Support
 from fastrl.ops.tags import WAITS
 from fastrl.spec import PolicyLoss, decode
 
@@ -34,12 +36,13 @@ def linear_policy_loss(
     entropy: bool,
     logit_bytes: int,
     backend: str,
+    support: Support | None = None,
 ) -> LinearPolicyLoss:
     """loss = sum_n weights_n l_n(logps_n) for checked, flat (N,) inputs and a spec that separates per token.
 
     hidden, weight and bias of `head` get gradients. If `main_grad`, (V, H) in the accumulation dtype, is given, the
     weight's gradient is added to it in this call, before any backward. `logit_bytes` bounds the logits that the native
-    backend stores. The public form is `fastrl.losses.linear_policy_loss`.
+    backend stores. `support` comes from `check_support`. The public form is `fastrl.losses.linear_policy_loss`.
     """
     needs = needs_grad(head)
     loss, logps, entropies, *gradients, metrics = _op(
@@ -51,6 +54,7 @@ def linear_policy_loss(
         logit_bytes,
         *needs,
         backend,
+        *(support or (None, None)),
     )
     if main_grad is not None and needs == (False, True, False):
         loss = loss.detach().requires_grad_()  # all its gradient is in `main_grad`, but callers call backward
@@ -96,24 +100,25 @@ def _op(
     needs_weight: bool,
     needs_bias: bool,
     backend: str,
+    token_ids: torch.Tensor | None,
+    offsets: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    head = HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
+    tokens = LossTokens(advantages, weights, mask, old_logps, ref_logps, sampling_logps)
+    options = {"spec": decode(spec), "entropy": entropy, "needs": Needs(needs_hidden, needs_weight, needs_bias)}
     with as_written(hidden.device):
-        return resolve("linear_policy_loss", backend, hidden.device).forward(
-            HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index),
-            LossTokens(advantages, weights, mask, old_logps, ref_logps, sampling_logps),
-            main_grad,
-            spec=decode(spec),
-            entropy=entropy,
-            logit_bytes=logit_bytes,
-            needs=Needs(needs_hidden, needs_weight, needs_bias),
-        )
+        if token_ids is not None:
+            token_loss = resolve("policy_loss", backend, hidden.device)
+            return over_support.forward(head, tokens, main_grad, token_ids, offsets, token_loss=token_loss, **options)
+        kernel = resolve("linear_policy_loss", backend, hidden.device)
+        return kernel.forward(head, tokens, main_grad, logit_bytes=logit_bytes, **options)
 
 
 @_op.register_fake
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    main_grad, _spec, entropy, _logit_bytes, needs_hidden, needs_weight, needs_bias, _backend = rest[-8:]
+    main_grad, _spec, entropy, _logit_bytes, needs_hidden, needs_weight, needs_bias = rest[-10:-3]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),

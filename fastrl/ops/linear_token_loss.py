@@ -11,6 +11,9 @@ from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
 from fastrl.ops.linear_logprob import _op as linear_logprob_op
 from fastrl.ops.linear_logprob import backward_op, check_head, keep_budget, needs_grad
+from fastrl.ops.support import Support, check_support
+from fastrl.ops.support import _op as support_op
+from fastrl.ops.support import backward_op as support_backward_op
 from fastrl.types import LossOutput
 
 OP = "linear_token_loss"
@@ -30,6 +33,7 @@ def linear_token_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
+    support: Support | None = None,
     entropy: bool = False,
     memory: int | None = None,
     backend: str = "auto",
@@ -39,14 +43,15 @@ def linear_token_loss(
     Equals `(weights * token_loss(linear_logprob(hidden, weight, targets).logps, *context)).sum()`.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size, backend: as
-            `linear_logprob`.
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size, support, backend: as
+            `linear_logprob`. The set of a token with weight 0 is not read.
         token_loss: a differentiable function of torch operations, called as `token_loss(logps, *context)`, or
             `token_loss(logps, entropy, *context)` with `entropy=True`, on flat (n,) chunks of tokens; returns (n,). A
             token's loss must not depend on other tokens: how they are chunked is an implementation detail.
         weights: (...) as targets: mask, aggregation and normaliser in one. Tokens with weight 0 cost nothing.
         context: token-shaped constants (old log-probabilities, advantages, ...), cut into the same chunks.
-        memory: bytes of probabilities that may be stored at a time; None takes the budget of `linear_logprob`.
+        memory: bytes of probabilities that may be stored at a time; None takes the budget of `linear_logprob`. With
+            `support`, one number per kept id is stored, whatever it says.
 
     Returns:
         LossOutput(loss, metrics) with the metrics `logps` and, with entropy, `entropy` as (sum, count) over the tokens
@@ -67,8 +72,10 @@ def linear_token_loss(
     live = head.targets.masked_fill(flat[0] == 0, head.ignore_index)
     h_all, w_head, b_head = (x if x is None else x.detach() for x in (head.hidden, head.weight, head.bias))
 
+    sets = None if support is None else check_support(OP, head, support, backend)
     kept_per_token = head.weight.shape[0] * head.hidden.element_size()
     chunk = max(1, (keep_budget(head.hidden.device) if memory is None else memory) // kept_per_token)
+    chunk = chunk if sets is None else max(1, len(head.targets))
     totals: list[torch.Tensor] | None = None
     grads_hidden, logp_sum, entropy_sum = [], 0.0, 0.0
     loss = head.hidden.new_zeros((), dtype=dtype)
@@ -77,26 +84,21 @@ def linear_token_loss(
         t = head.temperature if head.temperature.numel() == 1 else head.temperature[piece]
         part = (h_all[piece], w_head, live[piece], b_head, t, head.softcap, head.logit_scale, head.ignore_index)
         save = "store" if any(needs) else "none"
-        logps, h, *saved, _ = linear_logprob_op(*part, entropy, save, False, backend)
+        if sets is None:
+            logps, h, *saved, _ = linear_logprob_op(*part, entropy, save, False, backend)
+        else:
+            logps, h, *saved = support_op(*part, *sets, entropy)
         w, *rest = (f[piece] for f in flat)
         value, dlogps, dentropy = _weighted_value_and_grad(token_loss, logps, h if entropy else None, w, rest)
         loss = loss + value.to(dtype)
         logp_sum, entropy_sum = logp_sum + logps.sum(), entropy_sum + h.sum()
         if not any(needs):
             continue
-        grads = backward_op(
-            dlogps,
-            dentropy,
-            *part[:5],
-            logps,
-            h,
-            *saved,
-            *part[5:],
-            save,
-            *needs,
-            False,
-            backend,
-        )
+        if sets is None:
+            scores, options = (logps, h, *saved), (save, *needs, False, backend)
+            grads = backward_op(dlogps, dentropy, *part[:5], *scores, *part[5:], *options)
+        else:
+            grads = support_backward_op(dlogps, dentropy, *part[:5], *sets, logps, h, *saved, *part[5:], *needs)
         grads_hidden.append(grads[0])
         totals = list(grads[1:]) if totals is None else [a.add_(b) for a, b in zip(totals, grads[1:], strict=True)]
     if any(needs):

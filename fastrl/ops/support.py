@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -13,19 +15,82 @@ from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.derivatives import once_differentiable
 from fastrl.ops.tags import WAITS
 
-OP = "linear_logprob"
 Support = tuple[torch.Tensor, torch.Tensor]  # token_ids (nnz,), offsets (N + 1,)
 
 
-def refuse_beside_support(*, backend: str, **outputs: bool) -> None:
-    """Refuses what `linear_logprob` does not compute over sets.
+def support_sets(masks: Iterable[Any], *, device: torch.device | str | None = None) -> Support:
+    """The sets of kept ids of some completions, end to end, as `support` takes them.
+
+    Args:
+        masks: one per completion, in the order of the rows: the sampling mask that an engine returned, or an int n for
+            n tokens that are not scored, such as a prompt's or padding. Known forms: a list with the ids kept for each
+            token (vLLM's `sampling_mask.token_ids` or JSON, SGLang's `output_token_sampling_mask`); an object with the
+            ids of all tokens in one list beside their `offsets` (vLLM's `SamplingMask`) or their `counts` (prime-rl).
+        device: of the result.
+
+    Returns:
+        (token_ids (nnz,), offsets (N + 1,)), int64.
 
     Raises:
-        ValueError: a named backend, or an output other than logps and entropy.
+        TypeError: a mask has another form. None is one: the engine was not asked to return masks.
     """
-    check.require(backend == "auto", OP, "backend", "'auto' with support", repr(backend))
+    sets = [(list(chain.from_iterable(rows)), list(map(len, rows))) for rows in map(_rows, masks)]
+    ids = list(chain.from_iterable(ids for ids, _ in sets))
+    offsets = [0, *accumulate(chain.from_iterable(sizes for _, sizes in sets))]
+    return tuple(torch.tensor(one, dtype=torch.int64, device=device) for one in (ids, offsets))
+
+
+def _rows(mask: Any) -> Sequence[Sequence[int]]:
+    """The ids kept for each token of a completion."""
+    if isinstance(mask, int):
+        return [()] * mask
+    ids = next((getattr(mask, name) for name in ("token_ids", "ids") if hasattr(mask, name)), mask)
+    bounds = getattr(mask, "offsets", None)
+    if bounds is None and hasattr(mask, "counts"):
+        bounds = [0, *accumulate(_listed(mask.counts))]
+    if bounds is not None:
+        ids, bounds = _listed(ids), _listed(bounds)
+        return [ids[start:end] for start, end in pairwise(bounds)]
+    rows = _listed(ids)
+    rows = [_listed(row) for row in rows] if isinstance(rows, list | tuple) else rows
+    known = isinstance(rows, list) and all(isinstance(row, list | tuple) for row in rows)
+    expected = "a list with the ids kept for each token, or an int"
+    do = "Ask the engine for it: return_sampling_mask=True." if mask is None else ""
+    check.require(known, "support_sets", "masks", expected, type(mask).__name__, do, TypeError)
+    return rows
+
+
+def _listed(values: Any) -> Any:
+    """Arrays and tensors as lists."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def check_support(op: str, inputs: HeadInputs, support: Support, backend: str, **outputs: bool) -> Support:
+    """The sets as kernels take them, int64.
+
+    Args:
+        inputs: checked by `check_head`.
+        support: as `linear_logprob`.
+        outputs: by name, those that are not computed over sets, and whether they were asked for.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device, a named backend, or one of `outputs`.
+    """
+    check.require(backend == "auto", op, "backend", "'auto' with support", repr(backend))
     asked = ", ".join(name for name, one in outputs.items() if one)
-    check.require(not asked, OP, asked, "False with support", True, "Ask for it in a call without support.")
+    check.require(not asked, op, asked, "False with support", True, "Ask for it in a call without support.")
+    pair = isinstance(support, tuple | list) and len(support) == 2
+    check.require(pair, op, "support", "a pair (token_ids, offsets)", type(support).__name__, error=TypeError)
+    token_ids, offsets = support
+    for name, tensor in (("support[0]", token_ids), ("support[1]", offsets)):
+        check.tensor(op, name, tensor)
+        check.integer(op, name, tensor)
+        check.device(op, name, tensor, inputs.hidden.device, "hidden")
+    one = token_ids.dim() == 1
+    check.require(one, op, "support[0]", "shape (nnz,), the sets end to end", tuple(token_ids.shape))
+    expected = (len(inputs.targets) + 1,)
+    check.shape(op, "support[1]", offsets, expected, "bounds of the sets of all rows, ignored ones too")
+    return token_ids.long(), offsets.long()
 
 
 def support_logprob(inputs: HeadInputs, support: Support, *, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,9 +101,7 @@ def support_logprob(inputs: HeadInputs, support: Support, *, entropy: bool) -> t
     with z as in `linear_logprob`. A sampler with top-k, top-p or min-p draws from this distribution.
 
     Args:
-        inputs: checked by `check_head`.
-        support: (token_ids (nnz,), offsets (N + 1,)), int64 or int32, over the N flattened rows: row n keeps
-            token_ids[offsets[n] : offsets[n + 1]], in any order. Sets of ignored rows are not read.
+        inputs, support: checked by `check_head` and `check_support`.
         entropy: also compute the entropy.
 
     Returns:
@@ -46,22 +109,10 @@ def support_logprob(inputs: HeadInputs, support: Support, *, entropy: bool) -> t
         are constants. Stored for backward: one number per kept id.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype or device; offsets that are no bounds of sets; or, in a row that is
-        not ignored, an id outside the vocabulary, an id twice, or a set without the target.
+        ValueError: offsets that are no bounds of sets; or, in a row that is not ignored, an id outside the vocabulary,
+        an id twice, or a set without the target.
     """
-    pair = isinstance(support, tuple | list) and len(support) == 2
-    check.require(pair, OP, "support", "a pair (token_ids, offsets)", type(support).__name__, error=TypeError)
-    token_ids, offsets = support
-    for name, tensor in (("support[0]", token_ids), ("support[1]", offsets)):
-        check.tensor(OP, name, tensor)
-        check.integer(OP, name, tensor)
-        check.device(OP, name, tensor, inputs.hidden.device, "hidden")
-    one = token_ids.dim() == 1
-    check.require(one, OP, "support[0]", "shape (nnz,), the sets end to end", tuple(token_ids.shape))
-    check.shape(
-        OP, "support[1]", offsets, (len(inputs.targets) + 1,), "bounds of the sets of all rows, ignored ones too"
-    )
-    logps, entropies, _, _, _ = _op(*inputs, token_ids.long(), offsets.long(), entropy)
+    logps, entropies, _, _, _ = _op(*inputs, *support, entropy)
     return logps, entropies
 
 

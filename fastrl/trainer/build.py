@@ -206,8 +206,6 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     whole, name = not config.policy_gradient.filter_zero_variance, "policy_gradient.filter_zero_variance"
     require(whole, OP, name, "False: a critic learns from equal rewards too", True)
     require(spec.kl is None, OP, "loss.kl", "nothing: PPO's KL is in the reward, ppo.kl_coef", spec.kl)
-    positive = ppo.positive_nll == 0 or not config.rollout.replay_support
-    require(positive, OP, "ppo.positive_nll", "0 with rollout.replay_support", ppo.positive_nll)
     finite = ppo.critic_lr is None or 0 <= ppo.critic_lr < math.inf
     require(finite, OP, "ppo.critic_lr", "0 or more, and finite, or null", ppo.critic_lr)
     own = ppo.critic != "shared" or not ppo.critic_model

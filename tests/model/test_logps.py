@@ -3,6 +3,7 @@ import gc
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -437,7 +438,7 @@ def test_a_compiled_decoder_gives_the_same():
 
 def test_the_documented_example_trains(tmp_path, monkeypatch):
     doc = (Path(__file__).parents[2] / "docs/integrations/plain_torch.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", doc, flags=re.DOTALL)
+    code, of_engine = re.findall(r"```python\n(.*?)```", doc, flags=re.DOTALL)
     assert len(code.strip().splitlines()) <= 15
     folder = write_model(tmp_path / "model")
     monkeypatch.setattr("fastrl.model.load.load_model", lambda name, dtype: load_model(folder, dtype))
@@ -447,3 +448,23 @@ def test_the_documented_example_trains(tmp_path, monkeypatch):
     pairs = zip(names["model"].parameters(), before.parameters(), strict=True)
     assert all(not torch.equal(*pair) for pair in pairs)
     assert names["model"].lm_head.weight.isfinite().all()
+
+    rows = zip(names["ids"], names["mask"], strict=True)
+    kept = [[sorted({one, 3, 7}) for one in row[chosen].tolist()] for row, chosen in rows]
+    names["requests"] = [SimpleNamespace(outputs=[SimpleNamespace(sampling_mask=sets) for sets in kept])]
+    names["model"].double()
+    exec(of_engine, names)
+    z, targets, chosen = names["model"](names["ids"]).logits[:, :-1], names["ids"][:, 1:], names["mask"][:, 1:]
+    keep = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, targets[..., None], True)
+    keep[..., [3, 7]] = True
+    log_p = z.masked_fill(~keep, -torch.inf).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    expected = log_p.masked_fill(~chosen, 0)
+    assert (expected < -0.1).any()
+    close(names["logps"][:, 1:], expected)
+
+
+def test_sets_are_of_the_tokens_that_are_scored():
+    model, sets = fresh("qwen3"), (torch.tensor([3]), torch.tensor([0, 1]))
+    scored = ids().shape[0] * (LENGTH - 1)
+    with pytest.raises(ValueError, match=f"^logps: support: expected {scored} sets, one for each token .* got 1"):
+        fastrl.logps(model, ids(), support=sets)

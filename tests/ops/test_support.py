@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from ops.cases import IGNORE, ORDERS, Inputs, dense_logits, gaussian, peaked
 from tolerance import assert_exact, assert_no_worse
 
-from fastrl import linear_logprob
+from fastrl import (
+    KL,
+    Clip,
+    FusedLMHead,
+    PolicyLoss,
+    linear_logprob,
+    linear_policy_loss,
+    linear_token_loss,
+    policy_loss,
+    support_sets,
+)
 from fastrl.kernels.linear_logprob import chunked
 from fastrl.kernels.linear_logprob import support as kernel
+from fastrl.ops import linear_policy_loss as loss_module
 from fastrl.ops import support as module
 
 EVERYTHING = ("hidden", "weight", "bias")
@@ -350,6 +363,174 @@ def test_gradients_of_narrow_rows_do_not_depend_on_the_number_of_threads(dtype, 
         assert all(map(torch.equal, one, results[0]))
 
 
+# What engines return.
+
+FORMS = {
+    "rows of lists": lambda rows: rows,
+    "rows of arrays": lambda rows: [np.array(row, dtype=np.int32) for row in rows],
+    "an object with rows": lambda rows: SimpleNamespace(token_ids=rows),
+    "offsets": lambda rows: SimpleNamespace(token_ids=csr(rows)[0].tolist(), offsets=csr(rows)[1].tolist()),
+    "arrays and offsets": lambda rows: SimpleNamespace(
+        token_ids=np.array(csr(rows)[0].tolist()), offsets=csr(rows)[1].numpy()
+    ),
+    "counts": lambda rows: SimpleNamespace(
+        ids=np.array(csr(rows)[0].tolist()), counts=np.array([len(row) for row in rows])
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_sampling_masks_of_engines_become_sets(form):
+    completions = [[[5, 7], [6]], [[1, 2, 3]]]
+    ids, offsets = support_sets([2, *map(FORMS[form], completions), 1])
+    assert (ids.tolist(), offsets.tolist()) == ([5, 7, 6, 1, 2, 3], [0, 0, 0, 2, 3, 6, 6])
+    assert ids.dtype == offsets.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (None, "got NoneType. Ask the engine for it: return_sampling_mask=True."),
+        ([3, 4], "expected a list with the ids kept for each token, or an int, got list"),
+        ("34", "got str"),
+        (SimpleNamespace(logprobs=[]), "got SimpleNamespace"),
+    ],
+)
+def test_what_is_no_sampling_mask_is_refused(mask, message):
+    with pytest.raises(TypeError, match=f"^support_sets: masks: .*{message}"):
+        support_sets([[[1]], mask])
+
+
+# The losses.
+
+SPECS = {
+    "clip": PolicyLoss(),
+    "with KL and entropy": PolicyLoss("token", Clip(0.2, 0.2), KL("k3", 0.1), "token_mean", 0.1),
+    "sequence ratio": PolicyLoss("sequence", Clip(0.2, 0.2), aggregate="seq_mean_token_mean"),
+}
+
+
+def loss_arguments(inputs, sets):
+    """(advantages, keyword arguments) of a policy loss over 11 tokens of two sequences; row 4 is outside the mask."""
+    mask = inputs.targets != IGNORE
+    mask[4] = False
+    logps = masked(inputs, sets)[0].detach()
+    generator = torch.Generator().manual_seed(1)
+    near = [logps + 0.2 * torch.randn(11, generator=generator, dtype=torch.float64) for _ in range(2)]
+    advantages = torch.randn(11, generator=generator, dtype=torch.float64)
+    advantages[7:] = 0
+    bounds = torch.tensor([0, 7, 11])
+    return advantages, {"mask": mask, "old_logps": near[0], "ref_logps": near[1], "cu_seqlens": bounds}
+
+
+@pytest.mark.parametrize("requires", [("hidden",), EVERYTHING], ids=["frozen head", "trainable head"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_linear_policy_loss_is_that_of_the_masked_definition(path, spec, requires):
+    inputs, spec = gaussian(11, 8, 37), SPECS[spec]
+    sets = random_sets(inputs)
+    advantages, options = loss_arguments(inputs, sets)
+    if spec.kl is None:
+        del options["ref_logps"]
+    given = [[-5, 99, 3, 3] if row == 4 else kept for row, kept in enumerate(sets)]  # outside the mask: not read
+    ours, theirs = inputs.leaves(*requires), inputs.leaves(*requires)
+    fused = FusedLMHead(torch.nn.Linear(8, 37, dtype=torch.float64), softcap=2.5)
+    fused.lm_head.weight, fused.lm_head.bias = (
+        torch.nn.Parameter(getattr(ours, name).detach(), name in requires) for name in ("weight", "bias")
+    )
+    more = {"support": csr(given), "temperature": 0.7, "entropy": True, **options}
+    out = linear_policy_loss(
+        ours.hidden, ours.weight, ours.targets, advantages, spec, bias=ours.bias, softcap=2.5, **more
+    )
+    logps, entropy = masked(theirs, sets, temperature=0.7, softcap=2.5)
+    expected = policy_loss(logps, advantages, spec, entropy=entropy, **options)
+    assert_exact(out.loss, expected.loss)
+    assert_exact(out.logps, logps.detach() * options["mask"])
+    assert_exact(out.entropy, entropy.detach() * options["mask"])
+    for name, pair in expected.metrics.items():
+        assert_exact(torch.stack(list(out.metrics[name])), torch.stack(list(pair)))
+    for loss in (out.loss, expected.loss):
+        (3 * loss).backward()
+    for name, want in theirs.grads().items():
+        assert (want is not None) == (name in requires)
+        if want is not None:
+            assert want.abs().max() > 1e-3
+            assert_exact(ours.grads()[name], want)
+    through = fused.policy_loss(ours.hidden.detach(), ours.targets, advantages, spec, **more)
+    assert_exact(through.loss, out.loss)
+
+
+@pytest.mark.parametrize("metrics", [True, False])
+def test_linear_policy_loss_over_sets_adds_the_gradient_to_main_grad(path, metrics):
+    inputs = gaussian(11, 8, 37)
+    sets = random_sets(inputs)
+    advantages, options = loss_arguments(inputs, sets)
+    del options["ref_logps"]
+    main_grad, ours, theirs = torch.ones(37, 8, dtype=torch.float64), *(inputs.leaves(*EVERYTHING) for _ in range(2))
+    more = {"support": csr(sets), **options}
+    arguments = [(x.hidden, x.weight, x.targets, advantages, PolicyLoss()) for x in (ours, theirs)]
+    out = linear_policy_loss(*arguments[0], bias=ours.bias, main_grad=main_grad, metrics=metrics, **more)
+    out.loss.backward()
+    linear_policy_loss(*arguments[1], bias=theirs.bias, **more).loss.backward()
+    assert ours.weight.grad is None
+    assert_exact(main_grad - 1, theirs.weight.grad)
+    assert_exact(ours.hidden.grad, theirs.hidden.grad)
+    assert_exact(ours.bias.grad, theirs.bias.grad)
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_linear_token_loss_is_that_of_the_masked_definition(path, entropy):
+    inputs = gaussian(11, 8, 37)
+    sets = random_sets(inputs)
+    weights = torch.linspace(0.1, 1.0, 11, dtype=torch.float64) * (inputs.targets != IGNORE)
+    weights[4] = 0
+    given = [[-5, 99, 3, 3] if row == 4 else kept for row, kept in enumerate(sets)]
+    context = torch.linspace(-1.0, 1.0, 11, dtype=torch.float64)
+
+    def token_loss(logps, *rest):
+        return logps.exp() * rest[-1] + (rest[0] ** 2 if entropy else 0)
+
+    ours, theirs = inputs.leaves(*EVERYTHING), inputs.leaves(*EVERYTHING)
+    more = {"weights": weights, "context": (context,), "entropy": entropy, "temperature": 0.7, "softcap": 2.5}
+    out = linear_token_loss(
+        ours.hidden, ours.weight, ours.targets, token_loss, bias=ours.bias, support=csr(given), **more
+    )
+    logps, h = masked(theirs, sets, temperature=0.7, softcap=2.5)
+    expected = (weights * token_loss(*((logps, h) if entropy else (logps,)), context)).sum()
+    assert_exact(out.loss, expected)
+    for loss in (out.loss, expected):
+        (3 * loss).backward()
+    for name, want in theirs.grads().items():
+        assert want.abs().max() > 1e-3
+        assert_exact(ours.grads()[name], want)
+
+
+@pytest.mark.parametrize("op", ["linear_policy_loss", "linear_token_loss"])
+def test_a_loss_refuses_a_named_backend_and_a_set_without_its_target(op):
+    hidden, weight, targets = good()
+    support, wrong = (torch.tensor([6, 4]), torch.tensor([0, 1, 1, 2])), (torch.tensor([4]), torch.tensor([0, 1]))
+    losses = {
+        "linear_policy_loss": lambda **more: linear_policy_loss(
+            hidden,
+            weight,
+            targets,
+            torch.ones(3),
+            PolicyLoss(),
+            mask=torch.ones(3, dtype=torch.bool),
+            cu_seqlens=torch.tensor([0, 3]),
+            **more,
+        ),
+        "linear_token_loss": lambda **more: linear_token_loss(
+            hidden, weight, targets, torch.neg, weights=torch.ones(3), **more
+        ),
+    }
+    with pytest.raises(ValueError, match=rf"^{op}: backend: expected 'auto' with support"):
+        losses[op](support=support, backend="reference")
+    with pytest.raises(ValueError, match=rf"^{op}: support\[1\]: .*\(4,\)"):
+        losses[op](support=wrong)
+    with pytest.raises(ValueError, match="the target in its row's set, got one without at row 0"):
+        losses[op](support=support)
+
+
 # The door.
 
 
@@ -430,6 +611,18 @@ def test_a_second_derivative_raises():
 
 
 # torch.library and torch.compile.
+
+
+def test_the_one_pass_loss_passes_opcheck_with_sets():
+    inputs = gaussian(11, 8, 37)
+    sets = random_sets(inputs)
+    advantages, _ = loss_arguments(inputs, sets)
+    head = [one.detach() if isinstance(one, torch.Tensor) else one for one in inputs_of(inputs)]
+    mask, main_grad = inputs.targets != IGNORE, torch.zeros(37, 8, dtype=torch.float64)
+    tokens = (advantages, mask.double(), mask, None, None, None)
+    for given in (None, main_grad):
+        rest = (given, PolicyLoss().code, True, 0, True, True, True, "auto", *csr(sets))
+        torch.library.opcheck(loss_module._op, (*head, *tokens, *rest), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_operators_pass_opcheck():

@@ -14,7 +14,7 @@ from fastrl.algorithms.policy_gradient import policy_gradient_loss
 from fastrl.data.pack import pack
 from fastrl.losses.policy import policy_loss
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import OptimizerConfig, PPOConfig, RolloutConfig
+from fastrl.trainer.config import OptimizerConfig, RolloutConfig
 from fastrl.trainer.setup import prepare, train
 from fastrl.types import Group, Prompt, Sample
 
@@ -170,10 +170,19 @@ def test_replay_is_refused_where_the_loss_would_not_read_the_sets(tmp_path, algo
         build_algorithm(replace(config, rollout=rollout_config(replay_support=True, **CUT)))
 
 
-def test_positive_nll_is_refused_with_the_support(tmp_path):
-    rollout = rollout_config(replay_support=True, **CUT)
-    with pytest.raises(ValueError, match=r"ppo.positive_nll: expected 0 with rollout.replay_support, got 0.2"):
-        build_algorithm(tiny_config(tmp_path, algorithm="ppo", ppo=PPOConfig(positive_nll=0.2), rollout=rollout))
+def test_positive_nll_is_that_of_the_masked_distribution(tmp_path):
+    run, _, batches = rolled(tmp_path)
+    policy, batch = run.learner.policy, batches[0]
+    weights = torch.linspace(0.1, 1.0, len(batch.targets)) * batch.mask
+    batch = replace(batch, nll_weights=weights, advantages=torch.zeros_like(batch.advantages))
+    out = policy_gradient_loss(policy, batch, run.algorithm.spec, 3.0, temperature=0.7, entropy=False)
+    expected = -(weights * masked_logps(policy, batch)[0]).sum()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    got, want = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (out.loss, expected))
+    assert any(grad.abs().max() > 1e-3 for grad in want)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_named_backend_is_refused_with_the_support(tmp_path):

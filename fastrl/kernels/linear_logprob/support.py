@@ -138,10 +138,12 @@ def backward(
     scores: Scores,
     *,
     needs: Needs,
+    main_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(d hidden (N, H), d weight (V, H), d bias (V,)) in the accumulation dtype; (0,) where not needed.
 
-    Rows whose upstream gradient is exactly zero cost no product. No sum depends on the order in which threads finish.
+    With `main_grad`, (V, H) in that dtype, d weight is added to it instead of being returned. Rows whose upstream
+    gradient is exactly zero cost no product. No sum depends on the order in which threads finish.
     """
     hidden, weight = inputs.hidden, inputs.weight
     sets = sets_of(inputs, token_ids, offsets)
@@ -150,10 +152,11 @@ def backward(
     dz = _grad_entries(grad_logps, grad_entropy, inputs, sets, scores, active)
     dtype = dz.dtype
     grad_hidden = dz.new_zeros(hidden.shape if needs.hidden else (0,))
-    grad_weight = dz.new_zeros(weight.shape if needs.weight else (0,))
+    grad_weight = dz.new_zeros(weight.shape if needs.weight and main_grad is None else (0,))
+    into = grad_weight if main_grad is None else main_grad
     grad_bias = dz.new_zeros(weight.shape[0] if needs.bias else 0)
     narrow, wide = _by_width(active, sets, weight)
-    head = Head(weight, grad_weight)
+    head = Head(weight, into)
     for rows in row_chunks(wide, weight.shape[0], dtype.itemsize):
         entries, owner = sets.entries(rows)
         dense = dz.new_zeros(len(rows), weight.shape[0])
@@ -168,7 +171,7 @@ def backward(
         if needs.hidden:
             _add_rows(grad_hidden, rows, weight[ids].to(dtype).mul_(upstream))
         if needs.weight:
-            _add_rows(grad_weight, ids, hidden[rows].to(dtype).mul_(upstream))
+            _add_rows(into, ids, hidden[rows].to(dtype).mul_(upstream))
     if needs.bias:
         _add_rows(grad_bias, sets.token_ids, dz)
     return grad_hidden, grad_weight, grad_bias
