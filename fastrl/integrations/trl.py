@@ -6,7 +6,7 @@ TRL computes every log-probability in one function of (hidden, head, ids), which
 | trainer | log-probabilities | `loss=True` |
 |---|---|---|
 | GRPO | yes | what `policy_spec` covers |
-| RLOO | yes | no: its ratio is of whole completions, not per token |
+| RLOO | yes | only its completions without advantage are skipped: its ratio is of whole completions |
 | DPO, KTO, SFT, AsyncGRPO | yes | no |
 | Reward | no: it has no LM head | no |
 | those of `trl.experimental` that read whole logits | no, refused by name | no |
@@ -50,7 +50,8 @@ def accelerate(trainer: Any = None, *, loss: bool = False, cpu: bool = False) ->
         trainer: a trainer, or a model of one; refused if it does not go through that function. None checks nothing.
         loss: for a `GRPOTrainer`, form the policy loss's gradient while the logits are at hand: 3 matmuls instead of 4
             where logits are not stored, and none after the first for tokens without advantage. The loss that is
-            returned and all metrics are still computed by TRL; its gradient is fastrl's.
+            returned and all metrics are still computed by TRL; its gradient is fastrl's. In a single process,
+            completions without advantage go through the model without a gradient; for an `RLOOTrainer` that is all.
         cpu: also run the model's linear layers on fastrl's CPU products, by `fastrl.accelerate_cpu`.
 
     Returns:
@@ -66,8 +67,7 @@ def accelerate(trainer: Any = None, *, loss: bool = False, cpu: bool = False) ->
     _require_fused(trainer, model)
     if loss or cpu:
         _require(trainer is not None, "trainer", "a trainer, for loss=True or cpu=True", None, "Pass the trainer.")
-    if loss:
-        policy_spec(trainer)  # refuses
+    one_pass = _one_pass(trainer) if loss else None  # refuses
     handle = Handle(HOST)
     if utils._ChunkedLogProbFunction is not FusedLogprob:
         _require_no_zero3()
@@ -75,8 +75,8 @@ def accelerate(trainer: Any = None, *, loss: bool = False, cpu: bool = False) ->
         if hasattr(utils, "_use_triton"):  # it decides whether tokens without a label are left out; 1.15 always does
             handle.replace(utils, "_use_triton", _always)
         handle.replace(utils, "DTensor", _Nothing)  # what it would gather by itself
-    if loss and not isinstance(vars(trainer).get("_compute_loss"), _OnePass):
-        handle.replace(trainer, "_compute_loss", _OnePass(trainer))
+    if one_pass is not None and not isinstance(vars(trainer).get("_compute_loss"), _Skipping):
+        handle.replace(trainer, "_compute_loss", one_pass(trainer))
     if cpu:
         handle.on_undo(accelerate_cpu(model).undo)
     return handle
@@ -121,49 +121,43 @@ class FusedLogprob:
         return tuple(getattr(out, name, None) for name in ("logps", "entropy", *EXTRAS))
 
 
-class _OnePass:
-    """`GRPOTrainer._compute_loss` with the gradient formed in the forward pass of the head.
+class _Skipping:
+    """A trainer's `_compute_loss`, with completions without an advantage going through the model without a gradient.
 
-    TRL's own method runs, on log-probabilities that are constants to it: the loss's value and the metrics are its own.
-    Beside them stands fastrl's loss, whose gradient takes the place of the one that they would have had. In a single
-    process, completions without an advantage go through the model without a gradient, for the metrics.
+    They go through it for the metrics. Several processes take the same steps through their models' collectives, so
+    there nothing is divided.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.host = trainer, trainer._compute_loss
         self.inputs: dict[str, Any] = {}
-        self.rows: torch.Tensor | None = None  # (B,) bool: the completions of the model's next call; None: all
-        self.loss: torch.Tensor | None = None
 
     def __call__(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        self.inputs, self.loss = inputs, None
+        self.inputs = inputs
         trains = self._with_gradient()
         call = self._all if trains is None else partial(self._in_two, trains)
         try:
-            value = self.host(partial(call, model), inputs)
+            return self.host(partial(call, model), inputs)
         finally:
-            FusedLogprob.one_pass = None
-        ours, self.loss, self.inputs = self.loss, None, {}
-        check.require(ours is not None, HOST, "model", "one that calls TRL's fused head", type(model).__name__)
-        return value + (ours - ours.detach())
+            self.inputs = {}
 
     def _with_gradient(self) -> torch.Tensor | None:
-        """(B,) bool: completions that can have a gradient; None if all go together.
-
-        Several processes take the same steps through their models' collectives, so there nothing is divided.
-        """
+        """(B,) bool: completions that can have a gradient; None if all go together."""
         inputs, trainer = self.inputs, self.trainer
         advantages = inputs["advantages"]  # (B,) or (B, T)
         rows = (advantages.reshape(len(advantages), -1) != 0).any(-1)
         together = trainer.accelerator.num_processes > 1 or trainer.aux_loss_enabled or not torch.is_grad_enabled()
-        if together or policy_spec(trainer).kl is not None or rows.all():
+        if together or rows.all():
             return None
         rows[0] |= ~rows.any()  # a loss needs a graph
         return rows
 
     def _all(self, model: torch.nn.Module, **batch: Any) -> Any:
-        self.rows, FusedLogprob.one_pass = None, self
+        self._before(None)
         return model(**batch)
+
+    def _before(self, rows: torch.Tensor | None) -> None:
+        """Called before a model's call with a gradient; rows (B,) bool: the completions in it, or None: all."""
 
     def _in_two(self, trains: torch.Tensor, model: torch.nn.Module, **batch: Any) -> Any:
         """What the model gives for the whole batch, from a call with gradients and one without."""
@@ -173,7 +167,7 @@ class _OnePass:
         parts = [{name: batch[name][rows] for name in known} for rows in (trains, ~trains)]
         with torch.no_grad():
             silent = model(**parts[1], fused_lm_head=True)
-        self.rows, FusedLogprob.one_pass = trains, self
+        self._before(trains)
         out = model(**parts[0], fused_lm_head=True)
         for name in ("log_probs", "entropy", "label_mask"):
             own, other = getattr(out, name), getattr(silent, name)
@@ -181,6 +175,35 @@ class _OnePass:
             joined = joined.masked_scatter(trains.unsqueeze(-1), own).masked_scatter(~trains.unsqueeze(-1), other)
             setattr(out, name, joined)
         return out
+
+
+class _OnePass(_Skipping):
+    """`GRPOTrainer._compute_loss` with the gradient formed in the forward pass of the head.
+
+    TRL's own method runs, on log-probabilities that are constants to it: the loss's value and the metrics are its own.
+    Beside them stands fastrl's loss, whose gradient takes the place of the one that they would have had.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.rows: torch.Tensor | None = None  # (B,) bool: the completions of the model's next call; None: all
+        self.loss: torch.Tensor | None = None
+
+    def __call__(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self.loss = None
+        try:
+            value = super().__call__(model, inputs)
+        finally:
+            FusedLogprob.one_pass = None
+        ours, self.loss = self.loss, None
+        check.require(ours is not None, HOST, "model", "one that calls TRL's fused head", type(model).__name__)
+        return value + (ours - ours.detach())
+
+    def _with_gradient(self) -> torch.Tensor | None:
+        return super()._with_gradient() if policy_spec(self.trainer).kl is None else None
+
+    def _before(self, rows: torch.Tensor | None) -> None:
+        self.rows, FusedLogprob.one_pass = rows, self
 
     def logps(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, options: dict[str, Any]
@@ -228,6 +251,18 @@ class _Constant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, grad.new_zeros(())
+
+
+def _one_pass(trainer: Any) -> type[_Skipping]:
+    """What takes the place of the trainer's loss; refuses trainers and options that are not covered."""
+    rloo = importlib.import_module("trl").RLOOTrainer
+    if not isinstance(trainer, rloo):
+        policy_spec(trainer)
+        return _OnePass
+    own = type(trainer)._compute_loss is not rloo._compute_loss
+    do = "Leave it to TRL: accelerate without loss=True."
+    _require(not own, "trainer", "an RLOOTrainer with TRL's loss", "one with its own _compute_loss", do)
+    return _Skipping
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:

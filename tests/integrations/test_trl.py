@@ -170,7 +170,9 @@ def test_grpo_with_bf16_weights_starts_with_the_same_gradient(folder):
 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"num_iterations": 2, "learning_rate": 1e-4}], ids=str)
 def test_rloo_trains_the_same(folder, options):
-    assert_same(train(online, "RLOO", folder, {}, **options), train(online, "RLOO", folder, **options))
+    without = train(online, "RLOO", folder, **options)
+    for loss in (False, True):
+        assert_same(train(online, "RLOO", folder, {"loss": loss}, **options), without)
 
 
 DPO_LOSSES = (
@@ -261,15 +263,25 @@ def half(completions, **_):
     return [float(n % 2) if n // 4 % 2 else 1.0 for n in range(len(completions))]
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo"}, {"importance_sampling_level": "sequence"}], ids=str)
-def test_completions_without_an_advantage_go_through_the_model_without_a_gradient(folder, options, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("GRPO", {}),
+        ("GRPO", {"loss_type": "grpo"}),
+        ("GRPO", {"importance_sampling_level": "sequence"}),
+        ("RLOO", {"beta": 0.0}),
+        ("RLOO", {"beta": 0.0, "num_iterations": 2}),
+    ],
+    ids=str,
+)
+def test_completions_without_an_advantage_go_through_the_model_without_a_gradient(folder, kind, options, monkeypatch):
     seen = []
 
     def make(kind, folder, **options):
         sizes = {"num_generations": 4, "max_completion_length": 8, "per_device_train_batch_size": 8}
         rows = Dataset.from_list([{"prompt": text} for text in texts()])
         args = arguments(kind, folder, **sizes | options)
-        trainer = trl.GRPOTrainer(folder, reward_funcs=half, args=args, train_dataset=rows)
+        trainer = getattr(trl, f"{kind}Trainer")(folder, reward_funcs=half, args=args, train_dataset=rows)
         decoder = trainer.model.model
         decoder.register_forward_pre_hook(
             lambda module, args, kwargs: (
@@ -279,10 +291,10 @@ def test_completions_without_an_advantage_go_through_the_model_without_a_gradien
         )
         return trainer
 
-    without = train(make, "GRPO", folder, **options)
+    without = train(make, kind, folder, **options)
     assert {rows for rows, gradient in seen if gradient} == {8}
     seen.clear()
-    assert_same(train(make, "GRPO", folder, {"loss": True}, **options), without)
+    assert_same(train(make, kind, folder, {"loss": True}, **options), without)
     assert [rows for rows, gradient in seen if gradient] == [4] * STEPS
 
 
@@ -301,11 +313,18 @@ def test_other_trainers_and_losses_of_ones_own_are_refused_by_name(folder):
         def _compute_loss(self, model, inputs):
             return super()._compute_loss(model, inputs) * 2
 
-    with pytest.raises(ValueError, match="trainer: expected a GRPOTrainer, for its loss, got RLOOTrainer"):
-        integration.accelerate(online("RLOO", folder), loss=True)
+    class OwnRloo(trl.RLOOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs) * 2
+
+    with pytest.raises(ValueError, match="trainer: expected a GRPOTrainer, for its loss, got SFTTrainer"):
+        integration.accelerate(offline("SFT", folder), loss=True)
     rows = Dataset.from_list([{"prompt": text} for text in texts()])
     own = Own(folder, reward_funcs=reward, args=arguments("GRPO", folder, num_generations=4), train_dataset=rows)
     with pytest.raises(ValueError, match="expected a GRPOTrainer with TRL's loss"):
+        integration.accelerate(own, loss=True)
+    own = OwnRloo(folder, reward_funcs=reward, args=arguments("RLOO", folder, num_generations=4), train_dataset=rows)
+    with pytest.raises(ValueError, match="expected an RLOOTrainer with TRL's loss, got one with its own _compute_loss"):
         integration.accelerate(own, loss=True)
 
 
