@@ -15,7 +15,6 @@ TRL computes every log-probability in one function of (hidden, head, ids), which
 from __future__ import annotations
 
 import importlib
-from contextlib import suppress
 from functools import partial
 from types import MethodType, ModuleType
 from typing import Any
@@ -67,10 +66,11 @@ def accelerate(trainer: Any = None, *, loss: bool = False, cpu: bool = False) ->
     _require_fused(trainer, model)
     if loss or cpu:
         _require(trainer is not None, "trainer", "a trainer, for loss=True or cpu=True", None, "Pass the trainer.")
+    pieces = cpu and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    _require(not pieces, "cpu", "False with DeepSpeed's ZeRO-3, whose layers are in pieces", cpu)
     one_pass = _one_pass(trainer) if loss else None  # refuses
     handle = Handle(HOST)
     if utils._ChunkedLogProbFunction is not FusedLogprob:
-        _require_no_zero3()
         handle.replace(utils, "_ChunkedLogProbFunction", FusedLogprob)
         if hasattr(utils, "_use_triton"):  # it decides whether tokens without a label are left out; 1.15 always does
             handle.replace(utils, "_use_triton", _always)
@@ -269,7 +269,11 @@ def _whole(weight: torch.Tensor) -> torch.Tensor:
     """A head, gathered where it is in shards; then its gradient is the mean of all processes', as FSDP takes it.
 
     TRL's own call of `full_tensor` says nothing of the gradient, so each shard would get that of one process' tokens.
+    Of a head that DeepSpeed's ZeRO-3 has partitioned, TRL gathers the values only until this forward is done: a copy
+    serves the backward pass.
     """
+    if hasattr(weight, "ds_id"):
+        return weight.clone()
     if not isinstance(weight, DTensor):
         return weight
     return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
@@ -310,14 +314,6 @@ def _is_fused(module: torch.nn.Module) -> bool:
             return True
         forward = getattr(function, "__wrapped__", None)
     return False
-
-
-def _require_no_zero3() -> None:
-    with suppress(ImportError):
-        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-        do = "Use ZeRO-2 or FSDP."
-        _require(not is_deepspeed_zero3_enabled(), "DeepSpeed", "a head that is not partitioned", "ZeRO-3", do)
 
 
 def _require(condition: bool, argument: str, expected: str, got: object, do: str = "") -> None:

@@ -7,13 +7,16 @@ import math
 import re
 import runpy
 import warnings
+from collections import defaultdict
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
-from integrations.hosts import saved, texts
+from integrations.hosts import model, saved, texts
 
 trl = pytest.importorskip("trl")
 
@@ -799,9 +802,80 @@ def test_a_vision_language_model_has_trl_s_log_probabilities_and_gradients():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_a_head_in_pieces_is_refused_by_name(monkeypatch):
-    deepspeed = importlib.import_module("transformers.integrations.deepspeed")
-    monkeypatch.setattr(deepspeed, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="DeepSpeed: expected a head that is not partitioned, got ZeRO-3"):
-        integration.accelerate()
+def test_a_head_that_is_gathered_for_the_forward_pass_alone_has_its_gradient():
+    """As DeepSpeed's ZeRO-3 does it: outside the forward pass the parameter's values are elsewhere."""
+    hidden, values, _, ids = head(bias=False)
+    found = []
+    for partitioned in (False, True):
+        weight = torch.nn.Parameter(values.clone())
+        if partitioned:
+            weight.ds_id = 0
+        logps, *_ = integration.FusedLogprob.apply(hidden, weight, None, ids, 0.7, 64)
+        if partitioned:
+            weight.data.fill_(math.nan)
+        found += torch.autograd.grad(logps.sum(), weight)
+    assert found[0].any()
+    assert torch.equal(*found)
+
+
+def test_cpu_products_are_refused_on_layers_in_pieces(folder):
+    trainer = online("GRPO", folder)
+    next(iter(trainer.model.parameters())).ds_id = 0
+    with pytest.raises(ValueError, match="cpu: expected False with DeepSpeed's ZeRO-3, whose layers are in pieces"):
+        integration.accelerate(trainer, cpu=True)
     assert UTILS._ChunkedLogProbFunction is not integration.FusedLogprob
+
+
+# AsyncGRPO: its own loss, on rollouts and attention of ours in place of vLLM's and of flash attention on trees.
+
+
+def async_batch(seed=0):
+    """One row of two completions of a prompt each, as its collator lays them out; the second has no advantage."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (1, 12), generator=g)
+    labels = torch.full((1, 12), -100)
+    places = torch.tensor([[2, 3, 4, 7, 8, 9]])  # what predicts a token of a completion
+    labels[0, places[0]] = ids[0, places[0] + 1]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(12)[None],
+        "shift_labels": labels,
+        "token_index": places,
+        "old_log_probs": -4.0 + torch.rand(1, 6, generator=g),
+        "advantages": torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]),
+        "segment_id": torch.tensor([[0, 0, 0, 1, 1, 1]]),
+        "global_n_tokens": torch.tensor([6]),
+        "global_n_forward_tokens": torch.tensor([12]),
+        "mean_seq_len": torch.tensor([6.0]),
+        **{name: torch.tensor([[0, 12]]) for name in ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")},
+        "tree_max_seqlens": torch.tensor([[12, 12]]),
+    }
+
+
+def test_the_loss_of_async_grpo_is_trl_s():
+    from trl.experimental.async_grpo import AsyncGRPOTrainer
+
+    found = []
+    for accelerated in (False, True):
+        net = model()
+        UTILS.add_fused_lm_head(net, temperature=0.7, outputs=("log_probs", "entropy"))
+        trainer = AsyncGRPOTrainer.__new__(AsyncGRPOTrainer)
+        trainer.accelerator = Accelerator(cpu=True)
+        trainer.epsilon_low, trainer.epsilon_high, trainer.aux_loss_enabled = 0.2, 0.2, False
+        trainer.current_gradient_accumulation_steps = 1
+        trainer._metrics = {"train": defaultdict(list)}
+        for name in ("forward_tokens", "trained_tokens", "seq_len_weighted", "samples", "forward_s"):
+            setattr(trainer, f"_step_{name}", 0.0)
+        with integration.accelerate(net) if accelerated else nullcontext():
+            loss = trainer.compute_loss(net, async_batch())
+            loss.backward()
+        numbers = {name: values[0] for name, values in trainer._metrics["train"].items()}
+        found.append((loss.item(), numbers, [parameter.grad for parameter in net.parameters()]))
+    (loss, numbers, grads), (got, got_numbers, got_grads) = found
+    assert got == pytest.approx(loss, rel=2e-5)
+    assert got_numbers == pytest.approx(numbers, rel=2e-5, abs=2e-6)
+    assert {"ratio", "kl", "entropy", "clip_ratio/region_mean"} <= numbers.keys()
+    assert max(grad.abs().max() for grad in grads) > 1e-3
+    for one, other in zip(got_grads, grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

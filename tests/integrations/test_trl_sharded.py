@@ -15,9 +15,11 @@ import torch
 from datasets import Dataset
 from integrations.hosts import model, saved, texts
 from torch import distributed
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PhiConfig, PhiForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 trl = pytest.importorskip("trl")
 
@@ -121,6 +123,17 @@ def mixed_precision(rank):
     assert_close(*found)
 
 
+def flat_shards(rank, **options):
+    """FSDP 1."""
+    wrap = {"use_orig_params": True, "auto_wrap_policy": ModuleWrapPolicy({LlamaDecoderLayer})}
+    module = FullyShardedDataParallel(net(**options), device_id=torch.device("cpu"), **wrap)
+    with integration.accelerate(module):
+        loss_of(module, mine(rank)).backward()
+    with FullyShardedDataParallel.summon_full_params(module, with_grads=True):
+        found = {name.replace("_fsdp_wrapped_module.", ""): grad for name, grad in gradients(module).items()}
+        assert_close(found, expected(**options))
+
+
 def trl_s_own_head(rank):
     """Why the gathered head is told that its gradient is a mean: TRL's own rows learn from one process' tokens each."""
     module = head_by_itself(net())
@@ -154,6 +167,8 @@ CASES = {
     "head_and_embedding_tied_in_one_group": partial(equal_one_process, wrap=tied_group, tie_word_embeddings=True),
     "two_copies": partial(equal_one_process, wrap=partial(copies_and_shards, shape=(WORLD, 1))),
     "one_copy_in_two_shards": partial(equal_one_process, wrap=partial(copies_and_shards, shape=(1, WORLD))),
+    "flat_shards": flat_shards,
+    "flat_shards_tied": partial(flat_shards, tie_word_embeddings=True),
     "mixed_precision": mixed_precision,
     "trl_s_own_head": trl_s_own_head,
 }
