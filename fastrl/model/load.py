@@ -79,6 +79,7 @@ def load_pretrained(
     kind: Any, name_or_path: str | Path, dtype: torch.dtype, tokenizer: str | Path = "", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """(model of the transformers class `kind`, tokenizer, names of weights missing from the checkpoint)."""
+    from huggingface_hub.errors import HFValidationError
     from transformers import AutoTokenizer
 
     name = str(name_or_path)
@@ -90,7 +91,7 @@ def load_pretrained(
                 source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
             )
             read = AutoTokenizer.from_pretrained(str(tokenizer) or source, trust_remote_code=False)
-        except OSError as error:
+        except (OSError, HFValidationError) as error:  # the second of a path that is no folder, before transformers 5
             raise ValueError(_no_such_model(name, error)) from error
         except ValueError as error:
             _refuse_other_kind(name, kind, error)
@@ -191,7 +192,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _no_such_model(name: str, cause: OSError) -> str:
+def _no_such_model(name: str, cause: Exception) -> str:
     near = get_close_matches(name.lower(), PACKAGED, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"transformers: {' '.join(str(cause).split())}"
     return check.sentence(

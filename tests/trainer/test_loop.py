@@ -55,7 +55,7 @@ def test_training_raises_the_reward_and_leaves_a_model_that_transformers_loads(t
     assert {line["ratio/mean"] for line in metrics if "ratio/mean" in line} == {1.0}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    out = model.generate(**tokenizer("w3", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    out = model.generate(tokenizer("w3", return_tensors="pt")["input_ids"], max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(out[0]).split().count("w7") >= 3
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
 
