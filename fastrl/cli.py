@@ -1,4 +1,4 @@
-"""The command line: `fastrl train`, `fastrl eval`, `fastrl recipes`, `fastrl bench`, `fastrl doctor`."""
+"""The command line: `fastrl train`, `eval`, `recipes`, `scaling`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ USAGE = """fastrl: reinforcement learning of language models.
   fastrl eval MODEL RECIPE.yaml [--field ...]    evaluate a run, checkpoint or model on a recipe's held-out set; --json
                                                  prints only the numbers
   fastrl recipes [FOLDER] [--markdown]           list the recipes in a folder (default: recipes) and every algorithm
+  fastrl scaling fit RUN ... [--plot FILE]       fit the law of accuracy over compute to runs, extrapolate; --help
   fastrl bench [OP] [--against PEERS ...]        time every op, or one, against torch and other projects; see --help
   fastrl bench --tune                            time the Triton kernels' tile sizes on this GPU and keep the fastest
   fastrl doctor [--json]                         show devices, backends and why one is missing, versions, threads
@@ -30,7 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     number of the signal that stopped it."""
     env.wait_briefly()
     args = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "eval": _eval, "bench": _bench, "doctor": _doctor, "recipes": _recipes}
+    commands = {
+        "train": _train,
+        "eval": _eval,
+        "recipes": _recipes,
+        "scaling": _scaling,
+        "bench": _bench,
+        "doctor": _doctor,
+    }
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return EXIT_OK if args else EXIT_USAGE
@@ -119,6 +127,12 @@ def _doctor(args: list[str]) -> int:
     parser = ArgumentParser("fastrl doctor", description="Show what this machine has.")  # works without tyro
     parser.add_argument("--json", action="store_true", help="print JSON")
     return print_doctor(Console(), as_json=parser.parse_args(args).json)
+
+
+def _scaling(args: list[str]) -> int:
+    from fastrl.scaling import main
+
+    return main(args)
 
 
 def _recipes(args: list[str]) -> int:

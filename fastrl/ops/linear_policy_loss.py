@@ -100,8 +100,8 @@ def _op(
     needs_weight: bool,
     needs_bias: bool,
     backend: str,
-    token_ids: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    token_ids: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     head = HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
     tokens = LossTokens(advantages, weights, mask, old_logps, ref_logps, sampling_logps)
@@ -118,7 +118,7 @@ def _op(
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    main_grad, _spec, entropy, _logit_bytes, needs_hidden, needs_weight, needs_bias = rest[-10:-3]
+    main_grad, _spec, entropy, _logit_bytes, needs_hidden, needs_weight, needs_bias = rest[12:19]
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),
