@@ -103,13 +103,25 @@ def margins(
     draws: int = 100,
     seed: int = 0,
 ) -> Margins:
-    """How far asymptote, exponent and midpoint move if a point is left out, or if the noise falls differently."""
+    """How far asymptote, exponent and midpoint move if a point is left out, or if the noise falls differently.
+
+    The bootstrap fits to R(C_i) + e_i, with e_i drawn from the residuals, which are scaled by sqrt(n / (n - 3)) because
+    three numbers were fitted to them.
+
+    Args:
+        compute, rate, asymptotes, midpoints: as `fit_sigmoid` had them, and `law` what it gave.
+        draws: fits of the bootstrap, at least 1.
+
+    Raises:
+        ValueError: `draws` is below 1.
+    """
+    require(draws >= 1, OP, "draws", "at least 1", draws)
     compute, rate = np.asarray(compute, dtype=float), np.asarray(rate, dtype=float)
     grid = {"start": law.start, "asymptotes": asymptotes, "midpoints": midpoints}
     others = (np.arange(len(compute)) != left_out for left_out in range(len(compute)))
     refits = [fit_sigmoid(compute[kept], rate[kept], **grid) for kept in others] if len(compute) > LEAST else [law]
     noise, generator = rate - law(compute), np.random.default_rng(seed)
-    noise = noise * np.sqrt(len(noise) / max(len(noise) - 3, 1))  # three numbers were fitted to it
+    noise = noise * np.sqrt(len(noise) / max(len(noise) - 3, 1))
     drawn = (law(compute) + generator.choice(noise, len(noise)) for _ in range(draws))
     laws = tuple(fit_sigmoid(compute, one, **grid) for one in drawn)
     names = ("asymptote", "exponent", "midpoint")

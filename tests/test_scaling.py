@@ -121,6 +121,12 @@ def test_what_no_law_can_be_fitted_to_is_refused(changes, message):
         fit_sigmoid(**given)
 
 
+def test_margins_without_a_draw_are_refused():
+    law = law_of("ScaleRL")
+    with pytest.raises(ValueError, match=r"^scaling: draws: expected at least 1, got 0"):
+        margins(COMPUTE, law(COMPUTE), law, draws=0)
+
+
 # Runs.
 
 

@@ -177,6 +177,7 @@ def test_positive_nll_is_that_of_the_masked_distribution(tmp_path):
     batch = replace(batch, nll_weights=weights, advantages=torch.zeros_like(batch.advantages))
     out = policy_gradient_loss(policy, batch, run.algorithm.spec, 3.0, temperature=0.7, entropy=False)
     expected = -(weights * masked_logps(policy, batch)[0]).sum()
+    # float32 against float32; tests/ops/test_support.py has twelve digits in float64.
     torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     got, want = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (out.loss, expected))
