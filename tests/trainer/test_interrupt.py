@@ -219,9 +219,8 @@ def test_a_pipe_that_nobody_reads_is_an_error_as_ever():
         def flush(self):
             raise BrokenPipeError
 
-    with redirect_stdout(Pipe()) as out, pytest.raises(BrokenPipeError):
-        with Interrupt().listening():
-            print("a line", flush=True)
+    with redirect_stdout(Pipe()) as out, pytest.raises(BrokenPipeError), Interrupt().listening():
+        print("a line", flush=True)
     assert out.getvalue() == "a line\n"
 
 
