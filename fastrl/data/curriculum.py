@@ -14,6 +14,7 @@ import copy
 import math
 import random
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
@@ -350,6 +351,7 @@ class Curriculum(PromptSampler[Prompt]):
         self.buckets = {name: PromptSampler(found, seed) for name, found in members.items()}
         self.history: dict[int, tuple[int, int]] = {}  # index -> (passed, scored)
         self.left_out: set[int] = set()
+        self._out: Counter[str] = Counter()  # how many of a bucket are left out
         self.restarts = 0
 
     def next(self, n: int) -> list[Prompt]:
@@ -372,7 +374,8 @@ class Curriculum(PromptSampler[Prompt]):
         numbers = {}
         if self.leave_out is not None:
             if len(self.left_out) == len(self.prompts):
-                self.left_out, self.history, self.restarts = set(), {}, self.restarts + 1
+                self.left_out, self._out, self.history = set(), Counter(), {}
+                self.restarts += 1
             numbers = {"curriculum/left_out": float(len(self.left_out)), "curriculum/restarts": float(self.restarts)}
         if 1 < len(self.buckets) <= SHOWN:
             names = self._open()
@@ -400,12 +403,11 @@ class Curriculum(PromptSampler[Prompt]):
         self.rule.load_state_dict(state["rule"])
         self.history = {index: (passed, of) for index, passed, of in state["history"]}
         self.left_out, self.restarts = set(state["left_out"]), state["restarts"]
+        self._out = Counter(self._of[index] for index in self.left_out)
 
     def _open(self) -> list[str]:
         """The buckets with a prompt that is not left out."""
-        if not self.left_out:
-            return list(self.buckets)
-        return list(dict.fromkeys(self._of[p.index] for p in self.prompts if p.index not in self.left_out))
+        return [name for name, bucket in self.buckets.items() if self._out[name] < len(bucket.prompts)]
 
     def _prompt(self, bucket: str) -> Prompt:
         while True:  # ends: the bucket is open
@@ -420,5 +422,6 @@ class Curriculum(PromptSampler[Prompt]):
         passed, of = self.history.get(index, (0, 0))
         passed, of = passed + sum(reward >= self.threshold for reward in rewards), of + len(rewards)
         self.history[index] = passed, of
-        if passed >= self.leave_out * of:
+        if passed / of >= self.leave_out and index not in self.left_out:
             self.left_out.add(index)
+            self._out[self._of[index]] += 1

@@ -55,7 +55,16 @@ def load_task(
         )
         by = buckets(config)
         require_columns(prompts, by, "TrainConfig", "eval.by" if config.eval.by else "curriculum.by")
-        return split(prompts, task.held_out, config.seed, partial(bucket_of, by=by) if by else None)
+        train, held_out = split(prompts, task.held_out, config.seed, partial(bucket_of, by=by) if by else None)
+        measured = {bucket_of(prompt, by) for prompt in held_out}
+        missed = {bucket_of(prompt, by) for prompt in train} - measured if by and held_out else ()
+        if missed:
+            warnings.warn(
+                f"No prompt of {', '.join(sorted(missed))} is held out: evaluation says nothing of them. Raise "
+                "task.held_out.",
+                stacklevel=2,
+            )
+        return train, held_out
 
     (train, held_out), said = with_warnings(load)
     return train, held_out, said

@@ -228,6 +228,14 @@ def test_buckets_hold_out_equally_many_prompts_and_no_small_one_more_than_half(t
     assert kept == {"a": 32, "b": 12, "c": 2}
 
 
+def test_buckets_of_which_nothing_is_held_out_are_named_at_the_start(tmp_path):
+    config = config_for(tmp_path)
+    assert prepare(config).said == ()
+    (said,) = prepare(replace(config, task=replace(config.task, held_out=2))).said
+    assert said == "No prompt of c is held out: evaluation says nothing of them. Raise task.held_out."
+    assert prepare(replace(config, task=replace(config.task, held_out=0))).said == ()
+
+
 def test_the_sampler_takes_less_than_a_hundredth_of_the_shortest_step(tmp_path):
     """Of a step on the tiny model, some tens of milliseconds: any other is longer."""
     config = config_for(tmp_path, curriculum=CurriculumConfig("waker_m", by=("task",), leave_out=0.9), steps=2)
