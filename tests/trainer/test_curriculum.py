@@ -14,7 +14,15 @@ from trainer.tiny import tiny_config
 from fastrl.data.curriculum import Curriculum, DifficultyPools, EasyToHard, Learnability, Rule, Waker, cvar
 from fastrl.data.sampler import PromptSampler
 from fastrl.monitor.alarms import Alarms
-from fastrl.trainer.config import CurriculumConfig, EvalConfig, RewardConfig, RolloutConfig, TaskConfig, TrainConfig
+from fastrl.trainer.config import (
+    AheadConfig,
+    CurriculumConfig,
+    EvalConfig,
+    RewardConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from fastrl.trainer.recipe import load_recipe
 from fastrl.trainer.rows import sampler_of
 from fastrl.trainer.setup import evaluate_model, prepare, train
@@ -166,6 +174,25 @@ def test_a_run_with_a_curriculum_that_stops_goes_on_to_the_bit(tmp_path, kind):
     assert texts[0] == texts[1]
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert weights[0] == weights[1]
+
+
+def test_a_second_process_that_samples_in_turn_draws_and_observes_as_the_run_itself_would(tmp_path):
+    curriculum = CurriculumConfig("waker_m", by=("task",), interval=2, leave_out=0.9)
+    plain = config_for(tmp_path, "plain", curriculum=curriculum, steps=4, threads=1)
+    ahead = replace(plain, run_dir=str(tmp_path / "ahead"), source="ahead", ahead=AheadConfig(0, threads=1))
+    runs = [prepare(config) for config in (plain, ahead)]
+    assert [run.train().status for run in runs] == ["finished", "finished"]
+    states = [run.source.state_dict() for run in runs]
+    assert states[0] == states[1]
+    assert states[0]["rule"]["observed"] == 16
+    told = [
+        [line[name] for name in line if name.startswith("curriculum/")]
+        for line in lines(tmp_path / "ahead/metrics.jsonl")
+    ]
+    assert told == [
+        [line[name] for name in line if name.startswith("curriculum/")]
+        for line in lines(tmp_path / "plain/metrics.jsonl")
+    ]
 
 
 def test_a_run_that_has_used_up_its_prompts_says_so_once_and_goes_on(tmp_path):
