@@ -55,7 +55,7 @@ from fastrl.trainer.models import (
 from fastrl.trainer.precision import Speed, resolve_dtype
 from fastrl.trainer.reference import AskedOnce
 from fastrl.trainer.resume import require_same_model, resumable
-from fastrl.trainer.rows import load_rows, load_task, require_room
+from fastrl.trainer.rows import buckets, load_rows, load_task, require_room, sampler_of
 from fastrl.types import Prompt
 
 if TYPE_CHECKING:
@@ -244,7 +244,8 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
 
 def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:
     counts, threshold = config.eval.pass_at_k, config.rollout.threshold
-    return OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps, counts, threshold)
+    by = buckets(config)
+    return OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps, counts, threshold, by)
 
 
 def _prompts(
@@ -300,7 +301,7 @@ def _rollouts(
         config.max_tokens_per_microbatch,
     )
     source = Rollouts(
-        PromptSampler(prompts, seed=config.seed),
+        sampler_of(config, prompts),
         sampling,
         rewards,
         number=rollout.prompts_per_step,
