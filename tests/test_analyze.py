@@ -579,7 +579,7 @@ def test_the_command_scores_with_models_before_and_after(trained, tmp_path, caps
     before = AutoModelForSequenceClassification.from_pretrained(write_model(tmp_path / "before"), num_labels=1)
     before.save_pretrained(tmp_path / "before")
     flags = ["--model", str(trained / "run"), "--pre", str(tmp_path / "before"), "--targets", "seven", "--json"]
-    with pytest.warns(UserWarning, match="left out 1 of 30 rows: 1 without a 'rejected'"):
+    with pytest.warns(UserWarning, match=r"analyze: texts of .*rows.jsonl:4: .* 1 of 30 rows: 1 without a 'rejected'"):
         assert main(["analyze", "rewards", path, *flags]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "left out 1 pairs without a finite reward" in found["said"]

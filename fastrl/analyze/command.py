@@ -179,6 +179,8 @@ def _draw_transitions(axes: Any, analysis: Analysis) -> None:
 
 
 def _draw_flips(axes: Any, analysis: Analysis) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     shown = [flip for flip in analysis.flips if flip.low is not None][::-1]
     for y, flip in enumerate(shown):
         bars = [[flip.odds_ratio - flip.low], [flip.high - flip.odds_ratio]]
@@ -186,6 +188,9 @@ def _draw_flips(axes: Any, analysis: Analysis) -> None:
                       color=f"C{SIDES.index(flip.text)}")  # fmt: skip
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(shown)), [f"{flip.text} {flip.flip} {flip.feature}" for flip in shown])
     axes.set_xlabel("odds ratio of ceasing to be aligned")
     axes.set_title("Robustness to rewriting, 95 %")

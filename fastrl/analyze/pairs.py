@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -284,7 +285,15 @@ def scored(rows: Sequence[Row], model: str, name: str, *, dtype: str = "float32"
     for prefix in prefixes:
         there = [place for place, row in enumerate(rows) if not prefix or row.values.get(f"{prefix}chosen") is not None]
         texts = [{**rows[at].values, **{side: rows[at].values.get(prefix + side) for side in SIDES}} for at in there]
-        found = load_preferences(texts, reward.tokenizer, kind="pairs", **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = load_preferences(texts, reward.tokenizer, kind="pairs", **options)
+        read = {pair.prompt.index for pair in found}
+        unread = [rows[at].where for index, at in enumerate(there) if index not in read]
+        for warning in caught:  # which numbers the texts, not the rows
+            where = f" of {', '.join(unread[:3])}{', ...' * (len(unread) > 3)}" * bool(unread)
+            kind = "rewritten texts" if prefix else "texts"
+            warnings.warn(f"{OP}: {kind}{where}: {warning.message}", stacklevel=2)
         places += [(there[pair.prompt.index], f"{prefix}{side}_{name}") for pair in found for side in SIDES]
         groups += unpair(found)
     keys = [(group.prompt.token_ids, tuple(group.samples[0].token_ids)) for group in groups]
