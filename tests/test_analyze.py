@@ -319,6 +319,19 @@ def test_rows_that_cannot_be_read_are_refused_by_row_and_column(rows, options, m
         read_pairs(rows, **options)
 
 
+def test_more_features_than_the_pairs_can_tell_apart_are_refused_instead_of_found_significant():
+    """60 pairs and 50 features of noise: with them, errors are far too small."""
+    generator = np.random.default_rng(0)
+    noise = [
+        {f"{side}_f{place}": bool(generator.random() < 0.5) for side in SIDES for place in range(50)} for _ in range(60)
+    ]
+    pairs = read_pairs([row | more for row, more in zip(good_rows(60), noise, strict=True)])
+    with pytest.raises(
+        ValueError, match=r"analyze: pairs: expected at least \d+ .* got 60\. Name fewer with --features"
+    ):
+        analyze(pairs)
+
+
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 @pytest.mark.parametrize("column", ["chosen_reward", "rejected_reward_pre"])
 def test_a_pair_without_a_finite_reward_is_left_out_and_counted_never_zero(value, column):
@@ -400,8 +413,8 @@ def test_too_few_pairs_give_no_imprint_but_the_rest():
     assert found.imprint == {}
     assert "fewer than 10" in found.dropped["kind"]
     assert found.agreement["after"].pairs == 6
-    with pytest.raises(ValueError, match=r"pairs: expected more than the 2 features, in clusters, got 2\. Name fewer"):
-        imprint(*differences(2, 2), ["a", "b"], np.arange(2))
+    with pytest.raises(ValueError, match=r"pairs: expected at least 10 or clusters of them, for 2 features, got 9\."):
+        imprint(*differences(9, 2), ["a", "b"], np.arange(9))
 
 
 def test_a_tie_is_not_aligned_and_is_counted():
