@@ -173,8 +173,7 @@ def _draw_transitions(axes: Any, analysis: Analysis) -> None:
     )
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of pairs")
-    axes.set_title("From before to after alignment, %")
+    axes.set_title("From before to after alignment, % of pairs")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
