@@ -1,4 +1,4 @@
-"""The command line: `fastrl train`, `eval`, `recipes`, `scaling`, `bench`, `doctor`."""
+"""The command line: `fastrl train`, `eval`, `recipes`, `scaling`, `analyze`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """fastrl: reinforcement learning of language models.
                                                  prints only the numbers
   fastrl recipes [FOLDER] [--markdown]           list the recipes in a folder (default: recipes) and every algorithm
   fastrl scaling fit RUN ... [--plot FILE]       fit the law of accuracy over compute to runs, extrapolate; --help
+  fastrl analyze rewards ROWS [--plot FILE]      what reward models learned of preferences, what they resisted; --help
   fastrl bench [OP] [--against PEERS ...]        time every op, or one, against torch and other projects; see --help
   fastrl bench --tune                            time the Triton kernels' tile sizes on this GPU and keep the fastest
   fastrl doctor [--json]                         show devices, backends and why one is missing, versions, threads
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         "eval": _eval,
         "recipes": _recipes,
         "scaling": _scaling,
+        "analyze": _analyze,
         "bench": _bench,
         "doctor": _doctor,
     }
@@ -131,6 +133,12 @@ def _doctor(args: list[str]) -> int:
 
 def _scaling(args: list[str]) -> int:
     from fastrl.scaling import main
+
+    return main(args)
+
+
+def _analyze(args: list[str]) -> int:
+    from fastrl.analyze.command import main
 
     return main(args)
 
