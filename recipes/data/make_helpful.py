@@ -12,8 +12,8 @@ CAPITALS = {
     "France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Germany": "Berlin", "Japan": "Tokyo", "China": "Beijing",
     "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens", "Poland": "Warsaw", "Portugal": "Lisbon",
     "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Austria": "Vienna", "Hungary": "Budapest",
-    "Ireland": "Dublin", "Cuba": "Havana", "Peru": "Lima", "Chile": "Santiago", "Kenya": "Nairobi", "India": "New Delhi",
-    "Turkey": "Ankara", "Belgium": "Brussels", "Canada": "Ottawa", "Denmark": "Copenhagen",
+    "Ireland": "Dublin", "Cuba": "Havana", "Peru": "Lima", "Chile": "Santiago", "Kenya": "Nairobi",
+    "India": "New Delhi", "Turkey": "Ankara", "Belgium": "Brussels", "Canada": "Ottawa", "Denmark": "Copenhagen",
 }  # fmt: skip
 OPPOSITES = {
     "hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "old": "young", "happy": "sad",
@@ -29,7 +29,8 @@ COLOURS = {
 }  # fmt: skip
 SOUNDS = {
     "a dog": "barks", "a cat": "meows", "a cow": "moos", "a lion": "roars", "a duck": "quacks", "a sheep": "bleats",
-    "a horse": "neighs", "a frog": "croaks", "an owl": "hoots", "a snake": "hisses", "a pig": "oinks", "a bee": "buzzes",
+    "a horse": "neighs", "a frog": "croaks", "an owl": "hoots", "a snake": "hisses", "a pig": "oinks",
+    "a bee": "buzzes",
 }  # fmt: skip
 PADDING = (
     "That is a really great question, and there are a lot of different things that one could say about it. ",
