@@ -278,6 +278,9 @@ class PPOConfig:
     """KL per sequence, in nats, that kl_coef adapts toward; null keeps kl_coef fixed."""
     kl_horizon: int = 10000
     """Number of sequences over which kl_coef adapts."""
+    ptx_coef: float = 0.0
+    """PPO-ptx: weight of the mean negative log-likelihood of rows of `data` (demonstrations or plain text), of which
+    each optimizer step takes `rows_per_step`; InstructGPT uses 27.8."""
 
 
 @dataclass(frozen=True)
@@ -521,6 +524,6 @@ def require_source(op: str, config: TrainConfig) -> None:
     require(0 <= share <= 1, op, "max_failure_fraction", "a share from 0 to 1", share)
     seconds = config.reward_timeout
     require(0 <= seconds < math.inf, op, "reward_timeout", "seconds, or 0 (off)", seconds)
-    unused = config.offline or config.data == DataConfig()
+    unused = config.offline or config.ppo.ptx_coef != 0 or config.data == DataConfig()
     expected = f"nothing, as {config.algorithm} learns from completions that it samples"
     require(unused, op, "data", expected, "a value", "Prompts are in task; or set source: offline.")

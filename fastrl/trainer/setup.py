@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
-from fastrl.algorithms import Algorithm
-from fastrl.algorithms.offline import Objective, RewardModelling, pair_up
+from fastrl.algorithms import ActorCritic, Algorithm
+from fastrl.algorithms.offline import Objective, RewardModelling, SupervisedTuning, pair_up
+from fastrl.algorithms.ppo import Pretraining
 from fastrl.check import require, sentence
 from fastrl.data.plan import ModelShape
 from fastrl.data.preferences import split_groups, with_end
@@ -180,6 +181,8 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
             made = replace(made, evaluations=[*made.evaluations, evaluation], said=(*made.said, *said))
     else:
         made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards, given.rows)
+        if config.ppo.ptx_coef and isinstance(algorithm, ActorCritic):
+            algorithm, made = _with_pretraining(config, algorithm, made, learner, tokenizer)
     if on_prompts and trains and model.generation_config is not None:
         # Generation with the saved model stops where training's sampler stopped.
         stops = on_prompts.params.stop_token_ids
@@ -371,6 +374,22 @@ def _offline(
         began = fingerprint(reference.model) if config.reference else began
         once = AskedOnce(reference, began, config.dtype, [*source.first(config.steps), *held_out])
     return _Made(source, [OnRows(held_out, objective, kind)] if held_out and objective else [], said, once)
+
+
+def _with_pretraining(
+    config: TrainConfig, algorithm: ActorCritic, made: _Made, learner: Learner, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ActorCritic, _Made]:
+    """PPO-ptx's rows, and the loss on those held out among the evaluations."""
+    model = learner.policy.model
+    groups, said = load_rows(config, "completions", tokenizer, min(config.data.max_tokens, positions(model)), None)
+    require_known_tokens(model, config.model, (sample.token_ids for group in groups for sample in group.samples))
+    require_known_tokens(model, config.model, (group.prompt.token_ids for group in groups))
+    rows, held_out = split_groups(groups, config.data.held_out, config.seed)
+    require_room(config, learner.layout, groups)
+    ptx = Pretraining(PromptSampler(rows, seed=config.seed), config.rows_per_step, config.ppo.ptx_coef)
+    on_rows = [OnRows(held_out, SupervisedTuning(), "ptx")] if held_out else []
+    evaluations = [*made.evaluations, *on_rows]
+    return replace(algorithm, ptx=ptx), replace(made, evaluations=evaluations, said=(*made.said, *said))
 
 
 def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Speed]:
