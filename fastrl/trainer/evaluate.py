@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Protocol
 
 from fastrl import env
@@ -87,10 +88,18 @@ class OnPrompts:
                 units=(f"tokens, {name}", f"rewards, {name}"),
                 about=f"Evaluation at step {step}",
             )
-            result = {"reward": mean_reward(groups), "prompts": float(len(groups)), **numbers}
+            result = {"reward": mean_reward(groups), "prompts": float(len(groups)), **_each(groups), **numbers}
             if name == "sampled":
                 result |= {f"pass@{k}": pass_at_k(groups, k, self.threshold) for k in self.pass_at_k}
             log.evaluation(step, name, result, groups)
+
+
+def _each(groups: Sequence[Group]) -> dict[str, float]:
+    """The mean of each reward, where there are several: one of weight 0 is only watched."""
+    values: dict[str, list[float]] = {}
+    for name, value in (pair for group in groups for sample in group.samples for pair in sample.rewards.items()):
+        values.setdefault(name, []).extend([] if value is None else [value])
+    return {f"rewards/{name}": fmean(of) for name, of in values.items() if of} if len(values) > 1 else {}
 
 
 @dataclass(frozen=True)
