@@ -1,4 +1,4 @@
-"""The command line: `fastrl train`, `eval`, `recipes`, `scaling`, `bench`, `doctor`."""
+"""The command line: `fastrl train`, `eval`, `judge`, `recipes`, `scaling`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ USAGE = """fastrl: reinforcement learning of language models.
   fastrl train RECIPE.yaml --print               print the full recipe, which trains the same
   fastrl eval MODEL RECIPE.yaml [--field ...]    evaluate a run, checkpoint or model on a recipe's held-out set; --json
                                                  prints only the numbers
+  fastrl judge PAIRS --out FILE --model MODEL    label pairs with a judge's preferences in both orders; see --help
   fastrl recipes [FOLDER] [--markdown]           list the recipes in a folder (default: recipes) and every algorithm
   fastrl scaling fit RUN ... [--plot FILE]       fit the law of accuracy over compute to runs, extrapolate; --help
   fastrl bench [OP] [--against PEERS ...]        time every op, or one, against torch and other projects; see --help
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "train": _train,
         "eval": _eval,
+        "judge": _judge,
         "recipes": _recipes,
         "scaling": _scaling,
         "bench": _bench,
@@ -127,6 +129,12 @@ def _doctor(args: list[str]) -> int:
     parser = ArgumentParser("fastrl doctor", description="Show what this machine has.")  # works without tyro
     parser.add_argument("--json", action="store_true", help="print JSON")
     return print_doctor(Console(), as_json=parser.parse_args(args).json)
+
+
+def _judge(args: list[str]) -> int:
+    from fastrl.rewards.label import main
+
+    return main(args)
 
 
 def _scaling(args: list[str]) -> int:
