@@ -69,7 +69,8 @@ class LocalChat:
     def option_probabilities(
         self, conversations: Sequence[Messages], options: Sequence[str]
     ) -> list[list[float] | None]:
-        """The probability of each option as the reply, relative to the others; None where a conversation is too long.
+        """The probability of each option as the reply, relative to the others; None where a conversation is too long or
+        where options are the same tokens.
 
         p(option) is that of its tokens, less that of longer options that begin with them, such as 10 for 1.
         """
@@ -82,7 +83,8 @@ class LocalChat:
             text = self._text(messages)
             ids = self._tokens(text)
             samples = [self._option(text, ids, option) for option in options]
-            if len(ids) + max(len(sample.token_ids) for sample in samples) <= self.room:
+            differ = len({tuple(sample.token_ids) for sample in samples}) == len(options)
+            if differ and len(ids) + max(len(sample.token_ids) for sample in samples) <= self.room:
                 groups.append(Group(Prompt(place, messages, tuple(ids)), samples))
         if not groups:
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -112,8 +113,9 @@ def test_rounds_that_give_nothing_to_learn_from_end_the_run_and_say_so(tmp_path)
     outcome = train(rounds_config(tmp_path, rewards=rewards))
     assert (outcome.status, outcome.steps) == ("rewards failed", 0)
     told = [line["message"] for line in lines(tmp_path / "run" / "warnings.jsonl")]
-    assert told[0] == "Round 1: no group of 6 has two completions with different scores."
-    assert told[-1].startswith("Step 1: 3 rounds in a row gave nothing to learn from: ")
+    assert told[-1].startswith(
+        "Step 1: 3 rounds in a row gave nothing to learn from: no group of 6 has two completions"
+    )
 
 
 def test_epochs_make_as_many_steps_as_the_rows_need(tmp_path):
@@ -144,8 +146,9 @@ def test_a_restart_trains_every_round_from_the_first_weights(tmp_path):
 # Going on
 
 
-@pytest.mark.parametrize(("algorithm", "restart"), [("dpo", False), ("sft", False), ("sft", True)])
-@pytest.mark.parametrize("stopped", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("algorithm", "restart", "stopped"), [("dpo", False, 1), ("dpo", False, 2), ("sft", False, 3), ("sft", True, 5)]
+)
 def test_a_run_that_stopped_inside_a_round_goes_on_bit_for_bit(tmp_path, algorithm, restart, stopped):
     rounds = FEW if algorithm == "dpo" else RoundsConfig(prompts=6, thresholds=(-1.0, 0.0), steps=2, restart=restart)
     config = rounds_config(tmp_path, algorithm, rounds, steps=6, save_every=stopped, keep_last=9)
@@ -164,15 +167,16 @@ CALLS = []
 
 
 def fails_once(completions, **_):
-    """Fails on its third call."""
+    """Fails on the third batch."""
     CALLS.append(len(completions))
-    if 3 <= len(CALLS) < 3 + 1 + len(completions):  # with its repetition for each completion alone
+    if 3 <= len(CALLS) <= 3 + 16:  # and where it is asked again about each of the 16 completions alone
         raise ConnectionError("the judge is down")
     return [float(len(text.split())) for text in completions]
 
 
 def test_what_was_sampled_before_a_judge_failed_is_not_sampled_again(tmp_path):
-    CALLS.clear()
+    calls = importlib.import_module("trainer.test_rounds").CALLS  # of the module that the recipe names
+    calls.clear()
     rounds, rewards = RoundsConfig(prompts=12, steps=2), (RewardConfig("trainer.test_rounds:fails_once"),)
     config = rounds_config(tmp_path, rounds=rounds, rewards=rewards, steps=2)
     config = replace(config, task=replace(config.task, held_out=0))
@@ -181,9 +185,9 @@ def test_what_was_sampled_before_a_judge_failed_is_not_sampled_again(tmp_path):
     folder = tmp_path / "run" / "rounds" / "round_1"
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(kept) == ["part_0001.jsonl", "part_0002.jsonl"]
-    CALLS[:] = [0] * 99
+    calls[:] = [0] * 99
     assert train(replace(config, resume=str(tmp_path / "run"))).status == "finished"
-    assert CALLS[99:] == [16]  # the third part alone
+    assert calls[99:] == [16]  # the third part alone
     assert {name: (folder / name).read_bytes() for name in kept} == kept
 
 
@@ -215,8 +219,8 @@ def test_the_policy_judges_itself_with_the_weights_it_has_now(tmp_path):
     run = prepare(config)
     (found,) = [func for func in run.source.rewards.funcs if isinstance(func, JudgeReward)]
     assert found._judge.model.policy is run.learner.policy
-    # The tiny model has too few positions for the prompt: a judge that can read nothing scores nothing.
-    assert found(["w1"], ["w2"]) == [None]
+    assert found(["w1"], ["w2"]) == [None]  # 1 and 2 are both the unknown word for this tokenizer
+    assert found(["w1 " * 60], ["w2"]) == [None]  # longer than its positions
 
 
 @pytest.mark.parametrize(
