@@ -1,4 +1,4 @@
-"""The command line: `fastrl train`, `eval`, `recipes`, `scaling`, `analyze`, `bench`, `doctor`."""
+"""The command line: `fastrl train`, `eval`, `judge`, `recipes`, `scaling`, `analyze`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ USAGE = """fastrl: reinforcement learning of language models.
                                                  train a recipe of stages; --stage: NAME and those after it, again
   fastrl eval MODEL RECIPE.yaml [--field ...]    evaluate a run, checkpoint or model on a recipe's held-out set; --json
                                                  prints only the numbers
+  fastrl judge PAIRS --out FILE --model MODEL    label pairs with a judge's preferences in both orders; see --help
   fastrl recipes [FOLDER] [--markdown]           list the recipes in a folder (default: recipes) and every algorithm
   fastrl scaling fit RUN ... [--plot FILE]       fit the law of accuracy over compute to runs, extrapolate; --help
   fastrl analyze rewards ROWS [--plot FILE]      what reward models learned of preferences, what they resisted; --help
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "train": _train,
         "eval": _eval,
+        "judge": _judge,
         "recipes": _recipes,
         "scaling": _scaling,
         "analyze": _analyze,
@@ -147,6 +149,12 @@ def _doctor(args: list[str]) -> int:
     parser = ArgumentParser("fastrl doctor", description="Show what this machine has.")  # works without tyro
     parser.add_argument("--json", action="store_true", help="print JSON")
     return print_doctor(Console(), as_json=parser.parse_args(args).json)
+
+
+def _judge(args: list[str]) -> int:
+    from fastrl.rewards.label import main
+
+    return main(args)
 
 
 def _scaling(args: list[str]) -> int:

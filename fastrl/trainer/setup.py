@@ -35,11 +35,13 @@ from fastrl.monitor.trackers import require_installed
 from fastrl.rewards import RewardFunc, RewardSuite, resolve_reward
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
-from fastrl.sources import Ahead, Offline, Rollouts, Sampling, Source
+from fastrl.sources import Ahead, Offline, Rollouts, Rounds, Sampling, Source
+from fastrl.sources.rounds import FOLDER
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.checkpoint import Checkpoint, model_of
 from fastrl.trainer.config import AheadConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
+from fastrl.trainer.judges import begin_judges
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.lock import free_directory
 from fastrl.trainer.loop import Outcome, Run
@@ -50,6 +52,7 @@ from fastrl.trainer.models import (
     pick_device,
     positions,
     require_known_tokens,
+    restarting,
     trained_adapter,
     with_adapter,
 )
@@ -183,6 +186,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards, given.rows)
         if config.ppo.ptx_coef and isinstance(algorithm, ActorCritic):
             algorithm, made = _with_pretraining(config, algorithm, made, learner, tokenizer)
+        made = _rounds(made, config, algorithm, learner) if config.source == "rounds" else made
     if on_prompts and trains and model.generation_config is not None:
         # Generation with the saved model stops where training's sampler stopped.
         stops = on_prompts.params.stop_token_ids
@@ -201,7 +205,11 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
     about = [about_router(model, config.router_aux_loss_coef), about_padding(tokenizer) if scalar else ""]
-    return Run(
+    if rewards:
+        prompts = [prompt for one in made.evaluations if isinstance(one, OnPrompts) for prompt in one.prompts]
+        prompts = prompts or (made.source.prompts.prompts if isinstance(made.source, Rollouts | Rounds) else [])
+        about += begin_judges(rewards, learner, on_prompts, prompts, asks=trains and not resumed)
+    run = Run(
         config=config,
         directory=resumed.run_dir if resumed else free_directory(config.directory()),
         learner=learner,
@@ -216,6 +224,9 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         resumed=resumed,
         said=(*filter(None, about), *made.said),
     )
+    if isinstance(run.source, Rounds) and run.source.folder is None:
+        run.source.folder = lambda: run.directory / FOLDER  # settled once the run has locked it
+    return run
 
 
 def _rewards(config: TrainConfig, given: Sequence[tuple[RewardFunc, float]] | None) -> RewardSuite:
@@ -285,7 +296,9 @@ def _rollouts(
 ) -> _Made:
     """Prompts, a sampler on the policy's model, and the reference and critic that the algorithm needs."""
     rollout = config.rollout
-    if algorithm.needs_ref and learner.adapted and not (config.reference or base_of(config.model)):
+    if config.source == "rounds" and not config.reference:
+        pass  # the reference is the policy at the start of each round
+    elif algorithm.needs_ref and learner.adapted and not (config.reference or base_of(config.model)):
         learner.reference = WithoutAdapter(learner.policy, learner.adapted)
     elif algorithm.needs_ref:
         other = tokenizer if config.reference else None
@@ -339,6 +352,36 @@ def _ahead(config: TrainConfig, algorithm: Algorithm, inner: Source, given: Give
     orders = {"recipe": recipe, "greedy": algorithm.needs_greedy, "path": sys.path}
     command = (sys.executable, "-m", "fastrl.trainer.generator")
     return Ahead(inner, orders, command, config.ahead.max_staleness)
+
+
+def _rounds(made: _Made, config: TrainConfig, algorithm: Algorithm, learner: Learner) -> _Made:
+    """Rounds in place of rollouts of the same prompts."""
+    rollouts, rounds, new = made.source, config.rounds, config.rollout.max_new_tokens
+    if algorithm.kind == "pairs":  # both answers are in one micro-batch
+        longest = max(len(prompt.token_ids) for prompt in rollouts.prompts.prompts)
+        room = 2 * (longest + new) if learner.layout == "padded" else longest + 2 * new
+        limit, expected = config.max_tokens_per_microbatch, f"at least {room}, the longest prompt and two completions"
+        require(limit >= room, "TrainConfig", "max_tokens_per_microbatch", expected, limit)
+    source = Rounds(
+        rollouts.prompts,
+        rollouts.sampling,
+        rollouts.rewards,
+        algorithm.kind,
+        number=rounds.prompts,
+        at_once=config.rollout.prompts_per_step,
+        samples=config.rollout.group_size,
+        rows=config.rows_per_step,
+        thresholds=rounds.thresholds,
+        quantiles=rounds.quantiles,
+        most=rounds.most_per_prompt,
+        steps=rounds.steps,
+        epochs=rounds.epochs,
+        asks_reference=algorithm.needs_ref and learner.reference is None,
+        restart=restarting(learner) if rounds.restart else None,
+        seed=config.seed,
+        total_steps=config.steps,
+    )
+    return replace(made, source=source)
 
 
 def _offline(
