@@ -23,7 +23,7 @@ FLOOR = {
     "model": 4, "data": 4, "distributed": 4,
     "rollout": 5, "integrations": 5,
     "rewards": 6, "algorithms": 6,
-    "sources": 7, "monitor": 7, "doctor": 7, "menu": 7,
+    "environments": 7, "sources": 7, "monitor": 7, "doctor": 7, "menu": 7,
     "trainer": 8, "scaling": 8, "analyze": 8,
     "cli": 9,
 }  # fmt: skip

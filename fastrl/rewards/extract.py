@@ -17,8 +17,15 @@ BOXED = "\\boxed{"
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion as rewards get it: plain, or chat messages."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+    """The text of a completion as rewards get it: plain, or chat messages; of a conversation, the assistant's last turn.
+
+    What tools said is not the policy's answer.
+    """
+    if isinstance(completion, str):
+        return completion
+    if len(completion) > 1 and completion[0]["role"] == "assistant":
+        completion = [message for message in completion if message["role"] == "assistant"][-1:]
+    return "".join(message["content"] for message in completion)
 
 
 def last_number(text: str) -> str | None:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from fastrl import check
+from fastrl.rewards.environment import environment
 from fastrl.rewards.format import FormatReward
 from fastrl.rewards.judge import JudgeReward
 from fastrl.rewards.math_answer import MathAnswerReward
@@ -20,6 +21,7 @@ from fastrl.rewards.overlong import SoftOverlongReward
 from fastrl.rewards.reasoning_gym import ReasoningGymReward
 
 BUILTINS: dict[str, Callable[..., Any]] = {
+    "environment": lambda: environment,
     "format": FormatReward,
     "judge": JudgeReward,
     "math_answer": MathAnswerReward,

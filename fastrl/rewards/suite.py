@@ -20,7 +20,7 @@ from typing import Any
 from fastrl import check
 from fastrl.progress import Progress, unseen
 from fastrl.rewards.call import call_rewards, defined, shown, silent, spot, told
-from fastrl.types import Group, Sample
+from fastrl.types import Group, Messages, Sample
 
 Values = Sequence[float | None]
 RewardFunc = Callable[..., Values] | Callable[..., Awaitable[Values]]
@@ -181,14 +181,21 @@ def _arguments(pairs: Sequence[tuple[Group, Sample]]) -> dict[str, list[Any]]:
     """The keyword arguments with one value per completion; a missing column is None."""
     prompts = [group.prompt for group, _ in pairs]
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in RESERVED)
-    return {
+    columns = {
         "prompts": [prompt.content for prompt in prompts],
-        "completions": [
-            sample.text if isinstance(group.prompt.content, str) else [{"role": "assistant", "content": sample.text}]
-            for group, sample in pairs
-        ],
+        "completions": [_completion(group, sample) for group, sample in pairs],
         "completion_ids": [list(sample.token_ids) for _, sample in pairs],
     } | {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    if any("turn_rewards" in sample.extra for _, sample in pairs):
+        columns["turn_rewards"] = [list(sample.extra.get("turn_rewards") or []) for _, sample in pairs]
+    return columns
+
+
+def _completion(group: Group, sample: Sample) -> str | Messages:
+    """As TRL passes it: text after a text, else messages, of which a conversation with an environment has several."""
+    if isinstance(group.prompt.content, str):
+        return sample.text
+    return list(sample.extra.get("messages") or [{"role": "assistant", "content": sample.text}])
 
 
 def _record(sample: Sample, func: RewardFunc, name: str, value: Any) -> str | None:

@@ -104,6 +104,8 @@ class _Talk:
         sample.token_ids += turn.token_ids[:room]
         sample.sampling_logps += turn.sampling_logps[:room]
         sample.own += [True] * len(turn.token_ids[:room])
+        if turn.versions is not None:
+            sample.versions = (sample.versions or []) + turn.versions[:room]
         if turn.support is not None:
             sample.support = (sample.support or []) + turn.support[:room]
         self.turns += 1
@@ -115,6 +117,8 @@ class _Talk:
         sample.token_ids += ids
         sample.sampling_logps += [0.0] * len(ids)
         sample.own += [False] * len(ids)
+        if sample.versions is not None:
+            sample.versions += sample.versions[-1:] * len(ids)
         if sample.support is not None:
             sample.support += [[token] for token in ids]
 

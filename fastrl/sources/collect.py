@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from fastrl import env
 from fastrl.check import sentence
 from fastrl.progress import Watch
-from fastrl.rewards import RewardSuite
+from fastrl.rewards import RewardFailure, RewardSuite
 from fastrl.rewards.call import shown
 from fastrl.rewards.suite import Failure
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.rollout.collect import collect
+from fastrl.rollout.turns import Turns, play
 from fastrl.types import Group, Prompt, Sample
 
 
@@ -30,6 +31,7 @@ class Sampling:
     engine: Sampler
     tokenizer: PreTrainedTokenizerBase
     params: SamplingParams
+    turns: Turns | None = None  # conversations with an environment, in place of single completions
 
     def greedy(self) -> Sampling:
         """The same, but always taking the most probable token; top_p, top_k and min_p are off.
@@ -72,6 +74,28 @@ class Judge:
             watch.warn(f"{about}: {message}")
         # Copied, because an async or abandoned reward may still be logging.
         self.numbers.update({name: fmean(values) for name, values in dict(logged).items()})
+
+
+def _without_failed(groups: Sequence[Group], judge: Judge, watch: Watch, about: str) -> None:
+    """Takes the reward from conversations whose environment failed, says so, and reports what environments measured.
+
+    Raises:
+        RewardFailure: more failed than a reward may.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    noted = [sample.extra["metrics"] for sample in samples]
+    names = dict.fromkeys(name for one in noted for name in one)
+    judge.numbers.update({f"environment/{name}": fmean(one[name] for one in noted if name in one) for name in names})
+    failed = [sample for sample in samples if "environment_error" in sample.extra]
+    judge.numbers["environment/failures"] = float(len(failed))
+    for sample in failed:
+        sample.reward = None
+    if failed:
+        first = f"{len(failed)} of {len(samples)} conversations; first with {failed[0].extra['environment_error']}"
+        if len(failed) > judge.rewards.max_failure_fraction * len(samples):
+            limit = f"more than max_failure_fraction = {judge.rewards.max_failure_fraction:g} allows"
+            raise RewardFailure(f"the environment failed in {first}; {limit}")
+        watch.warn(f"{about}: the environment failed in {first}. They are not trained on.")
 
 
 def _keep(samples: Sequence[Sample], name: str, values: Any) -> str:
@@ -118,9 +142,12 @@ def judged(
     with watch.stage(stages[0], units[0]) as progress:
         env.return_freed_memory()  # a rollout cannot reuse the memory of training's activations
         params = replace(sampling.params, seed=seed)
-        groups = collect(prompts, sampling.engine, sampling.tokenizer, number, params, progress)
+        asked = (prompts, sampling.engine, sampling.tokenizer, number, params)
+        groups = play(*asked, sampling.turns, progress) if sampling.turns else collect(*asked, progress)
         env.return_freed_memory()  # nor can training reuse the memory of a rollout's caches
     judge.score(groups, watch, stages[1], units[1], about or f"Step {judge.step}")
+    if sampling.turns:
+        _without_failed(groups, judge, watch, about or f"Step {judge.step}")
     return groups
 
 

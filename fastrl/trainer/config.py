@@ -18,7 +18,7 @@ from fastrl.typed import nested
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
-    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to", "ahead.threads",
+    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to", "ahead.threads", "environment.timeout",
 }  # fmt: skip
 
 
@@ -103,6 +103,24 @@ class RolloutConfig:
         cut = () if self.replay_support else ("top_p", "top_k", "min_p")
         names = (*cut, "repetition_penalty", "min_new_tokens")
         return {name: value for name in names if (value := getattr(self, name)) != getattr(RolloutConfig, name)}
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """Conversations of several turns with an environment, such as one that runs tools."""
+
+    name: str = ""
+    """calculator, reasoning_gym, package.module:factory or path/to/file.py:factory; empty is none: completions of one
+    turn."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the factory."""
+    max_turns: int = 4
+    """Turns of the policy after which a conversation is cut."""
+    turn_tokens: int = 0
+    """Maximum length of one turn, in tokens; 0 is rollout.max_new_tokens, which bounds the whole conversation, the
+    environment's tokens included."""
+    timeout: float = 10.0
+    """Seconds that an environment may take to answer a turn before the conversation counts as failed; 0 is no limit."""
 
 
 @dataclass(frozen=True)
@@ -415,6 +433,8 @@ class TrainConfig:
     """PPO's critic, its advantages and the KL in its reward."""
     eval: EvalConfig = EvalConfig()
     """What is measured on the held-out set, and when."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    """What answers the policy in conversations of several turns, in training and in evaluation."""
     curriculum: CurriculumConfig = CurriculumConfig()
     """Which prompts of `task` are drawn."""
 
@@ -458,10 +478,26 @@ class TrainConfig:
         require_source(op, self)
         require_curriculum(op, self)
         require_rounds(op, self)
+        require_environment(op, self)
 
     def directory(self) -> Path:
         """`run_dir` with its placeholders filled in."""
         return Path(self.run_dir.format(algorithm=self.algorithm, seed=self.seed)).expanduser()
+
+
+def require_environment(op: str, config: TrainConfig) -> None:
+    """Refuses settings of an environment that there is not, and limits that leave no conversation."""
+    turns, new = config.environment, config.rollout.max_new_tokens
+    if not turns.name:
+        require(turns == EnvironmentConfig(), op, "environment", "a name with its other settings", "none")
+        return
+    require(
+        not config.offline or config.task != TaskConfig(), op, "environment.name", "none for written rows", turns.name
+    )
+    require(turns.max_turns >= 1, op, "environment.max_turns", "at least 1", turns.max_turns)
+    within, expected = 0 <= turns.turn_tokens <= new, f"0 to rollout.max_new_tokens = {new}"
+    require(within, op, "environment.turn_tokens", expected, turns.turn_tokens)
+    require(0 <= turns.timeout < math.inf, op, "environment.timeout", "seconds, or 0 (no limit)", turns.timeout)
 
 
 def require_run_dir(op: str, config: TrainConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from fastrl.monitor.trackers import require_installed
 from fastrl.rewards import RewardFunc, RewardSuite, resolve_reward
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
+from fastrl.rollout.turns import Environment, Turns
 from fastrl.sources import Ahead, Offline, Rollouts, Rounds, Sampling, Source
 from fastrl.sources.rounds import FOLDER
 from fastrl.trainer.build import build_algorithm
@@ -60,6 +61,7 @@ from fastrl.trainer.precision import Speed, resolve_dtype
 from fastrl.trainer.reference import AskedOnce
 from fastrl.trainer.resume import require_same_model, resumable
 from fastrl.trainer.rows import buckets, load_rows, load_task, require_room, sampler_of
+from fastrl.trainer.turns import prepare_turns
 from fastrl.types import Prompt
 
 if TYPE_CHECKING:
@@ -120,6 +122,7 @@ class Given:
     rows: Sequence[Mapping[str, Any]] | None = None  # prompts or answers
     rewards: Sequence[tuple[RewardFunc, float]] | None = None
     algorithm: Algorithm | None = None
+    environment: Callable[[], Environment] | None = None
     source: Source | None = None
     callbacks: Sequence[Callback] = ()
     evaluations: Sequence[Evaluation] = ()
@@ -153,6 +156,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         model, tokenizer = load_model(base or config.model, dtype, **options)
         adapted = trained_adapter(model, config) if base else None
     began = fingerprint(model)
+    plain, (config, turns) = config, prepare_turns(config, tokenizer, given.environment)
     if resumed:
         require_same_model(resumed, config.model, began)
     layout = prepare_attention(model.to(device), config.layout, dtype=dtype)
@@ -175,7 +179,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         adapted=adapted,
         temperature=1.0 if isinstance(algorithm, Objective) else config.rollout.temperature,
     )
-    on_prompts = None if rewards is None else _sampling(config, learner, tokenizer)
+    on_prompts = None if rewards is None else _sampling(config, learner, tokenizer, turns)
     if offline:
         made = _offline(config, algorithm, learner, tokenizer, speed, began, given.rows)
         if on_prompts:
@@ -210,7 +214,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         prompts = prompts or (made.source.prompts.prompts if isinstance(made.source, Rollouts | Rounds) else [])
         about += begin_judges(rewards, learner, on_prompts, prompts, asks=trains and not resumed)
     run = Run(
-        config=config,
+        config=plain,
         directory=resumed.run_dir if resumed else free_directory(config.directory()),
         learner=learner,
         algorithm=algorithm,
@@ -236,7 +240,9 @@ def _rewards(config: TrainConfig, given: Sequence[tuple[RewardFunc, float]] | No
     return RewardSuite(funcs, weights, **limits)
 
 
-def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+def _sampling(
+    config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase, turns: Turns | None = None
+) -> Sampling:
     """How the policy samples completions."""
     model, rollout = learner.policy.model, config.rollout
     params = SamplingParams(
@@ -253,7 +259,7 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
         vocab_size=learner.policy.head.vocab_size,
     )
     sampler = TransformersSampler(model, tokenizer, record_support=rollout.replay_support)
-    return Sampling(sampler, tokenizer, params)
+    return Sampling(sampler, tokenizer, params, turns)
 
 
 def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:
@@ -273,6 +279,8 @@ def _prompts(
     model, critic = learner.policy.model, learner.critic
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + config.rollout.max_new_tokens
     room = positions(model, *([critic.model] if isinstance(critic, ScalarModel) else []))
+    if config.environment.name:  # a turn of the longest conversation may be as long as that of the shortest
+        longest += config.environment.turn_tokens or config.rollout.max_new_tokens
     require(
         longest <= room,
         "TrainConfig",
@@ -337,7 +345,7 @@ def _ahead(config: TrainConfig, algorithm: Algorithm, inner: Source, given: Give
     Raises:
         ValueError: objects were given, which that process cannot have.
     """
-    names = {"model": given.model, "rows": given.rows, "rewards": given.rewards}
+    names = {"model": given.model, "rows": given.rows, "rewards": given.rewards, "environment": given.environment}
     objects = [name for name, one in names.items() if one is not None]
     do = "Name a folder, a file and module:function, or use source: rollouts."
     require(

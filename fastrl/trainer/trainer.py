@@ -17,6 +17,7 @@ from fastrl.monitor.log import Callback
 from fastrl.preference_spec import PreferenceLoss, PreferenceMix, UnpairedPreferenceLoss
 from fastrl.rewards import RewardFunc
 from fastrl.rewards.suite import reward_name
+from fastrl.rollout.turns import Environment
 from fastrl.sources import Source
 from fastrl.spec import PolicyLoss
 from fastrl.trainer.build import build_algorithm
@@ -53,6 +54,8 @@ class Trainer:
         estimator: your own advantages: (rewards (B,) float64, group_ids=(B,)) -> (B,).
         terms: functions (log-probabilities (N,) with gradient, micro-batch) -> (N,), added to each token's loss with
             the token's weight in the policy loss; logged as `loss/` and the function's name.
+        environment: makes the other side of a conversation of several turns, once per sample: see
+            `fastrl.rollout.turns.Environment`; or the recipe's settings of one.
         callbacks: called with (step, numbers by name) after each step, and after each evaluation with names that begin
             with eval/. An exception in one ends the run, which is saved.
         evaluations: additional evaluations; each has `run(learner, log, step)`.
@@ -71,6 +74,7 @@ class Trainer:
         algorithm: str | Spec | Algorithm = "grpo",
         estimator: Callable[..., torch.Tensor] | None = None,
         terms: Sequence[LossTerm] = (),
+        environment: Callable[[], Environment] | Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         evaluations: Sequence[Evaluation] = (),
         **settings: Any,
@@ -78,6 +82,11 @@ class Trainer:
         loaded = isinstance(model, tuple)
         own = {"model": f"{type(model[0]).__name__}, given" if loaded else str(model), "algorithm": _name(algorithm)}
         weighted = None if rewards is None else _weighted(rewards)
+        factory = environment if callable(environment) else None
+        if factory:
+            own["environment"] = {"name": reward_name(factory)}
+        elif environment:
+            own["environment"] = dict(environment)
         if weighted is not None:
             own["rewards"] = [{"name": reward_name(func), "weight": weight} for func, weight in weighted]
         config = from_dict(TrainConfig, _listed({**_defaults(algorithm), **settings, **own}), OP)
@@ -91,6 +100,7 @@ class Trainer:
             rows=None if source or rows is None else list(rows),
             rewards=weighted,
             algorithm=_algorithm(config, algorithm, estimator, tuple(terms)),
+            environment=factory,
             source=source,
             callbacks=callbacks,
             evaluations=evaluations,
