@@ -9,7 +9,7 @@ import torch
 
 from fastrl.advantages import GroupAdvantage
 from fastrl.algorithms.policy_gradient import PolicyGradient, policy_gradient_loss
-from fastrl.data.pack import Counts
+from fastrl.data.pack import Counts, own_tokens
 from fastrl.model.policy import Policy
 from fastrl.types import Group, LossOutput, MicroBatch, Sample
 
@@ -19,7 +19,7 @@ class Estimator:
     """A function of `fastrl.advantages`, called with (B,) rewards and group ids, and the other inputs it reads."""
 
     function: Callable[..., torch.Tensor]
-    lengths: bool = False  # also the number of tokens of each completion
+    lengths: bool = False  # also the number of tokens that the policy wrote of each completion
     each_reward: bool = False  # (B, K) rewards and the recipe's (K,) weights, instead of their sum
     greedy: bool = False  # the reward of each prompt's greedy completion, instead of the group ids
 
@@ -64,7 +64,7 @@ class GroupPolicyGradient(PolicyGradient):
             return self.estimator.function(rewards, torch.tensor(greedy, dtype=torch.float64))
         inputs: dict[str, torch.Tensor] = {"group_ids": group_ids}
         if self.estimator.lengths:
-            inputs["lengths"] = torch.tensor([len(sample.token_ids) for sample in samples])
+            inputs["lengths"] = torch.tensor([own_tokens(sample) for sample in samples])
         if self.estimator.each_reward:
             inputs["weights"] = torch.tensor(self.reward_weights, dtype=torch.float64)
             each = [[_number(reward) for reward in sample.rewards.values()] for sample in samples]

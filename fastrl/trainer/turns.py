@@ -37,7 +37,7 @@ def prepare_turns(
     probe, task = factory(), config.task
     if tools := probe.schemas() if hasattr(probe, "schemas") else []:
         options: dict[str, Any] = {**task.template_options, "tools": tools}
-        _require_shown(tokenizer, tools, task.template_options, task.system)
+        _require_shown(tokenizer, tools, task.template_options, task.system + task.suffix)
         config = replace(config, task=replace(task, template_options=options))
     turns = Turns(
         factory,
@@ -51,12 +51,12 @@ def prepare_turns(
 
 
 def _require_shown(
-    tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]], options: dict[str, Any], system: str
+    tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]], options: dict[str, Any], told: str
 ) -> None:
     """Refuses tools that the policy would never hear of: many templates ignore them in silence."""
     messages = [{"role": "user", "content": "a question"}]
     shown = render(tokenizer, messages, **options) != render(tokenizer, messages, **options, tools=tools)
     names = [tool["function"]["name"] for tool in tools]
-    told = shown or all(name in system for name in names)
+    known = shown or all(name in told for name in names)
     expected = f"a text that names {', '.join(names)}, as this chat template shows no tools"
-    require(told, OP, "task.system", expected, repr(system), "Say there how they are called.")
+    require(known, OP, "task.system", expected, repr(told), "Say there how they are called.")
