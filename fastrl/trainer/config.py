@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from fastrl.algorithms import ALGORITHMS, OFFLINE, TokenMasks
 from fastrl.check import choice, require
+from fastrl.data.curriculum import ERRORS
 from fastrl.typed import nested
 
 # Settings that a resumed run may change: how long, how often and on what it runs, but not what it computes.
@@ -16,7 +18,7 @@ from fastrl.typed import nested
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
-    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to",
+    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to", "ahead.threads",
 }  # fmt: skip
 
 
@@ -25,10 +27,11 @@ class TaskConfig:
     """Where prompts come from. A run on rows of `data` uses only the held-out prompts, for evaluation."""
 
     source: str = "reasoning_gym:chain_sum"
-    """reasoning_gym:TASK, a .jsonl, .json, .csv or .parquet file, a folder of such files or from save_to_disk, or a hub
-    id."""
+    """reasoning_gym:TASK, reasoning_gym:mixture of several at several levels, a .jsonl, .json, .csv or .parquet file, a
+    folder of such files or from save_to_disk, or a hub id."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Passed to the source: the settings of a reasoning-gym task, or a dataset's split and name."""
+    """Passed to the source: the settings of a reasoning-gym task, a mixture's tasks, each with a list of levels, or a
+    dataset's split and name."""
     size: int = 2000
     """Number of prompts to generate, for reasoning_gym sources."""
     held_out: int = 100
@@ -88,7 +91,8 @@ class RolloutConfig:
     """Stop strings: a completion ends with the token that completes one. A string may be part of a token or span
     several. Every token is trained on, the last one too."""
     threshold: float = 0.5
-    """Reward from which a completion counts as good: in algorithms that select or label (sft, kto), and in pass@k."""
+    """Reward from which a completion counts as good: in algorithms that select or label (sft, kto), in pass@k, and in
+    curricula."""
     dynamic_sampling: int = 0
     """DAPO: up to this many times a step, replace prompts whose rewards are all equal by new ones; 0 is off."""
 
@@ -99,6 +103,57 @@ class RolloutConfig:
         cut = () if self.replay_support else ("top_p", "top_k", "min_p")
         names = (*cut, "repetition_penalty", "min_new_tokens")
         return {name: value for name in names if (value := getattr(self, name)) != getattr(RolloutConfig, name)}
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Which prompts are drawn, given how earlier ones went: `fastrl.data.curriculum`."""
+
+    kind: Literal[
+        "epochs",
+        "domain_randomisation",
+        "waker_m",
+        "waker_r",
+        "learnability",
+        "difficulty_pools",
+        "easy_to_hard",
+    ] = "epochs"
+    """epochs passes over all prompts in random order. The others draw a bucket first: domain_randomisation each with
+    the same probability, waker_m by its error, waker_r by how fast its error falls, learnability by p (1 - p) of its
+    pass rate, difficulty_pools by its last mean reward, easy_to_hard by its number, up to one that rises over the
+    run."""
+    by: tuple[str, ...] = ()
+    """Columns whose values name a prompt's bucket, such as task and level; none of them: each prompt is its own. The
+    buckets of evaluation too, where eval.by names none."""
+    error: Literal[tuple(ERRORS)] = "pass_variance"
+    """WAKER's error of a group: pass_variance is p (1 - p) of its pass rate, disagreement the standard deviation
+    between the rewards of a completion, two or more on one scale, advantage the mean of |r - mean(r)|."""
+    temperature: float | None = None
+    """WAKER's temperature; null is the paper's, 1 for waker_m and 0.5 for waker_r."""
+    random_share: float = 0.2
+    """Probability with which waker and learnability draw any bucket."""
+    interval: int = 10
+    """K: running means of waker and learnability weigh a new group 1 / K; waker_r compares errors every K groups."""
+    power: float = 1.0
+    """Exponent of learnability's p (1 - p); 0.5 is the standard deviation."""
+    pool_thresholds: tuple[float, ...] = (0.25, 0.75, 1.0)
+    """Highest mean reward of each difficulty pool, ascending."""
+    pool_weights: tuple[float, ...] = (0.2, 1.0, 0.2)
+    """Weight of a bucket in each difficulty pool; a bucket not seen yet has 1."""
+    leave_out: float | None = None
+    """No-positive-resampling, with any kind: a prompt is left out for good once its pass rate over all its completions
+    is at least this, 0.9 in ScaleRL; null is off. A completion passes from rollout.threshold on."""
+
+
+@dataclass(frozen=True)
+class AheadConfig:
+    """Sampling ahead of training in a second process: PipelineRL, arXiv:2509.19128."""
+
+    max_staleness: int = 8
+    """k: the most steps that the weights behind a token may be older than those that train on it; 0 samples and trains
+    in turn. ScaleRL uses 8."""
+    threads: int = 0
+    """CPU threads of the sampling process; 0 takes half of them, and leaves the others to training."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +298,9 @@ class PPOConfig:
     """KL per sequence, in nats, that kl_coef adapts toward; null keeps kl_coef fixed."""
     kl_horizon: int = 10000
     """Number of sequences over which kl_coef adapts."""
+    ptx_coef: float = 0.0
+    """PPO-ptx: weight of the mean negative log-likelihood of rows of `data` (demonstrations or plain text), of which
+    each optimizer step takes `rows_per_step`; InstructGPT uses 27.8."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +314,10 @@ class EvalConfig:
     pass_at_k: tuple[int, ...] = ()
     """Values of k, at most samples. pass@k is the probability that at least one of k completions reaches
     rollout.threshold, estimated from all sampled completions."""
+    by: tuple[str, ...] = ()
+    """Columns whose values name a prompt's bucket: also reports each bucket's mean reward, their mean, and their
+    CVaR_0.1, the mean of the worst tenth of the buckets. About equally many prompts are held out of each. Empty takes
+    curriculum.by."""
 
 
 @dataclass(frozen=True)
@@ -266,10 +328,10 @@ class TrainConfig:
     """A folder, a hub id, or the name of a model that ships in a Python package."""
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
     """Sets the advantages and the loss; `loss` overrides its factors one by one."""
-    source: Literal["auto", "rollouts", "offline", "rounds"] = "auto"
-    """Where groups come from: rollouts samples them from `task` at each step, offline reads pre-written rows of `data`,
-    rounds samples many at once, keeps them on disk and trains on the chosen ones for several steps. auto: the usual
-    source of the algorithm."""
+    source: Literal["auto", "rollouts", "ahead", "offline", "rounds"] = "auto"
+    """Where groups come from: rollouts samples them from `task` at each step, ahead does so in a second process while
+    training goes on, offline reads pre-written rows of `data`, rounds samples many at once, keeps them on disk and
+    trains on the chosen ones for several steps. auto: the usual source of the algorithm."""
     reference: str = ""
     """The frozen reference model; empty is the model itself before training."""
     steps: int = 100
@@ -335,6 +397,8 @@ class TrainConfig:
     """Reward functions; their weighted sum is the reward."""
     rollout: RolloutConfig = RolloutConfig()
     """How completions are sampled."""
+    ahead: AheadConfig = AheadConfig()
+    """How far `source: ahead` samples ahead."""
     rounds: RoundsConfig = RoundsConfig()
     """Rounds of sampling, judging, choosing and training."""
     loss: dict[str, Any] = field(default_factory=dict)
@@ -351,6 +415,8 @@ class TrainConfig:
     """PPO's critic, its advantages and the KL in its reward."""
     eval: EvalConfig = EvalConfig()
     """What is measured on the held-out set, and when."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Which prompts of `task` are drawn."""
 
     @property
     def quantized(self) -> bool:
@@ -390,6 +456,7 @@ class TrainConfig:
         require_optimizer(op, self.optimizer)
         require_adapter(op, self.adapter)
         require_source(op, self)
+        require_curriculum(op, self)
         require_rounds(op, self)
 
     def directory(self) -> Path:
@@ -428,6 +495,31 @@ def require_adapter(op: str, adapter: AdapterConfig) -> None:
         require(adapter.save == "adapter", op, "adapter.save", "adapter with adapter.quantize", adapter.save, do)
 
 
+def require_curriculum(op: str, config: TrainConfig) -> None:
+    """Refuses settings with which a curriculum would draw nothing, or something other than it says."""
+    asked, one = config.curriculum, "curriculum"
+    fresh = not config.offline or asked == CurriculumConfig()
+    require(fresh, op, one, f"its defaults, as {config.algorithm} reads written rows in epochs", asked.kind)
+    warm = asked.temperature is None or 0 < asked.temperature < math.inf
+    require(warm, op, f"{one}.temperature", "more than 0, or null", asked.temperature)
+    require(0 <= asked.random_share <= 1, op, f"{one}.random_share", "a share from 0 to 1", asked.random_share)
+    require(asked.interval >= 1, op, f"{one}.interval", "1 or more", asked.interval)
+    require(0 < asked.power < math.inf, op, f"{one}.power", "more than 0", asked.power)
+    share = asked.leave_out
+    require(share is None or 0 < share <= 1, op, f"{one}.leave_out", "a share above 0, or null", share)
+    thresholds, weights = asked.pool_thresholds, asked.pool_weights
+    ascending = bool(thresholds) and all(a < b for a, b in pairwise(thresholds))
+    require(ascending, op, f"{one}.pool_thresholds", "ascending numbers", thresholds)
+    paired = len(weights) == len(thresholds) and all(0 <= weight < math.inf for weight in weights) and any(weights)
+    expected = f"{len(thresholds)} numbers from 0, one per threshold, not all 0"
+    require(paired, op, f"{one}.pool_weights", expected, weights)
+    several = asked.error != "disagreement" or asked.kind not in ("waker_m", "waker_r") or len(config.rewards) > 1
+    do = "One reward disagrees with nobody: name an ensemble in rewards, or take another error."
+    require(several, op, f"{one}.error", "pass_variance or advantage with one reward", asked.error, do)
+    ordered = asked.kind != "easy_to_hard" or len(asked.by) == 1
+    require(ordered, op, f"{one}.by", "one column of numbers for easy_to_hard", ", ".join(asked.by) or "none")
+
+
 def require_source(op: str, config: TrainConfig) -> None:
     """Refuses numbers that make no batch, and settings of a source that the run does not use."""
     rollout, optimizer, share = config.rollout, config.optimizer, config.max_failure_fraction
@@ -445,6 +537,10 @@ def require_source(op: str, config: TrainConfig) -> None:
     counts, expected = config.eval.pass_at_k, f"numbers from 1 to eval.samples = {config.eval.samples}"
     within = all(1 <= k <= config.eval.samples for k in counts)
     require(within, op, "eval.pass_at_k", expected, ", ".join(map(str, counts)))
+    ahead, unused = config.ahead, config.source == "ahead" or config.ahead == AheadConfig()
+    require(unused, op, "ahead", "its defaults without source: ahead", "a value")
+    for name in ("max_staleness", "threads"):
+        require(getattr(ahead, name) >= 0, op, f"ahead.{name}", "0 or more", getattr(ahead, name))
     require(config.eval.every >= 0, op, "eval.every", "0 (only before and after) or more", config.eval.every)
     rounds = rollout.dynamic_sampling
     require(rounds >= 0, op, "rollout.dynamic_sampling", "0 (off) or more", rounds)
@@ -453,7 +549,7 @@ def require_source(op: str, config: TrainConfig) -> None:
     require(0 <= share <= 1, op, "max_failure_fraction", "a share from 0 to 1", share)
     seconds = config.reward_timeout
     require(0 <= seconds < math.inf, op, "reward_timeout", "seconds, or 0 (off)", seconds)
-    unused = config.offline or config.data == DataConfig()
+    unused = config.offline or config.ppo.ptx_coef != 0 or config.data == DataConfig()
     expected = f"nothing, as {config.algorithm} learns from completions that it samples"
     require(unused, op, "data", expected, "a value", "Prompts are in task; or set source: offline.")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
-from fastrl.algorithms import Algorithm
-from fastrl.algorithms.offline import Objective, RewardModelling, pair_up
+from fastrl.algorithms import ActorCritic, Algorithm
+from fastrl.algorithms.offline import Objective, RewardModelling, SupervisedTuning, pair_up
+from fastrl.algorithms.ppo import Pretraining
 from fastrl.check import require, sentence
 from fastrl.data.plan import ModelShape
 from fastrl.data.preferences import split_groups, with_end
@@ -33,11 +35,11 @@ from fastrl.monitor.trackers import require_installed
 from fastrl.rewards import RewardFunc, RewardSuite, resolve_reward
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
-from fastrl.sources import Offline, Rollouts, Rounds, Sampling, Source
+from fastrl.sources import Ahead, Offline, Rollouts, Rounds, Sampling, Source
 from fastrl.sources.rounds import FOLDER
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.checkpoint import Checkpoint, model_of
-from fastrl.trainer.config import TaskConfig, TrainConfig
+from fastrl.trainer.config import AheadConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.judges import begin_judges
 from fastrl.trainer.learner import Learner
@@ -57,7 +59,7 @@ from fastrl.trainer.models import (
 from fastrl.trainer.precision import Speed, resolve_dtype
 from fastrl.trainer.reference import AskedOnce
 from fastrl.trainer.resume import require_same_model, resumable
-from fastrl.trainer.rows import load_rows, load_task, require_room
+from fastrl.trainer.rows import buckets, load_rows, load_task, require_room, sampler_of
 from fastrl.types import Prompt
 
 if TYPE_CHECKING:
@@ -182,6 +184,8 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
             made = replace(made, evaluations=[*made.evaluations, evaluation], said=(*made.said, *said))
     else:
         made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards, given.rows)
+        if config.ppo.ptx_coef and isinstance(algorithm, ActorCritic):
+            algorithm, made = _with_pretraining(config, algorithm, made, learner, tokenizer)
         made = _rounds(made, config, algorithm, learner) if config.source == "rounds" else made
     if on_prompts and trains and model.generation_config is not None:
         # Generation with the saved model stops where training's sampler stopped.
@@ -189,6 +193,8 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
     if given.source:
         made = replace(made, source=given.source)
+    elif config.source == "ahead":
+        made = replace(made, source=_ahead(config, algorithm, made.source, given))
     if resumed:
         try:
             made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before any write
@@ -252,7 +258,8 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
 
 def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:
     counts, threshold = config.eval.pass_at_k, config.rollout.threshold
-    return OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps, counts, threshold)
+    by = buckets(config)
+    return OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps, counts, threshold, by)
 
 
 def _prompts(
@@ -310,7 +317,7 @@ def _rollouts(
         config.max_tokens_per_microbatch,
     )
     source = Rollouts(
-        PromptSampler(prompts, seed=config.seed),
+        sampler_of(config, prompts),
         sampling,
         rewards,
         number=rollout.prompts_per_step,
@@ -322,6 +329,29 @@ def _rollouts(
     )
     evaluations = [_on_prompts(config, held_out, sampling, rewards)] if held_out else []
     return _Made(source, evaluations, said)
+
+
+def _ahead(config: TrainConfig, algorithm: Algorithm, inner: Source, given: Given) -> Ahead:
+    """The source in a process of its own, which gets a share of the CPU's threads.
+
+    Raises:
+        ValueError: objects were given, which that process cannot have.
+    """
+    names = {"model": given.model, "rows": given.rows, "rewards": given.rewards}
+    objects = [name for name, one in names.items() if one is not None]
+    do = "Name a folder, a file and module:function, or use source: rollouts."
+    require(
+        not objects, "Trainer", ", ".join(objects), "names with source: ahead, whose process loads them", "objects", do
+    )
+    threads = torch.get_num_threads()
+    its = config.ahead.threads or max(1, threads // 2)
+    if not config.threads:
+        torch.set_num_threads(max(1, threads - its))
+    settings = {"source": "rollouts", "ahead": AheadConfig(), "threads": its, "resume": "", "log_to": ()}
+    recipe = asdict(replace(config, **settings))
+    orders = {"recipe": recipe, "greedy": algorithm.needs_greedy, "path": sys.path}
+    command = (sys.executable, "-m", "fastrl.trainer.generator")
+    return Ahead(inner, orders, command, config.ahead.max_staleness)
 
 
 def _rounds(made: _Made, config: TrainConfig, algorithm: Algorithm, learner: Learner) -> _Made:
@@ -387,6 +417,22 @@ def _offline(
         began = fingerprint(reference.model) if config.reference else began
         once = AskedOnce(reference, began, config.dtype, [*source.first(config.steps), *held_out])
     return _Made(source, [OnRows(held_out, objective, kind)] if held_out and objective else [], said, once)
+
+
+def _with_pretraining(
+    config: TrainConfig, algorithm: ActorCritic, made: _Made, learner: Learner, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ActorCritic, _Made]:
+    """PPO-ptx's rows, and the loss on those held out among the evaluations."""
+    model = learner.policy.model
+    groups, said = load_rows(config, "completions", tokenizer, min(config.data.max_tokens, positions(model)), None)
+    require_known_tokens(model, config.model, (sample.token_ids for group in groups for sample in group.samples))
+    require_known_tokens(model, config.model, (group.prompt.token_ids for group in groups))
+    rows, held_out = split_groups(groups, config.data.held_out, config.seed)
+    require_room(config, learner.layout, groups)
+    ptx = Pretraining(PromptSampler(rows, seed=config.seed), config.rows_per_step, config.ppo.ptx_coef)
+    on_rows = [OnRows(held_out, SupervisedTuning(), "ptx")] if held_out else []
+    evaluations = [*made.evaluations, *on_rows]
+    return replace(algorithm, ptx=ptx), replace(made, evaluations=evaluations, said=(*made.said, *said))
 
 
 def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Speed]:
