@@ -13,6 +13,7 @@ from typing import Any
 
 from fastrl import check
 from fastrl.rewards.format import FormatReward
+from fastrl.rewards.judge import JudgeReward
 from fastrl.rewards.math_answer import MathAnswerReward
 from fastrl.rewards.model import ModelReward
 from fastrl.rewards.overlong import SoftOverlongReward
@@ -20,6 +21,7 @@ from fastrl.rewards.reasoning_gym import ReasoningGymReward
 
 BUILTINS: dict[str, Callable[..., Any]] = {
     "format": FormatReward,
+    "judge": JudgeReward,
     "math_answer": MathAnswerReward,
     "model": ModelReward,
     "reasoning_gym": ReasoningGymReward,

@@ -157,6 +157,26 @@ class AheadConfig:
 
 
 @dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of sampling, judging, choosing and training, for source: rounds."""
+
+    prompts: int = 64
+    """Prompts per round, sampled rollout.prompts_per_step at a time with rollout.group_size completions each."""
+    thresholds: tuple[float, ...] = (0.0,)
+    """For sft: a round's improves, each on the completions that score more than its threshold; they must rise."""
+    quantiles: bool = False
+    """thresholds are quantiles of the round's scores, which must be reached: 0.9 takes the best tenth."""
+    most_per_prompt: int = 0
+    """For sft: at most this many completions of a prompt, the best first; 0 takes all. ReST-EM takes 10."""
+    steps: int = 0
+    """Training steps per improve; 0 makes `epochs` passes over the chosen rows."""
+    epochs: int = 1
+    """Passes over the chosen rows of an improve, if steps is 0."""
+    restart: bool = False
+    """For sft: train from the first weights in every round, as ReST-EM does, instead of the last round's."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where pre-written rows come from; the algorithm determines their kind."""
 
@@ -278,6 +298,9 @@ class PPOConfig:
     """KL per sequence, in nats, that kl_coef adapts toward; null keeps kl_coef fixed."""
     kl_horizon: int = 10000
     """Number of sequences over which kl_coef adapts."""
+    ptx_coef: float = 0.0
+    """PPO-ptx: weight of the mean negative log-likelihood of rows of `data` (demonstrations or plain text), of which
+    each optimizer step takes `rows_per_step`; InstructGPT uses 27.8."""
 
 
 @dataclass(frozen=True)
@@ -305,9 +328,10 @@ class TrainConfig:
     """A folder, a hub id, or the name of a model that ships in a Python package."""
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
     """Sets the advantages and the loss; `loss` overrides its factors one by one."""
-    source: Literal["auto", "rollouts", "ahead", "offline"] = "auto"
+    source: Literal["auto", "rollouts", "ahead", "offline", "rounds"] = "auto"
     """Where groups come from: rollouts samples them from `task` at each step, ahead does so in a second process while
-    training goes on, offline reads pre-written rows of `data`. auto: the usual source of the algorithm."""
+    training goes on, offline reads pre-written rows of `data`, rounds samples many at once, keeps them on disk and
+    trains on the chosen ones for several steps. auto: the usual source of the algorithm."""
     reference: str = ""
     """The frozen reference model; empty is the model itself before training."""
     steps: int = 100
@@ -333,7 +357,8 @@ class TrainConfig:
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss of a mixture of experts; null takes the model's own, 0 turns it off."""
     rows_per_step: int = 16
-    """Rows of `data` per step: pairs, labelled answers, demonstrations or groups of scored completions."""
+    """Rows per step, of `data` or of a round: pairs, labelled answers, demonstrations or groups of scored
+    completions."""
     max_tokens_per_microbatch: int = 2048
     """Model input tokens per micro-batch, padding included. Affects memory, not the gradient."""
     layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
@@ -374,6 +399,8 @@ class TrainConfig:
     """How completions are sampled."""
     ahead: AheadConfig = AheadConfig()
     """How far `source: ahead` samples ahead."""
+    rounds: RoundsConfig = RoundsConfig()
+    """Rounds of sampling, judging, choosing and training."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Changes to the algorithm's preset, by the names in its spec: {surrogate.high: 0.28, kl.coef: 0.001} for a
     `fastrl.PolicyLoss`, {beta: 0.3} for a `fastrl.PreferenceLoss`. The KL of a policy loss is off unless named here,
@@ -430,6 +457,7 @@ class TrainConfig:
         require_adapter(op, self.adapter)
         require_source(op, self)
         require_curriculum(op, self)
+        require_rounds(op, self)
 
     def directory(self) -> Path:
         """`run_dir` with its placeholders filled in."""
@@ -521,6 +549,38 @@ def require_source(op: str, config: TrainConfig) -> None:
     require(0 <= share <= 1, op, "max_failure_fraction", "a share from 0 to 1", share)
     seconds = config.reward_timeout
     require(0 <= seconds < math.inf, op, "reward_timeout", "seconds, or 0 (off)", seconds)
-    unused = config.offline or config.data == DataConfig()
+    unused = config.offline or config.ppo.ptx_coef != 0 or config.data == DataConfig()
     expected = f"nothing, as {config.algorithm} learns from completions that it samples"
     require(unused, op, "data", expected, "a value", "Prompts are in task; or set source: offline.")
+
+
+def require_rounds(op: str, config: TrainConfig) -> None:
+    """Refuses rounds that the algorithm cannot learn from or that never end, and settings that would do nothing."""
+    rounds, kind = config.rounds, ALGORITHMS[config.algorithm].kind
+    if config.source != "rounds":
+        expected = f"its defaults with source: {config.source}"
+        require(rounds == RoundsConfig(), op, "rounds", expected, "a value", "Set source: rounds.")
+        return
+    fits = kind in ("pairs", "completions") and config.algorithm != "reward_model"
+    require(fits, op, "source", f"rollouts or offline for {config.algorithm}", "rounds", "Rounds train sft and dpo.")
+    for name in ("prompts", "epochs"):
+        require(getattr(rounds, name) >= 1, op, f"rounds.{name}", "at least 1", getattr(rounds, name))
+    for name in ("most_per_prompt", "steps"):
+        require(getattr(rounds, name) >= 0, op, f"rounds.{name}", "0 or more", getattr(rounds, name))
+    of_sft = {"thresholds", "quantiles", "most_per_prompt", "restart"} if kind == "pairs" else set()
+    set_ = [name for name in sorted(of_sft) if getattr(rounds, name) != getattr(RoundsConfig, name)]
+    expected = f"left out for {config.algorithm}, which takes the best and the worst of each group"
+    require(not set_, op, f"rounds.{', rounds.'.join(set_)}", expected, "a value")
+    rising = all(low < high for low, high in zip(rounds.thresholds, rounds.thresholds[1:], strict=False))
+    rising = rising and len(rounds.thresholds) > 0 and all(map(math.isfinite, rounds.thresholds))
+    require(rising, op, "rounds.thresholds", "one finite number or more, each above the last", rounds.thresholds)
+    shares = not rounds.quantiles or all(0 <= share <= 1 for share in rounds.thresholds)
+    require(shares, op, "rounds.thresholds", "shares from 0 to 1 with rounds.quantiles", rounds.thresholds)
+    constant = not rounds.restart or config.optimizer.schedule == "constant"
+    do = "A restart begins the schedule anew."
+    require(constant, op, "optimizer.schedule", "constant with rounds.restart", config.optimizer.schedule, do)
+    fresh, got = config.rollout.dynamic_sampling == 0, config.rollout.dynamic_sampling
+    require(fresh, op, "rollout.dynamic_sampling", "0 with rounds, which choose from what was sampled", got)
+    named = config.rollout.threshold == RolloutConfig.threshold or bool(config.eval.pass_at_k)
+    do = "Set rounds.thresholds."
+    require(named, op, "rollout.threshold", "left out with rounds", config.rollout.threshold, do)

@@ -92,7 +92,7 @@ class OnPrompts:
                 units=(f"tokens, {name}", f"rewards, {name}"),
                 about=f"Evaluation at step {step}",
             )
-            result = {"reward": mean_reward(groups), "prompts": float(len(groups)), **numbers}
+            result = {"reward": mean_reward(groups), "prompts": float(len(groups)), **_each(groups), **numbers}
             if name == "sampled":
                 result |= {f"pass@{k}": pass_at_k(groups, k, self.threshold) for k in self.pass_at_k}
             if self.by:
@@ -112,6 +112,14 @@ def by_bucket(groups: Sequence[Group], by: Sequence[str]) -> dict[str, float]:
     values = list(rewards.values())
     overall = {"reward/mean_of_buckets": fmean(values), f"reward/cvar_{TAIL}": cvar(values, TAIL)}
     return overall | {f"reward/{name}": value for name, value in rewards.items()}
+
+
+def _each(groups: Sequence[Group]) -> dict[str, float]:
+    """The mean of each reward, where there are several: one of weight 0 is only watched."""
+    values: dict[str, list[float]] = {}
+    for name, value in (pair for group in groups for sample in group.samples for pair in sample.rewards.items()):
+        values.setdefault(name, []).extend([] if value is None else [value])
+    return {f"rewards/{name}": fmean(of) for name, of in values.items() if of} if len(values) > 1 else {}
 
 
 @dataclass(frozen=True)
