@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from fastrl import check
+from fastrl.rewards.code import CodeReward
 from fastrl.rewards.format import FormatReward
 from fastrl.rewards.math_answer import MathAnswerReward
 from fastrl.rewards.model import ModelReward
@@ -19,6 +20,7 @@ from fastrl.rewards.overlong import SoftOverlongReward
 from fastrl.rewards.reasoning_gym import ReasoningGymReward
 
 BUILTINS: dict[str, Callable[..., Any]] = {
+    "code": CodeReward,
     "format": FormatReward,
     "math_answer": MathAnswerReward,
     "model": ModelReward,
