@@ -14,6 +14,9 @@ from typing import Any
 from fastrl import check
 from fastrl.rewards.code import CodeReward
 from fastrl.rewards.format import FormatReward
+from fastrl.rewards.instructions import InstructionsReward
+from fastrl.rewards.json_schema import JsonSchemaReward
+from fastrl.rewards.language import LanguageConsistencyReward
 from fastrl.rewards.math_answer import MathAnswerReward
 from fastrl.rewards.model import ModelReward
 from fastrl.rewards.overlong import SoftOverlongReward
@@ -22,6 +25,9 @@ from fastrl.rewards.reasoning_gym import ReasoningGymReward
 BUILTINS: dict[str, Callable[..., Any]] = {
     "code": CodeReward,
     "format": FormatReward,
+    "instructions": InstructionsReward,
+    "json_schema": JsonSchemaReward,
+    "language_consistency": LanguageConsistencyReward,
     "math_answer": MathAnswerReward,
     "model": ModelReward,
     "reasoning_gym": ReasoningGymReward,
