@@ -1,4 +1,4 @@
-"""Writes small tasks in Python with their tests and solutions, one JSON object per line: those of recipes/rlvr_code.yaml.
+"""Writes small Python tasks with their tests and solutions, one JSON object per line, for recipes/rlvr_code.yaml.
 
 Run: python examples/code_tasks.py > recipes/code_tasks.jsonl
 """
@@ -42,8 +42,10 @@ def task(rng: random.Random) -> dict:
     exec(solution, scope)
     inputs = [[rng.randint(-20, 20) for _ in range(count)] for _ in range(4)]
     tests = [f"assert {name}({', '.join(map(str, one))}) == {scope[name](*one)!r}" for one in inputs]
-    prompt = f"Write a Python function {name}({arguments}) that returns {words.format(**filled)}."
-    return {"prompt": prompt, "tests": tests, "reference": solution}
+    question = f"Write a Python function {name}({arguments}) that returns {words.format(**filled)}."
+    prefix = f"```python\ndef {name}({arguments}):\n    return"  # the model continues it
+    prompt = [{"role": "user", "content": question}, {"role": "assistant", "content": prefix}]
+    return {"prompt": prompt, "prefix": prefix, "tests": tests, "reference": solution}
 
 
 def main(number: int = 600) -> None:
@@ -51,8 +53,9 @@ def main(number: int = 600) -> None:
     rng, seen = random.Random(0), set()
     while len(seen) < number:
         row = task(rng)
-        if row["prompt"] not in seen:
-            seen.add(row["prompt"])
+        question = row["prompt"][0]["content"]
+        if question not in seen:
+            seen.add(question)
             print(json.dumps(row))
 
 

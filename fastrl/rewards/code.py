@@ -64,6 +64,7 @@ class CodeReward:
         packages: let tests and solutions import what this Python has installed, read-only.
         workers: completions at a time; 0 is one per core.
         tests, test_setup, reference: columns of the tests, of code that runs before them, and of a solution.
+        prefix: column of text that the completion continues, such as an opened block with the head of a function.
         entry_point: column of the function's name for tests that define `check(candidate)`, as HumanEval's do.
         verify: at the start, refuse prompts whose reference fails, or whose tests an empty solution passes.
         unsandboxed: run code as this user, without isolation.
@@ -77,6 +78,7 @@ class CodeReward:
     tests: str = "tests"
     test_setup: str = "test_setup"
     reference: str = "reference"
+    prefix: str = "prefix"
     entry_point: str = "entry_point"
     verify: bool = True
     unsandboxed: bool = False
@@ -104,7 +106,7 @@ class CodeReward:
         )
         return await asyncio.gather(
             *(
-                self._score(completion_text(completion), self._tests(row))
+                self._score((row.get(self.prefix) or "") + completion_text(completion), self._tests(row))
                 for completion, row in zip(completions, self._rows(columns, len(completions)), strict=True)
             )
         )
@@ -165,8 +167,9 @@ class CodeReward:
         for verdict in verdicts:
             if isinstance(verdict, dict):
                 raise SandboxError(f"the tests cannot run: {verdict['unfit']}")
-        if outcome.ended == "exit" and outcome.code and "MemoryError" not in outcome.stderr:
-            raise SandboxError(f"the tests did not end: {outcome.stderr[-300:]}")
+        crashed = outcome.ended == "exit" and len(verdicts) < len(tests) and "MemoryError" not in outcome.stderr
+        if crashed:
+            raise SandboxError(f"the tests did not end: exit {outcome.code} {outcome.stderr[-300:]}")
         # Ended by the solution, or over a limit: the tests that it kept from running have failed.
         return [*verdicts, *[False] * (len(tests) - len(verdicts))]
 
@@ -175,7 +178,7 @@ class CodeReward:
         return ThreadPoolExecutor(self.workers or os.cpu_count() or 1, "fastrl-code")
 
     def _rows(self, columns: Mapping[str, Any], total: int) -> list[dict[str, Any]]:
-        names = (self.tests, self.test_setup, self.entry_point)
+        names = (self.tests, self.test_setup, self.entry_point, self.prefix)
         kept = {name: columns[name] for name in names if name in columns}
         return [{name: values[place] for name, values in kept.items()} for place in range(total)]
 

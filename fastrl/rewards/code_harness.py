@@ -58,7 +58,7 @@ def main() -> None:
 
 def verdict(what: Any) -> None:
     """One line of the verdict."""
-    print(json.dumps(what), flush=True)
+    print(json.dumps(what), file=sys.__stdout__, flush=True)
 
 
 def judge_cases(job: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def judge_tests(job: dict[str, Any]) -> None:
     solution = Solution(job["solution"], job["path"])
     # Only the names that are tested: a solution may define others, such as `all`, that tests mean otherwise.
     namespace = {"__name__": "tests"} | {name: solution.names[name] for name in job["names"] if name in solution.names}
-    standard, sys.stdout = sys.stdout, io.StringIO()  # what tests print is no verdict
+    sys.stdout = io.StringIO()  # what tests print is no verdict
     try:
         exec(compile(job["setup"], "setup", "exec"), namespace)
     except Exception as error:
@@ -104,9 +104,8 @@ def judge_tests(job: dict[str, Any]) -> None:
             passed = False
         finally:
             if solution.unfit:  # a test may have caught it
-                sys.stdout = standard
                 raise Unfit(solution.unfit)
-        print(json.dumps(passed), file=standard, flush=True)
+        verdict(passed)
 
 
 class Solution:

@@ -24,8 +24,8 @@ COMMON = {
     "es": "el los es una que en por con para las del se su al lo como más pero sus está entonces porque cuando",
     "it": "il gli una che di non con del della sono si da nel anche come più alla questo quindi allora in per",
     "pt": "os uma que em por com para não da dos das se na mais como mas ao são então você porque as",
-    "nl": "de het een en van dat niet op te zijn voor met aan er maar om ook als dan bij nog wordt deze wij in is of we "
-    "was will",
+    "nl": "de het een en van dat niet op te zijn voor met aan er maar om ook als dan bij nog wordt deze wij in is of "
+    "we was will",
 }
 ENGLISH_TOO = frozenset(("come", "per", "met", "as"))  # say nothing against a text in English
 SCRIPTS = {name: {"LATIN"} for name in COMMON} | {
