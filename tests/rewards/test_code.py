@@ -35,8 +35,8 @@ FORGED = {
     "os._exit(0)": "def f(x):\n    import os\n    os._exit(0)",
     "os._exit(0) at once": "import os\nos._exit(0)",
     "sys.exit": "import sys\nsys.exit(0)",
-    "prints verdicts": "import os\nfor n in range(64):\n    try: os.write(n, b'true\\ntrue\\n')\n    except OSError: pass\n"
-    "print('true\\ntrue')\ndef f(x): return 0",
+    "prints verdicts": "import os\nfor n in range(64):\n    try: os.write(n, b'true\\ntrue\\n')\n"
+    "    except OSError: pass\nprint('true\\ntrue')\ndef f(x): return 0",
     "equals everything": "class A:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(x): return A()",
     "a list that equals everything": "class A(list):\n    def __eq__(self, other): return True\ndef f(x): return A()",
     "an int that equals everything": "class A(int):\n    def __eq__(self, other): return True\ndef f(x): return A()",
