@@ -3,12 +3,14 @@ once."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
+from typing import Any, TextIO
 
 # Ctrl-C; end of a job; closed terminal or lost connection; a scheduler's notice before the end of a job. Windows lacks
 # the last two.
@@ -44,7 +46,8 @@ class Interrupt:
     def listening(self) -> Iterator[None]:
         """Inside the block, the first of `SIGNALS` prints `HEARD` and asks the run to stop; the second stops it at
         once. A hangup is never the second, and later ones are ignored, also after the block: a terminal that closes
-        sends one, and its shell another. One that was ignored before, as under nohup, stays ignored."""
+        sends one, and its shell another. One that was ignored before, as under nohup, stays ignored. Output to a
+        terminal that is gone is dropped, whether or not a hangup tells of it."""
 
         hangup = getattr(signal, "SIGHUP", None)
         # Checked now, because a terminal that is gone no longer looks like one.
@@ -65,11 +68,47 @@ class Interrupt:
         heard = [one for one in SIGNALS if one != hangup or signal.getsignal(one) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, handle) for number in heard}
         try:
-            yield
+            with redirect_stdout(_dropping(sys.stdout)), redirect_stderr(_dropping(sys.stderr)):
+                yield
         finally:
             for number, handler in previous.items():
                 if number != hangup or signal.getsignal(hangup) is not signal.SIG_IGN:
                     signal.signal(number, handler)
+
+
+class _Output:
+    """A text stream that drops what a closed terminal no longer takes, instead of raising."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any text stream."""
+        with self._closed():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As of any text stream."""
+        with self._closed():
+            self._stream.flush()
+
+    @contextmanager
+    def _closed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:  # a pipe that nobody reads is another error
+                raise
+            _to_nowhere([self._stream.fileno()])
+
+
+def _dropping(stream: TextIO | None) -> Any:
+    """The stream as an `_Output`; None, as where there is no console, stays None."""
+    return None if stream is None else _Output(stream)
 
 
 def _say(line: str) -> None:

@@ -46,9 +46,13 @@ def _native(module: nn.Linear) -> bool:
 
 
 def _packed_forward(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight, bias = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach()), module.bias
+    packed, version = None, -1
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        nonlocal packed, version
+        if module.weight._version != version:  # also after an update in the middle of a rollout
+            version = module.weight._version
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+        return torch.ops.mkldnn._linear_pointwise(x, packed, module.bias, "none", [], "")
 
     return forward

@@ -60,6 +60,7 @@ class TransformersSampler:
     applied; when greedy (temperature 0) they are the log-probabilities at temperature 1. The sample includes the stop
     token, or the whole token that completes a stop string. Draws depend only on (seed, prompt index, sample index),
     never on the rest of the batch. Nothing is kept between calls, so the weights are always current.
+    `Sample.versions` has `version`, which counts the updates behind the weights, as of each token.
 
     Args:
         model: a transformers causal LM with pluggable attention; its mode and settings are restored after a call.
@@ -91,6 +92,26 @@ class TransformersSampler:
         self.compact_after = compact_after
         self.prepack = prepack
         self.record_support = record_support
+        self.version = 0
+
+    @torch.no_grad()
+    def update_weights(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
+        """Copies new weights into the model's parameters of these names, also between two tokens of a call: the rest of
+        its completions is drawn under them, from the keys and values that the old weights computed, as in PipelineRL,
+        arXiv:2509.19128.
+
+        Args:
+            version: the number of updates behind the weights; `Sample.versions` has it for each token.
+
+        Raises:
+            ValueError: the model has no such parameter, or one of another shape.
+        """
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in tensors.items():
+            fits = name in parameters and parameters[name].shape == tensor.shape
+            require(fits, _OP, name, "a parameter of the model", f"a tensor of shape {tuple(tensor.shape)}")
+            parameters[name].copy_(tensor)
+        self.version = version
 
     @torch.no_grad()
     def sample(
@@ -112,10 +133,10 @@ class TransformersSampler:
         with _eval_mode(self.model), prepacked(self.model) if self.prepack else nullcontext():
             u = uniforms(params.seed, streams, params.max_new_tokens)
             support = Support() if self.record_support and Support.is_cut(params) else None
-            tokens, logps, ends = self._complete(prompts, num_samples, params, u, support, progress)
+            tokens, logps, ends, versions = self._complete(prompts, num_samples, params, u, support, progress)
         if not bool(logps.isfinite().all()):
             raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. Check the weights.")
-        samples = _collect(tokens, logps, params.stop_token_ids, ends)
+        samples = _collect(tokens, logps, params.stop_token_ids, ends, versions)
         if support is not None:
             sets = support.lists([len(sample.token_ids) for sample in samples])
             samples = [replace(sample, support=kept) for sample, kept in zip(samples, sets, strict=True)]
@@ -150,9 +171,10 @@ class TransformersSampler:
         u: torch.Tensor,
         support: Support | None,
         progress: Progress,
-    ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int]]:
-        """Token ids and log-probabilities `(completions, max_new_tokens)`, and the lengths of completions that a stop
-        string ended; values after a stop are meaningless."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int], list[int]]:
+        """Token ids and log-probabilities `(completions, max_new_tokens)`, the lengths of completions that a stop
+        string ended, and the weights' version at each step; values after a stop are meaningless."""
+        began = self.version  # a prefill that saw an update counts as the older weights'
         distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
         place = {prompt: i for i, prompt in enumerate(distinct)}
         source = torch.tensor([place[tuple(prompt)] for prompt in prompts]).repeat_interleave(num_samples)
@@ -162,7 +184,7 @@ class TransformersSampler:
         rows = _first_rows(lengths, layer.get_max_length(), layer.get_seq_length(), layer.keys.dtype)
         if params.repetition_penalty != 1.0:
             rows.seen = _tokens_in(distinct, logits)[source]
-        return self._decode(cache, logits, rows, params, u.to(logits.device), support, progress)
+        return self._decode(cache, logits, rows, params, u.to(logits.device), support, progress, began)
 
     def _prefill(
         self, prompts: list[tuple[int, ...]], source: torch.Tensor, max_new_tokens: int, progress: Progress
@@ -233,7 +255,8 @@ class TransformersSampler:
         u: torch.Tensor,
         support: Support | None,
         progress: Progress,
-    ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int]]:
+        version: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int], list[int]]:
         """Draws tokens, drops finished rows when it pays, and feeds the tokens back; one result column per step."""
         tokens = torch.zeros(u.shape, dtype=torch.int64, device=u.device)
         logps = torch.zeros(u.shape, dtype=torch.float32, device=u.device)
@@ -242,6 +265,7 @@ class TransformersSampler:
         stop = torch.tensor(stop, dtype=torch.int64, device=u.device)
         texts = StopStrings(params.stop_strings, self.tokenizer, len(u), params.min_new_tokens)
         every = _steps_between_checks(u.device)
+        versions = [version]
         wasted = 0.0  # steps' worth of work spent on finished rows since the last compaction
         for step in tracked(range(params.max_new_tokens), progress):
             logits = rows.logits(logits, step, stop, params)
@@ -268,8 +292,9 @@ class TransformersSampler:
                     kept = (~rows.done).nonzero()[:, 0]
                     rows, drawn, wasted = rows.keep(kept), drawn[kept], 0.0
                     cache.keep(kept)
+            versions.append(self.version)
             logits = self._step(cache, rows, drawn, step)
-        return tokens, logps, texts.ends
+        return tokens, logps, texts.ends, versions
 
     def _step(self, cache: RolloutCache, rows: _Rows, tokens: torch.Tensor, step: int) -> torch.Tensor:
         """Feeds one token per row; returns next-token logits `(rows, V)`."""
@@ -333,14 +358,19 @@ def _batches_by_length(prompts: list[tuple[int, ...]], budget: int) -> Iterator[
 
 
 def _collect(
-    tokens: torch.Tensor, logps: torch.Tensor, stop_token_ids: tuple[int, ...], ends: Mapping[int, int]
+    tokens: torch.Tensor,
+    logps: torch.Tensor,
+    stop_token_ids: tuple[int, ...],
+    ends: Mapping[int, int],
+    versions: list[int],
 ) -> list[Sample]:
     """Cuts each completion after its first stop token, or earlier if a stop string `ends` it."""
     stop = frozenset(stop_token_ids)
     samples = []
     for index, (ids, values) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
         end = next((i + 1 for i, token in enumerate(ids[: ends.get(index)]) if token in stop), ends.get(index))
-        samples.append(Sample(token_ids=ids[:end], sampling_logps=values[:end], finished=end is not None))
+        by_step = versions[: len(ids[:end])]
+        samples.append(Sample(ids[:end], values[:end], finished=end is not None, versions=by_step))
     return samples
 
 

@@ -45,6 +45,7 @@ class Rollouts:
         """
         step = learner.steps + 1
         batch = Batch([], seed=self.seed + step)
+        self.sampling.engine.version = learner.updates
         judge = Judge(self.rewards, step, self.total_steps, batch.numbers)
         groups = judged(self.prompts.next(self.number), self.samples, batch.seed, self.sampling, judge, watch)
         batch.groups = self._refilled(groups, batch, judge, watch) if self.refills else groups
@@ -52,7 +53,8 @@ class Rollouts:
         if self.greedy:
             self._baseline(batch, judge, watch)
         for sample in (sample for group in batch.groups for sample in group.samples):
-            sample.versions = [learner.updates] * len(sample.token_ids)
+            if sample.versions is None:  # of a sampler that does not record them
+                sample.versions = [learner.updates] * len(sample.token_ids)
         return batch
 
     def publish(self, learner: Learner) -> None:

@@ -171,8 +171,30 @@ def _require_on_policy_only(config: TrainConfig, spec: PolicyLoss) -> None:
 
 
 def _asks_sampler(config: TrainConfig) -> bool:
-    asked = config.policy_gradient.ratio_to_sampler
-    return ALGORITHMS[config.algorithm].ratio_to_sampler if asked is None else asked
+    asked, entry = config.policy_gradient.ratio_to_sampler, ALGORITHMS[config.algorithm]
+    stale = config.source == "ahead" and not _corrects(config)
+    return (entry.ratio_to_sampler or stale) if asked is None else asked
+
+
+def _corrects(config: TrainConfig) -> bool:
+    """Whether the recipe corrects for a sampler that differs from the old policy, apart from the ratio."""
+    return config.loss.get("correction") is not None or config.masks.reads_sampler
+
+
+def _require_corrects_staleness(config: TrainConfig, spec: PolicyLoss, ratio_to_sampler: bool) -> None:
+    """Refuses losses that take completions of older weights for the policy's own.
+
+    Raises:
+        ValueError: nothing in the loss compares with the sampler's log-probabilities.
+    """
+    fresh = config.source != "ahead" or config.ahead.max_staleness == 0
+    compares = spec.correction is not None or config.masks.reads_sampler
+    compares |= ratio_to_sampler and not isinstance(spec.surrogate, Reinforce)
+    do = "Leave policy_gradient.ratio_to_sampler out, or set loss.correction; without a ratio, use source: rollouts."
+    expected = (
+        f"a loss that corrects for older weights, as source: ahead samples with them: {config.algorithm} does not"
+    )
+    require(fresh or compares, OP, "source", expected, config.source, do)
 
 
 def _ratio_to_sampler(config: TrainConfig, spec: PolicyLoss) -> bool:
@@ -198,6 +220,7 @@ def _ratio_to_sampler(config: TrainConfig, spec: PolicyLoss) -> bool:
     moves = config.masks.kl_cov is None or updates > 1 or ratio_to_sampler
     expected = "more than 1 optimizer step per rollout: before the first, the policy is still the old one"
     require(moves, OP, "masks.kl_cov", expected, updates)
+    _require_corrects_staleness(config, spec, ratio_to_sampler)
     return ratio_to_sampler
 
 

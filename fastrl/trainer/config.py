@@ -16,7 +16,7 @@ from fastrl.typed import nested
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
-    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to",
+    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to", "ahead.threads",
 }  # fmt: skip
 
 
@@ -99,6 +99,17 @@ class RolloutConfig:
         cut = () if self.replay_support else ("top_p", "top_k", "min_p")
         names = (*cut, "repetition_penalty", "min_new_tokens")
         return {name: value for name in names if (value := getattr(self, name)) != getattr(RolloutConfig, name)}
+
+
+@dataclass(frozen=True)
+class AheadConfig:
+    """Sampling ahead of training in a second process: PipelineRL, arXiv:2509.19128."""
+
+    max_staleness: int = 8
+    """k: the most steps that the weights behind a token may be older than those that train on it; 0 samples and trains
+    in turn. ScaleRL uses 8."""
+    threads: int = 0
+    """CPU threads of the sampling process; 0 takes half of them, and leaves the others to training."""
 
 
 @dataclass(frozen=True)
@@ -246,9 +257,9 @@ class TrainConfig:
     """A folder, a hub id, or the name of a model that ships in a Python package."""
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
     """Sets the advantages and the loss; `loss` overrides its factors one by one."""
-    source: Literal["auto", "rollouts", "offline"] = "auto"
-    """Where groups come from: rollouts samples them from `task` at each step, offline reads pre-written rows of `data`.
-    auto: the usual source of the algorithm."""
+    source: Literal["auto", "rollouts", "ahead", "offline"] = "auto"
+    """Where groups come from: rollouts samples them from `task` at each step, ahead does so in a second process while
+    training goes on, offline reads pre-written rows of `data`. auto: the usual source of the algorithm."""
     reference: str = ""
     """The frozen reference model; empty is the model itself before training."""
     steps: int = 100
@@ -313,6 +324,8 @@ class TrainConfig:
     """Reward functions; their weighted sum is the reward."""
     rollout: RolloutConfig = RolloutConfig()
     """How completions are sampled."""
+    ahead: AheadConfig = AheadConfig()
+    """How far `source: ahead` samples ahead."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Changes to the algorithm's preset, by the names in its spec: {surrogate.high: 0.28, kl.coef: 0.001} for a
     `fastrl.PolicyLoss`, {beta: 0.3} for a `fastrl.PreferenceLoss`. The KL of a policy loss is off unless named here,
@@ -420,6 +433,10 @@ def require_source(op: str, config: TrainConfig) -> None:
     counts, expected = config.eval.pass_at_k, f"numbers from 1 to eval.samples = {config.eval.samples}"
     within = all(1 <= k <= config.eval.samples for k in counts)
     require(within, op, "eval.pass_at_k", expected, ", ".join(map(str, counts)))
+    ahead, unused = config.ahead, config.source == "ahead" or config.ahead == AheadConfig()
+    require(unused, op, "ahead", "its defaults without source: ahead", "a value")
+    for name in ("max_staleness", "threads"):
+        require(getattr(ahead, name) >= 0, op, f"ahead.{name}", "0 or more", getattr(ahead, name))
     require(config.eval.every >= 0, op, "eval.every", "0 (only before and after) or more", config.eval.every)
     rounds = rollout.dynamic_sampling
     require(rounds >= 0, op, "rollout.dynamic_sampling", "0 (off) or more", rounds)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,10 @@ from fastrl.monitor.trackers import require_installed
 from fastrl.rewards import RewardFunc, RewardSuite, resolve_reward
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
-from fastrl.sources import Offline, Rollouts, Sampling, Source
+from fastrl.sources import Ahead, Offline, Rollouts, Sampling, Source
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.checkpoint import Checkpoint, model_of
-from fastrl.trainer.config import TaskConfig, TrainConfig
+from fastrl.trainer.config import AheadConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.lock import free_directory
@@ -186,6 +187,8 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         model.generation_config.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
     if given.source:
         made = replace(made, source=given.source)
+    elif config.source == "ahead":
+        made = replace(made, source=_ahead(config, algorithm, made.source, given))
     if resumed:
         try:
             made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before any write
@@ -311,6 +314,29 @@ def _rollouts(
     )
     evaluations = [_on_prompts(config, held_out, sampling, rewards)] if held_out else []
     return _Made(source, evaluations, said)
+
+
+def _ahead(config: TrainConfig, algorithm: Algorithm, inner: Source, given: Given) -> Ahead:
+    """The source in a process of its own, which gets a share of the CPU's threads.
+
+    Raises:
+        ValueError: objects were given, which that process cannot have.
+    """
+    names = {"model": given.model, "rows": given.rows, "rewards": given.rewards}
+    objects = [name for name, one in names.items() if one is not None]
+    do = "Name a folder, a file and module:function, or use source: rollouts."
+    require(
+        not objects, "Trainer", ", ".join(objects), "names with source: ahead, whose process loads them", "objects", do
+    )
+    threads = torch.get_num_threads()
+    its = config.ahead.threads or max(1, threads // 2)
+    if not config.threads:
+        torch.set_num_threads(max(1, threads - its))
+    settings = {"source": "rollouts", "ahead": AheadConfig(), "threads": its, "resume": "", "log_to": ()}
+    recipe = asdict(replace(config, **settings))
+    orders = {"recipe": recipe, "greedy": algorithm.needs_greedy, "path": sys.path}
+    command = (sys.executable, "-m", "fastrl.trainer.generator")
+    return Ahead(inner, orders, command, config.ahead.max_staleness)
 
 
 def _offline(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from trainer.tiny import in_step, offline_config
 from fastrl.algorithms.masks import TokenMasks
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import ScalarModel
-from fastrl.monitor.interrupt import HEARD
+from fastrl.monitor.interrupt import HEARD, Interrupt
 from fastrl.monitor.log import RunLog
 from fastrl.rewards import RewardFailure, call
 from fastrl.rollout.transformers_sampler import TransformersSampler
@@ -190,6 +191,37 @@ def test_after_a_hangup_nothing_is_written_to_the_terminal_that_is_gone_and_a_se
             time.sleep(0.01)
         assert process.returncode == 0
         assert place.read_text() == "SIGHUP"
+
+
+def test_output_to_a_terminal_that_is_gone_is_dropped_also_where_no_hangup_tells_of_it():
+    """As of a job that its shell has disowned."""
+    master, terminal = pty.openpty()
+    code = (
+        "import sys\n"
+        "from fastrl.monitor.interrupt import Interrupt\n"
+        "with Interrupt().listening():\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    for _ in range(3):\n"
+        "        print('a line', flush=True)\n"
+        "        print('a line', file=sys.stderr)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    assert os.read(master, 5) == b"ready"
+    os.close(master)
+    process.communicate(b"go on\n", timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_pipe_that_nobody_reads_is_an_error_as_ever():
+    class Pipe(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    with redirect_stdout(Pipe()) as out, pytest.raises(BrokenPipeError), Interrupt().listening():
+        print("a line", flush=True)
+    assert out.getvalue() == "a line\n"
 
 
 def test_the_first_signal_is_answered_at_once_and_the_second_ends_what_hangs(tmp_path):
