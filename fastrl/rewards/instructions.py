@@ -48,12 +48,12 @@ def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_wor
 
 
 def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    return len(re.findall(rf"^\W*{re.escape(section_spliter)}\s+\d+", text, re.MULTILINE)) >= num_sections
+    return len(re.findall(rf"^[^\w\n]*{re.escape(section_spliter)}[ \t]+\d+", text, re.MULTILINE)) >= num_sections
 
 
 def _postscript(text: str, postscript_marker: str) -> bool:
-    parts = [re.escape(letter) + r"\.?\s*" for letter in postscript_marker.replace(".", "").replace(" ", "")]
-    return re.search(rf"^\s*{''.join(parts)}\S", text, re.MULTILINE | re.IGNORECASE) is not None
+    letters = r"\.? ?".join(map(re.escape, postscript_marker.replace(".", "").replace(" ", "")))
+    return re.search(rf"^[ \t]*{letters}\b\W*\w", text, re.MULTILINE | re.IGNORECASE) is not None
 
 
 def _is_json(text: str) -> bool:

@@ -58,14 +58,15 @@ class JsonSchemaReward:
             ValueError: with the prompt's index.
         """
         for prompt in prompts:
+            where = f"json_schema: prompt {prompt.index}"
             schema, expected = prompt.columns.get(self.schema), prompt.columns.get(self.expected)
             if schema is None:
                 continue
             try:
-                fits = expected is None or _validator(schema).is_valid(_value(expected))
+                validator = _validator(schema)
+                fits = expected is None or validator.is_valid(_value(expected))
             except ValueError as error:
-                raise ValueError(f"json_schema: prompt {prompt.index}: {error}") from error
-            where = f"json_schema: prompt {prompt.index}"
+                raise ValueError(f"{where}: {error}") from error
             check.require(fits, where, self.expected, "a value that fits the schema", f"{expected!r:.80}")
 
     def _score(self, text: str, schema: Any, expected: Any) -> float | None:
@@ -137,7 +138,7 @@ def _validator(given: Any) -> Any:
     try:
         schema = _value(given)
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        kind.check_schema(schema)
+        kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)  # patterns too
     except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
         got = f"{given!r:.80} ({' '.join(str(error).split())[:120]})"
         raise ValueError(check.sentence("json_schema", "schema", "a JSON schema", got)) from error

@@ -37,10 +37,10 @@ FORGED = {
     "sys.exit": "import sys\nsys.exit(0)",
     "prints verdicts": "import os\nfor n in range(64):\n    try: os.write(n, b'true\\ntrue\\n')\n"
     "    except OSError: pass\nprint('true\\ntrue')\ndef f(x): return 0",
-    "equals everything": "class A:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(x): return A()",
-    "a list that equals everything": "class A(list):\n    def __eq__(self, other): return True\ndef f(x): return A()",
+    "equals everything": "class A:\n    def __eq__(self, o): return True\ndef f(x): return A()",
+    "a list that equals everything": "class A(list):\n    def __eq__(self, o): return True\ndef f(x): return A()",
     "an int that equals everything": "class A(int):\n    def __eq__(self, other): return True\ndef f(x): return A()",
-    "patches builtins": "import builtins\nbuiltins.AssertionError = None\nbuiltins.all = lambda x: True\ndef f(x): return 0",
+    "patches builtins": "import builtins\nbuiltins.AssertionError = None\nbuiltins.all = bool\ndef f(x): return 0",
     "names of builtins": "all = any = len = isinstance = lambda *x: True\ndef f(x): return 0",
     "reads its frames": "import gc, sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for value in"
     " list(frame.f_locals.values()):\n            if isinstance(value, dict) and 'tests' in value: return 4\n"
@@ -75,7 +75,7 @@ def test_a_test_that_an_exit_would_pass_fails():
 @pytest.mark.parametrize(
     ("tests", "right", "wrong"),
     [
-        (["assert f(3) == {'a': (1, 2.5, None)}"], "def f(x): return {'a': (1, 2.5, None)}", "def f(x): return {'a': 1}"),
+        (["assert f(3) == {'a': (1, .5, None)}"], "def f(x): return {'a': (1, .5, None)}", "def f(x): return {'a': 1}"),
         (["x = [3, 1, 2]\nf(x)\nassert x == [1, 2, 3]"], "def f(x): x.sort()", "def f(x): return sorted(x)"),
         (["import math\nassert math.isclose(f(4), 2.0)"], "def f(x): return x ** .5", "def f(x): return x"),
         (["try:\n    f(-1)\nexcept ValueError:\n    pass\nelse:\n    assert False"],
