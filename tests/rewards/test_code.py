@@ -219,10 +219,10 @@ def test_completions_are_checked_at_the_same_time():
     assert time.monotonic() - began < 2.5  # 3 s one after the other
 
 
-def test_the_recipes_tasks_are_those_of_the_example():
-    example = runpy.run_path(str(ROOT / "examples" / "code_tasks.py"))
+def test_the_recipes_tasks_are_those_of_its_script_and_right():
+    made = runpy.run_path(str(ROOT / "recipes" / "code_tasks.py"))
     rows = [json.loads(line) for line in (ROOT / "recipes" / "code_tasks.jsonl").read_text().splitlines()]
-    again = example["task"](example["random"].Random(0))
+    again = made["task"](made["random"].Random(0))
     assert rows[0] == again
     for row in rows[::20]:
         scope = {}
