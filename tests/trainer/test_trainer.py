@@ -209,7 +209,6 @@ def test_a_reward_may_refuse_the_prompts_before_anything_is_written(tmp_path):
             return [0.0] * len(completions)
 
     write_model(tmp_path / "model")
-    trainer = Trainer(str(tmp_path / "model"), ROWS, rewards=Picky(), **settings(tmp_path))
     with pytest.raises(ValueError, match="cannot be judged"):
-        trainer.train()
+        Trainer(str(tmp_path / "model"), ROWS, rewards=Picky(), **settings(tmp_path))
     assert not (tmp_path / "run").exists()
