@@ -1,12 +1,14 @@
-"""The command line: `fastrl train`, `eval`, `recipes`, `scaling`, `bench`, `doctor`."""
+"""The command line: `fastrl train`, `eval`, `judge`, `recipes`, `scaling`, `analyze`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from fastrl import env
 
@@ -14,10 +16,14 @@ USAGE = """fastrl: reinforcement learning of language models.
 
   fastrl train RECIPE.yaml [--field value ...]   train a recipe; --help lists its fields
   fastrl train RECIPE.yaml --print               print the full recipe, which trains the same
+  fastrl train STAGES.yaml [--stages.NAME.field value ...] [--stage NAME]
+                                                 train a recipe of stages; --stage: NAME and those after it, again
   fastrl eval MODEL RECIPE.yaml [--field ...]    evaluate a run, checkpoint or model on a recipe's held-out set; --json
                                                  prints only the numbers
+  fastrl judge PAIRS --out FILE --model MODEL    label pairs with a judge's preferences in both orders; see --help
   fastrl recipes [FOLDER] [--markdown]           list the recipes in a folder (default: recipes) and every algorithm
   fastrl scaling fit RUN ... [--plot FILE]       fit the law of accuracy over compute to runs, extrapolate; --help
+  fastrl analyze rewards ROWS [--plot FILE]      what reward models learned of preferences, what they resisted; --help
   fastrl bench [OP] [--against PEERS ...]        time every op, or one, against torch and other projects; see --help
   fastrl bench --tune                            time the Triton kernels' tile sizes on this GPU and keep the fastest
   fastrl doctor [--json]                         show devices, backends and why one is missing, versions, threads
@@ -34,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "train": _train,
         "eval": _eval,
+        "judge": _judge,
         "recipes": _recipes,
         "scaling": _scaling,
+        "analyze": _analyze,
         "bench": _bench,
         "doctor": _doctor,
     }
@@ -62,17 +70,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: list[str]) -> int:
-    from fastrl.rewards import RewardFailure
     from fastrl.trainer.setup import train
+    from fastrl.trainer.stages import is_staged, load_stages, train_stages
+    from fastrl.trainer.stages import shown as shown_stages
 
+    if args and not {"-h", "--help"} & set(args) and is_staged(args[0]):
+        stages = load_stages(args[0], [word for word in args[1:] if word != "--print"])
+        if "--print" in args:
+            print(shown_stages(stages), end="")
+            return EXIT_OK
+        return _exit_status(lambda: train_stages(stages))
     config = _configure("fastrl train", [word for word in args if word != "--print"])
     if "--print" in args:
         from fastrl.trainer.recipe import shown
 
         print(shown(config), end="")
         return EXIT_OK
+    return _exit_status(lambda: train(config))
+
+
+def _exit_status(train: Callable[[], Any]) -> int:
+    """The exit status that tells how training ended."""
+    from fastrl.rewards import RewardFailure
+
     try:
-        outcome = train(config)
+        outcome = train()
     except RewardFailure as error:  # before the first step, so nothing is lost
         print(error, file=sys.stderr)
         return EXIT_FAILED
@@ -129,8 +151,20 @@ def _doctor(args: list[str]) -> int:
     return print_doctor(Console(), as_json=parser.parse_args(args).json)
 
 
+def _judge(args: list[str]) -> int:
+    from fastrl.rewards.label import main
+
+    return main(args)
+
+
 def _scaling(args: list[str]) -> int:
     from fastrl.scaling import main
+
+    return main(args)
+
+
+def _analyze(args: list[str]) -> int:
+    from fastrl.analyze.command import main
 
     return main(args)
 

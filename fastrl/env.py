@@ -26,6 +26,11 @@ def cpu_isa() -> str | None:
     return os.environ.get("FASTRL_CPU_ISA") or None
 
 
+def secret(name: str) -> str | None:
+    """The environment variable `name`, such as a key to a server; None if it is unset or empty."""
+    return os.environ.get(name) or None
+
+
 def triton_interpreted() -> bool:
     """`$TRITON_INTERPRET`: whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

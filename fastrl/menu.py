@@ -66,8 +66,8 @@ def about_recipes(folder: Path) -> Iterator[tuple[Path, str, str]]:
     for path in sorted(folder.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         comment = " ".join(line.lstrip("# ") for line in re.match(r"(#.*\n)*", text).group().splitlines())
-        algorithm = re.search(r"^algorithm:\s*(\w+)", text, re.MULTILINE)
-        yield path, algorithm.group(1) if algorithm else "", re.split(r"(?<=\w)[.:] ", comment)[0].rstrip(".")
+        algorithms = re.findall(r"^ *algorithm:\s*(\w+)", text, re.MULTILINE)  # several in a recipe of stages
+        yield path, ", ".join(algorithms), re.split(r"(?<=\w)[.:] ", comment)[0].rstrip(".")
 
 
 def _link(paper: str) -> str:

@@ -21,10 +21,10 @@ FLOOR = {
     "ops": 2,
     "losses": 3, "advantages": 3,
     "model": 4, "data": 4, "distributed": 4,
-    "rewards": 5, "rollout": 5, "integrations": 5,
-    "algorithms": 6,
+    "rollout": 5, "integrations": 5,
+    "rewards": 6, "algorithms": 6,
     "sources": 7, "monitor": 7, "doctor": 7, "menu": 7,
-    "trainer": 8, "scaling": 8,
+    "trainer": 8, "scaling": 8, "analyze": 8,
     "cli": 9,
 }  # fmt: skip
 SEALED = "integrations"  # a side wing that nothing imports

@@ -364,7 +364,7 @@ struct HeadKernel {
           });
       }
       Buffer<Unit> scratch(direct ? 0 : block * row_room(units));
-      Buffer<Real> tile(block * L), sums(block * L);
+      Buffer<Real> tile(block * L), sums((block > together ? block : together) * L);
       Buffer<Unit> by_token(block * token_room);
       Buffer<Unit> unturned(M::contiguous_rows ? stored<M>(block / pair) * L : 0);
       Buffer<V> bias_sum(out.grad_bias ? block : 0);

@@ -329,15 +329,7 @@ class SupervisedTuning(Objective):
         self, learner: Learner, answers: Answers, progress: Progress = unseen
     ) -> tuple[torch.Tensor, list[Metrics]]:
         """As `Objective`; one pass over the head."""
-        policy = learner.policy
-        total, metrics = 0.0, []
-        for batch in tracked(answers.batches, progress):
-            weights = torch.full_like(batch.sampling_logps, 1.0 / answers.tokens)
-            out = _linear_loss(policy, policy.hidden(batch), batch, weights, entropy=True)
-            out.loss.backward()
-            total = total + out.loss.detach()
-            metrics.append({"entropy": out.metrics["entropy"]})
-        return total, metrics
+        return accumulate_nll(learner.policy, answers, progress)
 
     @torch.no_grad()
     def measure(self, policy: Policy, answers: Answers, progress: Progress = unseen) -> dict[str, float]:
@@ -350,6 +342,20 @@ class SupervisedTuning(Objective):
             for states, targets in zip(hidden.split(rows), batch.targets.split(rows), strict=True):
                 right += (policy.head.logits(states).argmax(-1) == targets).sum().item()
         return {"loss": nats / answers.tokens, "token_accuracy": right / answers.tokens}
+
+
+def accumulate_nll(
+    policy: Policy, answers: Answers, progress: Progress = unseen, *, coef: float = 1.0
+) -> tuple[torch.Tensor, list[Metrics]]:
+    """(coef times the mean of -log p over the answers' tokens, metrics); adds its gradient to the parameters'."""
+    total, metrics = 0.0, []
+    for batch in tracked(answers.batches, progress):
+        weights = torch.full_like(batch.sampling_logps, coef / answers.tokens)
+        out = _linear_loss(policy, policy.hidden(batch), batch, weights, entropy=True)
+        out.loss.backward()
+        total = total + out.loss.detach()
+        metrics.append({"entropy": out.metrics["entropy"]})
+    return total, metrics
 
 
 @dataclass(frozen=True)

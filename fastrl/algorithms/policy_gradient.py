@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -27,6 +27,9 @@ from fastrl.progress import Progress, Watch, tracked, unseen
 from fastrl.spec import PolicyLoss
 from fastrl.types import Batch, Group, LossOutput, MicroBatch
 
+if TYPE_CHECKING:
+    from fastrl.algorithms.offline import Answers
+
 # (log-probabilities (N,) with gradient, micro-batch) -> (N,), added to the loss of each token.
 LossTerm = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
 
@@ -38,6 +41,7 @@ class Part(NamedTuple):
     normalizer: float  # divisor of the loss
     label: str = ""
     only_critic: bool = False
+    ptx: Answers | None = None  # PPO-ptx's pretraining rows
 
 
 @dataclass(frozen=True)

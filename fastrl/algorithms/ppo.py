@@ -9,15 +9,20 @@ from typing import Any
 import torch
 
 from fastrl.advantages import discounted_returns, kl_in_reward, vapo_gae, whiten
+from fastrl.algorithms.base import Learner
+from fastrl.algorithms.offline import Answers, accumulate_nll
 from fastrl.algorithms.policy_gradient import Part, PolicyGradient, policy_gradient_loss
 from fastrl.check import require
 from fastrl.data.pack import Counts, trained
+from fastrl.data.sampler import PromptSampler
+from fastrl.losses.metrics import Metrics
 from fastrl.losses.token_masks import positive_nll_weights
 from fastrl.losses.value import value_loss
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic, SharedCritic
 from fastrl.ops.gae import gae
-from fastrl.types import Group, LossOutput, MicroBatch
+from fastrl.progress import Progress, Watch, unseen
+from fastrl.types import Batch, Group, LossOutput, MicroBatch
 
 
 @dataclass
@@ -45,6 +50,23 @@ class KLController:
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """The pretraining term of PPO-ptx: coef times the mean of -log pi(x_t | x_<t) over the tokens of some rows.
+
+    It is gamma E_{x ~ D_pretrain}[log pi(x)] of arXiv:2203.02155 equation 2, with the mean over tokens in place of the
+    sum, as in the policy loss; the temperature is 1 whatever that of the rollouts.
+    """
+
+    rows: PromptSampler[Group]  # demonstrations, or whole texts
+    number: int  # rows per optimizer step
+    coef: float
+
+    def next(self, learner: Learner) -> Answers:
+        """The next optimizer step's rows, packed."""
+        return Answers.of(learner, self.rows.next(self.number))
+
+
+@dataclass(frozen=True)
 class ActorCritic(PolicyGradient):
     """PPO, arXiv:1707.06347, as used in RLHF, arXiv:2203.02155.
 
@@ -59,6 +81,8 @@ class ActorCritic(PolicyGradient):
 
     Without a critic this is REINFORCE++, arXiv:2501.03262: values are 0 and lam is 1, so advantages are whitened
     rewards-to-go, and there is no value loss.
+
+    With `ptx` this is PPO-ptx: each optimizer step of the policy adds the gradient of `Pretraining`.
     """
 
     kl: KLController
@@ -71,6 +95,7 @@ class ActorCritic(PolicyGradient):
     length_alpha: float | None = None
     positive_nll: float = 0.0
     critic: bool = True
+    ptx: Pretraining | None = None
 
     def __post_init__(self) -> None:
         ok = self.spec.aggregate == "token_mean"
@@ -105,6 +130,23 @@ class ActorCritic(PolicyGradient):
     def needs_old(self) -> bool:
         """Always: the KL in the reward uses the weights that sampled."""
         return True
+
+    def updates(self, learner: Learner, batch: Batch, watch: Watch) -> Iterator[Part]:
+        """As `Algorithm`. Rows of `ptx` are drawn step by step, so a step that is undone draws the same rows again."""
+        for part in super().updates(learner, batch, watch):
+            draws = self.ptx is not None and not part.only_critic
+            yield part._replace(ptx=self.ptx.next(learner)) if draws else part
+
+    def accumulate(
+        self, learner: Learner, part: Part, progress: Progress = unseen
+    ) -> tuple[torch.Tensor, list[Metrics]]:
+        """As `Algorithm`; logs the mean of -log pi over the pretraining rows' tokens as loss/ptx."""
+        loss, metrics = super().accumulate(learner, part, progress)
+        if part.ptx is None:
+            return loss, metrics
+        added, _ = accumulate_nll(learner.policy, part.ptx, coef=self.ptx.coef)
+        tokens = torch.tensor(float(part.ptx.tokens), device=added.device)
+        return loss + added, [*metrics, {"loss/ptx": (added / self.ptx.coef * tokens, tokens)}]
 
     def advantages(self, groups: Sequence[Group]) -> None:
         """Does nothing: advantages are per token and need the critic (`estimate`)."""
@@ -149,12 +191,18 @@ class ActorCritic(PolicyGradient):
             self.kl.update(numbers["objective/kl"], sequences)
 
     def state_dict(self) -> dict[str, Any]:
-        """The KL coefficient."""
-        return {"kl_coef": self.kl.coef}
+        """The KL coefficient, and the position in the pretraining rows."""
+        return {"kl_coef": self.kl.coef} | ({"ptx": self.ptx.rows.state_dict()} if self.ptx else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the KL coefficient."""
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: the pretraining rows are others.
+        """
         self.kl.coef = state["kl_coef"]
+        if self.ptx:
+            self.ptx.rows.load_state_dict(state["ptx"])
 
     def _imitating(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches of one optimizer step with VAPO's NLL weights for completions that scored above 0."""

@@ -6,6 +6,7 @@ import json
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,12 +85,15 @@ def load_prompts(
     return _short_enough(prompts, max_prompt_tokens)
 
 
-def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split(
+    prompts: Sequence[Prompt], held_out: int, seed: int, bucket: Callable[[Prompt], str] | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
     """A random split of the prompts into (train, held out), without duplicate rows; no question is in both.
 
     Prompts that differ in their text or in any other column are different tasks. Prompts whose text differs only in
     white space are one question, and all tasks of a question are on the same side. Duplicate rows are dropped, and a
-    warning counts them.
+    warning counts them. With `bucket`, which names a prompt's bucket, about equally many are
+    held out of each.
 
     Raises:
         ValueError: `held_out` leaves nothing to train on.
@@ -100,16 +104,22 @@ def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Pro
         warnings.warn(
             f"{left_out} of {len(prompts)} prompts repeat an earlier row in every column; left out.", stacklevel=2
         )
-    return by_question(distinct, held_out, seed, question)
+    return by_question(distinct, held_out, seed, question, bucket)
 
 
 def by_question(
-    rows: Sequence[Kept], held_out: int, seed: int, question: Callable[[Kept], str]
+    rows: Sequence[Kept],
+    held_out: int,
+    seed: int,
+    question: Callable[[Kept], str],
+    bucket: Callable[[Kept], str] | None = None,
 ) -> tuple[list[Kept], list[Kept]]:
     """A random split of the rows into (the rest, held out) that keeps all rows of a question together.
 
     Questions are held out until there are `held_out` rows. A question with more rows than are still missing is skipped;
-    if rows are missing at the end, the smallest remaining question is held out whole.
+    if rows are missing at the end, the smallest remaining question is held out whole. With `bucket`, the
+    buckets take turns, each with the questions whose first row it is, and none gives more than half of them while
+    another has less.
 
     Raises:
         ValueError: `held_out` leaves nothing to train on.
@@ -119,6 +129,12 @@ def by_question(
         questions.setdefault(question(row), []).append(row)
     order = list(questions.values())
     random.Random(seed).shuffle(order)
+    if bucket:
+        of: dict[str, list[list[Kept]]] = {}
+        for same in order:
+            of.setdefault(bucket(same[0]), []).append(same)
+        halves = [same[: len(same) // 2] for same in of.values()], [same[len(same) // 2 :] for same in of.values()]
+        order = [same for half in halves for turn in zip_longest(*half) for same in turn if same is not None]
     out, lacking = set(), held_out
     for place, same in enumerate(order):
         if len(same) <= lacking:

@@ -42,6 +42,14 @@ class PromptSampler(Generic[Drawn]):
             batch.append(self.prompts[place])
         return batch
 
+    def observe(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Told of every group that was sampled, with its rewards, before the next call of `next`; here it does nothing.
+
+        Returns:
+            Numbers to report.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The sampler's position, in a form that JSON can hold."""
         return {"seed": self.seed, "epoch": self.epoch, "drawn": self._drawn, "prompts": self.fingerprint()}
@@ -60,7 +68,17 @@ class PromptSampler(Generic[Drawn]):
             "the state of others",
             "Resume with the prompts the run began with.",
         )
-        self.seed, self.epoch, self._drawn = state["seed"], state["epoch"], state["drawn"]
+        self.seed = state["seed"]
+        self.go_to(state["epoch"], state["drawn"])
+
+    @property
+    def drawn(self) -> int:
+        """How many were drawn of this epoch."""
+        return self._drawn
+
+    def go_to(self, epoch: int, drawn: int) -> None:
+        """Continues after the first `drawn` of an epoch."""
+        self.epoch, self._drawn = epoch, drawn
         self._order = self._shuffled()
 
     def _shuffled(self) -> list[int]:

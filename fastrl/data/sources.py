@@ -17,6 +17,7 @@ from fastrl.hub import or_cache
 
 READERS = {".csv": "csv", ".parquet": "parquet", ".json": "json"}  # suffix -> the reader of `datasets`
 GYM = "reasoning_gym:"
+MIXTURE = "mixture"  # reasoning-gym tasks at several levels, named in the options
 MOST_DRAWS = 100  # other rows' answers to try as a question's wrong answer
 
 
@@ -31,16 +32,19 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
     """The rows of `source`, in order.
 
     Args:
-        source: `reasoning_gym:TASK`; a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file; a folder written by
-            `save_to_disk`, or a folder of such files (a cloned data set); a hub id; a `datasets` dataset, or any
-            iterable of mappings.
+        source: `reasoning_gym:TASK`, or `reasoning_gym:mixture` of several; a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or
+            `.parquet` file; a folder written by `save_to_disk`, or a folder of such files (a cloned data set); a hub
+            id; a `datasets` dataset, or any iterable of mappings.
         size, seed: how many tasks reasoning-gym generates, and their seed.
-        options: the task's settings for reasoning-gym; `split` and `name` for datasets.
+        options: the task's settings for reasoning-gym; for a mixture `tasks`, from each task's name to its levels, a
+            list of settings from the easiest on, whose rows have the columns `task` and `level`, from 1; `split` and
+            `name` for datasets.
     """
     if isinstance(source, str | Path) and not str(source).startswith(GYM):
         source = Path(source).expanduser() if str(source).startswith("~") else source
     if isinstance(source, str) and source.startswith(GYM):
-        rows = _gym_rows(source.removeprefix(GYM), size, seed, options)
+        task = source.removeprefix(GYM)
+        rows = _gym_mixture(size, seed, options) if task == MIXTURE else _gym_rows(task, size, seed, options)
     elif isinstance(source, str | Path) and str(source).endswith((".jsonl", ".jsonl.gz")):
         _no_options(source, options, ())
         rows = _jsonl_rows(Path(source))
@@ -121,6 +125,29 @@ def _gym_rows(task: str, size: int, seed: int, options: Mapping[str, Any]) -> li
         )
         for index, entry in enumerate(dataset)
     ]
+
+
+def _gym_mixture(size: int, seed: int, options: Mapping[str, Any]) -> list[Row]:
+    """The rows of every level of every task, in equal numbers."""
+    where = f"{GYM}{MIXTURE}"
+    _no_options(where, options, ("tasks",))
+    tasks = options.get("tasks")
+    expected = "a mapping from a reasoning-gym task to a list of levels, each the task's settings"
+    check.require(isinstance(tasks, Mapping) and bool(tasks), "load_prompts", "options.tasks", expected, repr(tasks))
+    cells = []
+    for task, levels in tasks.items():
+        plain = isinstance(levels, list) and bool(levels) and all(isinstance(level, Mapping) for level in levels)
+        check.require(plain, "load_prompts", f"options.tasks.{task}", "a list of levels, each settings", repr(levels))
+        cells += [(task, number, level) for number, level in enumerate(levels, start=1)]
+    check.require(size >= len(cells), "load_prompts", "size", f"a row for each of {len(cells)} levels or more", size)
+    rows = []
+    for place, (task, number, level) in enumerate(cells):
+        share = size // len(cells) + (place < size % len(cells))
+        rows += [
+            Row(f"{row.where}, level {number}", {**row.values, "level": number})
+            for row in _gym_rows(task, share, seed, level)
+        ]
+    return rows
 
 
 def _without_number(metadata: Mapping[str, Any]) -> dict[str, Any]:

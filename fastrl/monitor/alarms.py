@@ -104,6 +104,12 @@ def _signs(metrics: dict[str, float]) -> dict[str, Sign]:
             f"completions are {metrics.get('sampling/staleness', 0.0):.1f} updates old. Let the sampler run less far "
             "ahead, or take the ratio to it with policy_gradient.ratio_to_sampler.",
         ),
+        "prompts used up": Sign(
+            metrics.get("curriculum/restarts", 0.0) > 0,
+            "every training prompt has reached the pass rate of curriculum.leave_out, so none is left. All of them are "
+            "drawn again, with a new history. Use more or harder prompts, or end the run here.",
+            patience=1,
+        ),
         "length limit": Sign(
             cut > 0.9,
             f"the length limit cut {cut:.0%} of the completions. Raise rollout.max_new_tokens.",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrl import check
 from fastrl.rewards.extract import completion_text
+
+if TYPE_CHECKING:
+    from fastrl.types import Group
 
 DTYPES = ("auto", "bfloat16", "float32")
 
@@ -54,13 +57,20 @@ class ModelReward:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         """One score per completion."""
+        from fastrl.data.preferences import answered
+
+        texts = map(completion_text, completions)
+        return self.scores(
+            [answered(prompt, text, self.tokenizer) for prompt, text in zip(prompts, texts, strict=True)]
+        )
+
+    def scores(self, groups: Sequence[Group]) -> list[float]:
+        """One score per group, of its only answer, tokenised with this model's tokenizer."""
         import torch
 
         from fastrl.data.pack import pack
-        from fastrl.data.preferences import answered, with_end
+        from fastrl.data.preferences import with_end
 
-        texts = map(completion_text, completions)
-        groups = [answered(prompt, text, self.tokenizer) for prompt, text in zip(prompts, texts, strict=True)]
         groups = with_end(groups, self.tokenizer.pad_token_id)
         longest = max(len(group.prompt.token_ids) + len(group.samples[0].token_ids) for group in groups)
         scores = [0.0] * len(groups)

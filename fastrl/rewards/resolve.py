@@ -16,6 +16,7 @@ from fastrl.rewards.code import CodeReward
 from fastrl.rewards.format import FormatReward
 from fastrl.rewards.instructions import InstructionsReward
 from fastrl.rewards.json_schema import JsonSchemaReward
+from fastrl.rewards.judge import JudgeReward
 from fastrl.rewards.language import LanguageConsistencyReward
 from fastrl.rewards.math_answer import MathAnswerReward
 from fastrl.rewards.model import ModelReward
@@ -27,6 +28,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "format": FormatReward,
     "instructions": InstructionsReward,
     "json_schema": JsonSchemaReward,
+    "judge": JudgeReward,
     "language_consistency": LanguageConsistencyReward,
     "math_answer": MathAnswerReward,
     "model": ModelReward,

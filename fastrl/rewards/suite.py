@@ -4,6 +4,9 @@ A reward is any callable with TRL's signature (https://huggingface.co/docs/trl/g
 function"), sync or async, that returns one number per completion, or None where it does not apply:
 
     reward(prompts=, completions=, completion_ids=, trainer_state=, log_extra=, log_metric=, **columns)
+
+A reward with an attribute `required` that is true always applies: where it returns None its value is missing, and the
+completion has no reward. An exception in place of a value is a failure on that completion alone.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ class RewardSuite:
         self.names = [reward_name(func) for func in self.funcs]
         self.max_failure_fraction = max_failure_fraction
         self.timeout = timeout
+        self._required = {name for name, func in zip(self.names, self.funcs, strict=True) if _is_required(func)}
         op = "RewardSuite"
         check.require(len(self.funcs) > 0, op, "funcs", "at least one reward", "none")
         check.require(
@@ -153,7 +157,8 @@ class RewardSuite:
             if (value := sample.rewards[name]) is not None
         ]
         sample.reward = None
-        if lost or not terms:
+        missing = any(sample.rewards[name] is None for name in self._required)
+        if lost or missing or not terms:
             return None
         total = sum(terms) if max(map(abs, terms)) > LARGEST else math.fsum(terms)  # fsum raises where sum overflows
         if not abs(total) <= LARGEST:
@@ -176,6 +181,10 @@ def reward_name(func: RewardFunc) -> str:
     if isinstance(func, functools.partial):
         return reward_name(func.func)
     return getattr(func, "__name__", None) or type(func).__name__
+
+
+def _is_required(func: RewardFunc) -> bool:
+    return bool(getattr(func.func if isinstance(func, functools.partial) else func, "required", False))
 
 
 def _arguments(pairs: Sequence[tuple[Group, Sample]]) -> dict[str, list[Any]]:

@@ -48,6 +48,7 @@ class Rollouts:
         self.sampling.engine.version = learner.updates
         judge = Judge(self.rewards, step, self.total_steps, batch.numbers)
         groups = judged(self.prompts.next(self.number), self.samples, batch.seed, self.sampling, judge, watch)
+        batch.numbers |= self.prompts.observe(groups)
         batch.groups = self._refilled(groups, batch, judge, watch) if self.refills else groups
         _require_rewards(batch, judge)
         if self.greedy:
@@ -79,7 +80,7 @@ class Rollouts:
         while taken < self.refills and (missing := len(groups) - sum(map(rewards_differ, sampled))) > 0:
             taken += 1
             # A different seed for each round of the step.
-            sampled += judged(
+            fresh = judged(
                 self.prompts.next(missing),
                 self.samples,
                 batch.seed + (taken << 32),
@@ -88,6 +89,8 @@ class Rollouts:
                 watch,
                 units=(f"tokens of round {taken + 1}", "rewards"),
             )
+            batch.numbers |= self.prompts.observe(fresh)
+            sampled += fresh
         report = {"rounds": float(taken), "groups": float(len(sampled)), "reward": mean_reward(sampled)}
         batch.numbers |= {f"dynamic_sampling/{name}": value for name, value in report.items()}
         return sorted(sampled, key=rewards_differ, reverse=True)[: len(groups)]  # stable: keeps the order of rounds

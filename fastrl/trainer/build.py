@@ -21,7 +21,7 @@ from fastrl.check import require
 from fastrl.ops.group_advantages import GroupAdvantage
 from fastrl.preference_spec import PreferenceMix
 from fastrl.spec import KL, Clip, PolicyLoss, Reinforce
-from fastrl.trainer.config import PolicyGradientConfig, PPOConfig, TrainConfig
+from fastrl.trainer.config import DataConfig, PolicyGradientConfig, PPOConfig, TrainConfig
 from fastrl.typed import ConfigError, changed
 
 OP = "TrainConfig"
@@ -240,6 +240,11 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
         of_critic = ("critic_model", "critic_lr", "lam", "lam_policy", "length_alpha", "value_coef", "value_clip")
         set_ = [name for name in of_critic if getattr(ppo, name) != getattr(PPOConfig, name)]
         require(not set_, OP, f"ppo.{', ppo.'.join(set_)}", "left out without a critic", "a value")
+    require(0 <= ppo.ptx_coef < math.inf, OP, "ppo.ptx_coef", "0 or more, and finite", ppo.ptx_coef)
+    given = ppo.ptx_coef == 0 or config.data != DataConfig()
+    require(given, OP, "data", "the rows that ppo.ptx_coef weighs", "none", "Set data.source.")
+    unpaired = not (config.data.unpair or config.data.ranked)
+    require(unpaired, OP, "data.unpair, data.ranked", "false: ppo.ptx_coef reads demonstrations or text", True)
     controller = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
     names = ("gamma", "lam", "lam_policy", "length_alpha", "positive_nll", "value_coef", "value_clip", "whiten")
     factors = {name: getattr(ppo, name) for name in names}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from fastrl.algorithms import ALGORITHMS, OFFLINE, TokenMasks
 from fastrl.check import choice, require
+from fastrl.data.curriculum import ERRORS
 from fastrl.typed import nested
 
 # Settings that a resumed run may change: how long, how often and on what it runs, but not what it computes.
@@ -25,10 +27,11 @@ class TaskConfig:
     """Where prompts come from. A run on rows of `data` uses only the held-out prompts, for evaluation."""
 
     source: str = "reasoning_gym:chain_sum"
-    """reasoning_gym:TASK, a .jsonl, .json, .csv or .parquet file, a folder of such files or from save_to_disk, or a hub
-    id."""
+    """reasoning_gym:TASK, reasoning_gym:mixture of several at several levels, a .jsonl, .json, .csv or .parquet file, a
+    folder of such files or from save_to_disk, or a hub id."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Passed to the source: the settings of a reasoning-gym task, or a dataset's split and name."""
+    """Passed to the source: the settings of a reasoning-gym task, a mixture's tasks, each with a list of levels, or a
+    dataset's split and name."""
     size: int = 2000
     """Number of prompts to generate, for reasoning_gym sources."""
     held_out: int = 100
@@ -88,7 +91,8 @@ class RolloutConfig:
     """Stop strings: a completion ends with the token that completes one. A string may be part of a token or span
     several. Every token is trained on, the last one too."""
     threshold: float = 0.5
-    """Reward from which a completion counts as good: in algorithms that select or label (sft, kto), and in pass@k."""
+    """Reward from which a completion counts as good: in algorithms that select or label (sft, kto), in pass@k, and in
+    curricula."""
     dynamic_sampling: int = 0
     """DAPO: up to this many times a step, replace prompts whose rewards are all equal by new ones; 0 is off."""
 
@@ -102,6 +106,46 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """Which prompts are drawn, given how earlier ones went: `fastrl.data.curriculum`."""
+
+    kind: Literal[
+        "epochs",
+        "domain_randomisation",
+        "waker_m",
+        "waker_r",
+        "learnability",
+        "difficulty_pools",
+        "easy_to_hard",
+    ] = "epochs"
+    """epochs passes over all prompts in random order. The others draw a bucket first: domain_randomisation each with
+    the same probability, waker_m by its error, waker_r by how fast its error falls, learnability by p (1 - p) of its
+    pass rate, difficulty_pools by its last mean reward, easy_to_hard by its number, up to one that rises over the
+    run."""
+    by: tuple[str, ...] = ()
+    """Columns whose values name a prompt's bucket, such as task and level; none of them: each prompt is its own. The
+    buckets of evaluation too, where eval.by names none."""
+    error: Literal[tuple(ERRORS)] = "pass_variance"
+    """WAKER's error of a group: pass_variance is p (1 - p) of its pass rate, disagreement the standard deviation
+    between the rewards of a completion, two or more on one scale, advantage the mean of |r - mean(r)|."""
+    temperature: float | None = None
+    """WAKER's temperature; null is the paper's, 1 for waker_m and 0.5 for waker_r."""
+    random_share: float = 0.2
+    """Probability with which waker and learnability draw any bucket."""
+    interval: int = 10
+    """K: running means of waker and learnability weigh a new group 1 / K; waker_r compares errors every K groups."""
+    power: float = 1.0
+    """Exponent of learnability's p (1 - p); 0.5 is the standard deviation."""
+    pool_thresholds: tuple[float, ...] = (0.25, 0.75, 1.0)
+    """Highest mean reward of each difficulty pool, ascending."""
+    pool_weights: tuple[float, ...] = (0.2, 1.0, 0.2)
+    """Weight of a bucket in each difficulty pool; a bucket not seen yet has 1."""
+    leave_out: float | None = None
+    """No-positive-resampling, with any kind: a prompt is left out for good once its pass rate over all its completions
+    is at least this, 0.9 in ScaleRL; null is off. A completion passes from rollout.threshold on."""
+
+
+@dataclass(frozen=True)
 class AheadConfig:
     """Sampling ahead of training in a second process: PipelineRL, arXiv:2509.19128."""
 
@@ -110,6 +154,26 @@ class AheadConfig:
     in turn. ScaleRL uses 8."""
     threads: int = 0
     """CPU threads of the sampling process; 0 takes half of them, and leaves the others to training."""
+
+
+@dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of sampling, judging, choosing and training, for source: rounds."""
+
+    prompts: int = 64
+    """Prompts per round, sampled rollout.prompts_per_step at a time with rollout.group_size completions each."""
+    thresholds: tuple[float, ...] = (0.0,)
+    """For sft: a round's improves, each on the completions that score more than its threshold; they must rise."""
+    quantiles: bool = False
+    """thresholds are quantiles of the round's scores, which must be reached: 0.9 takes the best tenth."""
+    most_per_prompt: int = 0
+    """For sft: at most this many completions of a prompt, the best first; 0 takes all. ReST-EM takes 10."""
+    steps: int = 0
+    """Training steps per improve; 0 makes `epochs` passes over the chosen rows."""
+    epochs: int = 1
+    """Passes over the chosen rows of an improve, if steps is 0."""
+    restart: bool = False
+    """For sft: train from the first weights in every round, as ReST-EM does, instead of the last round's."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +298,9 @@ class PPOConfig:
     """KL per sequence, in nats, that kl_coef adapts toward; null keeps kl_coef fixed."""
     kl_horizon: int = 10000
     """Number of sequences over which kl_coef adapts."""
+    ptx_coef: float = 0.0
+    """PPO-ptx: weight of the mean negative log-likelihood of rows of `data` (demonstrations or plain text), of which
+    each optimizer step takes `rows_per_step`; InstructGPT uses 27.8."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +314,10 @@ class EvalConfig:
     pass_at_k: tuple[int, ...] = ()
     """Values of k, at most samples. pass@k is the probability that at least one of k completions reaches
     rollout.threshold, estimated from all sampled completions."""
+    by: tuple[str, ...] = ()
+    """Columns whose values name a prompt's bucket: also reports each bucket's mean reward, their mean, and their
+    CVaR_0.1, the mean of the worst tenth of the buckets. About equally many prompts are held out of each. Empty takes
+    curriculum.by."""
 
 
 @dataclass(frozen=True)
@@ -257,9 +328,10 @@ class TrainConfig:
     """A folder, a hub id, or the name of a model that ships in a Python package."""
     algorithm: Literal[tuple(ALGORITHMS)] = "grpo"
     """Sets the advantages and the loss; `loss` overrides its factors one by one."""
-    source: Literal["auto", "rollouts", "ahead", "offline"] = "auto"
+    source: Literal["auto", "rollouts", "ahead", "offline", "rounds"] = "auto"
     """Where groups come from: rollouts samples them from `task` at each step, ahead does so in a second process while
-    training goes on, offline reads pre-written rows of `data`. auto: the usual source of the algorithm."""
+    training goes on, offline reads pre-written rows of `data`, rounds samples many at once, keeps them on disk and
+    trains on the chosen ones for several steps. auto: the usual source of the algorithm."""
     reference: str = ""
     """The frozen reference model; empty is the model itself before training."""
     steps: int = 100
@@ -285,7 +357,8 @@ class TrainConfig:
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss of a mixture of experts; null takes the model's own, 0 turns it off."""
     rows_per_step: int = 16
-    """Rows of `data` per step: pairs, labelled answers, demonstrations or groups of scored completions."""
+    """Rows per step, of `data` or of a round: pairs, labelled answers, demonstrations or groups of scored
+    completions."""
     max_tokens_per_microbatch: int = 2048
     """Model input tokens per micro-batch, padding included. Affects memory, not the gradient."""
     layout: Literal["auto", "padded", "shared", "varlen"] = "auto"
@@ -326,6 +399,8 @@ class TrainConfig:
     """How completions are sampled."""
     ahead: AheadConfig = AheadConfig()
     """How far `source: ahead` samples ahead."""
+    rounds: RoundsConfig = RoundsConfig()
+    """Rounds of sampling, judging, choosing and training."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Changes to the algorithm's preset, by the names in its spec: {surrogate.high: 0.28, kl.coef: 0.001} for a
     `fastrl.PolicyLoss`, {beta: 0.3} for a `fastrl.PreferenceLoss`. The KL of a policy loss is off unless named here,
@@ -340,6 +415,8 @@ class TrainConfig:
     """PPO's critic, its advantages and the KL in its reward."""
     eval: EvalConfig = EvalConfig()
     """What is measured on the held-out set, and when."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Which prompts of `task` are drawn."""
 
     @property
     def quantized(self) -> bool:
@@ -379,6 +456,8 @@ class TrainConfig:
         require_optimizer(op, self.optimizer)
         require_adapter(op, self.adapter)
         require_source(op, self)
+        require_curriculum(op, self)
+        require_rounds(op, self)
 
     def directory(self) -> Path:
         """`run_dir` with its placeholders filled in."""
@@ -416,6 +495,31 @@ def require_adapter(op: str, adapter: AdapterConfig) -> None:
         require(adapter.save == "adapter", op, "adapter.save", "adapter with adapter.quantize", adapter.save, do)
 
 
+def require_curriculum(op: str, config: TrainConfig) -> None:
+    """Refuses settings with which a curriculum would draw nothing, or something other than it says."""
+    asked, one = config.curriculum, "curriculum"
+    fresh = not config.offline or asked == CurriculumConfig()
+    require(fresh, op, one, f"its defaults, as {config.algorithm} reads written rows in epochs", asked.kind)
+    warm = asked.temperature is None or 0 < asked.temperature < math.inf
+    require(warm, op, f"{one}.temperature", "more than 0, or null", asked.temperature)
+    require(0 <= asked.random_share <= 1, op, f"{one}.random_share", "a share from 0 to 1", asked.random_share)
+    require(asked.interval >= 1, op, f"{one}.interval", "1 or more", asked.interval)
+    require(0 < asked.power < math.inf, op, f"{one}.power", "more than 0", asked.power)
+    share = asked.leave_out
+    require(share is None or 0 < share <= 1, op, f"{one}.leave_out", "a share above 0, or null", share)
+    thresholds, weights = asked.pool_thresholds, asked.pool_weights
+    ascending = bool(thresholds) and all(a < b for a, b in pairwise(thresholds))
+    require(ascending, op, f"{one}.pool_thresholds", "ascending numbers", thresholds)
+    paired = len(weights) == len(thresholds) and all(0 <= weight < math.inf for weight in weights) and any(weights)
+    expected = f"{len(thresholds)} numbers from 0, one per threshold, not all 0"
+    require(paired, op, f"{one}.pool_weights", expected, weights)
+    several = asked.error != "disagreement" or asked.kind not in ("waker_m", "waker_r") or len(config.rewards) > 1
+    do = "One reward disagrees with nobody: name an ensemble in rewards, or take another error."
+    require(several, op, f"{one}.error", "pass_variance or advantage with one reward", asked.error, do)
+    ordered = asked.kind != "easy_to_hard" or len(asked.by) == 1
+    require(ordered, op, f"{one}.by", "one column of numbers for easy_to_hard", ", ".join(asked.by) or "none")
+
+
 def require_source(op: str, config: TrainConfig) -> None:
     """Refuses numbers that make no batch, and settings of a source that the run does not use."""
     rollout, optimizer, share = config.rollout, config.optimizer, config.max_failure_fraction
@@ -445,6 +549,38 @@ def require_source(op: str, config: TrainConfig) -> None:
     require(0 <= share <= 1, op, "max_failure_fraction", "a share from 0 to 1", share)
     seconds = config.reward_timeout
     require(0 <= seconds < math.inf, op, "reward_timeout", "seconds, or 0 (off)", seconds)
-    unused = config.offline or config.data == DataConfig()
+    unused = config.offline or config.ppo.ptx_coef != 0 or config.data == DataConfig()
     expected = f"nothing, as {config.algorithm} learns from completions that it samples"
     require(unused, op, "data", expected, "a value", "Prompts are in task; or set source: offline.")
+
+
+def require_rounds(op: str, config: TrainConfig) -> None:
+    """Refuses rounds that the algorithm cannot learn from or that never end, and settings that would do nothing."""
+    rounds, kind = config.rounds, ALGORITHMS[config.algorithm].kind
+    if config.source != "rounds":
+        expected = f"its defaults with source: {config.source}"
+        require(rounds == RoundsConfig(), op, "rounds", expected, "a value", "Set source: rounds.")
+        return
+    fits = kind in ("pairs", "completions") and config.algorithm != "reward_model"
+    require(fits, op, "source", f"rollouts or offline for {config.algorithm}", "rounds", "Rounds train sft and dpo.")
+    for name in ("prompts", "epochs"):
+        require(getattr(rounds, name) >= 1, op, f"rounds.{name}", "at least 1", getattr(rounds, name))
+    for name in ("most_per_prompt", "steps"):
+        require(getattr(rounds, name) >= 0, op, f"rounds.{name}", "0 or more", getattr(rounds, name))
+    of_sft = {"thresholds", "quantiles", "most_per_prompt", "restart"} if kind == "pairs" else set()
+    set_ = [name for name in sorted(of_sft) if getattr(rounds, name) != getattr(RoundsConfig, name)]
+    expected = f"left out for {config.algorithm}, which takes the best and the worst of each group"
+    require(not set_, op, f"rounds.{', rounds.'.join(set_)}", expected, "a value")
+    rising = all(low < high for low, high in zip(rounds.thresholds, rounds.thresholds[1:], strict=False))
+    rising = rising and len(rounds.thresholds) > 0 and all(map(math.isfinite, rounds.thresholds))
+    require(rising, op, "rounds.thresholds", "one finite number or more, each above the last", rounds.thresholds)
+    shares = not rounds.quantiles or all(0 <= share <= 1 for share in rounds.thresholds)
+    require(shares, op, "rounds.thresholds", "shares from 0 to 1 with rounds.quantiles", rounds.thresholds)
+    constant = not rounds.restart or config.optimizer.schedule == "constant"
+    do = "A restart begins the schedule anew."
+    require(constant, op, "optimizer.schedule", "constant with rounds.restart", config.optimizer.schedule, do)
+    fresh, got = config.rollout.dynamic_sampling == 0, config.rollout.dynamic_sampling
+    require(fresh, op, "rollout.dynamic_sampling", "0 with rounds, which choose from what was sampled", got)
+    named = config.rollout.threshold == RolloutConfig.threshold or bool(config.eval.pass_at_k)
+    do = "Set rounds.thresholds."
+    require(named, op, "rollout.threshold", "left out with rounds", config.rollout.threshold, do)

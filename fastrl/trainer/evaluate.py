@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Protocol
 
 from fastrl import env
 from fastrl.algorithms.offline import Answers, Objective
+from fastrl.data.curriculum import bucket_of, cvar
 from fastrl.monitor.log import RunLog
 from fastrl.monitor.units import number
 from fastrl.progress import Unwatched, tracked
@@ -18,6 +20,7 @@ from fastrl.trainer.learner import Learner
 from fastrl.types import Group, Prompt
 
 EVALUATION_SEED = 2**40  # far from every training step's seed, and the same for every evaluation
+TAIL = 0.1  # share of the buckets in the CVaR, as in WAKER
 SHOWN_ROWS = 6  # held-out rows in the report, each measured on its own at every evaluation
 
 
@@ -39,7 +42,7 @@ class Printed(Unwatched):
         """As `RunLog.evaluation`."""
         if "reward" in result:
             self.results[name] = result["reward"]
-            passed = {key: value for key, value in result.items() if key.startswith("pass@")}
+            passed = {key: value for key, value in result.items() if key.startswith(("pass@", "reward/"))}
             self.results |= passed
             size = f"{len(samples)} prompts x {len(samples[0].samples)}"
             rest = "".join(f", {key} {number(value)}" for key, value in passed.items())
@@ -61,6 +64,7 @@ class OnPrompts:
     Args:
         pass_at_k: the values of k.
         threshold: minimum reward of a completion that passes.
+        by: columns that name a prompt's bucket; with them, `by_bucket` is reported too.
     """
 
     prompts: Sequence[Prompt]
@@ -70,6 +74,7 @@ class OnPrompts:
     total_steps: int = 0
     pass_at_k: tuple[int, ...] = ()
     threshold: float = 0.5
+    by: tuple[str, ...] = ()
 
     def run(self, learner: Learner, log: RunLog, step: int) -> None:
         """As `Evaluation`."""
@@ -87,10 +92,34 @@ class OnPrompts:
                 units=(f"tokens, {name}", f"rewards, {name}"),
                 about=f"Evaluation at step {step}",
             )
-            result = {"reward": mean_reward(groups), "prompts": float(len(groups)), **numbers}
+            result = {"reward": mean_reward(groups), "prompts": float(len(groups)), **_each(groups), **numbers}
             if name == "sampled":
                 result |= {f"pass@{k}": pass_at_k(groups, k, self.threshold) for k in self.pass_at_k}
+            if self.by:
+                result |= by_bucket(groups, self.by)
             log.evaluation(step, name, result, groups)
+
+
+def by_bucket(groups: Sequence[Group], by: Sequence[str]) -> dict[str, float]:
+    """The mean reward of each bucket, their mean and the CVaR_0.1 over buckets, which weighs all buckets the same.
+
+    WAKER's robustness measure, arXiv:2306.09205 section 5. A bucket without a scored sample is NaN, and so are both.
+    """
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(bucket_of(group.prompt, by), []).append(group)
+    rewards = {name: mean_reward(found[name]) for name in sorted(found)}
+    values = list(rewards.values())
+    overall = {"reward/mean_of_buckets": fmean(values), f"reward/cvar_{TAIL}": cvar(values, TAIL)}
+    return overall | {f"reward/{name}": value for name, value in rewards.items()}
+
+
+def _each(groups: Sequence[Group]) -> dict[str, float]:
+    """The mean of each reward, where there are several: one of weight 0 is only watched."""
+    values: dict[str, list[float]] = {}
+    for name, value in (pair for group in groups for sample in group.samples for pair in sample.rewards.items()):
+        values.setdefault(name, []).extend([] if value is None else [value])
+    return {f"rewards/{name}": fmean(of) for name, of in values.items() if of} if len(values) > 1 else {}
 
 
 @dataclass(frozen=True)

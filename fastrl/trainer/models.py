@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,23 @@ def make_optimizers(config: TrainConfig, learner: Learner) -> dict[str, MasterOp
         return {POLICY: policy}
     rates = replace(config.optimizer, lr=lr if config.ppo.critic_lr is None else config.ppo.critic_lr)
     return {POLICY: policy, CRITIC: MasterOptimizer(critic.parameters(), rates, updates)}
+
+
+def restarting(learner: Learner) -> Callable[[Learner], None]:
+    """A function that puts the policy back to the weights it has now, of which this keeps a copy, with a new optimizer.
+
+    The step count starts at 0 again, as AdamW's correction of its first steps needs.
+    """
+    first = torch.cat(
+        [weight.detach().flatten() for weight in learner.policy.model.parameters() if weight.requires_grad]
+    )
+
+    def restart(learner: Learner) -> None:
+        optimizer = learner.optimizers[POLICY]
+        tensors = {name: torch.zeros_like(buffer) for name, buffer in optimizer.tensors().items()}
+        optimizer.load_tensors(tensors | {"weights": first}, steps=0)
+
+    return restart
 
 
 def positions(*models: PreTrainedModel) -> float:

@@ -62,6 +62,25 @@ def load_recipe(path: str | Path) -> TrainConfig:
         ConfigError: the file is missing, not YAML, or not a recipe.
     """
     path = Path(path)
+    data = load_yaml(path)
+    if isinstance(data, dict) and "stages" in data:
+        do = "`fastrl train` runs all; elsewhere name one stage's: config.yaml in its folder."
+        raise ConfigError(f"{path}: stages: expected a recipe of one run, got several. {do}")
+    try:
+        config = from_dict(TrainConfig, data, "")
+        build_algorithm(config)  # refuses what the algorithm does not have
+    except ValueError as error:
+        message = str(error).removeprefix(": ")
+        raise ConfigError(f"{path}{_line(path, message)}: {message}") from None
+    return config
+
+
+def load_yaml(path: Path) -> Any:
+    """The values in a YAML file, read strictly.
+
+    Raises:
+        ConfigError: the file is missing, empty or not YAML.
+    """
     try:
         data = Strict(path.read_text(encoding="utf-8")).get_single_data()
     except _Refused as error:
@@ -74,13 +93,7 @@ def load_recipe(path: str | Path) -> TrainConfig:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:
         raise ConfigError(f"{path}: the recipe is empty. {START}")
-    try:
-        config = from_dict(TrainConfig, data, "")
-        build_algorithm(config)  # refuses what the algorithm does not have
-    except ValueError as error:
-        message = str(error).removeprefix(": ")
-        raise ConfigError(f"{path}{_line(path, message)}: {message}") from None
-    return config
+    return data
 
 
 def _line(path: Path, message: str) -> str:
@@ -109,7 +122,7 @@ def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: a flag names no field, or its value has the wrong type.
     """
-    values = _plain(asdict(config))
+    values = plain(asdict(config))
     for flag, given in _by_flag(flags):
         where, keys = f"--{flag}", flag.replace("-", "_").split(".")
         target, hint = values, TrainConfig
@@ -187,13 +200,13 @@ def _yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value with tuples as lists, as YAML has them."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def shown(config: TrainConfig) -> str:
     """The full recipe as YAML, ready to run."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)

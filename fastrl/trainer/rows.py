@@ -5,13 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fastrl.check import require
+from fastrl.data.curriculum import (
+    ERRORS,
+    Curriculum,
+    DifficultyPools,
+    EasyToHard,
+    Learnability,
+    Rule,
+    Waker,
+    bucket_of,
+    require_columns,
+)
 from fastrl.data.preferences import load_preferences, unpair
 from fastrl.data.prompts import load_prompts, split
+from fastrl.data.sampler import PromptSampler
 from fastrl.trainer.config import TrainConfig
 from fastrl.types import Group, Prompt
 
@@ -40,10 +53,66 @@ def load_task(
             template_options=task.template_options,
             max_prompt_tokens=task.max_prompt_tokens,
         )
-        return split(prompts, task.held_out, config.seed)
+        by = buckets(config)
+        require_columns(prompts, by, "TrainConfig", "eval.by" if config.eval.by else "curriculum.by")
+        train, held_out = split(prompts, task.held_out, config.seed, partial(bucket_of, by=by) if by else None)
+        measured = {bucket_of(prompt, by) for prompt in held_out}
+        missed = {bucket_of(prompt, by) for prompt in train} - measured if by and held_out else ()
+        if missed:
+            warnings.warn(
+                f"No prompt of {', '.join(sorted(missed))} is held out: evaluation says nothing of them. Raise "
+                "task.held_out.",
+                stacklevel=2,
+            )
+        return train, held_out
 
     (train, held_out), said = with_warnings(load)
     return train, held_out, said
+
+
+def buckets(config: TrainConfig) -> tuple[str, ...]:
+    """Columns that name a held-out prompt's bucket."""
+    return config.eval.by or config.curriculum.by
+
+
+def sampler_of(config: TrainConfig, prompts: Sequence[Prompt]) -> PromptSampler[Prompt]:
+    """Draws training prompts as `config.curriculum` says.
+
+    Raises:
+        ValueError: a prompt lacks a column, or easy_to_hard's column is not a number.
+    """
+    asked, threshold = config.curriculum, config.rollout.threshold
+    if asked.kind == "epochs" and asked.leave_out is None:
+        return PromptSampler(prompts, seed=config.seed)
+    curriculum = Curriculum(
+        prompts,
+        Rule(),
+        asked.by,
+        seed=config.seed,
+        leave_out=asked.leave_out,
+        threshold=threshold,
+        one_bucket=asked.kind == "epochs",
+    )
+    curriculum.rule = _rule(config, list(curriculum.buckets))
+    return curriculum
+
+
+def _rule(config: TrainConfig, names: Sequence[str]) -> Rule:
+    asked, threshold = config.curriculum, config.rollout.threshold
+    shares = {"random_share": asked.random_share, "interval": asked.interval}
+    match asked.kind:
+        case "waker_m" | "waker_r":
+            reduction = asked.kind == "waker_r"
+            temperature = asked.temperature if asked.temperature is not None else 0.5 if reduction else 1.0
+            error = partial(ERRORS[asked.error], threshold=threshold)
+            return Waker(error, reduction=reduction, temperature=temperature, **shares)
+        case "learnability":
+            return Learnability(threshold, asked.power, **shares)
+        case "difficulty_pools":
+            return DifficultyPools(asked.pool_thresholds, asked.pool_weights)
+        case "easy_to_hard":
+            return EasyToHard(names, config.steps * config.rollout.prompts_per_step)
+    return Rule()
 
 
 def with_warnings(load: Callable[[], Loaded]) -> tuple[Loaded, tuple[str, ...]]:

@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrl import env
-from fastrl.algorithms import Algorithm
-from fastrl.algorithms.offline import Objective, RewardModelling, pair_up
+from fastrl.algorithms import ActorCritic, Algorithm
+from fastrl.algorithms.offline import Objective, RewardModelling, SupervisedTuning, pair_up
+from fastrl.algorithms.ppo import Pretraining
 from fastrl.check import require, sentence
 from fastrl.data.plan import ModelShape
 from fastrl.data.preferences import split_groups, with_end
@@ -34,11 +35,13 @@ from fastrl.monitor.trackers import require_installed
 from fastrl.rewards import RewardFunc, RewardSuite, resolve_reward
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.transformers_sampler import TransformersSampler
-from fastrl.sources import Ahead, Offline, Rollouts, Sampling, Source
+from fastrl.sources import Ahead, Offline, Rollouts, Rounds, Sampling, Source
+from fastrl.sources.rounds import FOLDER
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.checkpoint import Checkpoint, model_of
 from fastrl.trainer.config import AheadConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
+from fastrl.trainer.judges import begin_judges
 from fastrl.trainer.learner import Learner
 from fastrl.trainer.lock import free_directory
 from fastrl.trainer.loop import Outcome, Run
@@ -49,13 +52,14 @@ from fastrl.trainer.models import (
     pick_device,
     positions,
     require_known_tokens,
+    restarting,
     trained_adapter,
     with_adapter,
 )
 from fastrl.trainer.precision import Speed, resolve_dtype
 from fastrl.trainer.reference import AskedOnce
 from fastrl.trainer.resume import require_same_model, resumable
-from fastrl.trainer.rows import load_rows, load_task, require_room
+from fastrl.trainer.rows import buckets, load_rows, load_task, require_room, sampler_of
 from fastrl.types import Prompt
 
 if TYPE_CHECKING:
@@ -181,6 +185,9 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
             made = replace(made, evaluations=[*made.evaluations, evaluation], said=(*made.said, *said))
     else:
         made = _rollouts(config, algorithm, learner, tokenizer, speed, on_prompts, rewards, given.rows)
+        if config.ppo.ptx_coef and isinstance(algorithm, ActorCritic):
+            algorithm, made = _with_pretraining(config, algorithm, made, learner, tokenizer)
+        made = _rounds(made, config, algorithm, learner) if config.source == "rounds" else made
     if on_prompts and trains and model.generation_config is not None:
         # Generation with the saved model stops where training's sampler stopped.
         stops = on_prompts.params.stop_token_ids
@@ -199,7 +206,11 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(config.seed)
     about = [about_router(model, config.router_aux_loss_coef), about_padding(tokenizer) if scalar else ""]
-    return Run(
+    if rewards:
+        prompts = [prompt for one in made.evaluations if isinstance(one, OnPrompts) for prompt in one.prompts]
+        prompts = prompts or (made.source.prompts.prompts if isinstance(made.source, Rollouts | Rounds) else [])
+        about += begin_judges(rewards, learner, on_prompts, prompts, asks=trains and not resumed)
+    run = Run(
         config=config,
         directory=resumed.run_dir if resumed else free_directory(config.directory()),
         learner=learner,
@@ -214,6 +225,9 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         resumed=resumed,
         said=(*filter(None, about), *made.said),
     )
+    if isinstance(run.source, Rounds) and run.source.folder is None:
+        run.source.folder = lambda: run.directory / FOLDER  # settled once the run has locked it
+    return run
 
 
 def _rewards(config: TrainConfig, given: Sequence[tuple[RewardFunc, float]] | None) -> RewardSuite:
@@ -245,7 +259,8 @@ def _sampling(config: TrainConfig, learner: Learner, tokenizer: PreTrainedTokeni
 
 def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:
     counts, threshold = config.eval.pass_at_k, config.rollout.threshold
-    return OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps, counts, threshold)
+    by = buckets(config)
+    return OnPrompts(held_out, sampling, rewards, config.eval.samples, config.steps, counts, threshold, by)
 
 
 def _prompts(
@@ -282,7 +297,9 @@ def _rollouts(
 ) -> _Made:
     """Prompts, a sampler on the policy's model, and the reference and critic that the algorithm needs."""
     rollout = config.rollout
-    if algorithm.needs_ref and learner.adapted and not (config.reference or base_of(config.model)):
+    if config.source == "rounds" and not config.reference:
+        pass  # the reference is the policy at the start of each round
+    elif algorithm.needs_ref and learner.adapted and not (config.reference or base_of(config.model)):
         learner.reference = WithoutAdapter(learner.policy, learner.adapted)
     elif algorithm.needs_ref:
         other = tokenizer if config.reference else None
@@ -302,7 +319,7 @@ def _rollouts(
         config.max_tokens_per_microbatch,
     )
     source = Rollouts(
-        PromptSampler(prompts, seed=config.seed),
+        sampler_of(config, prompts),
         sampling,
         rewards,
         number=rollout.prompts_per_step,
@@ -339,6 +356,36 @@ def _ahead(config: TrainConfig, algorithm: Algorithm, inner: Source, given: Give
     return Ahead(inner, orders, command, config.ahead.max_staleness)
 
 
+def _rounds(made: _Made, config: TrainConfig, algorithm: Algorithm, learner: Learner) -> _Made:
+    """Rounds in place of rollouts of the same prompts."""
+    rollouts, rounds, new = made.source, config.rounds, config.rollout.max_new_tokens
+    if algorithm.kind == "pairs":  # both answers are in one micro-batch
+        longest = max(len(prompt.token_ids) for prompt in rollouts.prompts.prompts)
+        room = 2 * (longest + new) if learner.layout == "padded" else longest + 2 * new
+        limit, expected = config.max_tokens_per_microbatch, f"at least {room}, the longest prompt and two completions"
+        require(limit >= room, "TrainConfig", "max_tokens_per_microbatch", expected, limit)
+    source = Rounds(
+        rollouts.prompts,
+        rollouts.sampling,
+        rollouts.rewards,
+        algorithm.kind,
+        number=rounds.prompts,
+        at_once=config.rollout.prompts_per_step,
+        samples=config.rollout.group_size,
+        rows=config.rows_per_step,
+        thresholds=rounds.thresholds,
+        quantiles=rounds.quantiles,
+        most=rounds.most_per_prompt,
+        steps=rounds.steps,
+        epochs=rounds.epochs,
+        asks_reference=algorithm.needs_ref and learner.reference is None,
+        restart=restarting(learner) if rounds.restart else None,
+        seed=config.seed,
+        total_steps=config.steps,
+    )
+    return replace(made, source=source)
+
+
 def _offline(
     config: TrainConfig,
     algorithm: Algorithm,
@@ -372,6 +419,22 @@ def _offline(
         began = fingerprint(reference.model) if config.reference else began
         once = AskedOnce(reference, began, config.dtype, [*source.first(config.steps), *held_out])
     return _Made(source, [OnRows(held_out, objective, kind)] if held_out and objective else [], said, once)
+
+
+def _with_pretraining(
+    config: TrainConfig, algorithm: ActorCritic, made: _Made, learner: Learner, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ActorCritic, _Made]:
+    """PPO-ptx's rows, and the loss on those held out among the evaluations."""
+    model = learner.policy.model
+    groups, said = load_rows(config, "completions", tokenizer, min(config.data.max_tokens, positions(model)), None)
+    require_known_tokens(model, config.model, (sample.token_ids for group in groups for sample in group.samples))
+    require_known_tokens(model, config.model, (group.prompt.token_ids for group in groups))
+    rows, held_out = split_groups(groups, config.data.held_out, config.seed)
+    require_room(config, learner.layout, groups)
+    ptx = Pretraining(PromptSampler(rows, seed=config.seed), config.rows_per_step, config.ppo.ptx_coef)
+    on_rows = [OnRows(held_out, SupervisedTuning(), "ptx")] if held_out else []
+    evaluations = [*made.evaluations, *on_rows]
+    return replace(algorithm, ptx=ptx), replace(made, evaluations=evaluations, said=(*made.said, *said))
 
 
 def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Speed]:

@@ -1,6 +1,7 @@
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fastrl.data import PromptSampler, load_prompts, split
 from fastrl.data.prompts import question
 from fastrl.data.sources import read_rows
+from fastrl.rewards.reasoning_gym import ReasoningGymReward
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -279,6 +281,42 @@ def test_a_dataset_and_its_saved_folder_give_the_same_prompts(tmp_path):
     assert seen(test) == "<user>b<assistant>"
     with pytest.raises(ValueError, match=r"options\.split: expected one of train, test, got 'dev'\."):
         load_prompts(tmp_path / "two", CHAT, options=options | {"split": "dev"})
+
+
+def test_a_mixture_has_as_many_rows_of_every_level_of_every_task_and_each_is_scored_by_its_own_task():
+    sums = [{"min_terms": 2, "max_terms": 2, "max_digits": 1}, {"min_terms": 4, "max_terms": 4, "max_digits": 1}]
+    options = {"tasks": {"chain_sum": sums, "count_bits": [{"min_n": 1, "max_n": 255}]}}
+    prompts = load_prompts("reasoning_gym:mixture", CHAT, size=11, seed=3, options=options)
+    buckets = [(prompt.columns["task"], prompt.columns["level"]) for prompt in prompts]
+    assert buckets == [("chain_sum", 1)] * 4 + [("chain_sum", 2)] * 4 + [("count_bits", 1)] * 3
+    assert prompts[:4] == [
+        replace(prompt, columns=prompt.columns | {"level": 1})
+        for prompt in load_prompts("reasoning_gym:chain_sum", CHAT, size=4, seed=3, options=sums[0])
+    ]
+    assert [len(prompt.columns["entry"]["metadata"]["expression"].split()) for prompt in prompts[4:8]] == [7] * 4
+    names = ("entry", "task", "task_options")
+    columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
+    right = [str(prompt.columns["answer"]) for prompt in prompts]
+    reward = ReasoningGymReward(extract="last_number", strict=True)
+    assert reward(right, **columns) == [1.0] * 11
+    assert reward(["1234567"] * 11, **columns) == [0.0] * 11
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "message"),
+    [
+        ({}, 9, "options.tasks: expected a mapping from a reasoning-gym task to a list of levels"),
+        ({"tasks": {"chain_sum": {"min_terms": 2}}}, 9, "options.tasks.chain_sum: expected a list of levels, each"),
+        ({"tasks": {"chain_sum": []}}, 9, "options.tasks.chain_sum: expected a list of levels"),
+        ({"tasks": {"chain_sums": [{}]}}, 9, r"got 'chain_sums'\. Did you mean 'chain_sum'\?"),
+        ({"tasks": {"chain_sum": [{"max_digit": 2}]}}, 9, r"got 'max_digit'\. Did you mean 'max_digits'\?"),
+        ({"tasks": {"chain_sum": [{}, {}, {}]}}, 2, "size: expected a row for each of 3 levels or more, got 2"),
+        ({"task": {}}, 9, r"options: expected tasks for reasoning_gym:mixture, got 'task'\. Did you mean 'tasks'\?"),
+    ],
+)
+def test_a_mixture_that_names_no_levels_is_refused(options, size, message):
+    with pytest.raises(ValueError, match=message):
+        load_prompts("reasoning_gym:mixture", CHAT, size=size, options=options)
 
 
 def test_reasoning_gym_tasks_carry_what_their_scorer_needs_and_depend_only_on_the_seed():

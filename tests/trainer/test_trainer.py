@@ -21,7 +21,8 @@ from fastrl.trainer.setup import train
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LOOPS = ("hf_sft", "plain_torch")  # of which the trainer is somebody else's
-OWN = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in (*LOOPS, "trl_grpo"))  # tested with TRL
+OTHERS = (*LOOPS, "trl_grpo", "seal_pairs")  # tested with TRL, and with the analysis of rewards
+OWN = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in OTHERS)
 ROWS = [{"prompt": " ".join([f"w{i}"] * (1 + i % 3)), "wanted": "w7"} for i in range(24)]
 SMALL = {
     "dtype": "float32",
