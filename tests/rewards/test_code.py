@@ -220,8 +220,8 @@ def test_completions_are_checked_at_the_same_time():
 
 
 def test_the_recipes_tasks_are_those_of_its_script_and_right():
-    made = runpy.run_path(str(ROOT / "recipes" / "code_tasks.py"))
-    rows = [json.loads(line) for line in (ROOT / "recipes" / "code_tasks.jsonl").read_text().splitlines()]
+    made = runpy.run_path(str(ROOT / "recipes" / "data" / "make_code_tasks.py"))
+    rows = [json.loads(line) for line in (ROOT / "recipes" / "data" / "code_tasks.jsonl").read_text().splitlines()]
     again = made["task"](made["random"].Random(0))
     assert rows[0] == again
     for row in rows[::20]:

@@ -1,6 +1,6 @@
 """Writes small Python tasks with their tests and solutions, one JSON object per line, for recipes/rlvr_code.yaml.
 
-Run: python recipes/code_tasks.py > recipes/code_tasks.jsonl
+Run: python recipes/data/make_code_tasks.py > recipes/data/code_tasks.jsonl
 """
 
 import json
