@@ -7,16 +7,14 @@ verdict on one test, and a solution has neither.
 
 from __future__ import annotations
 
-import ast
 import builtins
 import collections.abc
 import io
 import itertools
 import json
 import os
-import subprocess
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 MOST_ITEMS = 100_000  # of an iterator that a solution returns
 SCALARS = (bool, int, float, str)
@@ -41,19 +39,35 @@ class Ended(BaseException):
 
 
 def main() -> None:
-    """Judges the job on standard input; the solution's process starts with an argument."""
+    """Judges the job on standard input."""
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
-    if len(sys.argv) > 1:
-        serve()
+    channel = fork_solution()  # before the tests are read, so that its memory has none of them
     job = json.load(sys.stdin)
     try:
         if job["cases"]:
+            for end in channel:  # it ends too
+                end.close()
             judge_cases(job)
         else:
-            judge_tests(job)
+            judge_tests(job, Solution(job["solution"], job["path"], *channel))
     except Unfit as error:
         verdict({"unfit": str(error)})
+
+
+def fork_solution() -> tuple[TextIO, TextIO]:
+    """Starts the solution's process, which waits for its source; returns where to write to it and read from it."""
+    (requests_out, requests_in), (replies_out, replies_in) = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):  # the tests, the verdicts, and what is said of them
+            os.dup2(nothing, number)
+        for number in (nothing, requests_in, replies_out):
+            os.close(number)
+        serve(os.fdopen(requests_out), os.fdopen(replies_in, "w"))
+    for number in (requests_out, replies_in):
+        os.close(number)
+    return os.fdopen(requests_in, "w"), os.fdopen(replies_out)
 
 
 def verdict(what: Any) -> None:
@@ -63,6 +77,8 @@ def verdict(what: Any) -> None:
 
 def judge_cases(job: dict[str, Any]) -> None:
     """Runs the solution as a program once per case and compares what it prints."""
+    import subprocess  # the other kind of tests starts faster without it
+
     with open("solution.py", "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(f"import sys; sys.path += {job['path']!r}\n" if job["path"] else "")
         file.write(job["solution"])
@@ -83,10 +99,9 @@ def lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def judge_tests(job: dict[str, Any]) -> None:
+def judge_tests(job: dict[str, Any], solution: Solution) -> None:
     """Runs the tests, with stand-ins for the functions of the solution."""
     sys.path += job["path"]
-    solution = Solution(job["solution"], job["path"])
     # Only the names that are tested: a solution may define others, such as `all`, that tests mean otherwise.
     namespace = {"__name__": "tests"} | {name: solution.names[name] for name in job["names"] if name in solution.names}
     sys.stdout = io.StringIO()  # what tests print is no verdict
@@ -111,15 +126,9 @@ def judge_tests(job: dict[str, Any]) -> None:
 class Solution:
     """The solution's process."""
 
-    def __init__(self, source: str, path: list[str]) -> None:
+    def __init__(self, source: str, path: list[str], requests: TextIO, replies: TextIO) -> None:
         self.ended, self.unfit, self.names = False, "", {}
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", __file__, "solution"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        self._requests, self._replies = requests, replies
         try:
             names = self.ask({"source": source, "path": path})
         except (Ended, Exception):
@@ -129,9 +138,8 @@ class Solution:
     def ask(self, request: dict[str, Any]) -> Any:
         """The solution's answer, or the exception that it raised."""
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            reply = json.loads(self._process.stdout.readline())
+            print(json.dumps(request), file=self._requests, flush=True)
+            reply = json.loads(self._replies.readline())
         except (OSError, ValueError):
             self.ended = True
             raise Ended from None
@@ -220,6 +228,8 @@ def unpack(value: Any, handled: Any) -> Any:
     if name == "handle":
         return handled(inside)
     if name == "literal":
+        import ast
+
         return ast.literal_eval(inside)
     if name == "dict":
         return {unpack(key, handled): unpack(item, handled) for key, item in inside}
@@ -227,11 +237,8 @@ def unpack(value: Any, handled: Any) -> Any:
     return iter(items) if name == "stream" else SEQUENCES[name](items)
 
 
-def serve() -> NoReturn:
+def serve(requests: TextIO, replies: TextIO) -> NoReturn:
     """The solution's process: runs its source, then what it is asked to call."""
-    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0), os.dup2(nothing, 1)
     objects: list[Any] = []
 
     def other(value: Any) -> int:
