@@ -74,7 +74,10 @@ def _train(args: list[str]) -> int:
     from fastrl.trainer.stages import is_staged, load_stages, train_stages
     from fastrl.trainer.stages import shown as shown_stages
 
-    if args and not {"-h", "--help"} & set(args) and is_staged(args[0]):
+    if args and is_staged(args[0]):
+        if {"-h", "--help"} & set(args):
+            print(USAGE, end="")
+            return EXIT_OK
         stages = load_stages(args[0], [word for word in args[1:] if word != "--print"])
         if "--print" in args:
             print(shown_stages(stages), end="")

@@ -15,6 +15,7 @@ from fastrl.menu import about_recipes, page
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.recipe import load_recipe
+from fastrl.trainer.stages import is_staged, load_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +55,8 @@ def test_the_command_shows_every_recipe_and_every_algorithm(capsys, monkeypatch)
     assert main(["recipes"]) == 0
     shown = capsys.readouterr().out
     for path, algorithm, about in about_recipes(Path("recipes")):
-        assert load_recipe(path).algorithm == algorithm
+        stages = load_stages(path).each.values() if is_staged(path) else [load_recipe(path)]
+        assert ", ".join(config.algorithm for config in stages) == algorithm
         assert len(about) > 10
         assert path.name in shown
     for name, entry in ALGORITHMS.items():

@@ -154,7 +154,7 @@ def load_preferences(
         rows = read_rows(source, size=size, seed=seed, options=dict(options or {}))
     if kind == "rewarded":
         rows = _by_prompt(rows)
-    _require_columns(rows, kind, columns)
+    require_columns(rows, kind, columns)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     options = template_options or {}
     writer = Writer(tokenizer, end_of_turn(tokenizer, **options), options)
@@ -259,7 +259,12 @@ def _by_prompt(rows: list[Row]) -> list[Row]:
     return [row for row in together.values() if len(row.values["responses"]) > 1]
 
 
-def _require_columns(rows: list[Row], kind: Kind, columns: PairColumns) -> None:
+def require_columns(rows: list[Row], kind: Kind, columns: PairColumns) -> None:
+    """Refuses rows none of which has the columns of their kind.
+
+    Raises:
+        ValueError: a column is missing.
+    """
     present = {name for row in rows for name, value in row.values.items() if value is not None}
     beside = {
         "rewarded": ("prompt", "rewards"),

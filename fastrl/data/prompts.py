@@ -31,6 +31,7 @@ def load_prompts(
     chat: bool = True,
     system: str = "",
     suffix: str = "",
+    examples: Sequence[Mapping[str, Any]] = (),
     max_prompt_tokens: int | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
@@ -47,6 +48,7 @@ def load_prompts(
         options: also `prompt_column`, the column that holds the prompt; `prompt` by default.
         system: a system message for chat prompts that have none.
         suffix: appended to the string, or to the last user message.
+        examples: chat messages put before the question, after its system message.
         max_prompt_tokens: longer prompts are dropped, with a warning that counts them.
         template_options: extra arguments for the chat template, such as `enable_thinking`.
 
@@ -69,7 +71,7 @@ def load_prompts(
             check.require(
                 has_template, row.where, column, "text", "chat messages", "This tokenizer has no chat template."
             )
-            content = complete(content, system, suffix)
+            content = _after(examples, complete(content, system, suffix))
             last = content[-1]
             unfinished = last["role"] == "assistant" and bool(content_text(last)) and not last.get("tool_calls")
             ends = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
@@ -83,6 +85,16 @@ def load_prompts(
         columns = {name: value for name, value in row.values.items() if name != column}
         prompts.append(Prompt(index, content, tuple(token_ids), columns))
     return _short_enough(prompts, max_prompt_tokens)
+
+
+def _after(examples: Sequence[Mapping[str, Any]], content: Messages) -> Messages:
+    """The messages with the examples before the first that is not the system's."""
+    shown = messages_of([dict(message) for message in examples])
+    check.require(
+        shown is not None, "load_prompts", "examples", "chat messages with a role and text", repr(examples)[:80]
+    )
+    place = int(bool(content) and content[0]["role"] in ("system", "developer"))
+    return [*content[:place], *shown, *content[place:]]
 
 
 def split(

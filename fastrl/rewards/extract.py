@@ -17,8 +17,9 @@ BOXED = "\\boxed{"
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion as rewards get it: plain, or chat messages. Of a conversation, the assistant's last turn:
-    what tools said is not the policy's answer.
+    """The text of a completion as rewards get it: plain, or chat messages.
+
+    Of a conversation it is the assistant's last turn: what tools said is not the policy's answer.
     """
     if isinstance(completion, str):
         return completion

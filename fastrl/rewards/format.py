@@ -20,9 +20,11 @@ class FormatReward:
     Args:
         pattern: a regular expression whose dot also matches newlines. By default <think>...</think> followed by
             <answer>...</answer>, each once, and nothing else.
+        prefix: what the prompt ends with and the completion goes on from, such as <think>; matched as part of it.
     """
 
     pattern: str = THINK_ANSWER
+    prefix: str = ""
 
     __name__ = "format"
 
@@ -37,4 +39,4 @@ class FormatReward:
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
         """One score per completion."""
         matches = re.compile(self.pattern, re.DOTALL).fullmatch
-        return [float(matches(completion_text(completion)) is not None) for completion in completions]
+        return [float(matches(self.prefix + completion_text(completion)) is not None) for completion in completions]

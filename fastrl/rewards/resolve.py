@@ -12,18 +12,26 @@ from types import ModuleType
 from typing import Any
 
 from fastrl import check
+from fastrl.rewards.code import CodeReward
 from fastrl.rewards.environment import environment
 from fastrl.rewards.format import FormatReward
+from fastrl.rewards.instructions import InstructionsReward
+from fastrl.rewards.json_schema import JsonSchemaReward
 from fastrl.rewards.judge import JudgeReward
+from fastrl.rewards.language import LanguageConsistencyReward
 from fastrl.rewards.math_answer import MathAnswerReward
 from fastrl.rewards.model import ModelReward
 from fastrl.rewards.overlong import SoftOverlongReward
 from fastrl.rewards.reasoning_gym import ReasoningGymReward
 
 BUILTINS: dict[str, Callable[..., Any]] = {
+    "code": CodeReward,
     "environment": lambda: environment,
     "format": FormatReward,
+    "instructions": InstructionsReward,
+    "json_schema": JsonSchemaReward,
     "judge": JudgeReward,
+    "language_consistency": LanguageConsistencyReward,
     "math_answer": MathAnswerReward,
     "model": ModelReward,
     "reasoning_gym": ReasoningGymReward,

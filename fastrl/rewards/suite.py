@@ -20,7 +20,7 @@ from typing import Any
 from fastrl import check
 from fastrl.progress import Progress, unseen
 from fastrl.rewards.call import call_rewards, defined, shown, silent, spot, told
-from fastrl.types import Group, Messages, Sample
+from fastrl.types import Group, Messages, Prompt, Sample
 
 Values = Sequence[float | None]
 RewardFunc = Callable[..., Values] | Callable[..., Awaitable[Values]]
@@ -94,6 +94,16 @@ class RewardSuite:
         check.require(
             not twice, op, "funcs", "different names", f"{', '.join(twice)} twice", "Set __name__ on one of them."
         )
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Shows the prompts to the rewards that have a method `check_prompts`, before the first step.
+
+        Raises:
+            ValueError: a reward cannot judge the answers to one of them.
+        """
+        for func in self.funcs:
+            if hasattr(func, "check_prompts"):
+                func.check_prompts(prompts)
 
     def score(
         self,

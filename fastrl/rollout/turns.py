@@ -288,6 +288,7 @@ def _future(call: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
     future: Future[Any] = Future()
 
     def run() -> None:
+        future.set_running_or_notify_cancel()  # a late answer then goes nowhere
         try:
             future.set_result(call(*arguments))
         except (Exception, SystemExit) as error:

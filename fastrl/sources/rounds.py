@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -153,6 +153,8 @@ class Rounds:
             groups = self._groups()
         self._improve, self._done, self._state, self._chosen = self._improve + 1, 0, None, None
         rows, why = self._choose(groups)
+        for sample in (sample for row in rows for sample in row.samples):  # copies
+            sample.versions = None  # they are as old as the round, by design: not the staleness of a sampler
         if not rows:
             watch.warn(f"Round {self._round}: {why}")
             self._barren += self._improve == 1
@@ -183,8 +185,6 @@ class Rounds:
         scores = [one.reward for group in groups for one in group.samples if one.reward is not None]
         best = f"the best of {len(scores)} is {max(scores):g}" if scores else "none has a score"
         rows = above(groups, threshold, reaches=self.quantiles, most=self.most)
-        if self.restart:  # then the weights that wrote them are not behind the policy's
-            rows = [replace(row, samples=[replace(one, versions=None) for one in row.samples]) for row in rows]
         return rows, f"no completion scores more than {threshold:g}; {best}."
 
     def _sample(self, number: int, learner: Learner, watch: Watch) -> list[Group]:

@@ -44,6 +44,8 @@ class TaskConfig:
     """Extra arguments for the chat template, such as enable_thinking; a row's chat_template_kwargs override them."""
     suffix: str = ""
     """Text appended to every question."""
+    examples: tuple[dict[str, Any], ...] = ()
+    """Chat messages put before every question, after the system message: a conversation that shows what is wanted."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped; the run reports how many."""
 

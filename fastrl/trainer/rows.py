@@ -50,6 +50,7 @@ def load_task(
             chat=task.chat,
             system=task.system,
             suffix=task.suffix,
+            examples=task.examples,
             template_options=task.template_options,
             max_prompt_tokens=task.max_prompt_tokens,
         )

@@ -184,6 +184,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         made = _offline(config, algorithm, learner, tokenizer, speed, began, given.rows)
         if on_prompts:
             _, held_out, said = _prompts(config, learner, tokenizer)
+            rewards.check_prompts(held_out)
             evaluation = _on_prompts(config, held_out, on_prompts, rewards)
             made = replace(made, evaluations=[*made.evaluations, evaluation], said=(*made.said, *said))
     else:
@@ -316,6 +317,7 @@ def _rollouts(
     if isinstance(learner.critic, ScalarModel):
         speed.up(learner.critic.model, config)
     prompts, held_out, said = _prompts(config, learner, tokenizer, rows)
+    rewards.check_prompts([*prompts, *held_out])
     longest = max(len(prompt.token_ids) for prompt in (*prompts, *held_out)) + rollout.max_new_tokens
     require(
         config.max_tokens_per_microbatch >= longest,

@@ -28,7 +28,10 @@ from typing import Any
 
 import yaml
 
+from fastrl.algorithms import ALGORITHMS
 from fastrl.check import choice, require, sentence
+from fastrl.data.preferences import PairColumns, require_columns
+from fastrl.data.sources import read_rows
 from fastrl.files import replace_text
 from fastrl.monitor.trackers import require_installed
 from fastrl.monitor.units import number
@@ -187,6 +190,7 @@ def check_stages(stages: Stages) -> None:
                 if not list(_references(reward.options)) and reward.name != "model":
                     resolve_reward(reward.name, **reward.options)
             _require_files(config)
+            _require_rows(config)
         except ValueError as error:
             raise ConfigError(f"{where}: {str(error).removeprefix(': ')}") from None
 
@@ -212,6 +216,18 @@ def _require_files(config: TrainConfig) -> None:
     for key, source in (("task.source", config.task.source), ("data.source", config.data.source)):
         named = re.search(r"\.(jsonl|json|csv|parquet)$", source) and not REFERENCE.search(source)
         require(not named or Path(source).expanduser().exists(), "", key, "a file that exists", repr(source))
+
+
+def _require_rows(config: TrainConfig) -> None:
+    """Refuses a file of rows that lacks the columns which the stage's algorithm reads."""
+    data, kind = config.data, ALGORITHMS[config.algorithm].kind
+    reads = config.offline or config.ppo.ptx_coef > 0
+    if not reads or REFERENCE.search(data.source) or not Path(data.source).expanduser().is_file():
+        return
+    kind = "completions" if not config.offline else "pairs" if data.unpair else "ranked" if data.ranked else kind
+    rows = read_rows(data.source, size=data.size, seed=config.seed, options=data.options)
+    if kind != "rewarded":  # whose rows may be those of another run
+        require_columns(rows, kind, PairColumns(data.margin_column, data.soft_label_column))
 
 
 def train_stages(stages: Stages) -> Ended:

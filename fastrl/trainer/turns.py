@@ -37,7 +37,7 @@ def prepare_turns(
     probe, task = factory(), config.task
     if tools := probe.schemas() if hasattr(probe, "schemas") else []:
         options: dict[str, Any] = {**task.template_options, "tools": tools}
-        _require_shown(tokenizer, tools, task.template_options, task.system + task.suffix)
+        _require_shown(tokenizer, tools, task.template_options, f"{task.system} {task.suffix} {task.examples}")
         config = replace(config, task=replace(task, template_options=options))
     turns = Turns(
         factory,

@@ -8,111 +8,19 @@ from typing import Any
 
 from fastrl.rewards.extract import completion_text
 
+_WORDS = re.compile(r"[a-zäöüß]+")
 GERMAN = frozenset(
-    [
-        "der",
-        "die",
-        "das",
-        "den",
-        "dem",
-        "des",
-        "ein",
-        "eine",
-        "einen",
-        "einem",
-        "einer",
-        "ist",
-        "sind",
-        "war",
-        "und",
-        "oder",
-        "nicht",
-        "mit",
-        "von",
-        "zu",
-        "auf",
-        "für",
-        "im",
-        "in",
-        "es",
-        "ich",
-        "du",
-        "er",
-        "sie",
-        "wir",
-        "ihr",
-        "kann",
-        "hat",
-        "haben",
-        "wird",
-        "werden",
-        "nach",
-        "vor",
-        "als",
-        "auch",
-        "aber",
-        "wie",
-        "was",
-        "welche",
-        "welcher",
-        "heißt",
-        "gegenteil",
-        "hauptstadt",
-        "wort",
-        "deutsch",
-        "kommt",
-        "tag",
-        "farbe",
-    ]
+    _WORDS.findall(
+        "der die das den dem des ein eine einen einem einer ist sind war und oder nicht mit von zu auf für im in es "
+        "ich du er sie wir ihr kann hat haben wird werden nach vor als auch aber wie was welche welcher heißt "
+        "gegenteil hauptstadt wort deutsch kommt tag farbe"
+    )
 )
 ENGLISH = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "is",
-        "are",
-        "was",
-        "and",
-        "or",
-        "not",
-        "with",
-        "of",
-        "to",
-        "for",
-        "on",
-        "it",
-        "i",
-        "you",
-        "he",
-        "she",
-        "we",
-        "they",
-        "can",
-        "has",
-        "have",
-        "will",
-        "be",
-        "as",
-        "also",
-        "but",
-        "how",
-        "what",
-        "which",
-        "that",
-        "this",
-        "there",
-        "your",
-        "my",
-        "from",
-        "by",
-        "at",
-        "day",
-        "word",
-        "capital",
-        "opposite",
-        "means",
-    ]
+    _WORDS.findall(
+        "the a an is are was and or not with of to for on it i you he she we they can has have will be as also but how "
+        "what which that this there your my from by at day word capital opposite means"
+    )
 )
 
 
@@ -134,7 +42,7 @@ def german(completions: Sequence[Any], **_: Any) -> list[float]:
 
 
 def _german(text: str) -> float:
-    words = re.findall(r"[a-zäöüß]+", text.lower())
+    words = _WORDS.findall(text.lower())
     ours = sum((word in GERMAN and word not in ENGLISH) or bool(re.search("[äöüß]", word)) for word in words)
     other = sum(word in ENGLISH and word not in GERMAN for word in words)
     return ours / (ours + other) if ours + other else 0.0

@@ -498,7 +498,6 @@ def test_the_gradient_is_that_of_the_policys_own_tokens_in_every_layout(tmp_path
     ppo = {"critic": "none", "kl_coef": 0.0, "gamma": 0.9, "value_coef": 0.1} if algorithm == "ppo" else {}
     settings = {} if algorithm == "grpo" else {"ppo": type(TrainConfig().ppo)(**ppo)}
     run = prepare(config_for(tmp_path, layout=layout, algorithm=algorithm, **settings))
-    run.learner.begin()
     batch = run.source.next(run.learner, Unwatched())
     samples = [sample for group in batch.groups for sample in group.samples]
     assert any(not all(sample.own) for sample in samples)
@@ -533,7 +532,6 @@ def test_the_gradient_is_that_of_the_policys_own_tokens_in_every_layout(tmp_path
 def test_the_tokens_of_the_environment_have_exactly_no_gradient(tmp_path):
     """Another log-probability of theirs changes neither loss nor gradient, to the bit."""
     run = prepare(config_for(tmp_path))
-    run.learner.begin()
     batch = run.source.next(run.learner, Unwatched())
     algorithm = replace(run.algorithm, spec=ALGORITHMS["dapo"].spec, ratio_to_sampler=True)
 
@@ -580,7 +578,7 @@ def test_a_trainer_takes_the_class_of_an_environment(tmp_path):
         ({"environment": EnvironmentConfig("calculator")}, "names calculator, as this chat template shows no tools"),
         ({"environment": EnvironmentConfig("calculator", turn_tokens=99)}, "0 to rollout.max_new_tokens"),
         ({"algorithm": "dpo"}, "none for written rows"),
-        ({"rollout": RolloutConfig(max_new_tokens=60)}, "within the model's 128 positions"),
+        ({"rollout": RolloutConfig(max_new_tokens=112)}, "within the model's 128 positions"),
     ],
 )
 def test_settings_that_make_no_conversation_are_refused(tmp_path, changes, message):

@@ -95,6 +95,7 @@ def test_a_round_samples_once_and_its_reference_is_the_policy_of_its_start(tmp_p
         assert [[one.token_ids for one in pair.samples] for pair in chosen] == [
             [one.token_ids for one in pair.samples] for pair in expected
         ]
+        assert all(one.versions is None for pair in chosen for one in pair.samples)  # no alarm of a late sampler
         assert all(len(one.ref_logps) == len(one.token_ids) for pair in chosen for one in pair.samples)
 
 

@@ -262,6 +262,10 @@ def test_a_model_that_could_not_be_written_stops_the_rest_and_is_written_on_resu
         ({"ppo": {"rollout": {"top_k": -1, "group_size": 0}}}, "rollout.group_size: expected at least 1"),
         ({"ppo": {"run_dir": "x"}}, "stages.ppo: run_dir: expected nothing: it belongs beside stages"),
         ({"ppo": {"data": {"source": "no/such.jsonl"}}}, "stages.ppo: data.source: expected a file that exists"),
+        (
+            {"reward": {"data": {"source": "completions.jsonl"}}},
+            "stages.reward: load_preferences: columns of kind='pairs'",
+        ),
         ({"ppo": {"rewards": [{"name": "no.such:function"}]}}, "stages.ppo: resolve_reward: name: 'no.such:function'"),
         (
             {"ppo": {"data": {"source": "${sft}"}}},
@@ -270,7 +274,10 @@ def test_a_model_that_could_not_be_written_stops_the_rest_and_is_written_on_resu
         ({"a-b": {"algorithm": "sft"}}, "stages: expected names of letters, digits and _, got 'a-b'"),
     ],
 )
-def test_what_a_later_stage_would_refuse_is_refused_before_the_first(recipe, tmp_path, capsys, stages, message):
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
+    recipe, tmp_path, capsys, stages, message, monkeypatch, finished
+):
+    monkeypatch.chdir(finished)
     assert main(["train", str(changed(recipe, **stages))]) == EXIT_USAGE
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

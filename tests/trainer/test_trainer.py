@@ -196,3 +196,20 @@ def test_the_first_example_is_as_short_as_promised():
     code = [line for line in (EXAMPLES / "grpo_from_python.py").read_text().splitlines() if line.strip()]
     assert len(code) - 1 <= 12  # but for its docstring
     assert fastrl.Trainer is Trainer
+
+
+def test_a_reward_may_refuse_the_prompts_before_anything_is_written(tmp_path):
+    class Picky:
+        __name__ = "picky"
+
+        def check_prompts(self, prompts):
+            assert len(prompts) == len(ROWS)  # those held out too
+            raise ValueError(f"prompt {prompts[0].index} cannot be judged")
+
+        def __call__(self, completions, **_):
+            return [0.0] * len(completions)
+
+    write_model(tmp_path / "model")
+    with pytest.raises(ValueError, match="cannot be judged"):
+        Trainer(str(tmp_path / "model"), ROWS, rewards=Picky(), **settings(tmp_path))
+    assert not (tmp_path / "run").exists()
