@@ -490,13 +490,13 @@ def test_a_resumed_run_with_an_environment_is_bit_for_bit_the_run_that_never_sto
     assert everything(tmp_path / "stopped") == everything(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize("algorithm", ["dapo", "ppo"])
 @pytest.mark.parametrize("layout", ["padded", "shared", "varlen"])
 def test_the_gradient_is_that_of_the_policys_own_tokens_in_every_layout(tmp_path, layout, algorithm):
     """Against -sum_t own_t A log p_t / sum_t own_t of plain forwards, one conversation at a time. PPO without a critic
     has another advantage for each token, which comes from the algorithm's own estimate."""
     ppo = {"critic": "none", "kl_coef": 0.0, "gamma": 0.9, "value_coef": 0.1} if algorithm == "ppo" else {}
-    settings = {} if algorithm == "grpo" else {"ppo": type(TrainConfig().ppo)(**ppo)}
+    settings = {} if algorithm == "dapo" else {"ppo": type(TrainConfig().ppo)(**ppo)}
     run = prepare(config_for(tmp_path, layout=layout, algorithm=algorithm, **settings))
     batch = run.source.next(run.learner, Unwatched())
     samples = [sample for group in batch.groups for sample in group.samples]
