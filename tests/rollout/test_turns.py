@@ -15,6 +15,7 @@ from trainer.tiny import WORDS, wanted_words
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastrl.algorithms import ALGORITHMS
+from fastrl.data.prompts import load_prompts
 from fastrl.environments import ReasoningGymEnvironment, ToolEnvironment, calculator, resolve_environment
 from fastrl.environments.tools import hermes, plain
 from fastrl.progress import Unwatched
@@ -288,6 +289,14 @@ def test_a_template_that_rewrites_earlier_answers_changes_nothing_that_was_sampl
     (sample,) = play([PROMPT], sampler, chat_tokenizer(rewriting), 1, PARAMS, Turns(Echo))[0].samples
     assert sample.token_ids[:3] == [*ids("w8 w2"), END]
     assert sample.own.count(True) == 6
+
+
+def test_examples_stand_between_the_system_message_and_the_question():
+    shown = [{"role": "user", "content": "w2"}, {"role": "assistant", "content": "w3"}]
+    (prompt,) = load_prompts([{"prompt": "w4"}], chat_tokenizer(), system="w1", examples=shown)
+    assert [message["content"] for message in prompt.content] == ["w1", "w2", "w3", "w4"]
+    with pytest.raises(ValueError, match="examples: expected chat messages"):
+        load_prompts([{"prompt": "w4"}], chat_tokenizer(), examples=[{"role": "user"}])
 
 
 # Tools
