@@ -115,10 +115,11 @@ class Ahead:
     def publish(self, learner: Learner, steps: int | None = None) -> None:
         """Hands the trained weights to the generator."""
         steps = learner.steps + 1 if steps is None else steps  # called before the loop counts the step
-        if self._spool is None:
-            self._spool = Spool.make()
-            weakref.finalize(self, _end, self._started, self._spool.folder)
         trained = {name: one for name, one in learner.policy.model.named_parameters() if one.requires_grad}
+        if self._spool is None:
+            # The old weights and the new ones, and as much again for batches.
+            self._spool = Spool.make(3 * sum(one.nbytes for one in trained.values()))
+            weakref.finalize(self, _end, self._started, self._spool.folder)
         self._step_of[learner.updates] = steps
         self._spool.put_weights(trained, steps, learner.updates)
 
@@ -181,7 +182,7 @@ class Ahead:
         )
         over = max(lags, default=0)
         require(over <= self.max_staleness, "Ahead", "max_staleness", f"lags up to {self.max_staleness}", over)
-        return {f"ahead/lag_{lag}": lags[lag] / lags.total() for lag in range(over + 1)}
+        return {f"ahead/lag_{lag}": lags[lag] / lags.total() for lag in range(over + 1)} if lags else {}
 
 
 class Published(NamedTuple):
@@ -200,12 +201,22 @@ class Spool:
     folder: Path
 
     @classmethod
-    def make(cls) -> Spool:
-        """A new folder, in memory if there is a file system for that. Removes those of processes that are gone."""
-        parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
-        for old in parent.glob("fastrl-ahead-*-*"):
+    def make(cls, room: int) -> Spool:
+        """A new folder with room for this many bytes, in memory if there is a file system for that. Removes those of
+        processes that are gone.
+
+        Raises:
+            ValueError: no file system has the room.
+        """
+        places = [Path(place) for place in ("/dev/shm", tempfile.gettempdir()) if os.access(place, os.W_OK)]
+        for old in (old for place in places for old in place.glob("fastrl-ahead-*-*")):
             if not Path(f"/proc/{old.name.split('-')[2]}").exists() and Path("/proc/self").exists():
                 shutil.rmtree(old, ignore_errors=True)
+        parent = next((place for place in places if shutil.disk_usage(place).free >= room), None)
+        got, do = f"less in {' and in '.join(map(str, places))}", "Free some, or set TMPDIR."
+        require(
+            parent is not None, "Ahead", "weights", f"room for {room >> 20} MiB, in which they are handed on", got, do
+        )
         return cls(Path(tempfile.mkdtemp(prefix=f"fastrl-ahead-{os.getpid()}-", dir=parent)))
 
     @property

@@ -199,7 +199,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     if given.source:
         made = replace(made, source=given.source)
     elif config.source == "ahead":
-        made = replace(made, source=_ahead(config, algorithm, made.source, given))
+        made = replace(made, source=_ahead(plain, algorithm, made.source, given))
     if resumed:
         try:
             made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before any write

@@ -25,9 +25,11 @@ from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.turns import Turns, continuation, play
 from fastrl.sources.collect import Judge, Sampling, judged
 from fastrl.trainer.config import (
+    AheadConfig,
     EnvironmentConfig,
     EvalConfig,
     OptimizerConfig,
+    PolicyGradientConfig,
     RewardConfig,
     RolloutConfig,
     TaskConfig,
@@ -487,6 +489,33 @@ def test_a_run_with_an_environment_learns_and_logs_its_turns(tmp_path):
     assert lines[0]["rewards/environment/mean"] == 0.5
     logged = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert any(len(line["extra"]["messages"]) == 3 for line in logged)
+
+
+class Tooled(Twice):
+    """An environment that tells the chat template of a tool."""
+
+    def schemas(self):
+        return [{"type": "function", "function": {"name": "w7", "description": "", "parameters": {}}}]
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_conversations_that_another_process_samples_ahead_are_those_that_this_one_would_sample(tmp_path):
+    task = replace(config_for(tmp_path).task, system="w7")
+    environment = EnvironmentConfig("rollout.test_turns:Tooled", turn_tokens=12)
+    ratio = PolicyGradientConfig(ratio_to_sampler=True)
+    fields = {"task": task, "environment": environment, "policy_gradient": ratio, "steps": 3, "threads": 1}
+    plain = config_for(tmp_path, run_dir=str(tmp_path / "plain"), **fields)
+    ahead = AheadConfig(max_staleness=0, threads=1)
+    for config in (plain, replace(plain, source="ahead", ahead=ahead, run_dir=str(tmp_path / "ahead"))):
+        assert train(config).status == "finished"
+
+    def untimed(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        timed = ("time", "seconds", "wait", "tokens_per_second", "ahead/")
+        return [{name: v for name, v in line.items() if not any(t in name for t in timed)} for line in lines]
+
+    assert untimed(tmp_path / "plain") == untimed(tmp_path / "ahead")
+    assert untimed(tmp_path / "ahead")[1]["environment/turns"] > 1.0
 
 
 @pytest.mark.usefixtures("_no_pictures")

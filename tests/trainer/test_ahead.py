@@ -250,6 +250,15 @@ def test_weights_published_within_one_tick_of_the_clock_are_told_apart(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_weights_go_where_there_is_room_or_are_refused(tmp_path, monkeypatch):
+    free = {"/dev/shm": 10, str(tmp_path): 100}
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free[str(place)]))
+    assert Spool.make(50).folder.parent == tmp_path
+    with pytest.raises(ValueError, match="Ahead: weights: expected room for"):
+        Spool.make(200)
+
+
 def test_a_generator_that_dies_at_once_ends_the_run_with_its_last_words():
     watch = Heard()
     with pytest.raises(GeneratorDied, match=r"exit status 3, the last of 3 times .* no model here"):
