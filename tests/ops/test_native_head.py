@@ -11,6 +11,7 @@ from ops.cases import ORDERS, dense, gaussian
 from tolerance import assert_no_worse
 
 from fastrl.kernels import native
+from fastrl.kernels.inputs import HeadInputs
 from fastrl.kernels.linear_logprob.native import NativeHead
 from fastrl.kernels.native import address
 from fastrl.ops.linear_logprob import linear_logprob
@@ -215,7 +216,7 @@ def head_logits(hidden, weight):
     """The logits of a head on tiles."""
     targets, rows = torch.zeros(len(hidden), dtype=torch.int64), torch.arange(len(hidden))
     with using(f"cpu-{TILES}"):
-        head = NativeHead(hidden, weight, targets, None, torch.ones(1), 0.0, 1.0)
+        head = NativeHead(HeadInputs(hidden, weight, targets, None, torch.ones(1), 0.0, 1.0, ignore_index=-100))
         logits, panel = head.logits_buffer(rows), EXTENSION.lane_tile(False)
         head.forward(rows, torch.empty(len(rows)), torch.empty(2, len(rows)), None, logits)
     return torch.cat([part.view(len(weight), -1).T for part in logits.split(panel * len(weight))])
