@@ -123,8 +123,8 @@ def _where(run: RunRecord) -> str:
 
 
 def _subtitle(run: RunRecord) -> str:
-    task = run.config.get("task") or run.config.get("data") or {}
-    parts = (run.config.get("model"), run.config.get("algorithm"), task.get("source"), run.name)
+    data = run.environment.get("data") or {}
+    parts = (run.config.get("model"), run.config.get("algorithm"), data.get("source"), run.name)
     return " · ".join(clean(str(part)) for part in parts if part)
 
 

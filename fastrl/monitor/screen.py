@@ -271,7 +271,7 @@ def _best_and_worst(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _header_rows(config: dict[str, Any], environment: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
-    task, rollout = config.get("task") or config.get("data") or {}, config.get("rollout") or {}
+    data: dict[str, str] = environment.get("data") or {}
     machine, threads = environment.get("machine") or {}, environment.get("threads") or {}
     gpus = environment.get("gpus") or []
     device = f"{config.get('device', 'auto')}, {config.get('dtype', '')}".rstrip(", ")
@@ -279,14 +279,10 @@ def _header_rows(config: dict[str, Any], environment: dict[str, Any], run_dir: P
         where = ", ".join(gpus)
     else:
         where = f"{machine.get('cpu', 'CPU')}, {machine.get('cores', '?')} cores, {machine.get('cpu_capability', '')}"
-    batch = f"{rollout.get('prompts', '-')} prompts x {rollout.get('samples', '-')} completions"
-    rows = "rows" if "data" in config else "prompts"
-    if "data" in config:
-        batch = f"{config.get('batch', '-')} rows"
     return [
         ("model", str(config.get("model", "-"))),
-        ("task", f"{task.get('source', '-')}, {task.get('held_out', 0)} {rows} held out"),
-        ("algorithm", f"{config.get('algorithm', '-')}, {config.get('steps', '-')} steps of {batch}"),
+        ("data", f"{data.get('source', '-')}, {data.get('held_out', 'nothing')} held out"),
+        ("algorithm", f"{config.get('algorithm', '-')}, {config.get('steps', '-')} steps of {data.get('step', '-')}"),
         ("device", f"{device} on {where}"),
         ("threads", f"{threads.get('torch', '-')} of {threads.get('cores', '-')} cores"),
         *environment.get("speed", {}).items(),

@@ -11,6 +11,7 @@ from fastrl.progress import Progress, unseen
 from fastrl.types import Sample
 
 _OP = "SamplingParams"
+SECOND_SEED = 1 << 48  # added to the seed for each further part of a completion; above steps, refills and evaluations
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,26 @@ class Sampler(Protocol):
             progress: called before each token of the completions; an exception in it ends the call.
         """
         ...
+
+
+def extend(sample: Sample, more: Sample, room: int) -> Sample:
+    """Appends the first `room` tokens that the policy sampled next; returns `sample`, which has `own`."""
+    sample.token_ids += more.token_ids[:room]
+    sample.sampling_logps += more.sampling_logps[:room]
+    sample.own += [True] * len(more.token_ids[:room])
+    if more.versions is not None:
+        sample.versions = (sample.versions or []) + more.versions[:room]
+    if more.support is not None:
+        sample.support = (sample.support or []) + more.support[:room]
+    return sample
+
+
+def insert(sample: Sample, ids: Sequence[int]) -> None:
+    """Appends tokens that the policy did not write; `sample` has `own`."""
+    sample.token_ids += ids
+    sample.sampling_logps += [0.0] * len(ids)
+    sample.own += [False] * len(ids)
+    if sample.versions is not None:
+        sample.versions += sample.versions[-1:] * len(ids)
+    if sample.support is not None:
+        sample.support += [[token] for token in ids]

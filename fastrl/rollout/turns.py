@@ -23,12 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from fastrl.chat import content_text, messages_of, render
 from fastrl.check import require, sentence
 from fastrl.progress import Progress, unseen
-from fastrl.rollout.base import Sampler, SamplingParams
+from fastrl.rollout.base import SECOND_SEED, Sampler, SamplingParams, extend, insert
 from fastrl.types import Group, Messages, Prompt, Sample
 
 OP = "environment"
 _ANSWER = "the answer of this turn"  # placeholder, rendered to see what follows an answer
-_TURN_SEED = 48  # bits by which a turn's number is shifted into the seed, above steps, refills and evaluations
 
 
 class Environment(Protocol):
@@ -100,27 +99,9 @@ class _Talk:
 
     def add(self, turn: Sample, room: int) -> bool:
         """Appends what the policy wrote, cut to `room` tokens; returns whether the turn has its end."""
-        sample, finished = self.sample, turn.finished and len(turn.token_ids) <= room
-        sample.token_ids += turn.token_ids[:room]
-        sample.sampling_logps += turn.sampling_logps[:room]
-        sample.own += [True] * len(turn.token_ids[:room])
-        if turn.versions is not None:
-            sample.versions = (sample.versions or []) + turn.versions[:room]
-        if turn.support is not None:
-            sample.support = (sample.support or []) + turn.support[:room]
+        extend(self.sample, turn, room)
         self.turns += 1
-        return finished
-
-    def hear(self, ids: Sequence[int]) -> None:
-        """Appends tokens that the policy did not write."""
-        sample = self.sample
-        sample.token_ids += ids
-        sample.sampling_logps += [0.0] * len(ids)
-        sample.own += [False] * len(ids)
-        if sample.versions is not None:
-            sample.versions += sample.versions[-1:] * len(ids)
-        if sample.support is not None:
-            sample.support += [[token] for token in ids]
+        return turn.finished and len(turn.token_ids) <= room
 
 
 def play(
@@ -155,7 +136,7 @@ def play(
             break
         rooms = [params.max_new_tokens - len(talk.sample.token_ids) for talk in live]
         longest = min(max(rooms), turns.turn_tokens)
-        seed = (params.seed + (turn << _TURN_SEED)) % 2**64
+        seed = (params.seed + turn * SECOND_SEED) % 2**64
         own = replace(params, seed=seed, max_new_tokens=longest, min_new_tokens=min(params.min_new_tokens, longest))
         if turn == 0 and len(live) == len(talks):  # each prompt is prefilled once
             sampled = sampler.sample([prompt.token_ids for prompt in prompts], num_samples, own, progress)
@@ -240,7 +221,7 @@ def _step(
             talk.live = False
             continue
         talk.messages += messages
-        talk.hear(ids)
+        insert(talk.sample, ids)
 
 
 def _checked(result: Any) -> tuple[Messages, float | None, bool]:

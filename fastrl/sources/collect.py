@@ -20,6 +20,7 @@ from fastrl.rewards.call import shown
 from fastrl.rewards.suite import Failure
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.rollout.collect import collect
+from fastrl.rollout.interruption import Interrupting, Interruption
 from fastrl.rollout.turns import Turns, play
 from fastrl.types import Group, Prompt, Sample
 
@@ -32,6 +33,12 @@ class Sampling:
     tokenizer: PreTrainedTokenizerBase
     params: SamplingParams
     turns: Turns | None = None  # conversations with an environment, in place of single completions
+    interruption: Interruption | None = None  # of single completions that are too long
+
+    @property
+    def sampler(self) -> Sampler:
+        """The engine, with its completions interrupted where they are to be."""
+        return Interrupting(self.engine, self.tokenizer, self.interruption) if self.interruption else self.engine
 
     def greedy(self) -> Sampling:
         """The same, but always taking the most probable token; top_p, top_k and min_p are off.
@@ -142,12 +149,15 @@ def judged(
     with watch.stage(stages[0], units[0]) as progress:
         env.return_freed_memory()  # a rollout cannot reuse the memory of training's activations
         params = replace(sampling.params, seed=seed)
-        asked = (prompts, sampling.engine, sampling.tokenizer, number, params)
+        asked = (prompts, sampling.sampler, sampling.tokenizer, number, params)
         groups = play(*asked, sampling.turns, progress) if sampling.turns else collect(*asked, progress)
         env.return_freed_memory()  # nor can training reuse the memory of a rollout's caches
     judge.score(groups, watch, stages[1], units[1], about or f"Step {judge.step}")
     if sampling.turns:
         _without_failed(groups, judge, watch, about or f"Step {judge.step}")
+    if sampling.interruption:
+        told = [sample.extra["interrupted"] for group in groups for sample in group.samples]
+        judge.numbers["interrupted"] = fmean(told)
     return groups
 
 

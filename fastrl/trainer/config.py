@@ -126,6 +126,20 @@ class EnvironmentConfig:
 
 
 @dataclass(frozen=True)
+class InterruptionConfig:
+    """Forced length interruption, as in ScaleRL: a completion that thinks for too long is told to answer."""
+
+    after: tuple[int, int] = (0, 0)
+    """The budget of a completion is drawn from this range, in tokens; ScaleRL takes 10,000 to 12,000. At its end the
+    text is appended, which is not trained on, and rollout.max_new_tokens less the longest budget and the text are left
+    for the answer. 0, 0 is off."""
+    text: str = "Okay, time is up. Let me stop thinking and formulate a final answer now. </think>"
+    """What is appended, as the tokenizer reads it; the default is ScaleRL's."""
+    unless: str = "</think>"
+    """A completion that has this text by then goes on without being told; empty tells all of them."""
+
+
+@dataclass(frozen=True)
 class CurriculumConfig:
     """Which prompts are drawn, given how earlier ones went: `fastrl.data.curriculum`."""
 
@@ -437,6 +451,8 @@ class TrainConfig:
     """What is measured on the held-out set, and when."""
     environment: EnvironmentConfig = EnvironmentConfig()
     """What answers the policy in conversations of several turns, in training and in evaluation."""
+    interruption: InterruptionConfig = InterruptionConfig()
+    """When completions that are too long are told to answer, in training and in evaluation."""
     curriculum: CurriculumConfig = CurriculumConfig()
     """Which prompts of `task` are drawn."""
 
@@ -449,6 +465,16 @@ class TrainConfig:
     def offline(self) -> bool:
         """Whether the groups are pre-written rows."""
         return (self.algorithm in OFFLINE) if self.source == "auto" else self.source == "offline"
+
+    def about_data(self) -> dict[str, str]:
+        """Where groups come from, what is held out and what makes a step, in words."""
+        rollout, read = self.rollout, self.data if self.offline else self.task
+        sampled = f"{rollout.prompts_per_step} prompts x {rollout.group_size} completions"
+        return {
+            "source": read.source,
+            "held_out": f"{read.held_out} {'rows' if self.offline else 'prompts'}",
+            "step": f"{self.rows_per_step} rows" if self.offline or self.source == "rounds" else sampled,
+        }
 
     def of_policy(self) -> dict[str, Any]:
         """Arguments of a `Policy` besides its model."""
@@ -481,6 +507,7 @@ class TrainConfig:
         require_curriculum(op, self)
         require_rounds(op, self)
         require_environment(op, self)
+        require_interruption(op, self)
 
     def directory(self) -> Path:
         """`run_dir` with its placeholders filled in."""
@@ -500,6 +527,20 @@ def require_environment(op: str, config: TrainConfig) -> None:
     within, expected = 0 <= turns.turn_tokens <= new, f"0 to rollout.max_new_tokens = {new}"
     require(within, op, "environment.turn_tokens", expected, turns.turn_tokens)
     require(0 <= turns.timeout < math.inf, op, "environment.timeout", "seconds, or 0 (no limit)", turns.timeout)
+
+
+def require_interruption(op: str, config: TrainConfig) -> None:
+    """Refuses settings of an interruption that never happens, and budgets that make none."""
+    asked, (low, high) = config.interruption, config.interruption.after
+    if (low, high) == (0, 0):
+        off = asked == InterruptionConfig()
+        require(off, op, "interruption.after", "two numbers of tokens with its other settings", "0, 0 (off)")
+        return
+    require(1 <= low <= high, op, "interruption.after", "two numbers from 1, the larger one last", f"{low}, {high}")
+    sampled = not config.offline or config.task != TaskConfig()
+    require(sampled, op, "interruption", "none for written rows", "a value")
+    do = "An environment's turns have environment.turn_tokens."
+    require(not config.environment.name, op, "interruption", "none with an environment", "a value", do)
 
 
 def require_run_dir(op: str, config: TrainConfig) -> None:

@@ -109,7 +109,7 @@ class Run:
         kind = self.algorithm.kind if self.source.kind != "rewarded" else "rewarded"
         columns = columns_for("reward_model" if config.algorithm == "reward_model" else kind)
         log = RunLog(self.directory, total_steps=config.steps, show_every=show_every, columns=columns)
-        about = environment() | {"speed": self.speed.about()}
+        about = environment() | {"speed": self.speed.about(), "data": config.about_data()}
         log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=done)
         log.call(self.callbacks)
         return log

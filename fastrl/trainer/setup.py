@@ -34,13 +34,14 @@ from fastrl.monitor.log import Callback
 from fastrl.monitor.trackers import require_installed
 from fastrl.rewards import RewardFunc, RewardSuite, resolve_reward
 from fastrl.rollout.base import SamplingParams
+from fastrl.rollout.interruption import Interruption
 from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.rollout.turns import Environment, Turns
 from fastrl.sources import Ahead, Offline, Rollouts, Rounds, Sampling, Source
 from fastrl.sources.rounds import FOLDER
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.checkpoint import Checkpoint, model_of
-from fastrl.trainer.config import AheadConfig, TaskConfig, TrainConfig
+from fastrl.trainer.config import AheadConfig, InterruptionConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.judges import begin_judges
 from fastrl.trainer.learner import Learner
@@ -260,7 +261,12 @@ def _sampling(
         vocab_size=learner.policy.head.vocab_size,
     )
     sampler = TransformersSampler(model, tokenizer, record_support=rollout.replay_support)
-    return Sampling(sampler, tokenizer, params, turns)
+    interruption, asked = None, config.interruption
+    if asked != InterruptionConfig():
+        ids = tuple(tokenizer(asked.text, add_special_tokens=False)["input_ids"])
+        interruption = Interruption(ids, asked.after, asked.unless)
+        interruption.room(params.max_new_tokens)
+    return Sampling(sampler, tokenizer, params, turns, interruption)
 
 
 def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:

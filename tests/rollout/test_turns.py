@@ -504,6 +504,7 @@ def test_conversations_that_another_process_samples_ahead_are_those_that_this_on
     environment = EnvironmentConfig("rollout.test_turns:Tooled", turn_tokens=12)
     ratio = PolicyGradientConfig(ratio_to_sampler=True)
     fields = {"task": task, "environment": environment, "policy_gradient": ratio, "steps": 3, "threads": 1}
+    fields["linear"] = "torch"  # with auto, each process would take what its own benchmark found faster
     plain = config_for(tmp_path, run_dir=str(tmp_path / "plain"), **fields)
     ahead = AheadConfig(max_staleness=0, threads=1)
     for config in (plain, replace(plain, source="ahead", ahead=ahead, run_dir=str(tmp_path / "ahead"))):

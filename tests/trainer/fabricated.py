@@ -24,7 +24,7 @@ CONFIG = {
     "max_tokens_per_microbatch": 2048,
     "task": {"source": "reasoning_gym:chain_sum", "held_out": 24, "options": {"max_terms": 3}},
     "rewards": ({"name": "reasoning_gym", "weight": 1.0},),
-    "rollout": {"prompts": 8, "samples": 8, "max_new_tokens": 32, "temperature": 1.0},
+    "rollout": {"prompts_per_step": 8, "group_size": 8, "max_new_tokens": 32, "temperature": 1.0},
     "optimizer": {"lr": 5e-6, "betas": (0.9, 0.999)},
 }
 ENVIRONMENT = {
@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "machine": {"system": "Linux", "cpu": "EPYC", "cores": 2, "cpu_capability": "AVX512"},
     "threads": {"torch": 2, "cores": 2},
     "gpus": [],
+    "data": {"source": "reasoning_gym:chain_sum", "held_out": "24 prompts", "step": "8 prompts x 8 completions"},
     "git": {"commit": "0123456789abcdef", "modified": False},
 }
 

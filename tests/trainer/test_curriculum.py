@@ -178,7 +178,7 @@ def test_a_run_with_a_curriculum_that_stops_goes_on_to_the_bit(tmp_path, kind):
 
 def test_a_second_process_that_samples_in_turn_draws_and_observes_as_the_run_itself_would(tmp_path):
     curriculum = CurriculumConfig("waker_m", by=("task",), interval=2, leave_out=0.9)
-    plain = config_for(tmp_path, "plain", curriculum=curriculum, steps=4, threads=1)
+    plain = config_for(tmp_path, "plain", curriculum=curriculum, steps=4, threads=1, linear="torch")
     ahead = replace(plain, run_dir=str(tmp_path / "ahead"), source="ahead", ahead=AheadConfig(0, threads=1))
     runs = [prepare(config) for config in (plain, ahead)]
     assert [run.train().status for run in runs] == ["finished", "finished"]

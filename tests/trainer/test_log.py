@@ -58,11 +58,12 @@ def test_nothing_is_written_before_the_first_record(ticking, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["warnings.jsonl"]
 
 
-def test_header_names_model_task_device_threads_and_layout(ticking):
+def test_header_names_model_data_step_device_threads_and_layout(ticking):
     log, _, console = ticking
     log.start(CONFIG, ENVIRONMENT)
     text = console.file.getvalue()
-    for expected in ("smollm2-135m-instruct", "chain_sum, 24 prompts", "EPYC, 2 cores, AVX512", "2 of 2", "auto, 2048"):
+    sampled = ("chain_sum, 24 prompts held out", "40 steps of 8 prompts x 8 completions")
+    for expected in ("smollm2-135m-instruct", *sampled, "EPYC, 2 cores, AVX512", "2 of 2", "auto, 2048"):
         assert expected in text
 
 

@@ -496,7 +496,9 @@ def test_the_command_line_trains_and_judges_from_a_recipe(tmp_path, capsys):
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["steps"], saved["optimizer"]["lr"], saved["loss"]["beta"]) == (3, 0.01, 0.2)
     after = lines(tmp_path / "run" / "evaluations.jsonl")[-1]
-    capsys.readouterr()
+    header = " ".join(capsys.readouterr().out.split())  # the screen folds long lines
+    assert "6 rows held out" in header
+    assert f"3 steps of {config.rows_per_step} rows" in header
     assert main(["eval", str(tmp_path / "run" / "model"), str(recipe), "--loss.beta", "0.2"]) == 0
     assert f"margin {after['margin']:.3f}" in capsys.readouterr().out
 

@@ -81,7 +81,10 @@ def test_a_run_records_what_auto_stood_for_and_its_resumption_keeps_it(monkeypat
     assert json.loads((tmp_path / "run" / "env.json").read_text())["speed"]["dtype"].startswith(
         f"{dtype} (bfloat16 takes"
     )
-    assert f"{ratio:.2f} times as long" in capsys.readouterr().out
+    header = " ".join(capsys.readouterr().out.split())  # the screen folds long lines
+    assert f"{ratio:.2f} times as long" in header
+    assert "4 prompts held out" in header
+    assert "1 steps of 4 prompts x 4 completions" in header
     at_ratio(monkeypatch, 1 / ratio)  # another machine, or a busy one
     run = prepare(replace(config, resume=str(tmp_path / "run")))
     assert run.config.dtype == dtype
