@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fastrl.algorithms.registry import ROWS
 from fastrl.cli import main
 from fastrl.losses.presets import PREFERENCE_PRESETS, PRESETS
 from fastrl.menu import about_recipes, page
+from fastrl.spec import Cispo, Clip
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import TrainConfig
 from fastrl.trainer.recipe import load_recipe
@@ -64,3 +66,40 @@ def test_the_command_shows_every_recipe_and_every_algorithm(capsys, monkeypatch)
         assert entry.paper in shown
     assert main(["recipes", "--markdown"]) == 0
     assert capsys.readouterr().out == page()
+
+
+@pytest.mark.parametrize(
+    ("name", "surrogate", "aggregate", "scale", "ahead", "updates", "filtered"),
+    [
+        ("scale_rl", Cispo(5.0), "prompt_mean", "batch", True, 1, True),
+        ("scale_rl_deepseek_grpo", Clip(0.2, 0.2), "seq_mean_token_mean", "group", False, 8, False),
+        ("scale_rl_qwen_dapo", Clip(0.2, 0.26), "prompt_mean", "group", False, 8, True),
+        ("scale_rl_magistral", Clip(0.2, 0.26), "prompt_mean", "batch", True, 1, True),
+        ("scale_rl_minimax_m1", Cispo(5.0), "prompt_mean", "group", False, 8, True),
+    ],
+)
+def test_scale_rl_and_what_it_compares_with_have_the_settings_of_its_page(
+    name, surrogate, aggregate, scale, ahead, updates, filtered
+):
+    config = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    algorithm = build_algorithm(config)
+    assert algorithm.spec.surrogate == surrogate
+    assert algorithm.spec.aggregate == aggregate
+    assert algorithm.spec.kl is None
+    assert (algorithm.estimator.baseline, algorithm.estimator.scale) == ("mean", scale)
+    assert (config.source == "ahead") is ahead
+    assert config.optimizer.steps_per_rollout == updates
+    assert config.policy_gradient.filter_zero_variance is filtered
+
+
+SWITCHES = re.findall(r"\| `(--[^`]+)` \|", (ROOT / "docs" / "recipes" / "scale_rl.md").read_text())
+
+
+@pytest.mark.parametrize("flags", SWITCHES)
+def test_a_switch_of_scale_rls_page_changes_the_recipe(flags, capsys):
+    assert len(SWITCHES) >= 8
+    recipe = str(ROOT / "recipes" / "scale_rl.yaml")
+    assert main(["train", recipe, "--print"]) == 0
+    whole = capsys.readouterr().out
+    assert main(["train", recipe, *shlex.split(flags), "--print"]) == 0
+    assert capsys.readouterr().out != whole
