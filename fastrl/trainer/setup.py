@@ -266,6 +266,10 @@ def _sampling(
         ids = tuple(tokenizer(asked.text, add_special_tokens=False)["input_ids"])
         interruption = Interruption(ids, asked.after, asked.unless)
         interruption.room(params.max_new_tokens)
+        open_ended = not set(ids) & set(params.stop_token_ids)
+        require(
+            open_ended, "TrainConfig", "interruption.text", "words without a token that ends a completion", asked.text
+        )
     return Sampling(sampler, tokenizer, params, turns, interruption)
 
 

@@ -157,6 +157,7 @@ def test_a_resumed_run_with_interruptions_is_bit_for_bit_the_run_that_never_stop
         ({"interruption": InterruptionConfig(after=(3, 2))}, "the larger one last"),
         ({"interruption": InterruptionConfig(after=(0, 2))}, "two numbers from 1"),
         ({"interruption": InterruptionConfig(after=(2, 3), text="")}, "words that are at least one token"),
+        ({"interruption": InterruptionConfig(after=(2, 3), text="w7 <eos>")}, "words without a token that ends"),
         ({"interruption": InterruptionConfig(after=(2, 4), text="w7 w6")}, "more than 6, the longest budget"),
         (
             {"interruption": InterruptionConfig(after=(2, 3)), "algorithm": "dpo", "task": TaskConfig()},
