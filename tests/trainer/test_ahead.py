@@ -26,7 +26,7 @@ from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.sources import Ahead
 from fastrl.sources.ahead import GeneratorDied, Spool
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.config import AheadConfig, PolicyGradientConfig, TrainConfig
+from fastrl.trainer.config import AheadConfig, PolicyGradientConfig, RewardConfig, TrainConfig
 from fastrl.trainer.generator import Generator
 from fastrl.trainer.setup import train
 from fastrl.trainer.trainer import Trainer
@@ -176,7 +176,9 @@ def test_a_generator_that_is_killed_is_started_again_and_no_token_is_older_than_
         run.source._spool.clear()  # as if it had not got far
 
     in_step(monkeypatch, 3, kill)
-    assert train(ahead_config(tmp_path)).status == "finished"
+    # Rewards that always differ: a step whose groups all agree makes no update, and staleness counts updates.
+    config = ahead_config(tmp_path, rewards=(RewardConfig("trainer.tiny:noisy_words"),))
+    assert train(config).status == "finished"
     warnings = [one["message"] for one in lines(tmp_path / "run" / "warnings.jsonl")]
     assert [one for one in warnings if "SIGKILL. Started again" in one] != []
     steps = [one for one in lines(tmp_path / "run" / "metrics.jsonl") if "reward" in one]
