@@ -19,7 +19,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MODELS = ("smollm2-135m-instruct", "runs/seal_pre/model")
 SMALL = {
     "steps": 1, "rows_per_step": 2, "held_out": 4, "prompts_per_step": 2, "group_size": 2, "size": 100, "every": 0,
-    "steps_per_rollout": 1, "prompts": 4, "threads": 1, "save_every": 0, "random_prompts": 2, "max_tokens": 256,
+    "steps_per_rollout": 1, "prompts": 4, "threads": 1, "save_every": 0, "max_tokens": 256,
 }  # fmt: skip
 
 
