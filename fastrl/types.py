@@ -73,6 +73,11 @@ class Sample:
     values: list[float] | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # what rewards pass to `log_extra`, as JSON can hold it
     support: list[list[int]] | None = None  # per token, if recorded: the ids it was drawn from; None: all of them
+    # Per turn of the policy in a conversation: the number of tokens up to its end; its share of `reward`, the last
+    # one's with all that no turn got; and, if credit is given by turn, what takes the place of `advantage`.
+    turn_ends: list[int] | None = None
+    turn_rewards: list[float] | None = None
+    turn_advantages: list[float] | None = None
 
 
 @dataclass
@@ -121,7 +126,7 @@ class MicroBatch:
     group_ids: torch.Tensor  # (S,) int64
     group_tokens: torch.Tensor  # (S,) int64, trained tokens of the sequence's whole group, in any micro-batch
     scores: torch.Tensor  # (S,) float32, the samples' rewards
-    advantages: torch.Tensor  # (S,) float32, or (N,) if they come from a critic or from token masks
+    advantages: torch.Tensor  # (S,) float32, or (N,) if they come from a critic, from turns or from token masks
     mask: torch.Tensor  # (N,) bool
     sampling_logps: torch.Tensor  # (N,) float32
     old_logps: torch.Tensor | None = None  # (N,) float32; None = on-policy, the ratio is exactly 1

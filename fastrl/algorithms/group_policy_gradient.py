@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 
 import torch
 
 from fastrl.advantages import GroupAdvantage
+from fastrl.algorithms.masks import require_token_advantages
 from fastrl.algorithms.policy_gradient import PolicyGradient, policy_gradient_loss
+from fastrl.check import require
 from fastrl.data.pack import Counts, own_tokens
 from fastrl.model.policy import Policy
 from fastrl.types import Group, LossOutput, MicroBatch, Sample
@@ -31,9 +34,18 @@ class GroupPolicyGradient(PolicyGradient):
     estimator: GroupAdvantage | Estimator
     max_new_tokens: int = 0  # the constant length that `token_sum` divides by: Dr. GRPO, arXiv:2503.20783
     reward_weights: tuple[float, ...] = ()  # in the order of `Sample.rewards`, for estimators with `each_reward`
+    turn_discount: float | None = None  # credit by turn, with this discount; None: by completion
 
     def __post_init__(self) -> None:
         self.masks.require_fits(self.spec)
+        if self.turn_discount is None:
+            return
+        op, name, estimator = "GroupPolicyGradient", "turn_discount", self.estimator
+        reads = isinstance(estimator, Estimator) and (estimator.lengths or estimator.each_reward or estimator.greedy)
+        require(
+            not reads, op, name, "None for an estimator that reads more than rewards and groups", self.turn_discount
+        )
+        require_token_advantages(op, name, self.spec, self.masks)
 
     @property
     def needs_ref(self) -> bool:
@@ -47,12 +59,40 @@ class GroupPolicyGradient(PolicyGradient):
 
     def advantages(self, groups: Sequence[Group]) -> None:
         """Sets `Sample.advantage` of every sample. Samples without a reward get 0 and enter no baseline."""
+        if self.turn_discount is not None:
+            self._credit_turns(groups, self.turn_discount)
+            return
         samples = [sample for group in groups for sample in group.samples]
         rewards = torch.tensor([_number(sample.reward) for sample in samples], dtype=torch.float64)
         group_ids = torch.tensor([index for index, group in enumerate(groups) for _ in group.samples])
         result = self._estimate(groups, samples, rewards, group_ids)
         for sample, advantage in zip(samples, result.tolist(), strict=True):
             sample.advantage = advantage
+
+    def _credit_turns(self, groups: Sequence[Group], discount: float) -> None:
+        """Sets `Sample.turn_advantages`: the estimator on the return of each turn, G_ik = r_ik + discount G_i,k+1.
+
+        Turn k is compared with turn k of the prompt's other samples, as far as they got there: a discounted return per
+        turn as in arXiv:2511.14846, and the baseline of the return from turn k on, which the policy's choices from k on
+        do not move. Baselines of each turn's own reward, added up over the turns that a sample took, would favour short
+        conversations (https://github.com/verl-project/verl/issues/7244).
+        """
+        returns: list[float] = []
+        turns: dict[tuple[int, int], int] = {}  # a group of samples in one turn -> its id
+        group_ids: list[int] = []
+        samples = [(index, sample) for index, group in enumerate(groups) for sample in group.samples]
+        for index, sample in samples:
+            rewards = sample.turn_rewards or [float("nan")]  # it was not scored
+            to_go = accumulate(reversed(rewards), lambda later, reward: reward + discount * later)
+            returns += reversed([*to_go])
+            group_ids += [turns.setdefault((index, turn), len(turns)) for turn in range(len(rewards))]
+        values = torch.tensor(returns, dtype=torch.float64)
+        of = {"group_ids": torch.tensor(group_ids)}
+        function = self.estimator if isinstance(self.estimator, GroupAdvantage) else self.estimator.function
+        result = iter(function(values, **of).tolist())
+        for _, sample in samples:
+            sample.turn_advantages = [*islice(result, len(sample.turn_rewards or [0.0]))]
+            sample.advantage = sample.turn_advantages[0]  # of all that follows
 
     def _estimate(
         self, groups: Sequence[Group], samples: Sequence[Sample], rewards: torch.Tensor, group_ids: torch.Tensor
@@ -79,7 +119,7 @@ class GroupPolicyGradient(PolicyGradient):
         """
         if self.needs_ref or self.spec.needs_entropy or self.terms:
             return list(groups)
-        return [group for group in groups if any(sample.advantage != 0.0 for sample in group.samples)]
+        return [group for group in groups if any(map(_has_advantage, group.samples))]
 
     def normalizer(self, counts: Counts) -> float:
         """The loss's divisor, counted over a whole optimizer step before the split into micro-batches."""
@@ -101,6 +141,10 @@ class GroupPolicyGradient(PolicyGradient):
         options = {"temperature": temperature, "entropy": entropy, "ratio_to_sampler": self.ratio_to_sampler}
         batch = batch if self.sampled else replace(batch, sampling_logps=None)
         yield policy_gradient_loss(policy, batch, self.spec, normalizer, terms=self.terms, **options)
+
+
+def _has_advantage(sample: Sample) -> bool:
+    return any(value != 0.0 for value in sample.turn_advantages or (sample.advantage,))
 
 
 def _number(reward: float | None) -> float:

@@ -99,6 +99,18 @@ class TokenMasks:
         require(clips or self.clip_cov is None, OP, "clip_cov", expected, self.clip_cov)
 
 
+def require_token_advantages(op: str, name: str, spec: PolicyLoss, masks: TokenMasks) -> None:
+    """Refuses, as the value of `name`, advantages that differ within a completion where the loss takes one for all.
+
+    Raises:
+        ValueError: the loss's ratio is that of the sequence, or a mask reads the advantage of the whole completion.
+    """
+    one = spec.ratio == "sequence" or isinstance(spec.surrogate, Gmpo)
+    require(not one, op, name, "None with a ratio per sequence; gspo_token takes advantages per token", spec.ratio)
+    off, expected = masks.off_policy, "null where advantages differ within a completion"
+    require(off is None, op, "masks.off_policy", expected, off)
+
+
 @torch.no_grad()
 def masked(
     policy: Policy,

@@ -70,7 +70,7 @@ class Pretraining:
 class ActorCritic(PolicyGradient):
     """PPO, arXiv:1707.06347, as used in RLHF, arXiv:2203.02155.
 
-    r_t = -kl_coef (old_logps_t - ref_logps_t) + [t is the last token] score
+    r_t = -kl_coef (old_logps_t - ref_logps_t) + [t is the last token] score, or by_turn + [t ends turn k] r_k
     R = gae(r, V_old, lam), A = gae(r, V_old, lam_policy), and A whitened over the valid tokens of the rollout
     loss = policy loss(A) + value_coef 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2)
 
@@ -95,6 +95,7 @@ class ActorCritic(PolicyGradient):
     length_alpha: float | None = None
     positive_nll: float = 0.0
     critic: bool = True
+    by_turn: bool = False  # the rewards of a conversation's turns at their ends, not all at its end
     ptx: Pretraining | None = None
 
     def __post_init__(self) -> None:
@@ -219,7 +220,8 @@ class ActorCritic(PolicyGradient):
 
     def _estimate(self, batch: MicroBatch) -> MicroBatch:
         ref = batch.old_logps if batch.ref_logps is None else batch.ref_logps
-        rewards = kl_in_reward(batch.scores, batch.old_logps, ref, batch.mask, self.kl.coef, batch.cu_seqlens)
+        last, earlier = _by_turn(batch) if self.by_turn else (batch.scores, 0.0)
+        rewards = kl_in_reward(last, batch.old_logps, ref, batch.mask, self.kl.coef, batch.cu_seqlens) + earlier
         options = {"gamma": self.gamma, "cu_seqlens": batch.cu_seqlens}
         if not self.critic:
             return replace(batch, advantages=discounted_returns(rewards, batch.mask, **options))
@@ -271,3 +273,13 @@ class ActorCritic(PolicyGradient):
         )
         total = out.loss.detach() * normalizer, batch.mask.sum().to(out.loss.dtype)
         return LossOutput(self.value_coef * out.loss, out.metrics | {"value/loss": total})
+
+
+def _by_turn(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S,) rewards of the last turns, and (N,) those of the turns before, at the last token of each."""
+    last, earlier = torch.empty_like(batch.scores), torch.zeros_like(batch.old_logps)
+    for number, (start, sample) in enumerate(zip(batch.cu_seqlens.tolist(), batch.samples, strict=False)):
+        last[number] = sample.turn_rewards[-1]
+        for end, reward in zip(sample.turn_ends[:-1], sample.turn_rewards[:-1], strict=True):
+            earlier[start + end - 1] = reward
+    return last, earlier

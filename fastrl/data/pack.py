@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -221,7 +221,7 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
         group_ids=tensor([row.group_id for row in rows for _ in row.samples]),
         group_tokens=tensor([group_tokens[row.group_id] for row in rows for _ in row.samples]),
         scores=tensor([sample.reward for sample in samples], torch.float32),
-        advantages=tensor([sample.advantage for sample in samples], torch.float32),
+        advantages=tensor(_advantages(samples), torch.float32),
         mask=tensor(list(chain.from_iterable(s.own or [True] * len(s.token_ids) for s in samples)), torch.bool),
         sampling_logps=known("sampling_logps"),
         old_logps=known("old_logps"),
@@ -233,6 +233,22 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
         support=_support(samples, device),
         samples=tuple(samples),
     )
+
+
+def _advantages(samples: list[Sample]) -> list[float]:
+    """One per sample; one per token if those of a sample differ between its turns."""
+    if all(sample.turn_advantages is None for sample in samples):
+        return [sample.advantage for sample in samples]
+    return list(chain.from_iterable(map(_token_advantages, samples)))
+
+
+def _token_advantages(sample: Sample) -> list[float]:
+    """A turn's advantage at its tokens, and at what the environment said before it, which is not trained on."""
+    if sample.turn_advantages is None:
+        return [sample.advantage] * len(sample.token_ids)
+    lengths = [end - start for start, end in pairwise([0, *sample.turn_ends])]
+    parts = zip(sample.turn_advantages, lengths, strict=True)
+    return list(chain.from_iterable([advantage] * length for advantage, length in parts))
 
 
 def _support(samples: list[Sample], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -85,7 +85,6 @@ class _Talk:
     environment: Environment | None = None
     messages: Messages = field(default_factory=list)
     rewards: list[float | None] = field(default_factory=list)
-    turns: int = 0
     live: bool = True
     error: str = ""
 
@@ -100,7 +99,7 @@ class _Talk:
     def add(self, turn: Sample, room: int) -> bool:
         """Appends what the policy wrote, cut to `room` tokens; returns whether the turn has its end."""
         extend(self.sample, turn, room)
-        self.turns += 1
+        self.sample.turn_ends.append(len(self.sample.token_ids))
         return turn.finished and len(turn.token_ids) <= room
 
 
@@ -126,7 +125,9 @@ def play(
     """
     if params.vocab_size is None:
         params = replace(params, vocab_size=1 + max(*tokenizer.get_vocab().values(), *params.stop_token_ids))
-    talks = [_Talk(prompt, Sample([], [], False, own=[])) for prompt in prompts for _ in range(num_samples)]
+    talks = [
+        _Talk(prompt, Sample([], [], False, own=[], turn_ends=[])) for prompt in prompts for _ in range(num_samples)
+    ]
     for talk, made in zip(talks, _each([turns.factory] * len(talks), [()] * len(talks), 0.0), strict=True):
         talk.fail(made) if isinstance(made, BaseException) else setattr(talk, "environment", made)
     _reset([talk for talk in talks if talk.live], turns)
@@ -245,7 +246,7 @@ def _note(talk: _Talk, tokenizer: PreTrainedTokenizerBase) -> None:
         sample.token_ids, sample.sampling_logps, sample.own = [talk.prompt.token_ids[-1]], [0.0], [False]
     sample.text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
     metrics = {name: float(value) for name, value in (getattr(talk.environment, "metrics", None) or {}).items()}
-    metrics |= {"turns": float(talk.turns), "own_fraction": sum(sample.own) / len(sample.own)}
+    metrics |= {"turns": float(len(sample.turn_ends)), "own_fraction": sum(sample.own) / len(sample.own)}
     sample.extra |= {"messages": talk.messages, "turn_rewards": talk.rewards, "metrics": metrics}
     if talk.error:
         sample.finished = False

@@ -17,6 +17,7 @@ from fastrl.check import sentence
 from fastrl.progress import Watch
 from fastrl.rewards import RewardFailure, RewardSuite
 from fastrl.rewards.call import shown
+from fastrl.rewards.environment import split_by_turn
 from fastrl.rewards.suite import Failure
 from fastrl.rollout.base import Sampler, SamplingParams
 from fastrl.rollout.collect import collect
@@ -92,9 +93,10 @@ def _without_failed(groups: Sequence[Group], judge: Judge, watch: Watch, about: 
     samples = [sample for group in groups for sample in group.samples]
     noted = [sample.extra["metrics"] for sample in samples]
     names = dict.fromkeys(name for one in noted for name in one)
-    judge.numbers.update({f"environment/{name}": fmean(one[name] for one in noted if name in one) for name in names})
+    for name in names:  # those of the step's own completions stay: refills and baselines come later
+        judge.numbers.setdefault(f"environment/{name}", fmean(one[name] for one in noted if name in one))
     failed = [sample for sample in samples if "environment_error" in sample.extra]
-    judge.numbers["environment/failures"] = float(len(failed))
+    judge.numbers["environment/failures"] = judge.numbers.get("environment/failures", 0.0) + len(failed)
     for sample in failed:
         sample.reward = None
     if failed:
@@ -155,9 +157,12 @@ def judged(
     judge.score(groups, watch, stages[1], units[1], about or f"Step {judge.step}")
     if sampling.turns:
         _without_failed(groups, judge, watch, about or f"Step {judge.step}")
+        weight = dict(zip(judge.rewards.names, judge.rewards.weights, strict=True)).get("environment", 0.0)
+        for sample in (one for group in groups for one in group.samples if one.reward is not None):
+            sample.turn_rewards = split_by_turn(sample, weight)
     if sampling.interruption:
         told = [sample.extra["interrupted"] for group in groups for sample in group.samples]
-        judge.numbers["interrupted"] = fmean(told)
+        judge.numbers.setdefault("interrupted", fmean(told))
     return groups
 
 

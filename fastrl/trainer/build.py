@@ -130,6 +130,7 @@ def _policy_gradient(config: TrainConfig) -> PolicyGradient:
         estimator,
         config.rollout.max_new_tokens,
         weights,
+        config.environment.discount if config.environment.credit == "turn" else None,
         masks=config.masks,
         ratio_to_sampler=_ratio_to_sampler(config, spec),
         schedule=_schedule(config),
@@ -248,7 +249,9 @@ def _actor_critic(config: TrainConfig, spec: PolicyLoss) -> ActorCritic:
     controller = KLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
     names = ("gamma", "lam", "lam_policy", "length_alpha", "positive_nll", "value_coef", "value_clip", "whiten")
     factors = {name: getattr(ppo, name) for name in names}
-    factors |= {"critic": ppo.critic != "none", "masks": config.masks}
+    factors |= {"critic": ppo.critic != "none", "masks": config.masks, "by_turn": config.environment.credit == "turn"}
+    discount, do = config.environment.discount, "PPO has ppo.gamma."
+    require(discount == 1.0, OP, "environment.discount", f"1 with {config.algorithm}", discount, do)
     factors["ratio_to_sampler"] = _ratio_to_sampler(config, spec)
     return ActorCritic(spec, controller, **factors, schedule=_schedule(config))
 

@@ -121,6 +121,13 @@ class EnvironmentConfig:
     turn_tokens: int = 0
     """Maximum length of one turn, in tokens; 0 is rollout.max_new_tokens, which bounds the whole conversation, the
     environment's tokens included."""
+    credit: Literal["completion", "turn"] = "completion"
+    """Who gets the reward: completion gives the whole of it to every token; turn gives each turn of the policy what the
+    environment gave from then on, compared with the same turn of the prompt's other completions. With PPO the rewards
+    are then at the ends of their turns."""
+    discount: float = 1.0
+    """With credit by turn: the factor by which a reward counts less for each turn that it comes later. PPO has
+    ppo.gamma, per token."""
     timeout: float = 10.0
     """Seconds that an environment may take to answer a turn before the conversation counts as failed; 0 is no limit."""
 
@@ -527,6 +534,16 @@ def require_environment(op: str, config: TrainConfig) -> None:
     within, expected = 0 <= turns.turn_tokens <= new, f"0 to rollout.max_new_tokens = {new}"
     require(within, op, "environment.turn_tokens", expected, turns.turn_tokens)
     require(0 <= turns.timeout < math.inf, op, "environment.timeout", "seconds, or 0 (no limit)", turns.timeout)
+    require(0 <= turns.discount <= 1, op, "environment.discount", "a number from 0 to 1", turns.discount)
+    if turns.credit == "completion":
+        require(turns.discount == 1, op, "environment.discount", "1 without credit: turn", turns.discount)
+        return
+    named = any(reward.name == "environment" for reward in config.rewards)
+    require(
+        named, op, "environment.credit", "completion without the reward `environment`, which has the turns'", "turn"
+    )
+    rounds, do = config.rollout.dynamic_sampling, "Groups of equal sums may differ in their turns."
+    require(rounds == 0, op, "rollout.dynamic_sampling", "0 with environment.credit: turn", rounds, do)
 
 
 def require_interruption(op: str, config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from trainer.tiny import tiny_config, write_model
 from transformers import AutoTokenizer
 
 from fastrl.model.load import load_model
+from fastrl.progress import Unwatched
 from fastrl.rollout.base import SamplingParams
 from fastrl.rollout.interruption import Interrupting, Interruption
 from fastrl.rollout.transformers_sampler import TransformersSampler
@@ -119,6 +120,7 @@ def test_the_log_probabilities_of_the_answer_are_those_given_the_words(folder, t
             logits = model(torch.tensor([[*prompt, *sample.token_ids]])).logits[0, len(prompt) - 1 : -1]
         logps = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
         own = torch.tensor(sample.own)
+        # Both in float32: a cached step adds up its products in another order than the whole row does.
         torch.testing.assert_close(torch.tensor(sample.sampling_logps)[own], logps[own], rtol=0, atol=2e-5)
         assert sum(sample.own[sample.own.index(False) + 2 :]) <= 20 - 5 - 2
 
@@ -139,6 +141,15 @@ def test_a_run_reports_how_many_were_interrupted_and_its_files_show_the_words(tm
     assert sum("w7 w6" in one["completion"] for one in shown) > len(shown) / 2
     evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
     assert any(0 < value <= 1 for one in evaluations for name, value in one.items() if "interrupted" in name)
+
+
+def test_the_share_of_the_interrupted_is_that_of_the_step_and_not_of_its_greedy_baseline(tmp_path):
+    run = prepare(tiny_config(tmp_path, **interrupted(algorithm="remax")))
+    run.source.sampling = replace(run.source.sampling, params=replace(run.source.sampling.params, temperature=3.0))
+    batch = run.source.next(run.learner, Unwatched())
+    told = [sample.extra["interrupted"] for group in batch.groups for sample in group.samples]
+    assert 0 < sum(told) < len(told)
+    assert batch.numbers["interrupted"] == sum(told) / len(told)
 
 
 def test_a_resumed_run_with_interruptions_is_bit_for_bit_the_run_that_never_stopped(tmp_path):

@@ -486,7 +486,7 @@ def test_a_run_with_an_environment_learns_and_logs_its_turns(tmp_path):
     assert all(1.0 <= line["environment/turns"] <= 2.0 for line in lines)
     assert 0.0 < lines[0]["environment/own_fraction"] < 1.0
     assert lines[0]["environment/words"] > 0.0
-    assert lines[0]["rewards/environment/mean"] == 0.5
+    assert 0.0 < lines[0]["rewards/environment/mean"] <= 0.5  # less where a first turn was cut
     logged = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert any(len(line["extra"]["messages"]) == 3 for line in logged)
 
