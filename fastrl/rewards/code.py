@@ -13,17 +13,21 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 from fastrl import check
+from fastrl.rewards.code_harness import COUNT
 from fastrl.rewards.extract import completion_text
-from fastrl.rewards.sandbox import Limits, SandboxError, require_isolation, run_sandboxed
+from fastrl.rewards.sandbox import Limits, Outcome, SandboxError, require_isolation, run_sandboxed
 from fastrl.types import Prompt
 
 HARNESS = Path(__file__).with_name("code_harness.py")
+TOGETHER = 16  # solutions that are no model's, in one sandbox
 BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "py", "python", "python3")
 Take = Literal["last_block", "first_block", "full"]
@@ -134,8 +138,12 @@ class CodeReward:
     def _checked(
         self, judged: Sequence[tuple[Prompt, Tests]], solution: Callable[[Prompt], str]
     ) -> Iterator[tuple[Prompt, Tests, list[bool]]]:
-        passed = self._pool.map(lambda one: self._passed(solution(one[0]), one[1]), judged)
-        return ((*one, results) for one, results in zip(judged, passed, strict=True))
+        """Each prompt and its tests with which of them its solution passes."""
+        several = [judged[start : start + TOGETHER] for start in range(0, len(judged), TOGETHER)]
+        passed = self._pool.map(
+            lambda part: self._passed_together([(solution(prompt), tests) for prompt, tests in part]), several
+        )
+        return ((*one, results) for one, results in zip(judged, chain.from_iterable(passed), strict=True))
 
     async def _score(self, text: str, tests: Tests | None) -> float | None:
         if tests is None:
@@ -153,16 +161,7 @@ class CodeReward:
         Raises:
             SandboxError: they could not be run.
         """
-        paths = sysconfig.get_paths()
-        path = [*dict.fromkeys((paths["purelib"], paths["platlib"]))] if self.packages else []
-        job = {"solution": code, "setup": tests.setup, "tests": tests.scripts, "cases": tests.cases}
-        outcome = run_sandboxed(
-            HARNESS.read_text(encoding="utf-8"),
-            stdin=json.dumps(job | {"names": tests.names, "path": path}),
-            limits=Limits(**self.limits),
-            visible=tuple(path),
-            unsandboxed=self.unsandboxed,
-        )
+        outcome = self._run([(code, tests)], Limits(**self.limits))
         verdicts = [json.loads(line) for line in outcome.stdout.splitlines()] if outcome.ended != "output" else []
         for verdict in verdicts:
             if isinstance(verdict, dict):
@@ -172,6 +171,50 @@ class CodeReward:
             raise SandboxError(f"the tests did not end: exit {outcome.code} {outcome.stderr[-300:]}")
         # Ended by the solution, or over a limit: the tests that it kept from running have failed.
         return [*verdicts, *[False] * (len(tests) - len(verdicts))]
+
+    def _passed_together(self, pairs: Sequence[tuple[str, Tests]]) -> list[list[bool]]:
+        """As `_passed` for each of several solutions that need not be kept from their tests and from each other.
+
+        They share a sandbox, whose start takes most of the time of a check. Those that gave no verdict on every test
+        are checked again alone, which says why.
+        """
+        if len(pairs) == 1:
+            return [self._passed(*pairs[0])]
+        limits = Limits(**self.limits)
+        room = {"seconds": limits.seconds * (len(pairs) + 1), "processes": limits.processes + 1}
+        outcome = self._run(pairs, replace(limits, output_kb=limits.output_kb * len(pairs), **room))
+        jobs, verdicts = [], []
+        for line in outcome.stdout.splitlines() if outcome.ended != "output" else []:
+            verdict = json.loads(line)
+            verdicts.append(verdict)
+            if verdict is None:
+                jobs.append(verdicts[:-1])
+                verdicts = []
+        jobs += [[]] * (len(pairs) - len(jobs))
+        return [
+            found
+            if len(found) == len(tests) and not any(isinstance(one, dict) for one in found)
+            else self._passed(code, tests)
+            for (code, tests), found in zip(pairs, jobs, strict=True)
+        ]
+
+    def _run(self, pairs: Sequence[tuple[str, Tests]], limits: Limits) -> Outcome:
+        """Runs the harness on solutions and their tests."""
+        paths = sysconfig.get_paths()
+        path = [*dict.fromkeys((paths["purelib"], paths["platlib"]))] if self.packages else []
+        seconds = ceil(Limits(**self.limits).seconds)
+        jobs = [
+            {"solution": code, "setup": tests.setup, "tests": tests.scripts, "cases": tests.cases, "names": tests.names}
+            | {"path": path, "seconds": seconds}
+            for code, tests in pairs
+        ]
+        return run_sandboxed(
+            HARNESS.read_text(encoding="utf-8"),
+            stdin="\n".join([str(len(jobs)).zfill(COUNT - 1), *map(json.dumps, jobs)]),
+            limits=limits,
+            visible=tuple(path),
+            unsandboxed=self.unsandboxed,
+        )
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

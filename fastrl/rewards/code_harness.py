@@ -1,8 +1,8 @@
-"""Runs the tests of a solution, inside the sandbox. Standard library only.
+"""Runs the tests of solutions, inside the sandbox. Standard library only.
 
 Tests and solution are two processes, so that a solution can neither read the tests nor change what they compare: it
-gets a call's arguments and answers with plain data. Standard input is the job; every line of standard output is the
-verdict on one test, and a solution has neither.
+gets a call's arguments and answers with plain data. Standard input is the number of jobs, then a job per line; every
+line of standard output is the verdict on one test, or null at a job's end, and a solution has neither.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import io
 import itertools
 import json
 import os
+import signal
 import sys
 from typing import Any, NoReturn, TextIO
 
+COUNT = 8  # bytes of the number of jobs
 MOST_ITEMS = 100_000  # of an iterator that a solution returns
 SCALARS = (bool, int, float, str)
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
@@ -39,11 +41,37 @@ class Ended(BaseException):
 
 
 def main() -> None:
-    """Judges the job on standard input."""
+    """Judges the jobs on standard input."""
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
-    channel = fork_solution()  # before the tests are read, so that its memory has none of them
-    job = json.load(sys.stdin)
+    if int(os.read(0, COUNT)) == 1:  # not a byte more: the solution's memory has none of the tests
+        channel = fork_solution()
+        judge(json.loads(sys.stdin.readline()), channel)
+    else:  # of solutions that may know their tests, such as references
+        for number, line in enumerate(sys.stdin):
+            judge_apart(number, json.loads(line))
+
+
+def judge_apart(number: int, job: dict[str, Any]) -> None:
+    """Judges a job in a process and a folder of its own, and ends all that it started."""
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        os.mkdir(str(number))
+        os.chdir(str(number))
+        signal.alarm(job["seconds"])
+        judge(job, fork_solution())
+        os._exit(0)
+    os.waitpid(process, 0)
+    try:  # noqa: SIM105 - without contextlib the harness starts faster
+        os.killpg(process, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    verdict(None)
+
+
+def judge(job: dict[str, Any], channel: tuple[TextIO, TextIO]) -> None:
+    """Judges a job by the solution's process, which is at the other end of `channel`."""
     try:
         if job["cases"]:
             for end in channel:  # it ends too

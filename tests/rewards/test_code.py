@@ -184,6 +184,37 @@ def test_tests_that_cannot_judge_are_refused_at_the_start(columns, message):
 
 
 @isolated
+def test_solutions_that_are_checked_together_get_the_verdicts_that_they_get_alone():
+    """Those that forge, end or hang the checks among them too: each ends nothing but its own. Only one that looks for
+    its tests finds them, as a reference may."""
+    reward = CodeReward(limits=QUICK)
+    tests = reward._tests({"tests": TESTS})
+    programs = reward._tests({"tests": [{"input": "2", "output": "4"}, {"input": "3", "output": "6"}]})
+    writes = "open('left', 'w').write('4')\n" + RIGHT
+    reads = "def f(x): return int(open('left').read()) if x == 2 else [1, 1]"
+    pairs = [(RIGHT, tests), (writes, tests), (reads, tests)]
+    pairs += [(code, tests) for name, code in FORGED.items() if name != "reads its frames"]
+    pairs += [("print(2 * int(input()))", programs), ("print(4)", programs), ("while True: pass", programs)]
+    together = reward._passed_together(pairs)
+    assert together == [reward._passed(*pair) for pair in pairs]
+    assert [all(one) for one in together[:3]] == [True, True, False]
+    assert [all(one) for one in together[-3:]] == [True, False, False]
+
+
+@isolated
+def test_the_check_of_many_prompts_starts_few_sandboxes_and_names_the_row(monkeypatch):
+    started, run = [], sandbox.run_sandboxed
+    monkeypatch.setattr("fastrl.rewards.code.run_sandboxed", lambda *a, **o: started.append(1) or run(*a, **o))
+    rows = [{"tests": TESTS, "reference": RIGHT}] * 40
+    prompts = [Prompt(place, "q", (1,), row) for place, row in enumerate(rows)]
+    CodeReward(limits=QUICK).check_prompts(prompts)
+    assert len(started) == 6  # of 16, without and with the reference
+    prompts[33] = Prompt(33, "q", (1,), {"tests": TESTS, "reference": "def f(x): return 4"})
+    with pytest.raises(ValueError, match="prompt 33: reference.*got one that fails test 2 of 2"):
+        CodeReward(limits=QUICK).check_prompts(prompts)
+
+
+@isolated
 def test_a_sandbox_that_fails_leaves_a_completion_without_a_score(monkeypatch):
     groups = [
         Group(Prompt(0, "q", (1,), {"tests": TESTS}), [Sample([1], [0.0], True, block(c)) for c in (RIGHT, "boom")])
