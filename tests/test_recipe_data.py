@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from fastrl.rewards.instructions import InstructionsReward
+from fastrl.rewards.json_schema import JsonSchemaReward
+from fastrl.rewards.judge import LLMJudge, parsed
+from fastrl.types import Prompt
+
 DATA = Path(__file__).resolve().parents[1] / "recipes" / "data"
 
 
@@ -30,6 +35,36 @@ def test_the_scripts_write_the_files_again_bit_for_bit(tmp_path, name):
     assert files == sorted(path.name for path in DATA.glob(f"{name}_*.jsonl"))
     for file in files:
         assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes()
+
+
+def test_the_gradings_of_the_seed_order_the_ranked_answers_and_the_rest_are_the_demonstrations():
+    seed, ranked = rows("helpful_seed"), rows("helpful_ranked")
+    demonstrations = [row for row in seed if parsed(row["completion"]) is None]
+    assert sorted(row["prompt"] for row in demonstrations) == sorted(row["prompt"] for row in rows("helpful_sft"))
+    points, judge = {row["prompt"]: parsed(row["completion"]) for row in seed}, LLMJudge(None)
+    for row in ranked[:60]:
+        given = [points[judge.points_question(row["prompt"], answer)] for answer in row["responses"]]
+        assert [rank for _, rank in sorted(zip(given, row["ranking"], strict=True), reverse=True)] == [1, 2, 3, 4, 5]
+    held_out = [judge.points_question(row["prompt"], answer) for row in ranked[60:] for answer in row["responses"]]
+    assert len(held_out) == 75
+    assert not set(held_out) & set(points)
+
+
+def test_the_structured_tasks_are_those_of_their_script_and_each_reward_judges_its_own(capsys):
+    script("make_structured_tasks").main()
+    assert capsys.readouterr().out == (DATA / "structured_tasks.jsonl").read_text()
+    tasks = rows("structured_tasks")
+    prompts = [Prompt(place, row["prompt"], (1,), row) for place, row in enumerate(tasks)]
+    schema, instructions = JsonSchemaReward(), InstructionsReward()
+    schema.check_prompts(prompts)
+    instructions.check_prompts(prompts)
+    answers = [json.dumps(row.get("expected")) for row in tasks]
+    columns = {
+        name: [row.get(name) for row in tasks] for name in ("schema", "expected", "instruction_id_list", "kwargs")
+    }
+    scores = list(zip(schema(answers, **columns), instructions(answers, **columns), strict=True))
+    assert sum(one == 1.0 and other is None for one, other in scores) == 90
+    assert sum(one is None and other is not None for one, other in scores) == 90
 
 
 def test_no_question_is_in_two_files_and_the_page_counts_the_rows():

@@ -185,9 +185,16 @@ class LLMJudge:
 
         arXiv:2401.10020 figure 2. The last `Score: n` of a grading counts, cut to 0 ... 5.
         """
-        asked = [self._ask(ADDITIVE, prompt, answer=_safe(answer)) for prompt, answer in _pairs(prompts, answers)]
+        asked = [self._additive(prompt, answer) for prompt, answer in _pairs(prompts, answers)]
         several = self._replies(asked, passes or self.passes, seed)
         return [_averaged(replies) for replies in several]
+
+    def points_question(self, prompt: Any, answer: Any) -> str:
+        """What the judge is asked for the points of an answer."""
+        return self._additive(prompt, answer)[0]["content"]
+
+    def _additive(self, prompt: Any, answer: Any) -> Messages:
+        return self._ask(ADDITIVE, prompt, answer=_safe(answer))
 
     def _prefer(self, prompt: Any, first: Any, second: Any) -> Messages:
         return self._ask(PREFER, prompt, first=_safe(first), second=_safe(second))

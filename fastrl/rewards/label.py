@@ -17,6 +17,7 @@ from typing import Any
 from fastrl.check import require, sentence
 from fastrl.data.sources import GYM, gym_answers, read_rows
 from fastrl.rewards.chat_server import ChatServer
+from fastrl.rewards.gradings import write_gradings
 from fastrl.rewards.judge import CRITERIA, FOOLING, LLMJudge, Score
 
 OP = "judge"
@@ -121,6 +122,9 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--key-variable", default="", help="environment variable that holds the server's key")
     parser.add_argument("--criteria", default=CRITERIA, help="what makes an answer good")
     parser.add_argument("--reasons", action="store_true", help="let the judge compare in words first")
+    parser.add_argument(
+        "--gradings", action="store_true", help="instead, of ranked rows: additive points that agree with the ranking"
+    )
     parser.add_argument("--canary", choices=("warn", "refuse", "off"), default="warn")
     parser.add_argument("--size", type=int, default=200, help="number of questions, for reasoning_gym")
     parser.add_argument("--seed", type=int, default=0)
@@ -135,6 +139,10 @@ def main(args: Sequence[str]) -> int:
         require(not found.key_variable, OP, "key_variable", "none without a server", found.key_variable)
         model = local_chat(found.model)
     judge = LLMJudge(model, found.criteria)
+    if found.gradings:
+        require(not found.reasons, OP, "reasons", "none with gradings, which have theirs", "--reasons")
+        print(write_gradings(rows, judge, found.out, seed=found.seed))
+        return 0
     if found.canary != "off":
         over = fooled(judge, rows[:CANARY_PAIRS])
         listed = ", ".join(f"{text!r} {mean:.2f}" for text, mean in over.items())

@@ -1,4 +1,7 @@
-"""Writes helpful_*.jsonl: short questions with demonstrations and ranked answers of several styles. See README.md."""
+"""Writes helpful_*.jsonl: short questions with demonstrations, ranked answers of several styles, and gradings of these.
+
+See README.md. Gradings answer the question that `fastrl.rewards.judge` asks for additive points.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import json
 import random
 from itertools import product
 from pathlib import Path
+
+from fastrl.rewards.judge import LLMJudge
 
 HERE = Path(__file__).parent
 CAPITALS = {
@@ -37,6 +42,14 @@ PADDING = (
     "Before I answer, let me first say that many people wonder about this, and opinions on it may differ. ",
     "There is a long history behind this topic, which I will not go into here, although it is interesting. ",
 )
+# By rank: a grading's words and its points.
+GRADES = {
+    1: ("It is right, and one clear sentence says it.", 5),
+    2: ("It is right, but only a word and no sentence.", 4),
+    3: ("It is right, but long-winded before it comes to the point.", 3),
+    4: ("It is a clear sentence, but what it says is wrong.", 1),
+    5: ("It is rude and tells nothing of what was asked.", 0),
+}
 RUDE = ("Look it up yourself.", "Why would you ask me that?", "Everybody knows that.", "I do not care about this.")
 
 
@@ -73,6 +86,16 @@ def ranked(question: str, sentence: str, answer: str, wrong: str, rng: random.Ra
     return {"prompt": question, "responses": [text for text, _ in styles], "ranking": [rank for _, rank in styles]}
 
 
+def gradings(row: dict) -> list[dict]:
+    """The grading of each answer of a ranked row."""
+    judge, found = LLMJudge(None), []
+    for answer, rank in zip(row["responses"], row["ranking"], strict=True):
+        words, points = GRADES[rank]
+        question = judge.points_question(row["prompt"], answer)
+        found.append({"prompt": question, "completion": f"{words}\nScore: {points}"})
+    return found
+
+
 def main(folder: Path = HERE) -> None:
     """Writes the files. No fact is in two of them, so PPO and its evaluation see only new ones."""
     rng, of = random.Random(1), {}
@@ -86,6 +109,10 @@ def main(folder: Path = HERE) -> None:
         "ranked": [ranked(*row, rng) for same in compared for row in same],
         "prompts": [{"prompt": q, "answer": a} for (q, _, a, _), *_ in prompts],
     }
+    # Demonstrations and gradings in one file: what a model that judges itself begins with.
+    seed = [*rows["sft"], *(one for row in rows["ranked"][:60] for one in gradings(row))]
+    rng.shuffle(seed)
+    rows["seed"] = seed
     for name, lines in rows.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / f"helpful_{name}.jsonl").write_text(text, encoding="utf-8")

@@ -210,7 +210,7 @@ def test_the_check_of_many_prompts_starts_few_sandboxes_and_names_the_row(monkey
     CodeReward(limits=QUICK).check_prompts(prompts)
     assert len(started) == 6  # of 16, without and with the reference
     prompts[33] = Prompt(33, "q", (1,), {"tests": TESTS, "reference": "def f(x): return 4"})
-    with pytest.raises(ValueError, match="prompt 33: reference.*got one that fails test 2 of 2"):
+    with pytest.raises(ValueError, match=r"prompt 33: reference.*got one that fails test 2 of 2"):
         CodeReward(limits=QUICK).check_prompts(prompts)
 
 

@@ -15,6 +15,7 @@ from fastrl.cli import main
 from fastrl.rewards import RewardSuite, resolve_reward
 from fastrl.rewards.chat_local import local_chat
 from fastrl.rewards.chat_server import ChatServer, Unanswered
+from fastrl.rewards.gradings import write_gradings
 from fastrl.rewards.judge import FOOLING, JudgeReward, LLMJudge, parsed
 from fastrl.rewards.label import fooled, label_pairs
 from fastrl.trainer.config import DataConfig
@@ -441,3 +442,64 @@ def test_the_command_labels_pairs_with_a_server_and_a_reward_model_learns_from_t
     assert outcome.status == "finished"
     # The cross-entropy cannot fall below the labels' own entropy.
     assert 0.85 * outcome.before["loss"] > outcome.after["loss"] > -0.85 * math.log(0.85) - 0.15 * math.log(0.15)
+
+
+# Gradings that agree with a ranking
+
+RANKED = [
+    {"prompt": "q", "responses": ["ccc", "a", "bb"], "ranking": [3, 1, 2]},  # the judge likes short answers
+    {"prompt": "r", "responses": ["aaaa", "b"], "ranking": [1, 2]},  # and is wrong here
+    {"prompt": "s", "chosen": "a", "rejected": "odd"},  # and says nothing here
+    {"prompt": "t", "responses": ["aa", "bb"], "ranking": [1, 2]},  # and sees no difference here
+    {"prompt": "u", "responses": ["a", "b", "ccc"], "ranking": [1, 1, 2]},  # alike, as ranked
+]
+
+
+def by_shortness(text, number):
+    answer = between(text, "<response>", "</response>")
+    if answer == "odd":
+        return "no idea"
+    return f"Pass {number}.\nScore: {5 - len(answer) + (0.5, -0.5, 0.0)[number]}"
+
+
+def test_gradings_are_kept_where_their_points_order_all_answers_as_ranked(tmp_path):
+    judge, out = LLMJudge(Rule(says=by_shortness)), tmp_path / "new" / "gradings.jsonl"
+    found = write_gradings(RANKED, judge, out)
+    # Pairs: 3 of 3, 0 of 1, none read, half of 1, 2 of 2 of unlike rank.
+    assert (found.answers, found.missing, found.rows, found.kept) == (12, 1, 5, 2)
+    assert found.agreement == pytest.approx(5.5 / 7)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["row"], line["points"]) for line in lines] == [(0, 2), (0, 4), (0, 3), (4, 4), (4, 4), (4, 2)]
+    assert all(line["completion"] == f"Pass 2.\nScore: {line['points']}" for line in lines)  # nearest to the mean
+    rule = Rule(says=lambda text, number: "Score: 1")
+    LLMJudge(rule).points(["q"], ["ccc"])
+    assert lines[0]["prompt"] == rule.asked[0][0]["content"]  # the question that the reward asks
+
+
+@pytest.mark.parametrize(
+    ("rows", "says", "message"),
+    [
+        ([RANKED[1]], by_shortness, "orders the answers of some row as ranked, got none"),
+        ([RANKED[2]], by_shortness, "2 answers graded, 1 without a readable score"),
+        (
+            [{"prompt": "q", "responses": ["a"], "ranking": [1]}],
+            by_shortness,
+            "row 0: expected a prompt with responses",
+        ),
+        ([{"prompt": "q", "completion": "a"}], by_shortness, "got prompt, completion"),
+    ],
+)
+def test_gradings_that_teach_nothing_are_refused_and_nothing_is_written(tmp_path, rows, says, message):
+    out = tmp_path / "gradings.jsonl"
+    with pytest.raises(ValueError, match=message):
+        write_gradings(rows, LLMJudge(Rule(says=says)), out)
+    assert not out.exists()
+
+
+def test_the_command_writes_gradings_with_a_server(tmp_path, capsys):
+    rows, out = tmp_path / "ranked.jsonl", tmp_path / "gradings.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in RANKED))
+    with server(lambda body: reply(by_shortness(body["messages"][0]["content"], 2))) as (url, _):
+        assert main(["judge", str(rows), "--gradings", "--out", str(out), "--server", url, "--model", "m"]) == 0
+    assert "2 of 5 rows kept" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 6
