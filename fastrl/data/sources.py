@@ -17,6 +17,7 @@ from fastrl.hub import or_cache
 
 READERS = {".csv": "csv", ".parquet": "parquet", ".json": "json"}  # suffix -> the reader of `datasets`
 GYM = "reasoning_gym:"
+VERIFIERS = "verifiers:"
 MIXTURE = "mixture"  # reasoning-gym tasks at several levels, named in the options
 MOST_DRAWS = 100  # other rows' answers to try as a question's wrong answer
 
@@ -32,19 +33,27 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
     """The rows of `source`, in order.
 
     Args:
-        source: `reasoning_gym:TASK`, or `reasoning_gym:mixture` of several; a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or
-            `.parquet` file; a folder written by `save_to_disk`, or a folder of such files (a cloned data set); a hub
-            id; a `datasets` dataset, or any iterable of mappings.
+        source: `reasoning_gym:TASK`, or `reasoning_gym:mixture` of several; `verifiers:NAME`, the rows of an
+            environment; a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file; a folder written by
+            `save_to_disk`, or a folder of such files (a cloned data set); a hub id; a `datasets` dataset, or any
+            iterable of mappings.
         size, seed: how many tasks reasoning-gym generates, and their seed.
         options: the task's settings for reasoning-gym; for a mixture `tasks`, from each task's name to its levels, a
-            list of settings from the easiest on, whose rows have the columns `task` and `level`, from 1; `split` and
-            `name` for datasets.
+            list of settings from the easiest on, whose rows have the columns `task` and `level`, from 1; the arguments
+            of a `verifiers` environment; `split` and `name` for datasets.
     """
-    if isinstance(source, str | Path) and not str(source).startswith(GYM):
+    if isinstance(source, str | Path) and not str(source).startswith((GYM, VERIFIERS)):
         source = Path(source).expanduser() if str(source).startswith("~") else source
     if isinstance(source, str) and source.startswith(GYM):
         task = source.removeprefix(GYM)
         rows = _gym_mixture(size, seed, options) if task == MIXTURE else _gym_rows(task, size, seed, options)
+    elif isinstance(source, str) and source.startswith(VERIFIERS):
+        from fastrl.environments.verifiers import rows as environment_rows
+
+        name = source.removeprefix(VERIFIERS)
+        rows = [
+            Row(f"{source} row {at}", _without_filling(row)) for at, row in enumerate(environment_rows(name, options))
+        ]
     elif isinstance(source, str | Path) and str(source).endswith((".jsonl", ".jsonl.gz")):
         _no_options(source, options, ())
         rows = _jsonl_rows(Path(source))

@@ -8,20 +8,32 @@ from collections.abc import Callable
 from typing import Any
 
 from fastrl import check
+from fastrl.environments.agent import AgentEnvironment
 from fastrl.environments.reasoning_gym import ReasoningGymEnvironment
 from fastrl.environments.tools import Call, ToolEnvironment, calculator
+from fastrl.environments.verifiers import VerifiersEnvironment
 from fastrl.rewards.resolve import _module
 from fastrl.rollout.turns import Environment
 
-__all__ = ["Call", "Environment", "ReasoningGymEnvironment", "ToolEnvironment", "calculator", "resolve_environment"]
+__all__ = [
+    "AgentEnvironment",
+    "Call",
+    "Environment",
+    "ReasoningGymEnvironment",
+    "ToolEnvironment",
+    "VerifiersEnvironment",
+    "calculator",
+    "resolve_environment",
+]
 
 BUILTINS: dict[str, Callable[..., Environment]] = {
     "calculator": functools.partial(ToolEnvironment, [calculator]),
     "reasoning_gym": ReasoningGymEnvironment,
+    "verifiers": VerifiersEnvironment,
 }
 
 
-def resolve_environment(name: str, **options: Any) -> Callable[[], Environment]:
+def resolve_environment(name: str, /, **options: Any) -> Callable[[], Environment]:
     """The factory of that name: a built-in one, `package.module:factory`, or `path/to/file.py:factory`.
 
     A factory is a class or function that takes `options` and returns an environment; it is called once per sample. A

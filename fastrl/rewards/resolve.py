@@ -39,7 +39,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 }
 
 
-def resolve_reward(name: str, **options: Any) -> Callable[..., Any]:
+def resolve_reward(name: str, /, **options: Any) -> Callable[..., Any]:
     """The reward of that name: a built-in one, `package.module:function`, or `path/to/file.py:function`.
 
     Modules are also searched for in the current folder. `options` are the arguments of a built-in reward or a class, or

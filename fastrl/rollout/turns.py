@@ -33,7 +33,8 @@ _ANSWER = "the answer of this turn"  # placeholder, rendered to see what follows
 class Environment(Protocol):
     """The other side of one conversation. Both functions may be `async`, and those of a turn then run concurrently.
 
-    An optional attribute `metrics` maps names to numbers, which are averaged over conversations and logged.
+    An optional attribute `metrics` maps names to numbers, which are averaged over conversations and logged. An optional
+    function `close()` is called once the conversation has ended, by whatever.
     """
 
     def reset(self, row: Mapping[str, Any]) -> None:
@@ -152,6 +153,7 @@ def play(
         for talk, whole in zip(live, ended, strict=True):
             talk.live = whole
         _step([talk for talk in live if talk.live], tokenizer, params, turns, turn + 1 == turns.max_turns)
+    _close(talks, turns)
     for talk in talks:
         _note(talk, tokenizer)
     samples = [talk.sample for talk in talks]
@@ -194,6 +196,14 @@ def _reset(talks: Sequence[_Talk], turns: Turns) -> None:
             talk.fail(result)
         elif result is not None:
             talk.fail(EnvironmentFault("reset returned something; the prompt is the row's, and reset returns None"))
+
+
+def _close(talks: Sequence[_Talk], turns: Turns) -> None:
+    open_ = [talk for talk in talks if hasattr(talk.environment, "close")]
+    results = _each([talk.environment.close for talk in open_], [()] * len(open_), turns.timeout)
+    for talk, result in zip(open_, results, strict=True):
+        if isinstance(result, BaseException):
+            talk.fail(result)
 
 
 def _step(

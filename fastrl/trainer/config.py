@@ -112,8 +112,8 @@ class EnvironmentConfig:
     """Conversations of several turns with an environment, such as one that runs tools."""
 
     name: str = ""
-    """calculator, reasoning_gym, package.module:factory or path/to/file.py:factory; empty is none: completions of one
-    turn."""
+    """calculator, reasoning_gym, verifiers, package.module:factory or path/to/file.py:factory; empty is none:
+    completions of one turn."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the factory."""
     max_turns: int = 4
