@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastrl.algorithms import ALGORITHMS, Kind
 from fastrl.algorithms.registry import ROWS
+from fastrl.shipped import recipes_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +27,11 @@ threshold.
 
 def print_menu(console: Console, folder: Path) -> None:
     """Prints all tables."""
-    recipes = [(path.name, algorithm, about) for path, algorithm, about in about_recipes(folder)]
+    shipped = folder == recipes_folder()
+    recipes = [(path.stem if shipped else path.name, *about) for path, *about in about_recipes(folder)]
     if recipes:
-        _print(console, f"Recipes in {folder}", ("recipe", "algorithm", "about"), recipes)
+        title = "Recipes, for `fastrl train RECIPE`" if shipped else f"Recipes in {folder}"
+        _print(console, title, ("recipe", "algorithm", "about"), recipes)
     for kind, rows in _by_kind():
         _print(console, f"Algorithms that learn from {ROWS[kind]}", HEADER, rows)
 
