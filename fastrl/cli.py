@@ -8,9 +8,12 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrl import env
+
+if TYPE_CHECKING:
+    from fastrl.trainer.config import TrainConfig
 
 USAGE = """fastrl: reinforcement learning of language models.
 
@@ -186,7 +189,7 @@ def _recipes(args: list[str]) -> int:
     return EXIT_OK
 
 
-def _configure(prog: str, args: list[str]) -> object:
+def _configure(prog: str, args: list[str]) -> TrainConfig:
     """The configuration from a recipe and the flags that follow it."""
     from fastrl.trainer.build import build_algorithm
     from fastrl.trainer.config import TrainConfig
@@ -205,7 +208,7 @@ def _configure(prog: str, args: list[str]) -> object:
     return config
 
 
-def _refuse(check: object) -> int:
+def _refuse(check: Callable[[], object]) -> int:
     try:
         check()
     except ValueError as error:

@@ -68,7 +68,7 @@ def about_recipes(folder: Path) -> Iterator[tuple[Path, str, str]]:
     """(file, algorithm, first sentence of the leading comment) of each recipe in a folder."""
     for path in sorted(folder.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        comment = " ".join(line.lstrip("# ") for line in re.match(r"(#.*\n)*", text).group().splitlines())
+        comment = " ".join(line.lstrip("# ") for line in re.findall(r"\A(?:#.*\n)*", text)[0].splitlines())
         algorithms = re.findall(r"^ *algorithm:\s*(\w+)", text, re.MULTILINE)  # several in a recipe of stages
         yield path, ", ".join(algorithms), re.split(r"(?<=\w)[.:] ", comment)[0].rstrip(".")
 

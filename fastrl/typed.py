@@ -23,7 +23,7 @@ class ConfigError(ValueError):
     """A recipe or flag is invalid; the message is one sentence."""
 
 
-def from_dict(cls: type, data: Any, where: str) -> Any:
+def from_dict(cls: type[Any], data: Any, where: str) -> Any:
     """An instance of dataclass `cls` from plain YAML values; errors name `where`."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of settings, got {type(data).__name__}.")

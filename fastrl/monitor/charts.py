@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -226,7 +227,7 @@ def _any_finite(values: Sequence[float]) -> bool:
     return any(math.isfinite(v) for v in values)
 
 
-def _stroke(values: Sequence[float], width: float) -> dict[str, object]:
+def _stroke(values: Sequence[float], width: float) -> dict[str, Any]:
     """A line, or a dot for a single point."""
     return {"linewidth": width, "marker": "o" if len(values) == 1 else None, "markersize": 5}
 

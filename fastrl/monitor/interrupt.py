@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
 from typing import Any, TextIO
@@ -39,11 +39,11 @@ class Interrupt:
 
     def check(self) -> None:
         """Raises `Interrupted` once a signal has come."""
-        if self:
+        if self.signal is not None:
             raise Interrupted(self.signal.name)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Generator[None]:
         """Inside the block, the first of `SIGNALS` prints `HEARD` and asks the run to stop; the second stops it at
         once. A hangup is never the second, and later ones are ignored, also after the block: a terminal that closes
         sends one, and its shell another. One that was ignored before, as under nohup, stays ignored. Output to a
@@ -97,7 +97,7 @@ class _Output:
             self._stream.flush()
 
     @contextmanager
-    def _closed(self) -> Iterator[None]:
+    def _closed(self) -> Generator[None]:
         try:
             yield
         except OSError as error:

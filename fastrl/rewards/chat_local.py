@@ -15,6 +15,7 @@ from fastrl.types import Group, Messages, Prompt, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastrl.data.pack import Layout
     from fastrl.model.policy import Policy
 
 OP = "judge"
@@ -30,7 +31,7 @@ class LocalChat:
     sampler: Sampler
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
-    layout: str  # of its forward passes
+    layout: Layout  # of its forward passes
     room: float  # tokens that it has positions for
     name: str = "policy"
 

@@ -69,6 +69,8 @@ def _module(name: str) -> ModuleType:
     if name.endswith(".py"):
         path = Path(located(name)).expanduser().resolve()
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module  # classes of the file are looked up here
         spec.loader.exec_module(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -147,7 +147,7 @@ class MasterOptimizer:
 
 
 @contextmanager
-def whole_step(optimizers: Iterable[MasterOptimizer]) -> Iterator[None]:
+def whole_step(optimizers: Iterable[MasterOptimizer]) -> Generator[None]:
     """Clears all gradients if the block raises, so that none leak into the next step."""
     try:
         yield

@@ -181,8 +181,7 @@ def _value(hint: Any, given: list[str], where: str) -> Any:
     """The value that the words after a flag stand for."""
     if get_origin(hint) is tuple:
         only = given[0] if len(given) == 1 and given[0].startswith("[") else None
-        words = given if only is None else None
-        return [_value(get_args(hint)[0], [word], where) for word in words] if only is None else _yaml(only, where)
+        return [_value(get_args(hint)[0], [word], where) for word in given] if only is None else _yaml(only, where)
     if not given:
         if hint is bool:
             return True

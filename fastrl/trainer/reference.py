@@ -46,7 +46,9 @@ class AskedOnce:
         if kept is None:
             self._ask(learner, groups, progress)
             if path:
-                kept = torch.tensor([logp for sample in samples for logp in sample.ref_logps], dtype=torch.float32)
+                kept = torch.tensor(
+                    [logp for sample in samples for logp in sample.ref_logps or ()], dtype=torch.float32
+                )
                 with complete_or_absent(path.parent) as aside:
                     save_file({"logps": kept}, aside / FILE, metadata=about)
             return
