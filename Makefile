@@ -2,7 +2,7 @@
 #   make train   GRPO on SmolLM2-135M-Instruct, minutes on two CPU cores
 #   make test    the whole test suite, and a part of it as on a processor with AVX2 only (make test-avx2)
 #   make sanitize  the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-#   make lint    formatting, lint, import order
+#   make lint    formatting, lint, import order, types
 #   make docs    the documentation as a site, in build/site; a broken link fails
 PYTHON ?= python3
 VENV   ?= .venv
@@ -55,6 +55,7 @@ sanitize: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/ty check --python $(VENV)
 
 # An environment of its own, because the site needs neither torch nor fastrl.
 docs:

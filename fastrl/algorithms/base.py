@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol
 import torch
 
 from fastrl.losses.metrics import Metrics
-from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic
 from fastrl.progress import Progress, Watch
 from fastrl.types import Batch, Group, MicroBatch
@@ -19,7 +18,7 @@ Kind = Literal["rewarded", "pairs", "ranked", "labelled", "completions"]  # kind
 class Learner(Protocol):
     """The models being trained, as an algorithm sees them."""
 
-    policy: Policy  # or, for a reward model, a `ScalarModel`
+    policy: Any  # a `Policy` or, for a reward model, a `ScalarModel`
     critic: Critic | None
     steps: int  # training steps done
     updates: int  # optimizer steps of the policy done

@@ -79,7 +79,8 @@ class ToolEnvironment:
     ) -> None:
         if isinstance(parser, str):
             choice(OP, "parser", parser, PARSERS)
-        self.tools = {tool.__name__: tool for tool in tools}
+        named: Any = tools  # functions have names
+        self.tools = {tool.__name__: tool for tool in named}
         require(0 < len(self.tools) == len(tools), OP, "tools", "functions of different names", list(self.tools))
         self.parse: Parser = PARSERS[parser] if isinstance(parser, str) else parser
         self.role = role

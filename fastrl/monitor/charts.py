@@ -245,7 +245,7 @@ def _tick(value: float, _: int) -> str:
 
 
 def _picture(chart: Chart, draw: Callable[[Axes], None]) -> Chart:
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE):  # ty: ignore[invalid-argument-type]  names of its settings
         figure = Figure(figsize=(4.6, 2.5))
         axes = figure.add_axes((0.115, 0.17, 0.865, 0.79))
         draw(axes)

@@ -15,7 +15,6 @@ from fastrl.types import Group, Messages, Prompt, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastrl.data.pack import Layout
     from fastrl.model.policy import Policy
 
 OP = "judge"
@@ -31,7 +30,7 @@ class LocalChat:
     sampler: Sampler
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
-    layout: Layout  # of its forward passes
+    layout: str  # of its forward passes
     room: float  # tokens that it has positions for
     name: str = "policy"
 

@@ -51,7 +51,7 @@ class MasterOptimizer:
             torch.zeros_like(self.weights, dtype=torch.float32) for _ in range(3)
         )
         for param, weight, grad in zip(self.params, self._views(self.weights), self._views(self.grad), strict=True):
-            param.data, param.main_grad = weight, grad
+            param.data, param.main_grad = weight, grad  # ty: ignore[missing-attribute]  ours
             if self.low_bits is None:
                 param.grad = grad
             else:

@@ -42,7 +42,7 @@ class Sets(NamedTuple):
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """(nnz,) -> (N,), summed in float64, in the order of the entries."""
         wide = values.to(widest(values.device))
-        return torch.segment_reduce(wide, "sum", offsets=self.offsets, initial=0, unsafe=True)
+        return torch.segment_reduce(wide, "sum", offsets=self.offsets, initial=0, unsafe=True)  # ty: ignore[missing-attribute]
 
 
 class Scores(NamedTuple):
@@ -117,7 +117,7 @@ def forward(inputs: HeadInputs, token_ids: torch.Tensor, offsets: torch.Tensor, 
         rows = len(ignored)
         return Scores(raw.new_zeros(rows), raw.new_zeros(rows * entropy), raw.new_zeros(2, rows), raw, at_target)
     z, _ = _finished(raw, inputs, sets)
-    top = torch.segment_reduce(z, "max", offsets=offsets, unsafe=True)
+    top = torch.segment_reduce(z, "max", offsets=offsets, unsafe=True)  # ty: ignore[missing-attribute]  not in its stubs
     p = (z - top[sets.rows]).exp_()  # an infinite maximum makes the row NaN, as it must be
     total = sets.sum(p)
     log_total = total.log()
