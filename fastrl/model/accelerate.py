@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
+from math import inf
 from statistics import median
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from fastrl.check import choice
+from fastrl.kernels import native
 from fastrl.model.attention import in_float32
 from fastrl.ops.derivatives import once_differentiable
 from fastrl.ops.linear import main_grad, native_linear, native_lora_linear, refusal
@@ -196,9 +198,12 @@ def choose(shape: Shape, dtype: torch.dtype) -> tuple[bool, ...]:
 def probe(shape: Shape, dtypes: Iterable[torch.dtype], rows: int, *, rounds: int = ROUNDS) -> dict[torch.dtype, Probe]:
     """Times a layer's products, all dtypes and both ways in each round: y, and for the largest of ROWS also dx and dW.
 
-    Calls that are slower by a factor of HOPELESS are timed only once.
+    Calls that are slower by a factor of HOPELESS are timed only once. Without native kernels their time is infinite.
     """
     outputs, width = (min(size, WIDEST) for size in shape)
+    products: dict[str, Callable[..., torch.Tensor]] = {"torch": functional.linear}
+    if native.refuses(torch.device("cpu")) is None:
+        products = {"native": native_linear} | products
     calls: dict[tuple[torch.dtype, str], Callable[[], object]] = {}
     with torch.device("cpu"):
         for dtype in dtypes:
@@ -208,10 +213,10 @@ def probe(shape: Shape, dtypes: Iterable[torch.dtype], rows: int, *, rounds: int
                 for a, b in ((rows, width), (outputs, width), (rows, outputs))
             )
             inputs = (x.requires_grad_(), weight.requires_grad_()) if rows == max(ROWS) else ()
-            for name, product in (("native", native_linear), ("torch", functional.linear)):
+            for name, product in products.items():
                 calls[dtype, name] = _step(product, x, weight, dy, inputs)
     seconds: dict[tuple[torch.dtype, str], list[float]] = {key: [] for key in calls}
-    best = float("inf")
+    best = inf
     for turn in range(rounds + 1):
         for key, call in calls.items():
             if turn and median(seconds[key]) > HOPELESS * best:
@@ -222,7 +227,7 @@ def probe(shape: Shape, dtypes: Iterable[torch.dtype], rows: int, *, rounds: int
             # The first turn pages memory in and wakes threads, so it counts only if it is the only one.
             seconds[key] = [took] if turn < 2 else [*seconds[key], took]
         best = min(map(median, seconds.values()))
-    return {dtype: Probe(seconds[dtype, "native"], seconds[dtype, "torch"]) for dtype in dtypes}
+    return {dtype: Probe(seconds.get((dtype, "native"), [inf]), seconds[dtype, "torch"]) for dtype in dtypes}
 
 
 def is_linear(module: object) -> bool:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import fastrl
-from fastrl.model import accelerate, attention
+from fastrl.model import accelerate, attention, race
 from fastrl.model.accelerate import NativeLinear, Probe, accelerate_cpu, probe
 from fastrl.model.head import split_head
 
@@ -431,3 +431,14 @@ def test_another_choice_of_products_is_refused_by_name():
         ValueError, match=r"accelerate_cpu: linear: expected one of auto, native, got 'nativ'\. Did you"
     ):
         fastrl.accelerate_cpu(nn.Linear(2, 2), linear="nativ")
+
+
+def test_without_native_kernels_the_benchmark_prefers_torch(monkeypatch):
+    monkeypatch.setattr("fastrl.kernels.native.load", lambda: (None, "the extension is not built"))
+    race._ratio.cache_clear()
+    try:
+        found = probe((24, 16), (torch.float32, torch.bfloat16), 8, rounds=1)
+        assert not any(one.prefers_native() for one in found.values())
+        assert 0 < race.bfloat16_ratio({(24, 16): 2}) < float("inf")
+    finally:
+        race._ratio.cache_clear()
