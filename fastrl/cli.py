@@ -94,11 +94,12 @@ def _train(args: list[str]) -> int:
 
 def _exit_status(train: Callable[[], Any]) -> int:
     """The exit status that tells how training ended."""
+    from fastrl.distributed import PeerFailed
     from fastrl.rewards import RewardFailure
 
     try:
         outcome = train()
-    except RewardFailure as error:  # before the first step, so nothing is lost
+    except (RewardFailure, PeerFailed) as error:  # before the first step, so nothing is lost
         print(error, file=sys.stderr)
         return EXIT_FAILED
     if outcome.status == "interrupted":

@@ -16,6 +16,7 @@ from fastrl.algorithms.base import Learner
 from fastrl.algorithms.masks import TokenMasks, masked
 from fastrl.check import require
 from fastrl.data.pack import Counts, count, minibatches
+from fastrl.distributed import World
 from fastrl.losses.aggregate import token_weights
 from fastrl.losses.linear_policy import linear_policy_loss
 from fastrl.losses.metrics import Metrics
@@ -42,6 +43,10 @@ class Part(NamedTuple):
     label: str = ""
     only_critic: bool = False
     ptx: Answers | None = None  # PPO-ptx's pretraining rows
+
+    def share(self, world: World) -> Part:
+        """As `Step`."""
+        return self._replace(batches=world.share(self.batches), ptx=self.ptx and self.ptx.share(world))
 
 
 @dataclass(frozen=True)
