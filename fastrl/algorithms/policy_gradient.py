@@ -19,7 +19,7 @@ from fastrl.data.pack import Counts, count, minibatches
 from fastrl.distributed import World
 from fastrl.losses.aggregate import token_weights
 from fastrl.losses.linear_policy import linear_policy_loss
-from fastrl.losses.metrics import Metrics
+from fastrl.losses.metrics import Metrics, mismatch
 from fastrl.losses.token_masks import kl_cov_penalty
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic
@@ -237,6 +237,9 @@ def policy_gradient_loss(
         **tokens,
         **policy.head.options,
     )
+    before = batch.old_logps if batch.old_logps is not None else out.logps
+    if batch.sampling_logps is not None and before is not None:
+        out = out._replace(metrics=out.metrics | mismatch(before, batch.sampling_logps, batch.mask))
     if batch.kl_cov_weights is not None and old_logps is not None:  # else distance and gradient are 0
         out = _plus(out, _kl_cov(policy, hidden, batch, spec, normalizer, old_logps, temperature))
     if batch.nll_weights is not None:
