@@ -11,7 +11,6 @@ Nothing that crosses between processes is pickled.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fastrl import env
 from fastrl.check import require
 from fastrl.types import MicroBatch
 
@@ -176,11 +176,11 @@ def join(timeout: float = 600.0) -> World:
     Args:
         timeout: seconds that a process waits for the others before it gives up.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    rank, local, size = env.ranks()
     if size == 1:
         return ALONE
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else CPU
+    device = torch.device("cuda", local) if gpu else CPU
     if gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
