@@ -2,8 +2,9 @@
 
 Rank r holds the rows of the head's weight that follow those of rank r - 1, and every rank the same hidden states and
 targets. A call takes two collectives: an all-gather of headers of `HEADER` bytes, by which every rank knows whether all
-mean the same call, and one of 3 to 7 numbers per row (`fastrl.kernels.linear_logprob.shard`). Backward takes one
-all-reduce of d hidden, to which each rank adds what comes from its own tokens.
+mean the same call, and one of 3 to 7 numbers per row (`fastrl.kernels.linear_logprob.shard`). Backward takes headers
+too, since every rank has to derive the same loss, and an all-reduce of d hidden, of which each rank knows the part that
+comes from its own tokens.
 
 Rows split over ranks (sequence or context parallelism) need none of this: each rank calls without `process_group`, with
 the normalizer of all ranks' rows.
@@ -106,11 +107,8 @@ def _agree(op: str, process_group: distributed.ProcessGroup, device: torch.devic
 def _header(inputs: HeadInputs, support: Support | None, options: dict[str, Any]) -> Header:
     """What this rank tells the others: all that has to be the same, its number of rows, and marks of their ends."""
     wide = widest(inputs.hidden.device)
-    place = torch.arange(1, 2 * len(inputs.targets), 2, device=inputs.targets.device)
-    sums = [(inputs.targets != inputs.ignore_index).sum(), ((inputs.targets + 1) * place).sum()]
-    if support is not None:
-        sums += [((one + 1) * torch.arange(1, 2 * len(one), 2, device=one.device)).sum() for one in support]
-    live, *sums = torch.stack(sums).tolist()
+    live = (inputs.targets != inputs.ignore_index).sum()
+    live, *sums = torch.stack([live, *map(_checksum, (inputs.targets, *(support or ())))]).tolist()
     rows = len(inputs.weight)
     with torch.no_grad():
         marks = [inputs.temperature.to(wide).sum(), *(inputs.weight[[0, -1]].to(wide).sum(-1) if rows else ())]
@@ -128,6 +126,40 @@ def _header(inputs: HeadInputs, support: Support | None, options: dict[str, Any]
     }
     # A head whose rows are all equal, as one of zeros, tells nothing.
     return {"same": same, "rows": rows, "ends": ends if len(set(ends)) > 1 else None, "live": live}
+
+
+def _checksum(ids: torch.Tensor) -> torch.Tensor:
+    """A number that other ids, or the same in another order, hardly ever have."""
+    return ((ids + 1) * (2 * torch.arange(len(ids), device=ids.device) + 1)).sum()
+
+
+def _agree_on_gradients(op: str, process_group: distributed.ProcessGroup, **upstream: torch.Tensor | None) -> None:
+    """Requires about the same upstream gradients on every rank: of ranks with other losses, say from advantages of their
+    own, the parts of d hidden would belong to no loss at all. Ranks may round them in another order.
+
+    Raises:
+        ValueError: on every rank, they differ.
+    """
+    marks = {name: None if one is None else _mark(one) for name, one in upstream.items()}
+    device = next(one.device for one in upstream.values() if one is not None)
+    every = _exchange(process_group, device, {name: mark and list(map(repr, mark)) for name, mark in marks.items()})
+    for name in upstream:
+        found = [mark and tuple(map(float, mark)) for mark in (header[name] for header in every)]
+        for rank, mark in enumerate(found):
+            both = mark is not None and found[0] is not None
+            # A NaN is no disagreement.
+            same = mark == found[0] or (both and not abs(mark[0] - found[0][0]) > 1e-3 * max(mark[1], found[0][1]))
+            got = f"{found[0] and found[0][0]} on rank 0 and {mark and mark[0]} on rank {rank}"
+            expected = "a weighted sum that is the same on every rank of process_group"
+            do = "Compute the same loss on every rank, from the same advantages, weights and masks."
+            check.require(bool(same), op, f"gradient of {name}", expected, got, do)
+
+
+def _mark(gradient: torch.Tensor) -> list[float]:
+    """A sum that depends on the order, and the size of what is added."""
+    wide = gradient.to(widest(gradient.device))
+    ramp = torch.linspace(0.5, 1.5, len(wide), dtype=wide.dtype, device=wide.device)
+    return torch.stack(((wide * ramp).sum(), wide.abs().sum())).tolist()
 
 
 @dataclass(frozen=True)
@@ -183,6 +215,7 @@ class _Sets:
 class _Call:
     """One call on one rank: what is known once all ranks have agreed."""
 
+    op: str
     group: distributed.ProcessGroup
     inputs: HeadInputs  # of this shard: its own tokens are 0 to V_r - 1, V_r stands for those of others
     scores: _Whole | _Sets
@@ -219,7 +252,8 @@ def vocabulary_parallel_logprob(
         ValueError, RuntimeError: on every rank, if ranks do not agree. IndexError: as `linear_logprob`.
     """
     options = {"entropy": entropy, "vocab_size": vocab_size, "summaries": summaries}
-    options |= {"hidden.requires_grad": needs.hidden, "sum_hidden": sum_hidden}
+    options |= {"hidden.requires_grad": needs.hidden, "weight.requires_grad": needs.weight or needs.bias}
+    options |= {"sum_hidden": sum_hidden}
     device, rank = inputs.hidden.device, distributed.get_rank(process_group)
     with torch.no_grad():
         every = _agree(op, process_group, device, _header(inputs, support, options))
@@ -246,7 +280,7 @@ def vocabulary_parallel_logprob(
     weight, bias = inputs.weight[: end - start], None if inputs.bias is None else inputs.bias[: end - start]
     hidden, weight_, bias_ = (one if one is None else one.detach() for one in (inputs.hidden, weight, bias))
     local = inputs._replace(hidden=hidden, weight=weight_, targets=own, bias=bias_, ignore_index=IGNORED)
-    call = _Call(process_group, local, scores, rows, owner, (ends - starts).to(device), sum_hidden)
+    call = _Call(op, process_group, local, scores, rows, owner, (ends - starts).to(device), sum_hidden)
     logps, entropies, found = _Logprob.apply(inputs.hidden, weight, bias, call)
     if poisoned is not None:
         logps = logps.masked_fill(poisoned, torch.nan)
@@ -278,6 +312,7 @@ class _Logprob(torch.autograd.Function):
         grad_logps = torch.zeros_like(logps) if grad_logps is None else grad_logps.contiguous()
         inputs = call.inputs._replace(hidden=hidden, weight=weight, bias=bias)
         merged = shard.Merged(logps, entropy, lse, lse.new_empty(3, 0))
+        _agree_on_gradients(call.op, call.group, logps=grad_logps, entropy=grad_entropy)
         with as_written(hidden.device):
             gradients = call.scores.backward((grad_logps, grad_entropy), inputs, merged, saved, needs)
         if needs.hidden and call.sum_hidden and len(call.rows) > 0:
