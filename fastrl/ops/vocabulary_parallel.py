@@ -134,8 +134,8 @@ def _checksum(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _agree_on_gradients(op: str, process_group: distributed.ProcessGroup, **upstream: torch.Tensor | None) -> None:
-    """Requires about the same upstream gradients on every rank: of ranks with other losses, say from advantages of their
-    own, the parts of d hidden would belong to no loss at all. Ranks may round them in another order.
+    """Requires about the same upstream gradients on every rank: of ranks with other losses, say from advantages of
+    their own, the parts of d hidden would belong to no loss at all. Ranks may round them in another order.
 
     Raises:
         ValueError: on every rank, they differ.

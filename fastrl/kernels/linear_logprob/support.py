@@ -134,9 +134,8 @@ def read(inputs: HeadInputs, sets: Sets, at_target: torch.Tensor, *, entropy: bo
     ignored = inputs.targets == inputs.ignore_index
     raw = _products(inputs, sets, ~ignored)
     if len(raw) == 0:  # there is no target to read either
-        rows = len(ignored)
-        nothing = raw.new_full((3, rows), -torch.inf).masked_fill_(ignored, 0)
-        return Scores(nothing[0], raw.new_zeros(rows * entropy), nothing[1:], raw, at_target)
+        logps = raw.new_full(ignored.shape, -torch.inf).masked_fill_(ignored, 0)
+        return Scores(logps, raw.new_zeros(len(logps) * entropy), logps.repeat(2, 1), raw, at_target)
     z, _ = _finished(raw, inputs, sets)
     top = torch.segment_reduce(z, "max", offsets=sets.offsets, unsafe=True)
     p = (z - top[sets.rows]).exp_()  # an infinite maximum makes the row NaN, as it must be
