@@ -38,7 +38,7 @@ TOGETHER = "Gather the rows of sequence parallelism before the call."
 Header = dict[str, Any]
 
 
-def ranks_of(op: str, process_group: distributed.ProcessGroup | None) -> int:
+def ranks_of(op: str, process_group: distributed.ProcessGroup | None, argument: str = "process_group") -> int:
     """The number of ranks that the vocabulary is split over; 1 without a group.
 
     Raises:
@@ -48,7 +48,7 @@ def ranks_of(op: str, process_group: distributed.ProcessGroup | None) -> int:
         return 1
     got, do = type(process_group).__name__, "Of a DeviceMesh pass get_group()."
     known = isinstance(process_group, distributed.ProcessGroup)
-    check.require(known, op, "process_group", "a torch.distributed.ProcessGroup", got, do, TypeError)
+    check.require(known, op, argument, "a torch.distributed.ProcessGroup", got, do, TypeError)
     return distributed.get_world_size(process_group)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tolerance import assert_exact
 from torch import distributed, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from fastrl import FusedLMHead, linear_policy_loss, presets
@@ -135,6 +136,32 @@ def sharded_with_an_adapter(rank):
     assert_equals_one_process(fully_shard(net), "policy_loss", rank, adapter=True)
 
 
+def flat_shards(rank, kind, within):
+    """FSDP 1, of the head alone or with the whole model."""
+    policy = {"auto_wrap_policy": ModuleWrapPolicy({within})} if within else {}
+    net = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=True, **policy)
+    args, named = arguments(kind, mine(rank), 1 / WORLD)
+    net(*args, **named).backward()
+    with FullyShardedDataParallel.summon_full_params(net, with_grads=True):
+        found = {name.replace("_fsdp_wrapped_module.", ""): grad for name, grad in gradients(net).items()}
+        for name, grad in expected(kind)[1].items():
+            assert_exact(found[name], grad)
+            assert grad.any()
+
+
+def flat_shards_inside(rank):
+    """FSDP 1 around the layer, whose forward does not run: its weight is not there."""
+    policy = ModuleWrapPolicy({nn.Linear})
+    for original in (True, False):
+        net = Net()
+        net = FullyShardedDataParallel(
+            net, device_id=torch.device("cpu"), use_orig_params=original, auto_wrap_policy=policy
+        )
+        args, named = arguments("policy_loss", mine(rank), 1 / WORLD)
+        with pytest.raises(ValueError, match=r"^FusedLMHead: lm_head.weight: .* Shard the FusedLMHead instead"):
+            net(*args, **named)
+
+
 def mixed_precision(rank):
     """FSDP rounds what it sees; advantages and old log-probabilities it must not see."""
     head = Net(torch.float32).lm_head
@@ -180,6 +207,9 @@ CASES = {
     "sharded_token_loss": partial(sharded, kind="token_loss"),
     "sharded_with_the_whole_model": sharded_with_the_whole_model,
     "sharded_with_an_adapter": sharded_with_an_adapter,
+    "flat_shards_of_the_whole_model": partial(flat_shards, kind="policy_loss", within=None),
+    "flat_shards_of_the_head": partial(flat_shards, kind="token_loss", within=FusedLMHead),
+    "flat_shards_inside": flat_shards_inside,
     "mixed_precision": mixed_precision,
     "layer_sharded_inside": layer_sharded_inside,
     "sharded_by_a_module_that_does_not_run": sharded_by_a_module_that_does_not_run,
