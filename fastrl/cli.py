@@ -8,20 +8,23 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrl import env
 
+if TYPE_CHECKING:
+    from fastrl.trainer.config import TrainConfig
+
 USAGE = """fastrl: reinforcement learning of language models.
 
-  fastrl train RECIPE.yaml [--field value ...]   train a recipe; --help lists its fields
-  fastrl train RECIPE.yaml --print               print the full recipe, which trains the same
+  fastrl train RECIPE [--field value ...]        train a recipe, by its name or file; --help lists its fields
+  fastrl train RECIPE --print                    print the full recipe, which trains the same
   fastrl train STAGES.yaml [--stages.NAME.field value ...] [--stage NAME]
                                                  train a recipe of stages; --stage: NAME and those after it, again
-  fastrl eval MODEL RECIPE.yaml [--field ...]    evaluate a run, checkpoint or model on a recipe's held-out set; --json
+  fastrl eval MODEL RECIPE [--field ...]         evaluate a run, checkpoint or model on a recipe's held-out set; --json
                                                  prints only the numbers
   fastrl judge PAIRS --out FILE --model MODEL    label pairs with a judge's preferences in both orders; see --help
-  fastrl recipes [FOLDER] [--markdown]           list the recipes in a folder (default: recipes) and every algorithm
+  fastrl recipes [FOLDER] [--markdown]           list the recipes, of fastrl or in a folder, and every algorithm
   fastrl scaling fit RUN ... [--plot FILE]       fit the law of accuracy over compute to runs, extrapolate; --help
   fastrl plan MODEL [--gpus 8] [--memory 80]     what a run needs on each GPU, part by part, from formulas; see --help
   fastrl analyze rewards ROWS [--plot FILE]      what reward models learned of preferences, what they resisted; --help
@@ -185,16 +188,17 @@ def _recipes(args: list[str]) -> int:
     from rich.console import Console
 
     from fastrl.menu import page, print_menu
+    from fastrl.shipped import recipes_folder
 
     parser = ArgumentParser("fastrl recipes", description="List the recipes in a folder and every algorithm.")
-    parser.add_argument("folder", nargs="?", default="recipes", type=Path)
+    parser.add_argument("folder", nargs="?", default=recipes_folder(), type=Path)
     parser.add_argument("--markdown", action="store_true", help="print the table of algorithms as docs/algorithms.md")
     found = parser.parse_args(args)
     print(page(), end="") if found.markdown else print_menu(Console(), found.folder)
     return EXIT_OK
 
 
-def _configure(prog: str, args: list[str]) -> object:
+def _configure(prog: str, args: list[str]) -> TrainConfig:
     """The configuration from a recipe and the flags that follow it."""
     from fastrl.trainer.build import build_algorithm
     from fastrl.trainer.config import TrainConfig
@@ -202,7 +206,7 @@ def _configure(prog: str, args: list[str]) -> object:
 
     recipe, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     if recipe is None and not {"-h", "--help"} & set(flags):
-        raise ValueError(f"{prog}: RECIPE: expected a YAML file first, as in {prog} {_some_recipe()}.")
+        raise ValueError(f"{prog}: RECIPE: expected a recipe's name or YAML file first, as in {prog} grpo.")
     base = load_recipe(recipe) if recipe else TrainConfig()
     if {"-h", "--help"} & set(flags):
         import tyro
@@ -213,12 +217,7 @@ def _configure(prog: str, args: list[str]) -> object:
     return config
 
 
-def _some_recipe() -> str:
-    found = sorted(Path("recipes").glob("*.yaml"))
-    return str(found[0]) if found else "recipes/grpo.yaml"
-
-
-def _refuse(check: object) -> int:
+def _refuse(check: Callable[[], object]) -> int:
     try:
         check()
     except ValueError as error:

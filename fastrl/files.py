@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
+def complete_or_absent(folder: Path) -> Generator[Path]:
     """Yields a folder to fill. It replaces `folder` when the block ends, and is deleted if the block raises."""
     aside = _aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
@@ -64,7 +64,7 @@ def clear_leftovers(parent: Path) -> None:
 
 
 @contextmanager
-def _moved_away(folder: Path) -> Iterator[None]:
+def _moved_away(folder: Path) -> Generator[None]:
     """Moves an existing `folder` out of the way for the (short) block, then deletes it."""
     old = _aside(folder, "old-")
     if folder.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -15,7 +15,7 @@ PATIENCE = 3.0  # seconds to wait for a connection
 
 
 @contextmanager
-def or_cache(name: str) -> Iterator[None]:
+def or_cache(name: str) -> Generator[None]:
     """If the hub is unreachable, lookups inside the block use only the local cache and fail at once. A `name` that is a
     path is never looked up."""
     from huggingface_hub import constants

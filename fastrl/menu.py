@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastrl.algorithms import ALGORITHMS, Kind
 from fastrl.algorithms.registry import ROWS
+from fastrl.shipped import recipes_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +27,11 @@ threshold.
 
 def print_menu(console: Console, folder: Path) -> None:
     """Prints all tables."""
-    recipes = [(path.name, algorithm, about) for path, algorithm, about in about_recipes(folder)]
+    shipped = folder == recipes_folder()
+    recipes = [(path.stem if shipped else path.name, *about) for path, *about in about_recipes(folder)]
     if recipes:
-        _print(console, f"Recipes in {folder}", ("recipe", "algorithm", "about"), recipes)
+        title = "Recipes, for `fastrl train RECIPE`" if shipped else f"Recipes in {folder}"
+        _print(console, title, ("recipe", "algorithm", "about"), recipes)
     for kind, rows in _by_kind():
         _print(console, f"Algorithms that learn from {ROWS[kind]}", HEADER, rows)
 
@@ -65,7 +68,7 @@ def about_recipes(folder: Path) -> Iterator[tuple[Path, str, str]]:
     """(file, algorithm, first sentence of the leading comment) of each recipe in a folder."""
     for path in sorted(folder.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        comment = " ".join(line.lstrip("# ") for line in re.match(r"(#.*\n)*", text).group().splitlines())
+        comment = " ".join(line.lstrip("# ") for line in re.findall(r"\A(?:#.*\n)*", text)[0].splitlines())
         algorithms = re.findall(r"^ *algorithm:\s*(\w+)", text, re.MULTILINE)  # several in a recipe of stages
         yield path, ", ".join(algorithms), re.split(r"(?<=\w)[.:] ", comment)[0].rstrip(".")
 

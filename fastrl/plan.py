@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastrl.check import choice, require
@@ -208,9 +208,7 @@ def lines(name: str, shape: Shape, work: Work, gpus: int, room: int) -> list[str
 
 def _advice(shape: Shape, work: Work, room: int) -> list[str]:
     """What would fit, of what a recipe can change; the whole model is in every process."""
-    half = Work(
-        **{**vars(work), "microbatch_tokens": work.microbatch_tokens // 4, "at_once": max(1, work.at_once // 4)}
-    )
+    half = replace(work, microbatch_tokens=work.microbatch_tokens // 4, at_once=max(1, work.at_once // 4))
     if peak(memory(shape, half)) <= room:
         return ["It fits with a quarter of microbatch_tokens and at_once."]
     frozen = BYTES[work.dtype] * shape.parameters

@@ -35,7 +35,8 @@ def _choice(what: str, literal: object, got: object) -> None:
 
 def _number(what: str, got: object, expected: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
     ok = isinstance(got, int | float) and math.isfinite(got) and low <= got < high and not (above and got == low)
-    check.require(ok, *what.split("."), expected, repr(got))
+    op, argument = what.split(".")
+    check.require(ok, op, argument, expected, repr(got))
 
 
 @dataclass(frozen=True)

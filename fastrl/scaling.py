@@ -13,6 +13,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,8 +57,8 @@ class Margins:
 
 
 def fit_sigmoid(
-    compute: Sequence[float],
-    rate: Sequence[float],
+    compute: Sequence[float] | np.ndarray,
+    rate: Sequence[float] | np.ndarray,
     *,
     start: float,
     asymptotes: Sequence[float] | np.ndarray = PAPER_ASYMPTOTES,
@@ -94,8 +95,8 @@ def fit_sigmoid(
 
 
 def margins(
-    compute: Sequence[float],
-    rate: Sequence[float],
+    compute: Sequence[float] | np.ndarray,
+    rate: Sequence[float] | np.ndarray,
     law: SigmoidLaw,
     *,
     asymptotes: Sequence[float] | np.ndarray = PAPER_ASYMPTOTES,
@@ -117,7 +118,7 @@ def margins(
     """
     require(draws >= 1, OP, "draws", "at least 1", draws)
     compute, rate = np.asarray(compute, dtype=float), np.asarray(rate, dtype=float)
-    grid = {"start": law.start, "asymptotes": asymptotes, "midpoints": midpoints}
+    grid: dict[str, Any] = {"start": law.start, "asymptotes": asymptotes, "midpoints": midpoints}
     others = (np.arange(len(compute)) != left_out for left_out in range(len(compute)))
     refits = [fit_sigmoid(compute[kept], rate[kept], **grid) for kept in others] if len(compute) > LEAST else [law]
     noise, generator = rate - law(compute), np.random.default_rng(seed)
@@ -271,7 +272,7 @@ def _options(args: Sequence[str]) -> Namespace:
     return parser.parse_args(args)
 
 
-def _grid(one: Curve, options: Namespace) -> dict[str, np.ndarray]:
+def _grid(one: Curve, options: Namespace) -> dict[str, Any]:
     """The grid asked for, or one around the run: asymptotes up to 1, midpoints from its first point to past its end."""
     if options.asymptotes:
         low, high, step = options.asymptotes

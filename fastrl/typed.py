@@ -7,9 +7,12 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 RENAMED = {  # keys of older recipes
     "tokens_per_batch": "max_tokens_per_microbatch",
@@ -23,7 +26,7 @@ class ConfigError(ValueError):
     """A recipe or flag is invalid; the message is one sentence."""
 
 
-def from_dict(cls: type, data: Any, where: str) -> Any:
+def from_dict(cls: type[Any], data: Any, where: str) -> Any:
     """An instance of dataclass `cls` from plain YAML values; errors name `where`."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of settings, got {type(data).__name__}.")

@@ -629,7 +629,7 @@ def test_a_model_that_is_no_reward_model_is_refused(trained, tmp_path, capsys):
 
 def test_the_example_s_labels_and_preferences_are_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "seal_pairs.py"))
+    runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "data" / "make_seal.py"))
     rows = [json.loads(line) for line in Path("seal_train.jsonl").read_text().splitlines()]
     held_out = [json.loads(line) for line in Path("seal_analyze.jsonl").read_text().splitlines()]
     assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}

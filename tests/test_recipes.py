@@ -11,6 +11,7 @@ import pytest
 from fastrl.algorithms import ALGORITHMS
 from fastrl.algorithms.registry import ROWS
 from fastrl.cli import main
+from fastrl.data.sources import read_rows
 from fastrl.losses.presets import PREFERENCE_PRESETS, PRESETS
 from fastrl.menu import about_recipes, page
 from fastrl.spec import Cispo, Clip
@@ -60,7 +61,7 @@ def test_the_command_shows_every_recipe_and_every_algorithm(capsys, monkeypatch)
         stages = load_stages(path).each.values() if is_staged(path) else [load_recipe(path)]
         assert ", ".join(config.algorithm for config in stages) == algorithm
         assert len(about) > 10
-        assert path.name in shown
+        assert f"\n{path.stem} " in shown
     for name, entry in ALGORITHMS.items():
         assert name in shown
         assert entry.paper in shown
@@ -103,3 +104,30 @@ def test_a_switch_of_scale_rls_page_changes_the_recipe(flags, capsys):
     whole = capsys.readouterr().out
     assert main(["train", recipe, *shlex.split(flags), "--print"]) == 0
     assert capsys.readouterr().out != whole
+
+
+def test_a_recipe_is_found_by_its_name_and_with_its_data_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert f"\n{path.stem} " in shown
+    assert load_recipe("grpo") == load_recipe("recipes/grpo.yaml") == load_recipe(ROOT / "recipes" / "grpo.yaml")
+    stages = load_stages("rlhf")  # which checks that its data and rewards exist
+    assert (stages.each, stages.run_dir) == (load_stages("recipes/rlhf.yaml").each, "runs/rlhf")
+    assert main(["train", "language_adaptation", "--print"]) == 0
+    assert "source: recipes/data/german_sft.jsonl" in capsys.readouterr().out
+    assert len(read_rows("recipes/data/german_test.jsonl", size=0, seed=0, options={})) > 31
+
+
+def test_a_file_here_comes_before_one_that_comes_with_fastrl(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "data").mkdir(parents=True)
+    (tmp_path / "recipes" / "grpo.yaml").write_text("algorithm: rloo\n")
+    (tmp_path / "recipes" / "data" / "german_test.jsonl").write_text('{"prompt": "mine"}\n')
+    (tmp_path / "grpo").write_text("algorithm: dapo\n")
+    assert load_recipe("recipes/grpo.yaml").algorithm == "rloo"
+    assert load_recipe("grpo").algorithm == "dapo"
+    (row,) = read_rows("recipes/data/german_test.jsonl", size=0, seed=0, options={})
+    assert row.values["prompt"] == "mine"

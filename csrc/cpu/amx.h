@@ -232,8 +232,10 @@ inline void Tiled::multiply_panel(ptrdiff_t rows, ptrdiff_t units, const uint32_
       configure_tiles(left < tile_rows ? left : tile_rows, left > tile_rows ? left - tile_rows : tile_rows, step);
     for (ptrdiff_t l = 0; left > 0 && l < L; l += 2 * tile_units) {
       float* c_left = c + whole_rows * c_row + l;
-      if (left > tile_rows) multiply_tiles<2>(count, step, a_first + l, b_left, b_row, c_left, c_row, add);
-      else multiply_tiles<1>(count, step, a_first + l, b_left, b_row, c_left, c_row, add);
+      if (left > tile_rows)
+        multiply_tiles<2>(count, step, a_first + l, b_left, b_row, c_left, c_row, add);
+      else
+        multiply_tiles<1>(count, step, a_first + l, b_left, b_row, c_left, c_row, add);
     }
     if (step < tile_units || left > 0) configure_tiles(tile_rows, tile_rows, tile_units);
   };

@@ -20,9 +20,13 @@ struct NoRegion {};
 // How units lie in memory, along a row of `b` or down a panel of `a`: `group` of them, rounded up with zeros, then the
 // next piece of the same ones. place: where the first piece of unit u lies. stored: what this many units take.
 template <typename M>
-constexpr ptrdiff_t place(ptrdiff_t u) { return u / M::group * M::group * M::pieces + u % M::group; }
+constexpr ptrdiff_t place(ptrdiff_t u) {
+  return u / M::group * M::group * M::pieces + u % M::group;
+}
 template <typename M>
-constexpr ptrdiff_t stored(ptrdiff_t units) { return (units + M::group - 1) / M::group * M::group * M::pieces; }
+constexpr ptrdiff_t stored(ptrdiff_t units) {
+  return (units + M::group - 1) / M::group * M::group * M::pieces;
+}
 
 // One float (or double) per unit.
 template <typename V>
@@ -37,9 +41,13 @@ struct Plain {
   static V multiply_add(V a, V b, V acc) { return V::fma(a, b, acc); }
   // A unit for each lane, as bits: of neighbouring values of a row, or of one row's values (and, in pairs, the next's).
   template <typename In>
-  static V load_row(const In* row) { return load_wide(row); }
+  static V load_row(const In* row) {
+    return load_wide(row);
+  }
   template <typename In>
-  static V load_pair(const In* row, const In*) { return load_wide(row); }
+  static V load_pair(const In* row, const In*) {
+    return load_wide(row);
+  }
 
   // What the two backward products read of dz for V::lanes tokens at an even vocabulary entry (a) and the next (b):
   //   by_entry[lane]: both entries of a token in one unit (contraction over the vocabulary)
@@ -60,7 +68,9 @@ struct Paired {
   using Region = NoRegion;
   static constexpr int pair = 2, pieces = 1, group = 1;
   static constexpr bool contiguous_rows = false;
-  struct Bits { __m512i x; };
+  struct Bits {
+    __m512i x;
+  };
   static Bits load(const Unit* a) { return {_mm512_loadu_si512(a)}; }
   static Bits spread(const Unit* b) { return {_mm512_set1_epi32(int(*b))}; }
   static Float multiply_add(Bits a, Bits b, Float acc) {
@@ -181,16 +191,17 @@ inline void multiply_panel(ptrdiff_t rows, ptrdiff_t units, const typename M::Un
 
 // The same where only the first `lanes` of the panel exist in c.
 template <typename M, int Step>
-inline void multiply_panel_edge(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a,
-                                const typename M::Unit* b, ptrdiff_t b_row, typename M::Vec::Real* c, ptrdiff_t c_row,
-                                bool accumulate, ptrdiff_t lanes) {
+inline void multiply_panel_edge(ptrdiff_t rows, ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b,
+                                ptrdiff_t b_row, typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate,
+                                ptrdiff_t lanes) {
   using Real = typename M::Vec::Real;
   constexpr int L = Tile<M>::lanes, R = Tile<M>::rows;
   Real whole[R * L];
   for (ptrdiff_t first = 0; first < rows; first += R) {
     ptrdiff_t count = rows - first < R ? rows - first : R;
     for (ptrdiff_t r = 0; r < count; ++r)
-      for (ptrdiff_t l = 0; l < L; ++l) whole[r * L + l] = accumulate && l < lanes ? c[(first + r) * c_row + l] : Real(0);
+      for (ptrdiff_t l = 0; l < L; ++l)
+        whole[r * L + l] = accumulate && l < lanes ? c[(first + r) * c_row + l] : Real(0);
     multiply_panel<M, Step>(count, units, a, b + first * b_row, b_row, whole, L, true);
     for (ptrdiff_t r = 0; r < count; ++r)
       for (ptrdiff_t l = 0; l < lanes; ++l) c[(first + r) * c_row + l] = whole[r * L + l];

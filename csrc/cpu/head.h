@@ -34,8 +34,8 @@ struct HeadKernel {
   const In* bias;
   const Real* temperature;
   ptrdiff_t n, padded, width, units, vocabulary, width_panels;  // units: of a row of hidden or weight, stored
-  bool direct;    // rows of weight can be read as units where they are
-  bool tempered;  // some temperature is not 1
+  bool direct;                                                  // rows of weight can be read as units where they are
+  bool tempered;                                                // some temperature is not 1
 
   explicit HeadKernel(const Head& head)
       : h(head),
@@ -70,8 +70,10 @@ struct HeadKernel {
         for (int lane = 0; lane < L; lane += V::lanes) {
           for (int k = 0; k < V::lanes; ++k) {
             const In* from = token(p * L + lane + k);
-            if (from) put_row<M>(rows + k * units, from, width);
-            else memset(rows + k * units, 0, size_t(units) * sizeof(Unit));
+            if (from)
+              put_row<M>(rows + k * units, from, width);
+            else
+              memset(rows + k * units, 0, size_t(units) * sizeof(Unit));
           }
           for (ptrdiff_t u = 0; u < units; u += V::lanes)
             M::transpose(V::lanes, rows + u, units, panel + u * L + lane, L);
@@ -190,7 +192,8 @@ struct HeadKernel {
             for (ptrdiff_t l = 0; l < L; l += V::lanes)
               fold(z + l, v, count, warmth + t + l, target + t + l, top + t + l, sum + t + l, moment + t + l,
                    at_target + t + l, entropy);
-            for (ptrdiff_t l = 0; summed && l < L; l += V::lanes) summarise(z + l, v, count, top + t + l, summary + t + l);
+            for (ptrdiff_t l = 0; summed && l < L; l += V::lanes)
+              summarise(z + l, v, count, top + t + l, summary + t + l);
             if (kept && z == tile)
               for (ptrdiff_t r = 0; r < count; ++r)
                 for (ptrdiff_t l = 0; l < n - t; ++l) kept[(v + r) * (n - t) + l] = tile[r * L + l];
@@ -439,11 +442,15 @@ struct HeadKernel {
             In* rounded = static_cast<In*>(out.grad_weight) + v * width;
             for (ptrdiff_t p = 0; p < width_panels; ++p) {
               const auto multiply = [&](bool add) {
-                multiply_panel<M, 1>(count, token_units, columns + p * token_units * L, by_token, token_room, sums, L, add);
+                multiply_panel<M, 1>(count, token_units, columns + p * token_units * L, by_token, token_room, sums, L,
+                                     add);
               };
-              if (out.round_weight) with_tile<false>(count, p, rounded, multiply, sums);
-              else if (out.add_weight) with_tile<true>(count, p, real, multiply, sums);
-              else with_tile<false>(count, p, real, multiply, sums);
+              if (out.round_weight)
+                with_tile<false>(count, p, rounded, multiply, sums);
+              else if (out.add_weight)
+                with_tile<true>(count, p, real, multiply, sums);
+              else
+                with_tile<false>(count, p, real, multiply, sums);
             }
           }
           if (needs_hidden)
@@ -461,8 +468,10 @@ struct HeadKernel {
                                               by_entry + t * stripe_units, entry_row, sums, L, add);
               };
               Real* to = d_hidden + t * width;
-              if (first > 0) with_tile<true>(count, p, to, multiply, sums);
-              else with_tile<false>(count, p, to, multiply, sums);
+              if (first > 0)
+                with_tile<true>(count, p, to, multiply, sums);
+              else
+                with_tile<false>(count, p, to, multiply, sums);
             }
         }
       }
@@ -507,8 +516,10 @@ inline void with_head_kernel(const Head& head, Run run) {
     case Dtype::float16: run(HeadKernel<Plain<Float>, Fp16>(head)); break;
 #if defined(FASTRL_TILES)
     case Dtype::float32:
-      if (head.reduced_float32) run(HeadKernel<SplitTiled<2>, float>(head));
-      else run(HeadKernel<SplitTiled<3>, float>(head));
+      if (head.reduced_float32)
+        run(HeadKernel<SplitTiled<2>, float>(head));
+      else
+        run(HeadKernel<SplitTiled<3>, float>(head));
       break;
     case Dtype::bfloat16: run(HeadKernel<Tiled, Bf16>(head)); break;
 #elif defined(__AVX512BF16__)

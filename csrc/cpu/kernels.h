@@ -19,22 +19,22 @@ struct Head {
   const void* weight;  // (V, H), row stride weight_stride
   const void* bias;    // (V) or null
   int64_t hidden_stride, weight_stride, width, vocabulary;
-  const int64_t* rows;     // (n), ascending: which rows of hidden, targets and every per-row array
-  int64_t count, all;      // n, N
-  const int64_t* targets;  // (N)
+  const int64_t* rows;      // (n), ascending: which rows of hidden, targets and every per-row array
+  int64_t count, all;       // n, N
+  const int64_t* targets;   // (N)
   const void* temperature;  // Real, (1) or (N)
   bool temperature_per_row;
   double softcap, logit_scale;  // softcap 0: none
-  bool reduced_float32;  // float32 products may be short of 8 bits where that is quicker
+  bool reduced_float32;         // float32 products may be short of 8 bits where that is quicker
   int threads;
 };
 
 struct HeadForward {
   Head head;
-  void* logps;    // Real (N)
-  void* lse;      // Real (2, N): the largest logit, and log sum exp of the logits minus it
-  void* entropy;  // Real (N) or null
-  void* logits;   // Real, n V of them: the finished logits, or null
+  void* logps;      // Real (N)
+  void* lse;        // Real (2, N): the largest logit, and log sum exp of the logits minus it
+  void* entropy;    // Real (N) or null
+  void* logits;     // Real, n V of them: the finished logits, or null
   void* summaries;  // Real (3, N): log sum of p^2, mean logit, 1 where the target is the first of the largest; or null
 };
 
@@ -108,12 +108,12 @@ struct LinearGradWeight {
 
 // Attention of one query token per row over cached keys and values, (rows, key_heads, seen, width) with equal strides.
 struct DecodeAttention {
-  Dtype dtype;  // of query, keys, values and out; not float64
+  Dtype dtype;        // of query, keys, values and out; not float64
   const void* query;  // (rows, heads, width)
   const void* keys;
   const void* values;
-  const float* mask;  // (rows, seen), added to the scores; row stride mask_stride; or null
-  void* out;          // (rows, heads, width)
+  const float* mask;                            // (rows, seen), added to the scores; row stride mask_stride; or null
+  void* out;                                    // (rows, heads, width)
   int64_t rows, heads, key_heads, seen, width;  // width: a multiple of 16
   int64_t row_stride, head_stride, mask_stride;
   double scale;
@@ -123,10 +123,10 @@ struct DecodeAttention {
 // Log-probabilities of targets under softmax(logits / temperature). Real is float, or double when dtype is float64.
 struct Logprob {
   Dtype dtype;
-  const void* logits;        // (N, V), row stride `stride`
+  const void* logits;  // (N, V), row stride `stride`
   int64_t stride, rows, vocabulary;
-  const int64_t* targets;    // (N)
-  const void* temperature;   // Real, (1) or (N)
+  const int64_t* targets;   // (N)
+  const void* temperature;  // Real, (1) or (N)
   bool temperature_per_row;
   int64_t ignore_index;
   int threads;
@@ -149,11 +149,11 @@ struct LogprobBackward {
 struct PolicyLossCall {
   PolicySpec spec;
   Dtype dtype;
-  int64_t count;                      // N
-  const void *logps, *advantages, *weights;  // Real (N)
-  const uint8_t* mask;                // (N)
+  int64_t count;                                                 // N
+  const void *logps, *advantages, *weights;                      // Real (N)
+  const uint8_t* mask;                                           // (N)
   const void *old_logps, *ref_logps, *sampling_logps, *entropy;  // Real (N) or null
-  const int64_t* sequence_ids;        // (N), read where the spec works on sequences
+  const int64_t* sequence_ids;                                   // (N), read where the spec works on sequences
   int64_t sequences;
   int threads;
   void* loss;      // Real (1)

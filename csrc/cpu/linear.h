@@ -54,8 +54,10 @@ struct Ahead {
   }
   void operator()() {
     for (ptrdiff_t i = 0; i < lines && rows > 0; ++i) {
-      if (Written) __builtin_prefetch(row + offset, 1, 3);
-      else __builtin_prefetch(row + offset, 0, 2);
+      if (Written)
+        __builtin_prefetch(row + offset, 1, 3);
+      else
+        __builtin_prefetch(row + offset, 0, 2);
       offset += 64;
       if (offset >= bytes) offset = 0, row += stride, --rows;
     }
@@ -77,7 +79,9 @@ struct LinearKernel {
   static ptrdiff_t row_room(ptrdiff_t units) { return round_up(units, lanes) + lanes; }
 
   // As many rows of this many units as fit half of a second cache of 512 KB, in whole tiles of rows.
-  static ptrdiff_t rows_in_cache(ptrdiff_t units) { return units * ptrdiff_t(sizeof(Unit)) * 96 <= 256 << 10 ? 96 : 48; }
+  static ptrdiff_t rows_in_cache(ptrdiff_t units) {
+    return units * ptrdiff_t(sizeof(Unit)) * 96 <= 256 << 10 ? 96 : 48;
+  }
 
   // Panels of `all` lanes, L each; the last one no wider than whole vectors must be.
   struct Panels {
@@ -165,21 +169,26 @@ struct LinearKernel {
 #pragma omp for collapse(2) schedule(dynamic, 1)
       for (ptrdiff_t row = 0; row < p.rows; row += tasks.rows)
         for (ptrdiff_t begin = 0; begin < p.panels.count(); begin += tasks.panels) {
-          Task t = {row, least(tasks.rows, p.rows - row), begin, least(begin + tasks.panels, p.panels.count()), 0, 0, 0};
+          Task t = {row, least(tasks.rows, p.rows - row), begin, least(begin + tasks.panels, p.panels.count()), 0, 0,
+                    0};
           for (; t.first < p.units; t.first += chunk) {
             t.some = least(chunk, p.units - t.first);
             const bool last = t.first + t.some == p.units;
             const ptrdiff_t in_panel = round_up(t.count, Tile<M>::rows) / Tile<M>::rows * (t.some / Tile<M>::chain + 1);
             t.calls = in_panel * (t.end - t.begin);
             p.prepare(own, t);
-            struct { Ahead<false> read; Ahead<true> written; void operator()() { read(), written(); } } look;
+            struct {
+              Ahead<false> read;
+              Ahead<true> written;
+              void operator()() { read(), written(); }
+            } look;
             look.read = p.next(t, tasks);
             t.calls = in_panel;
             for (ptrdiff_t q = t.begin; q < t.end; ++q) {
               Real* sums = tiles + (tile_rows > 1 ? q - t.begin : 0) * tasks.rows * L;
               if (last) look.written = p.target(t, q);
-              multiply(p.panels.width(q), t.count, t.some, p.panel_of(own, t, q), p.rows_of(own, t), p.row_stride(), sums,
-                       t.first > 0, look);
+              multiply(p.panels.width(q), t.count, t.some, p.panel_of(own, t, q), p.rows_of(own, t), p.row_stride(),
+                       sums, t.first > 0, look);
               if (last) p.write(t, q, sums);
             }
           }
@@ -318,7 +327,8 @@ struct LinearKernel {
                     panels.count(), columns, units, u);
     }
     void prepare(Own& own, const Task& t) const {
-      turn_columns<M, In>([&](ptrdiff_t r) { return dy(r); }, count, t.row, t.count, s.outputs, own.turned, row_stride());
+      turn_columns<M, In>([&](ptrdiff_t r) { return dy(r); }, count, t.row, t.count, s.outputs, own.turned,
+                          row_stride());
     }
     const Unit* rows_of(Own& own, const Task&) const { return own.turned; }
     ptrdiff_t row_stride() const { return row_room(units); }
@@ -381,7 +391,8 @@ inline void with_linear_kernel(Dtype dtype, Run run) {
 #else
     case Dtype::bfloat16: run(LinearKernel<Plain<Float>, Bf16>()); break;
 #endif
-    case Dtype::float64: case Dtype::float16: break;  // refused in Python
+    case Dtype::float64:
+    case Dtype::float16: break;  // refused in Python
   }
 }
 

@@ -112,8 +112,8 @@ struct LogprobKernel {
       const Real t = temperature_of(i), inverse = Real(1) / t;
       const Softmax<double> of = statistics(row, t, grad_entropy != nullptr);
       const double entropy = grad_entropy ? of.entropy() : 0;
-      const V top = V::set(Real(of.top)), log_total = V::set(Real(of.log_total())),
-              up = V::set(-g * inverse), up_entropy = V::set(-ge * inverse), h = V::set(Real(entropy));
+      const V top = V::set(Real(of.top)), log_total = V::set(Real(of.log_total())), up = V::set(-g * inverse),
+              up_entropy = V::set(-ge * inverse), h = V::set(Real(entropy));
       auto derivative = [&](V x) {
         const V logp = over(x, t) - top - log_total, p = V::exp(logp);
         if (!grad_entropy) return up * p;

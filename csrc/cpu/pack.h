@@ -19,7 +19,8 @@ inline void put(float* unit, Fp16 a, Fp16) { *unit = widen(a); }
 template <typename M, typename In>
 inline void put_row(typename M::Unit* to, const In* from, ptrdiff_t width) {
   constexpr ptrdiff_t pair = M::pair;
-  if constexpr (M::pieces > 1) M::put_row(to, from, width);
+  if constexpr (M::pieces > 1)
+    M::put_row(to, from, width);
   else
     for (ptrdiff_t u = 0; u < (width + pair - 1) / pair; ++u)
       put(to + u, from[u * pair], u * pair + 1 < width ? from[u * pair + 1] : In{});
@@ -28,7 +29,8 @@ inline void put_row(typename M::Unit* to, const In* from, ptrdiff_t width) {
 // One unit for each lane of a panel: of the values a, or where a unit is a pair, of a and b.
 template <typename M, typename In>
 inline void put_lanes(typename M::Unit* to, const In* a, const In* b, ptrdiff_t lanes = Tile<M>::lanes) {
-  if constexpr (M::pieces > 1) M::put_lanes(to, a, b);
+  if constexpr (M::pieces > 1)
+    M::put_lanes(to, a, b);
   else
     for (ptrdiff_t l = 0; l < lanes; ++l) put(to + l, a[l], b[l]);
 }

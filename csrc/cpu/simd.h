@@ -21,37 +21,98 @@ template <typename T>
 struct Array {
   using Real = T;
   static constexpr int lanes = 8, registers = 8;
-  struct Mask { bool m[lanes]; };
-  struct Int { int32_t i[lanes]; };
+  struct Mask {
+    bool m[lanes];
+  };
+  struct Int {
+    int32_t i[lanes];
+  };
   T x[lanes];
 
-  static Array load(const T* p) { Array r; for (int i = 0; i < lanes; ++i) r.x[i] = p[i]; return r; }
-  void store(T* p) const { for (int i = 0; i < lanes; ++i) p[i] = x[i]; }
-  static Array set(T v) { Array r; for (int i = 0; i < lanes; ++i) r.x[i] = v; return r; }
-  static Int load_int(const int32_t* p) { Int r; for (int i = 0; i < lanes; ++i) r.i[i] = p[i]; return r; }
-  static Mask equal(Int a, int32_t b) { Mask r; for (int i = 0; i < lanes; ++i) r.m[i] = a.i[i] == b; return r; }
-  static Mask is_zero(Array a) { Mask r; for (int i = 0; i < lanes; ++i) r.m[i] = a.x[i] == 0; return r; }
-  static Mask below(Array a, Array b) { Mask r; for (int i = 0; i < lanes; ++i) r.m[i] = a.x[i] < b.x[i]; return r; }
-  static Array select(Mask m, Array a, Array b) {
-    Array r; for (int i = 0; i < lanes; ++i) r.x[i] = m.m[i] ? a.x[i] : b.x[i]; return r;
+  static Array load(const T* p) {
+    Array r;
+    for (int i = 0; i < lanes; ++i) r.x[i] = p[i];
+    return r;
   }
-  friend Array operator+(Array a, Array b) { for (int i = 0; i < lanes; ++i) a.x[i] += b.x[i]; return a; }
-  friend Array operator-(Array a, Array b) { for (int i = 0; i < lanes; ++i) a.x[i] -= b.x[i]; return a; }
-  friend Array operator*(Array a, Array b) { for (int i = 0; i < lanes; ++i) a.x[i] *= b.x[i]; return a; }
-  friend Array operator/(Array a, Array b) { for (int i = 0; i < lanes; ++i) a.x[i] /= b.x[i]; return a; }
+  void store(T* p) const {
+    for (int i = 0; i < lanes; ++i) p[i] = x[i];
+  }
+  static Array set(T v) {
+    Array r;
+    for (int i = 0; i < lanes; ++i) r.x[i] = v;
+    return r;
+  }
+  static Int load_int(const int32_t* p) {
+    Int r;
+    for (int i = 0; i < lanes; ++i) r.i[i] = p[i];
+    return r;
+  }
+  static Mask equal(Int a, int32_t b) {
+    Mask r;
+    for (int i = 0; i < lanes; ++i) r.m[i] = a.i[i] == b;
+    return r;
+  }
+  static Mask is_zero(Array a) {
+    Mask r;
+    for (int i = 0; i < lanes; ++i) r.m[i] = a.x[i] == 0;
+    return r;
+  }
+  static Mask below(Array a, Array b) {
+    Mask r;
+    for (int i = 0; i < lanes; ++i) r.m[i] = a.x[i] < b.x[i];
+    return r;
+  }
+  static Array select(Mask m, Array a, Array b) {
+    Array r;
+    for (int i = 0; i < lanes; ++i) r.x[i] = m.m[i] ? a.x[i] : b.x[i];
+    return r;
+  }
+  friend Array operator+(Array a, Array b) {
+    for (int i = 0; i < lanes; ++i) a.x[i] += b.x[i];
+    return a;
+  }
+  friend Array operator-(Array a, Array b) {
+    for (int i = 0; i < lanes; ++i) a.x[i] -= b.x[i];
+    return a;
+  }
+  friend Array operator*(Array a, Array b) {
+    for (int i = 0; i < lanes; ++i) a.x[i] *= b.x[i];
+    return a;
+  }
+  friend Array operator/(Array a, Array b) {
+    for (int i = 0; i < lanes; ++i) a.x[i] /= b.x[i];
+    return a;
+  }
   static Array fma(Array a, Array b, Array c) {
     for (int i = 0; i < lanes; ++i) c.x[i] += a.x[i] * b.x[i];
     return c;
   }
   // The larger; b where a is not a number.
-  static Array max(Array a, Array b) { for (int i = 0; i < lanes; ++i) a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i]; return a; }
-  static Array exp(Array a) { for (int i = 0; i < lanes; ++i) a.x[i] = real_exp(a.x[i]); return a; }
-  T total() const { T sum = 0; for (int i = 0; i < lanes; ++i) sum += x[i]; return sum; }
-  static Array tanh(Array a) { for (int i = 0; i < lanes; ++i) a.x[i] = real_tanh(a.x[i]); return a; }
+  static Array max(Array a, Array b) {
+    for (int i = 0; i < lanes; ++i) a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
+    return a;
+  }
+  static Array exp(Array a) {
+    for (int i = 0; i < lanes; ++i) a.x[i] = real_exp(a.x[i]);
+    return a;
+  }
+  T total() const {
+    T sum = 0;
+    for (int i = 0; i < lanes; ++i) sum += x[i];
+    return sum;
+  }
+  static Array tanh(Array a) {
+    for (int i = 0; i < lanes; ++i) a.x[i] = real_tanh(a.x[i]);
+    return a;
+  }
   // Lane i of vector k and lane k of vector i change places, in every vector type as bits: no lane is looked at.
   static void transpose(Array* v) {
     for (int i = 0; i < lanes; ++i)
-      for (int k = 0; k < i; ++k) { T other = v[i].x[k]; v[i].x[k] = v[k].x[i]; v[k].x[i] = other; }
+      for (int k = 0; k < i; ++k) {
+        T other = v[i].x[k];
+        v[i].x[k] = v[k].x[i];
+        v[k].x[i] = other;
+      }
   }
 
  private:
@@ -125,7 +186,8 @@ struct Float {
   static Float abs(Float a) { return {_mm512_abs_ps(a.x)}; }
   static Float copy_sign(Float a, Float sign) {
     __m512i high = _mm512_set1_epi32(INT32_MIN);
-    return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(high, _mm512_castps_si512(sign.x), _mm512_castps_si512(a.x), 0xCA))};
+    return {_mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(high, _mm512_castps_si512(sign.x), _mm512_castps_si512(a.x), 0xCA))};
   }
   float total() const { return _mm512_reduce_add_ps(x); }
   static void transpose(Float* v) {
@@ -222,20 +284,32 @@ using Float = Array<float>;
 #endif
 
 // 16-bit formats, as bit patterns.
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
 
-inline float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
-inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+inline float bits_to_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
 
 inline float widen(float v) { return v; }
 inline double widen(double v) { return v; }
 inline float widen(Bf16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
 inline float widen(Fp16 v) {
   uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff;
-  if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);           // infinity, NaN
-  if (rest >= 0x0400) return bits_to_float(sign | ((rest << 13) + (uint32_t(112) << 23)));      // normal
-  return bits_to_float(sign | float_to_bits(float(rest) * (1.0f / (1 << 24))));                 // subnormal: exact
+  if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);       // infinity, NaN
+  if (rest >= 0x0400) return bits_to_float(sign | ((rest << 13) + (uint32_t(112) << 23)));  // normal
+  return bits_to_float(sign | float_to_bits(float(rest) * (1.0f / (1 << 24))));             // subnormal: exact
 }
 
 // A vector of lanes from a narrower type.
@@ -254,7 +328,9 @@ inline Float load_wide(const Bf16* p) {
   __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
 }
-inline Float load_wide(const Fp16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Float load_wide(const Fp16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 #else
 template <typename In>
 inline Float load_wide(const In* p) {
@@ -274,10 +350,14 @@ inline void narrow(float v, Bf16* to) {
 }
 inline void narrow(float v, Fp16* to) {
   uint32_t u = float_to_bits(v), sign = (u >> 16) & 0x8000, rest = u & 0x7fffffff;
-  if (rest > 0x7f800000) to->bits = uint16_t(sign | 0x7e00);
-  else if (rest >= 0x477ff000) to->bits = uint16_t(sign | 0x7c00);  // rounds beyond the largest: infinity
-  else if (rest >= 0x38800000) to->bits = uint16_t(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13));
-  else to->bits = uint16_t(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000));  // subnormal: rounds at 2^-24
+  if (rest > 0x7f800000)
+    to->bits = uint16_t(sign | 0x7e00);
+  else if (rest >= 0x477ff000)
+    to->bits = uint16_t(sign | 0x7c00);  // rounds beyond the largest: infinity
+  else if (rest >= 0x38800000)
+    to->bits = uint16_t(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13));
+  else
+    to->bits = uint16_t(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000));  // subnormal: rounds at 2^-24
 }
 
 }  // namespace FASTRL_ISA

@@ -181,7 +181,8 @@ __device__ FullPack<In> load_pack(const In* from, bool edge) {
   const Halves low = around[0], high = around[1];
   const uint64_t a = beyond < 8 ? low.x[0] : low.x[1], b = beyond < 8 ? low.x[1] : high.x[0],
                  c = beyond < 8 ? high.x[0] : high.x[1];
-  const Halves joined = shift == 0 ? Halves{{a, b}} : Halves{{a >> shift | b << (64 - shift), b >> shift | c << (64 - shift)}};
+  const Halves joined =
+      shift == 0 ? Halves{{a, b}} : Halves{{a >> shift | b << (64 - shift), b >> shift | c << (64 - shift)}};
   memcpy(&pack, &joined, sizeof pack);
   return pack;
 }

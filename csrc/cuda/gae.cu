@@ -83,7 +83,8 @@ struct Joined {
 __device__ Joined join_block(Span own, double gamma, double decay) {
   __shared__ Span of_warp[warps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int distance = 1; distance < 32; distance *= 2) own = own.join(span_from_later_lane(own, distance), gamma, decay);
+  for (int distance = 1; distance < 32; distance *= 2)
+    own = own.join(span_from_later_lane(own, distance), gamma, decay);
   const Span behind_in_warp = span_from_later_lane(own, 1);
   __syncthreads();  // who reads the previous spans is done
   if (lane == 0) of_warp[warp] = own;

@@ -19,8 +19,8 @@ void logprob_backward(const LogprobBackward& out, Stream stream);
 // Of the rows of a chunk, between the matmuls of an LM head: logits x = h W^T, z = cap(scale (x + bias)) / temperature.
 // Real is float, or double when dtype is float64.
 struct HeadChunk {
-  Dtype dtype;          // of logits
-  const void* logits;   // (n, V)
+  Dtype dtype;         // of logits
+  const void* logits;  // (n, V)
   int64_t rows, vocabulary;
   const int64_t* targets;   // (n); one outside [0, V) is not read
   const void* bias;         // Real (V) or null

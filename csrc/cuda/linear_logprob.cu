@@ -90,7 +90,8 @@ template <typename Real, bool capped>
 __global__ void __launch_bounds__(most_threads, blocks_at_once<Real>) statistics_of_row(ChunkStatistics a) {
   const HeadChunk& chunk = a.chunk;
   const int64_t i = blockIdx.x, target = chunk.targets[i], vocabulary = chunk.vocabulary;
-  const SoftmaxRow<Real, HeadFinish<Real, capped>> row{reals<Real>(chunk.logits) + i * vocabulary, vocabulary, {chunk, i}};
+  const SoftmaxRow<Real, HeadFinish<Real, capped>> row{
+      reals<Real>(chunk.logits) + i * vocabulary, vocabulary, {chunk, i}};
   const Softmax<double> of = row.statistics(a.entropy != nullptr, [](int64_t, const auto&) {});
   if (a.summaries) summarise(row, of, target, static_cast<Real*>(a.summaries) + i, chunk.rows);
   if (threadIdx.x != 0) return;
@@ -109,7 +110,8 @@ __global__ void __launch_bounds__(most_threads, blocks_at_once<Real>) statistics
 enum class Source { logits, capped_logits, probabilities };
 
 template <typename In, typename Out, Source source>
-__global__ void __launch_bounds__(most_threads, blocks_at_once<typename Wide<In>::Real>) gradient_of_row(ChunkGradient a) {
+__global__ void __launch_bounds__(most_threads, blocks_at_once<typename Wide<In>::Real>)
+    gradient_of_row(ChunkGradient a) {
   using Real = typename Wide<In>::Real;
   const HeadChunk& chunk = a.chunk;
   const int64_t i = blockIdx.x, vocabulary = chunk.vocabulary, target = chunk.targets[i];
@@ -169,8 +171,8 @@ void launch_statistics(const ChunkStatistics& a, Stream stream) {
 template <typename Out>
 void from_logits(const ChunkGradient& a, Stream stream) {
   using In = typename Wide<Out>::Real;
-  const auto kernel = a.chunk.softcap == 0 ? gradient_of_row<In, Out, Source::logits>
-                                           : gradient_of_row<In, Out, Source::capped_logits>;
+  const auto kernel =
+      a.chunk.softcap == 0 ? gradient_of_row<In, Out, Source::logits> : gradient_of_row<In, Out, Source::capped_logits>;
   launch(kernel, a.chunk.rows, threads_of<Out>(a.chunk.vocabulary), 0, stream, a);
 }
 
@@ -194,7 +196,8 @@ void head_statistics(const ChunkStatistics& call, Stream stream) {
 void head_gradient(const ChunkGradient& call, Stream stream) {
   if (call.chunk.rows == 0) return;
   switch (call.kept ? call.chunk.dtype : call.out_dtype) {
-    case Dtype::float64: return call.kept ? from_probabilities<double>(call, stream) : from_logits<double>(call, stream);
+    case Dtype::float64:
+      return call.kept ? from_probabilities<double>(call, stream) : from_logits<double>(call, stream);
     case Dtype::float32: return call.kept ? from_probabilities<float>(call, stream) : from_logits<float>(call, stream);
     case Dtype::bfloat16: return call.kept ? from_probabilities<Bf16>(call, stream) : from_logits<Bf16>(call, stream);
     case Dtype::float16: return call.kept ? from_probabilities<Fp16>(call, stream) : from_logits<Fp16>(call, stream);

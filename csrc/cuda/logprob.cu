@@ -28,7 +28,8 @@ struct LogprobRow : SoftmaxRow<In, OverTemperature<typename Wide<In>::Real>> {
   bool ignored, outside;
 
   __device__ LogprobRow(const Logprob& a, int64_t i)
-      : SoftmaxRow<In, OverTemperature<Real>>{static_cast<const In*>(a.logits) + i * a.stride, a.vocabulary,
+      : SoftmaxRow<In, OverTemperature<Real>>{static_cast<const In*>(a.logits) + i * a.stride,
+                                              a.vocabulary,
                                               {static_cast<const Real*>(a.temperature)[a.temperature_per_row ? i : 0]}},
         target(a.targets[i]),
         ignored(target == a.ignore_index),
@@ -119,7 +120,8 @@ template <typename In>
 void launch_backward(const LogprobBackward& out, Stream stream) {
   const size_t packs = size_t(out.logprob.vocabulary) / pack_size<In>;
   const size_t kept = allow_shared(backward_row<In>, packs * 16) / 16 * 16;
-  launch(backward_row<In>, out.logprob.rows, threads_of<In>(out.logprob), kept, stream, out, int64_t(kept / sizeof(In)));
+  launch(backward_row<In>, out.logprob.rows, threads_of<In>(out.logprob), kept, stream, out,
+         int64_t(kept / sizeof(In)));
 }
 
 }  // namespace

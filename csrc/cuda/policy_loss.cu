@@ -18,18 +18,16 @@ constexpr int threads = 256, warps = threads / 32, block_tokens = 512;
 // Beside the arguments, in one piece of memory.
 template <typename T>
 struct Scratch {
-  double* partial;        // (blocks, policy_sums)
-  T* mean_log_ratio;      // (S)
-  T* mean_mismatch;       // (S)
-  double* valid_tokens;   // (S)
-  T* through_ratio;       // (N), where the ratio's derivative is the sequence's
-  unsigned* tickets;      // (2)
+  double* partial;                    // (blocks, policy_sums)
+  T* mean_log_ratio;                  // (S)
+  T* mean_mismatch;                   // (S)
+  double* valid_tokens;               // (S)
+  T* through_ratio;                   // (N), where the ratio's derivative is the sequence's
+  unsigned* tickets;                  // (2)
   unsigned long long* with_gradient;  // (1)
 };
 
-int64_t blocks_of(const PolicyLossCall& a) {
-  return a.count == 0 ? 1 : (a.count + block_tokens - 1) / block_tokens;
-}
+int64_t blocks_of(const PolicyLossCall& a) { return a.count == 0 ? 1 : (a.count + block_tokens - 1) / block_tokens; }
 
 __device__ bool corrects_sequences(const PolicySpec& spec) {
   return spec.correction != CorrectionKind::none && spec.sequence_correction;
@@ -91,7 +89,8 @@ __global__ void __launch_bounds__(threads) sequence_means(PolicyLossCall a, Scra
 // Of each of the tokens [begin, end), the advantage of its sequence. A warp takes every eighth token, and where a sequence
 // starts it finds the sequence's advantage and hands it to all its neighbours.
 template <typename T>
-__device__ void sequence_advantages(const PolicyLossCall& a, const GroupRewards& rewards, int64_t begin, int64_t end, T* to) {
+__device__ void sequence_advantages(const PolicyLossCall& a, const GroupRewards& rewards, int64_t begin, int64_t end,
+                                    T* to) {
   for (int64_t i = begin + threadIdx.x / 32; i < end; i += warps) {
     const int64_t id = a.sequence_ids[i];
     if (i > begin && a.sequence_ids[i - 1] == id) continue;
@@ -152,7 +151,8 @@ __global__ void __launch_bounds__(threads, 2) every_token(PolicyLossCall a, Grou
   if (!last_block(s.tickets)) return;
   for (int k = warp; k < policy_sums; k += warps) {
     double joined = 0;
-    for (int64_t b = lane; b < gridDim.x; b += 32) joined = join_sums(k, joined, __ldcg(s.partial + b * policy_sums + k));
+    for (int64_t b = lane; b < gridDim.x; b += 32)
+      joined = join_sums(k, joined, __ldcg(s.partial + b * policy_sums + k));
     joined = warp_reduce(joined, [=](double x, double y) { return join_sums(k, x, y); });
     if (lane == 0) total[k] = joined;
   }
@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(threads) share_ratio(PolicyLossCall a, Scratch
   const T* dentropy = static_cast<const T*>(a.dentropy);
   const T *through = s.through_ratio, *logps = static_cast<const T*>(a.logps);
   const T* old = a.old_logps ? static_cast<const T*>(a.old_logps) : logps;
-  const T shared = mean<T>(sum_of_sequence(a, [=](int64_t i) { return double(through[i]); }), s.valid_tokens[blockIdx.x]);
+  const T shared =
+      mean<T>(sum_of_sequence(a, [=](int64_t i) { return double(through[i]); }), s.valid_tokens[blockIdx.x]);
   const double found = sum_of_sequence(a, [&](int64_t i) {
     if (a.spec.surrogate != Surrogate::gmpo || summed<T, T>(a, i) == logps[i] - old[i]) dlogps[i] += shared;
     return double(dlogps[i] != 0 || dentropy[i] != 0);
@@ -199,7 +200,8 @@ void launch_policy_loss(const PolicyLossCall& a, const GroupRewards& rewards, vo
   Scratch<T> s;
   place(a, memory, &s);
   fill_zero(memory, size_t(reinterpret_cast<char*>(s.partial) - static_cast<char*>(memory)), stream);
-  const bool by_sequence = a.spec.sequence_ratio || (a.spec.correction != CorrectionKind::none && a.spec.sequence_correction);
+  const bool by_sequence =
+      a.spec.sequence_ratio || (a.spec.correction != CorrectionKind::none && a.spec.sequence_correction);
   if (by_sequence && a.sequences > 0) launch(sequence_means<T>, a.sequences, threads, 0, stream, a, s);
   launch(every_token<T>, blocks_of(a), threads, 0, stream, a, rewards, s);
   if (a.spec.shared_ratio && a.sequences > 0) launch(share_ratio<T>, a.sequences, threads, 0, stream, a, s);

@@ -32,7 +32,7 @@ FASTRL_HD SurrogateTerm<T> clip(T log_ratio, T advantage, T low, T high, T dual)
 template <typename T>
 FASTRL_HD SurrogateTerm<T> cispo(T log_ratio, T logp, T advantage, T low, T high) {
   const T ratio = exp_of(log_ratio), dlogp = -clamp<T>(ratio, low, high) * advantage;
-  return {dlogp * logp, T{}, dlogp, ratio < low, ratio > high};
+  return {dlogp * logp, T{}, dlogp, (ratio < low), (ratio > high)};
 }
 
 // -(4 / tau) sigmoid(tau (rho - 1)) A, tau_pos where A > 0 and tau_neg elsewhere: arXiv:2511.20347.

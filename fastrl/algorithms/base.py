@@ -9,7 +9,6 @@ import torch
 
 from fastrl.distributed import World
 from fastrl.losses.metrics import Metrics
-from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic
 from fastrl.progress import Progress, Watch
 from fastrl.types import Batch, Group, MicroBatch
@@ -20,12 +19,13 @@ Kind = Literal["rewarded", "pairs", "ranked", "labelled", "completions"]  # kind
 class Learner(Protocol):
     """The models being trained, as an algorithm sees them."""
 
-    policy: Policy  # or, for a reward model, a `ScalarModel`
+    policy: Any  # a `Policy` or, for a reward model, a `ScalarModel`
     critic: Critic | None
     steps: int  # training steps done
     updates: int  # optimizer steps of the policy done
     temperature: float  # of all log-probabilities of sampled completions
     world: World  # the processes that train together
+    device: torch.device
 
     def pack(
         self, groups: Sequence[Group], *, mask_truncated: bool = False, whole_groups: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
+from typing import Any
 
 import torch
 
@@ -138,7 +139,8 @@ class GroupPolicyGradient(PolicyGradient):
         self, policy: Policy, critic: None, batch: MicroBatch, normalizer: float, *, temperature: float, entropy: bool
     ) -> Iterator[LossOutput]:
         """As `policy_gradient_loss`."""
-        options = {"temperature": temperature, "entropy": entropy, "ratio_to_sampler": self.ratio_to_sampler}
+        options: dict[str, Any] = {"temperature": temperature, "entropy": entropy}
+        options["ratio_to_sampler"] = self.ratio_to_sampler
         batch = batch if self.sampled else replace(batch, sampling_logps=None)
         yield policy_gradient_loss(policy, batch, self.spec, normalizer, terms=self.terms, **options)
 

@@ -214,7 +214,7 @@ def policy_gradient_loss(
     weight = policy.head.weight
     hidden = policy.hidden(batch) if hidden is None else hidden
     old_logps = batch.sampling_logps if ratio_to_sampler else batch.old_logps
-    tokens = {
+    tokens: dict[str, Any] = {
         "mask": batch.mask,
         "old_logps": old_logps,
         "ref_logps": batch.ref_logps,

@@ -223,7 +223,7 @@ class ActorCritic(PolicyGradient):
         ref = batch.old_logps if batch.ref_logps is None else batch.ref_logps
         last, earlier = _by_turn(batch) if self.by_turn else (batch.scores, 0.0)
         rewards = kl_in_reward(last, batch.old_logps, ref, batch.mask, self.kl.coef, batch.cu_seqlens) + earlier
-        options = {"gamma": self.gamma, "cu_seqlens": batch.cu_seqlens}
+        options: dict[str, Any] = {"gamma": self.gamma, "cu_seqlens": batch.cu_seqlens}
         if not self.critic:
             return replace(batch, advantages=discounted_returns(rewards, batch.mask, **options))
         inputs = (rewards, batch.values, batch.mask)
@@ -251,7 +251,7 @@ class ActorCritic(PolicyGradient):
         the backbone comes with the policy, from the same hidden states. Without a policy there is only the loss of a
         separate critic.
         """
-        options = {
+        options: dict[str, Any] = {
             "temperature": temperature,
             "entropy": entropy,
             "ratio_to_sampler": self.ratio_to_sampler,

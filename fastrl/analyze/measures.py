@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -231,7 +231,7 @@ def robustness(original: Texts, rewritten: Texts, names: Sequence[str]) -> list[
                 value = float(fisher_exact([[a, c], [p, q]]).pvalue)
                 shares = (a + c, a / (a + c), p + q, p / (p + q))
                 found.append(Flip(name, text, flip, *shares, ratio, low, high, value, value))
-    return [Flip(**{**asdict(one), "p_adjusted": min(one.p * len(found), 1.0)}) for one in found]
+    return [replace(one, p_adjusted=min(one.p * len(found), 1.0)) for one in found]
 
 
 def odds_ratio(a: int, c: int, p: int, q: int) -> tuple[float | None, float | None, float | None]:

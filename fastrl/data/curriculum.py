@@ -395,7 +395,7 @@ class Curriculum(PromptSampler[Prompt]):
             "restarts": self.restarts,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As `PromptSampler`."""
         super().load_state_dict(state)
         for name, bucket in self.buckets.items():

@@ -32,7 +32,7 @@ def batch_from_json(values: dict[str, Any], device: torch.device | str = "cpu") 
     groups = [group_from_json(group) for group in values["groups"]]
     updates = []
     for update in values["updates"]:
-        metrics = {name: tuple(_tensor(one, device) for one in row) for name, row in update["metrics"].items()}
+        metrics = {name: (_tensor(a, device), _tensor(b, device)) for name, (a, b) in update["metrics"].items()}
         updates.append((metrics, update["numbers"]))
     contributing = [group for group, counts in zip(groups, values["contributing"], strict=True) if counts]
     return Batch(
@@ -59,7 +59,8 @@ def group_from_json(values: dict[str, Any]) -> Group:
     prompt = Prompt(**values["prompt"] | {"token_ids": tuple(values["prompt"]["token_ids"])})
     samples = [Sample(**sample) for sample in values["samples"]]
     other = Sample(**values["mismatched"]) if values.get("mismatched") else None
-    return Group(**values | {"prompt": prompt, "samples": samples, "mismatched": other})
+    read: dict[str, Any] = values | {"prompt": prompt, "samples": samples, "mismatched": other}
+    return Group(**read)
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def minibatches(groups: Sequence[Group], n: int, generator: torch.Generator) -> 
 def pack(
     groups: Sequence[Group],
     *,
-    layout: Layout,
+    layout: str,  # of LAYOUTS
     max_tokens: int,
     device: torch.device | str = "cpu",
     shape: ModelShape | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from fastrl import check
@@ -54,7 +54,7 @@ class PromptSampler(Generic[Drawn]):
         """The sampler's position, in a form that JSON can hold."""
         return {"seed": self.seed, "epoch": self.epoch, "drawn": self._drawn, "prompts": self.fingerprint()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict`.
 
         Raises:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from fastrl import check
 from fastrl.hub import or_cache
+from fastrl.shipped import located
 
 READERS = {".csv": "csv", ".parquet": "parquet", ".json": "json"}  # suffix -> the reader of `datasets`
 GYM = "reasoning_gym:"
@@ -36,14 +37,14 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
         source: `reasoning_gym:TASK`, or `reasoning_gym:mixture` of several; `verifiers:NAME`, the rows of an
             environment; a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file; a folder written by
             `save_to_disk`, or a folder of such files (a cloned data set); a hub id; a `datasets` dataset, or any
-            iterable of mappings.
+            iterable of mappings. A file of `recipes/` that is not here is the one that comes with fastrl.
         size, seed: how many tasks reasoning-gym generates, and their seed.
         options: the task's settings for reasoning-gym; for a mixture `tasks`, from each task's name to its levels, a
             list of settings from the easiest on, whose rows have the columns `task` and `level`, from 1; the arguments
             of a `verifiers` environment; `split` and `name` for datasets.
     """
     if isinstance(source, str | Path) and not str(source).startswith((GYM, VERIFIERS)):
-        source = Path(source).expanduser() if str(source).startswith("~") else source
+        source = Path(source).expanduser() if str(source).startswith("~") else located(source)
     if isinstance(source, str) and source.startswith(GYM):
         task = source.removeprefix(GYM)
         rows = _gym_mixture(size, seed, options) if task == MIXTURE else _gym_rows(task, size, seed, options)

@@ -26,7 +26,7 @@ __all__ = [
     "resolve_environment",
 ]
 
-BUILTINS: dict[str, Callable[..., Environment]] = {
+BUILTINS: dict[str, Callable[..., Any]] = {
     "calculator": functools.partial(ToolEnvironment, [calculator]),
     "reasoning_gym": ReasoningGymEnvironment,
     "verifiers": VerifiersEnvironment,

@@ -79,7 +79,8 @@ class ToolEnvironment:
     ) -> None:
         if isinstance(parser, str):
             choice(OP, "parser", parser, PARSERS)
-        self.tools = {tool.__name__: tool for tool in tools}
+        named: Any = tools  # functions have names
+        self.tools = {tool.__name__: tool for tool in named}
         require(0 < len(self.tools) == len(tools), OP, "tools", "functions of different names", list(self.tools))
         self.parse: Parser = PARSERS[parser] if isinstance(parser, str) else parser
         self.role = role
@@ -126,7 +127,7 @@ class ToolEnvironment:
 
 
 _LARGEST = 10**15
-_OPERATORS = {
+_OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
@@ -146,7 +147,7 @@ def calculator(expression: str) -> str:
 def _value(node: ast.AST) -> float:
     """The value of an expression that is read, never run as code."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = node.value
+        value: Any = node.value
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         value = _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
     elif isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:

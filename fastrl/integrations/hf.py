@@ -107,8 +107,9 @@ def _fused(model: PreTrainedModel, logits: str, memory: int | None, backend: str
 
     update_wrapper(forward, own or before)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
-    forward._fastrl = True
+    wrapped: Any = forward  # functions take attributes
+    wrapped.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    wrapped._fastrl = True
     return MethodType(forward, model)
 
 

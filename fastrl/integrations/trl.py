@@ -108,7 +108,7 @@ class FusedLogprob:
         weight, bias = (None if x is None else _whole(x) for x in (weight, bias))
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        options = {
+        options: dict[str, Any] = {
             "bias": bias,
             "temperature": temperature,
             "softcap": final_logit_softcapping,
@@ -116,7 +116,7 @@ class FusedLogprob:
         }
         if cls.one_pass is not None:
             return cls.one_pass.logps(hidden, weight, targets, options)
-        asked = {name: name in outputs for name in ("entropy", *EXTRAS)}
+        asked: dict[str, Any] = {name: name in outputs for name in ("entropy", *EXTRAS)}
         out = linear_logprob(hidden, weight, targets, **options, **asked)
         return tuple(getattr(out, name, None) for name in ("logps", "entropy", *EXTRAS))
 

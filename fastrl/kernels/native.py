@@ -11,6 +11,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import overload
 
 import torch
 
@@ -74,6 +75,10 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@overload
+def dense(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None: ...
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor without gaps between its elements."""
     return None if tensor is None else tensor.contiguous()

@@ -8,7 +8,7 @@ arguments are present, never on the number of rows: no bit of a row depends on i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -123,7 +123,7 @@ _tried: dict[str, dict[str, int]] = {}
 
 
 @contextmanager
-def trying(entry: str, **changes: int) -> Iterator[None]:
+def trying(entry: str, **changes: int) -> Generator[None]:
     """Other parameters of an entry meanwhile: for measuring and for tests."""
     check_entries("trying", {entry: changes})
     before = _tried.get(entry)

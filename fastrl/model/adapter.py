@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -84,8 +84,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, rank: int, alpha: float
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(folder)
-    has = {"rank": getattr(config, "r", None), "alpha": float(getattr(config, "lora_alpha", 0.0))}
-    asked = {"rank": rank, "alpha": alpha}
+    has: dict[str, Any] = {"rank": getattr(config, "r", None), "alpha": float(getattr(config, "lora_alpha", 0.0))}
+    asked: dict[str, Any] = {"rank": rank, "alpha": alpha}
     if ALL_LINEAR not in targets:
         named = {name.rpartition(".")[2] for name in config.target_modules}
         has["targets"], asked["targets"] = sorted(named), sorted(targets)

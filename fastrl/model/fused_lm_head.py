@@ -146,7 +146,7 @@ class FusedLMHead(torch.nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The layer's."""
-        return self.lm_head.weight
+        return self.lm_head.weight  # ty: ignore[invalid-explicit-return]  a linear layer's
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -125,7 +125,8 @@ def linear_shapes(name_or_path: str | Path) -> Counter[tuple[int, int]]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):  # loading the model gives a better message
         return Counter()
-    return Counter(tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear))
+    linears = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return Counter((linear.weight.shape[0], linear.weight.shape[1]) for linear in linears)
 
 
 def stop_token_ids(
@@ -205,7 +206,7 @@ def _no_such_model(name: str, cause: Exception) -> str:
 
 
 @contextmanager
-def quiet_progress() -> Iterator[None]:
+def quiet_progress() -> Generator[None]:
     """Hides transformers' progress bars inside the block."""
     from transformers.utils import logging
 

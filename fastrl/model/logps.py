@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -216,7 +216,7 @@ class HeadCall:
 
 
 @contextmanager
-def replaced_head(op: str, head: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[HeadCall]:
+def replaced_head(op: str, head: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Generator[HeadCall]:
     """Inside the block, the head's forward is another function of its input, (B, L, H) to any few numbers per token.
 
     The head is still called as a module, where its model calls it. So whatever hangs on that call happens: hooks, the
@@ -237,7 +237,7 @@ def replaced_head(op: str, head: nn.Module, forward: Callable[[torch.Tensor], to
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: object) -> Generator[None]:
     """Inside the block, an object's own attribute is another one."""
     absent = object()
     before = vars(owner).get(name, absent)

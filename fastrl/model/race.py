@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
 from statistics import median
@@ -31,7 +31,7 @@ def bfloat16_ratio(shapes: Mapping[Shape, int], *, native: bool = True) -> float
 def _ratio(shapes: tuple[tuple[Shape, int], ...], native: bool) -> float:
     ratios = []
     for rows in (DECODED, TRAINED):
-        total: Counter[torch.dtype] = Counter()
+        total: defaultdict[torch.dtype, float] = defaultdict(float)
         for shape, count in shapes:
             for dtype, race in probe(shape, tuple(DTYPES.values()), rows).items():
                 total[dtype] += count * _seconds(race, native)
@@ -56,6 +56,11 @@ def to_json(choices: Choices) -> dict[str, dict[str, list[bool]]]:
 def from_json(saved: Mapping[str, Any]) -> Choices:
     """The inverse of `to_json`."""
     return {
-        getattr(torch, dtype): {tuple(map(int, shape.split("x"))): tuple(native) for shape, native in of.items()}
+        getattr(torch, dtype): {_shape(name): tuple(native) for name, native in of.items()}
         for dtype, of in saved.items()
     }
+
+
+def _shape(name: str) -> Shape:
+    outputs, width = name.split("x")
+    return int(outputs), int(width)

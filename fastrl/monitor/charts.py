@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -231,7 +232,7 @@ def _any_finite(values: Sequence[float]) -> bool:
     return any(math.isfinite(v) for v in values)
 
 
-def _stroke(values: Sequence[float], width: float) -> dict[str, object]:
+def _stroke(values: Sequence[float], width: float) -> dict[str, Any]:
     """A line, or a dot for a single point."""
     return {"linewidth": width, "marker": "o" if len(values) == 1 else None, "markersize": 5}
 
@@ -249,7 +250,7 @@ def _tick(value: float, _: int) -> str:
 
 
 def _picture(chart: Chart, draw: Callable[[Axes], None]) -> Chart:
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE):  # ty: ignore[invalid-argument-type]  names of its settings
         figure = Figure(figsize=(4.6, 2.5))
         axes = figure.add_axes((0.115, 0.17, 0.865, 0.79))
         draw(axes)

@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
 from typing import Any, TextIO
@@ -42,7 +42,7 @@ class Interrupt:
 
     def check(self) -> None:
         """Raises `Interrupted` once a signal has come, unless the run has other processes."""
-        if self and not self.together:
+        if self.signal is not None and not self.together:
             raise Interrupted(self.signal.name)
 
     def agree(self, world: World) -> None:
@@ -56,7 +56,7 @@ class Interrupt:
             raise Interrupted(self.signal.name)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Generator[None]:
         """Inside the block, the first of `SIGNALS` prints `HEARD` and asks the run to stop; the second stops it at
         once. A hangup is never the second, and later ones are ignored, also after the block: a terminal that closes
         sends one, and its shell another. One that was ignored before, as under nohup, stays ignored. Output to a
@@ -110,7 +110,7 @@ class _Output:
             self._stream.flush()
 
     @contextmanager
-    def _closed(self) -> Iterator[None]:
+    def _closed(self) -> Generator[None]:
         try:
             yield
         except OSError as error:

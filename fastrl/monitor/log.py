@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class RunLog:
         short = self.rewind(state)
         for record in lines(self._path("metrics")):
             record = {name: float(value) for name, value in record.items()} | {"step": record["step"]}
-            list(self._alarms.check(record["step"], record))  # these warnings were already given
+            list(self._alarms.check(int(record["step"]), record))  # these warnings were already given
             self._screen.remember(record)
         self._screen.resumed(where_from)
         for name in short:
@@ -157,7 +157,7 @@ class RunLog:
         return self._evaluated.get(step, {})
 
     @contextmanager
-    def stage(self, name: str, unit: str = "") -> Iterator[Progress]:
+    def stage(self, name: str, unit: str = "") -> Generator[Progress]:
         """Adds the block's time to stage `name` of the current step; `BETWEEN_STEPS` do not count as step time.
 
         Yields a function that shows how many `unit`s are done, and raises `Interrupted` once the run should stop.

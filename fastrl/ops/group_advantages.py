@@ -73,8 +73,9 @@ def check_groups(
         check.shape(op, "group_ids", group_ids, rewards.shape, "as rewards")
         check.device(op, "group_ids", group_ids, rewards.device, "rewards")
         return group_ids.long()
-    check.require(group_size >= 1, op, "group_size", "a positive number", group_size)
-    if rewards.shape[0] % group_size != 0:  # torch.compile takes a size put in a message for a constant
+    size = 0 if group_size is None else group_size
+    check.require(size >= 1, op, "group_size", "a positive number", group_size)
+    if rewards.shape[0] % size != 0:  # torch.compile takes a size put in a message for a constant
         check.require(
             False,
             op,
@@ -83,7 +84,7 @@ def check_groups(
             group_size,
             "Pass group_ids for groups of unequal size.",
         )
-    return torch.arange(rewards.shape[0], device=rewards.device) // group_size
+    return torch.arange(rewards.shape[0], device=rewards.device) // size
 
 
 def group_advantages(

@@ -149,9 +149,9 @@ class _LoraLinear(torch.autograd.Function):
         main_a, main_b = ctx.main_grads
         db = _grad_weight(dy, low, main_b) if needs_b else None
         dlow = products.grad_input(dy, lora_b).mul_(ctx.scaling) if needs_x or needs_a else None
-        da = _grad_weight(dlow, rows, main_a) if needs_a else None
+        da = _grad_weight(dlow, rows, main_a) if needs_a and dlow is not None else None
         dx = None
-        if needs_x:
+        if needs_x and dlow is not None:
             dx = products.grad_input(dy, weight)
             dx = products.grad_input(dlow, lora_a, out=dx).view(x.shape)
         return dx, None, dy.sum(0) if needs_bias else None, da, db, None

@@ -37,7 +37,7 @@ def support_sets(masks: Iterable[Any], *, device: torch.device | str | None = No
     sets = [(list(chain.from_iterable(rows)), list(map(len, rows))) for rows in map(_rows, masks)]
     ids = list(chain.from_iterable(ids for ids, _ in sets))
     offsets = [0, *accumulate(chain.from_iterable(sizes for _, sizes in sets))]
-    return tuple(torch.tensor(one, dtype=torch.int64, device=device) for one in (ids, offsets))
+    return torch.tensor(ids, dtype=torch.int64, device=device), torch.tensor(offsets, dtype=torch.int64, device=device)
 
 
 def _rows(mask: Any) -> Sequence[Sequence[int]]:
@@ -173,7 +173,7 @@ def backward_op(
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(d hidden, d weight, d bias) in hidden's dtype, each rounded once from its sum; (0,) if not needed."""
-    gradients = kernel.backward(
+    d_hidden, d_weight, d_bias = kernel.backward(
         grad_logps,
         grad_entropy,
         HeadInputs(hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index),
@@ -182,7 +182,7 @@ def backward_op(
         kernel.Scores(logps, entropy, lse, raw, at_target),
         needs=Needs(needs_hidden, needs_weight, needs_bias),
     )
-    return tuple(gradient.to(hidden.dtype) for gradient in gradients)
+    return d_hidden.to(hidden.dtype), d_weight.to(hidden.dtype), d_bias.to(hidden.dtype)
 
 
 @backward_op.register_fake

@@ -13,7 +13,7 @@ the normalizer of all ranks' rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,12 +53,12 @@ def ranks_of(op: str, process_group: distributed.ProcessGroup | None, argument: 
 
 
 @contextmanager
-def shared_refusals(op: str, process_group: distributed.ProcessGroup | None, *tensors: Any) -> Iterator[None]:
+def shared_refusals(op: str, process_group: distributed.ProcessGroup | None, *tensors: Any) -> Generator[None]:
     """Inside the block, an error raises on every rank: the others would wait for this one in a collective.
 
     For all that a rank checks by itself before its first collective. `tensors` say on which device to tell the others.
     """
-    if ranks_of(op, process_group) == 1:
+    if process_group is None or ranks_of(op, process_group) == 1:
         yield
         return
     try:
@@ -278,8 +278,8 @@ def vocabulary_parallel_logprob(
             sets, at_target = over_sets.checked_sets(inputs, *support, vocabulary)
             scores = _Sets(entropy, *over_sets.of_shard(sets, at_target, ~ignored, start, end))
     weight, bias = inputs.weight[: end - start], None if inputs.bias is None else inputs.bias[: end - start]
-    hidden, weight_, bias_ = (one if one is None else one.detach() for one in (inputs.hidden, weight, bias))
-    local = inputs._replace(hidden=hidden, weight=weight_, targets=own, bias=bias_, ignore_index=IGNORED)
+    constants = {"hidden": inputs.hidden.detach(), "weight": weight.detach(), "targets": own}
+    local = inputs._replace(**constants, bias=None if bias is None else bias.detach(), ignore_index=IGNORED)
     call = _Call(op, process_group, local, scores, rows, owner, (ends - starts).to(device), sum_hidden)
     logps, entropies, found = _Logprob.apply(inputs.hidden, weight, bias, call)
     if poisoned is not None:

@@ -70,7 +70,7 @@ class TimedOut(Exception):
 def told(error: BaseException, func: Callable[..., Any]) -> str:
     """An exception's type, text and location: the innermost line in the function's own file, else the innermost."""
     home, _ = defined(func)
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     own = [place for place in frames if place[0] == home] or [place for place in frames if place[0] != __file__]
     what = str(error) if isinstance(error, (BadReturn, Ended, TimedOut)) else f"{type(error).__name__}: {error}"
     return f"{what} ({spot(*(own[-1] if own else defined(func)))})"

@@ -76,7 +76,7 @@ class CodeReward:
 
     extract: Take = "last_block"
     partial: bool = False
-    limits: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
     packages: bool = False
     workers: int = 0
     tests: str = "tests"

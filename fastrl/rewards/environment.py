@@ -27,5 +27,6 @@ def split_by_turn(sample: Sample, weight: float) -> list[float]:
     """A scored conversation's reward by turn: what the environment gave, times `weight`, and with the last turn's all
     that no turn got, such as the other rewards."""
     given = [weight * (reward or 0.0) for reward in sample.extra["turn_rewards"]]
-    given += [0.0] * (len(sample.turn_ends) - len(given))  # a turn that a limit cut was not shown to the environment
-    return [*given[:-1], sample.reward - sum(given[:-1])]
+    # A turn that a limit cut was not shown to the environment.
+    given += [0.0] * (len(sample.turn_ends or ()) - len(given))
+    return [*given[:-1], (sample.reward or 0.0) - sum(given[:-1])]

@@ -138,7 +138,7 @@ def _validator(given: Any) -> Any:
     try:
         schema = _value(given)
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-        kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)  # patterns too
+        kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)  # ty: ignore[unknown-argument]  patterns too
     except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
         got = f"{given!r:.80} ({' '.join(str(error).split())[:120]})"
         raise ValueError(check.sentence("json_schema", "schema", "a JSON schema", got)) from error

@@ -312,7 +312,7 @@ class JudgeReward:
         self.__name__ = label
         self.how, self.canary, self.limit, self.seed = how, canary, limit, seed
         self.waits = model == POLICY and not server
-        self._options = {
+        self._options: dict[str, Any] = {
             "criteria": criteria,
             "highest": highest,
             "passes": passes,

@@ -44,8 +44,8 @@ def gold_expressions(gold: str) -> list:
     if last:
         return gold_expressions(last[1])
     if DELIMITED.search(gold):
-        return parse(gold, parsing_timeout=None)
-    found = parse(f"${latex(gold)}$", parsing_timeout=None)
+        return parse(gold, parsing_timeout=None)  # ty: ignore[invalid-argument-type]  None: no alarm
+    found = parse(f"${latex(gold)}$", parsing_timeout=None)  # ty: ignore[invalid-argument-type]  None: no alarm
     one_number = found and isinstance(found[0], (Integer, Float))
     if not found or (one_number and APART.search(SCRIPT.sub("", gold))):
         return []
@@ -58,7 +58,7 @@ def answer_expressions(text: str, expected: list) -> list:
     math-verify compares an equation with a bare value by its right side. That is right for x = 5, but would accept 1
     for x + y = 1.
     """
-    found = parse(text, parsing_timeout=None)
+    found = parse(text, parsing_timeout=None)  # ty: ignore[invalid-argument-type]  None: no alarm
     first = expected[0]
     if isinstance(first, Equality) and not isinstance(first.lhs, (Symbol, AppliedUndef)):
         return [value for value in found if not isinstance(value, Expr)]

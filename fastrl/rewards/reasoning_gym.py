@@ -62,7 +62,7 @@ class ReasoningGymReward:
         """One score per completion."""
         return [
             self._score(completion_text(completion), *about)
-            for completion, *about in zip(completions, entry, task, task_options, strict=True)
+            for completion, about in zip(completions, zip(entry, task, task_options, strict=True), strict=True)
         ]
 
     def _score(self, text: str, entry: dict[str, Any], task: str, options: dict[str, Any]) -> float:

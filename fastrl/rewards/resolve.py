@@ -23,6 +23,7 @@ from fastrl.rewards.math_answer import MathAnswerReward
 from fastrl.rewards.model import ModelReward
 from fastrl.rewards.overlong import SoftOverlongReward
 from fastrl.rewards.reasoning_gym import ReasoningGymReward
+from fastrl.shipped import located
 
 BUILTINS: dict[str, Callable[..., Any]] = {
     "code": CodeReward,
@@ -42,8 +43,9 @@ BUILTINS: dict[str, Callable[..., Any]] = {
 def resolve_reward(name: str, /, **options: Any) -> Callable[..., Any]:
     """The reward of that name: a built-in one, `package.module:function`, or `path/to/file.py:function`.
 
-    Modules are also searched for in the current folder. `options` are the arguments of a built-in reward or a class, or
-    extra keyword arguments of a function. A name with a colon runs that module's code.
+    Modules are also searched for in the current folder; a file of `recipes/` that is not here is the one that comes
+    with fastrl. `options` are the arguments of a built-in reward or a class, or extra keyword arguments of a function.
+    A name with a colon runs that module's code.
 
     Raises:
         ValueError: there is no such reward, or it does not take these options.
@@ -65,8 +67,10 @@ def resolve_reward(name: str, /, **options: Any) -> Callable[..., Any]:
 def _module(name: str) -> ModuleType:
     """A module, by its name or by its file, whose name it then gets."""
     if name.endswith(".py"):
-        path = Path(name).expanduser().resolve()
+        path = Path(located(name)).expanduser().resolve()
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module  # classes of the file are looked up here
         spec.loader.exec_module(module)

@@ -210,8 +210,8 @@ def _watch(
 ) -> Literal["output"] | None:
     """Reads all that the program prints; returns why it must be ended, if it must."""
     try:
-        jail.stdin.write(json.dumps(request).encode())
-        jail.stdin.close()
+        jail.stdin.write(json.dumps(request).encode())  # ty: ignore[missing-union-attribute]  a pipe
+        jail.stdin.close()  # ty: ignore[missing-union-attribute]
     except BrokenPipeError:
         pass  # it has ended, and says why
     until = time.monotonic() + limits.seconds + STARTING_S

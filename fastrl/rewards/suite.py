@@ -103,7 +103,7 @@ class RewardSuite:
         """
         for func in self.funcs:
             if hasattr(func, "check_prompts"):
-                func.check_prompts(prompts)
+                func.check_prompts(prompts)  # ty: ignore[not-callable]
 
     def score(
         self,

@@ -65,6 +65,8 @@ class SamplingParams:
 class Sampler(Protocol):
     """Anything that completes prompts under the current policy."""
 
+    version: int  # the number of updates behind the weights; whoever updates them sets it
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ def can_prepack(weight: torch.Tensor) -> bool:
 
 
 @contextmanager
-def prepacked(model: nn.Module) -> Iterator[None]:
+def prepacked(model: nn.Module) -> Generator[None]:
     """Inside the block, plain `nn.Linear` layers compute with packed copies of their weights, if that is possible and
     fastrl's own product is not better.
 

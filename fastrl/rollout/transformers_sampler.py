@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -375,7 +375,7 @@ def _collect(
 
 
 @contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def _eval_mode(model: PreTrainedModel) -> Generator[None]:
     """Evaluation mode inside the block; restores each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -387,7 +387,7 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def _attention(model: PreTrainedModel, name: str) -> Generator[None]:
     """Another registered attention inside the block; restores the model's own afterwards."""
     config = model.config.get_text_config(decoder=True)
     previous = config._attn_implementation

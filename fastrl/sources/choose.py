@@ -20,8 +20,8 @@ def best_and_worst(groups: Sequence[Group]) -> list[Group]:
         scored = _scored(group)
         if not scored:
             continue
-        best, worst = (choose(scored, key=lambda one: one.reward) for choose in (max, min))
-        if best.reward > worst.reward and best.token_ids != worst.token_ids:
+        best, worst = (choose(scored, key=_score) for choose in (max, min))
+        if _score(best) > _score(worst) and best.token_ids != worst.token_ids:
             pairs.append(Group(group.prompt, [replace(best, advantage=1.0), replace(worst, advantage=-1.0)]))
     return pairs
 
@@ -37,16 +37,20 @@ def above(groups: Sequence[Group], threshold: float, *, reaches: bool = False, m
     """
     rows = []
     for group in groups:
-        good = [one for one in _scored(group) if one.reward > threshold or (reaches and one.reward == threshold)]
-        good.sort(key=lambda one: -one.reward)  # stable
+        good = [one for one in _scored(group) if _score(one) > threshold or (reaches and _score(one) == threshold)]
+        good.sort(key=lambda one: -_score(one))  # stable
         rows += [Group(group.prompt, [replace(one, advantage=1.0)]) for one in good[: most or None]]
     return rows
 
 
 def quantile(groups: Sequence[Group], share: float) -> float:
     """The smallest score that at least `share` of all scores do not exceed; NaN without scores."""
-    scores = sorted(one.reward for group in groups for one in _scored(group))
+    scores = sorted(_score(one) for group in groups for one in _scored(group))
     return scores[max(0, math.ceil(share * len(scores)) - 1)] if scores else math.nan
+
+
+def _score(sample: Sample) -> float:
+    return math.nan if sample.reward is None else sample.reward
 
 
 def _scored(group: Group) -> list[Sample]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from math import comb
 from statistics import fmean
@@ -16,7 +17,7 @@ from fastrl import env
 from fastrl.check import sentence
 from fastrl.data.groups import sample_to_json
 from fastrl.distributed import ALONE, World
-from fastrl.progress import Watch
+from fastrl.progress import Progress, Watch
 from fastrl.rewards import RewardFailure, RewardSuite
 from fastrl.rewards.call import shown
 from fastrl.rewards.environment import split_by_turn
@@ -180,15 +181,21 @@ def judged(
     return _merged(prompts, every, world, judge, watch)
 
 
+@dataclass(frozen=True)
 class _Heard:
     """Keeps what is warned of in a process that writes no log."""
 
-    def __init__(self, watch: Watch, world: World) -> None:
-        self.stage, self.said, self._watch, self._first = watch.stage, [], watch, world.first
+    watch: Watch
+    world: World
+    said: list[str] = field(default_factory=list)
+
+    def stage(self, name: str, unit: str = "") -> AbstractContextManager[Progress]:
+        """As `Watch`."""
+        return self.watch.stage(name, unit)
 
     def warn(self, message: str) -> None:
         """As `Watch`."""
-        self._watch.warn(message) if self._first else self.said.append(message)
+        self.watch.warn(message) if self.world.first else self.said.append(message)
 
 
 def _merged(

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of a file sy
 
 
 @contextmanager
-def only_writer(folder: Path, config: TrainConfig) -> Iterator[Path]:
+def only_writer(folder: Path, config: TrainConfig) -> Generator[Path]:
     """Locks a run's folder for the block and yields it.
 
     The folder of a new run is created here, under the next free name if another process has taken `folder` meanwhile,
@@ -51,7 +51,7 @@ def only_writer(folder: Path, config: TrainConfig) -> Iterator[Path]:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path) -> Generator[None]:
     """Locks `folder` for the block. The operating system releases the lock when the process ends, however it ends.
 
     Raises:

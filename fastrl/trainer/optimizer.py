@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -51,7 +51,7 @@ class MasterOptimizer:
             torch.zeros_like(self.weights, dtype=torch.float32) for _ in range(3)
         )
         for param, weight, grad in zip(self.params, self._views(self.weights), self._views(self.grad), strict=True):
-            param.data, param.main_grad = weight, grad
+            param.data, param.main_grad = weight, grad  # ty: ignore[missing-attribute]  ours
             if self.low_bits is None:
                 param.grad = grad
             else:
@@ -147,7 +147,7 @@ class MasterOptimizer:
 
 
 @contextmanager
-def whole_step(optimizers: Iterable[MasterOptimizer]) -> Iterator[None]:
+def whole_step(optimizers: Iterable[MasterOptimizer]) -> Generator[None]:
     """Clears all gradients if the block raises, so that none leak into the next step."""
     try:
         yield

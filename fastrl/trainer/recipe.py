@@ -11,14 +11,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from fastrl.shipped import recipe_file
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.config import TrainConfig
 from fastrl.typed import ConfigError, from_dict, without_none
 
-# An installed package has no folder of recipes.
 START = (
     "A file with the line `algorithm: grpo` is one, whose other settings `fastrl train FILE --print` shows; "
-    "`fastrl recipes` lists the algorithms."
+    "`fastrl recipes` lists those that come with fastrl, and the algorithms."
 )
 
 
@@ -56,12 +56,13 @@ Strict.add_constructor("tag:yaml.org,2002:int", Strict.whole_number)
 
 
 def load_recipe(path: str | Path) -> TrainConfig:
-    """Reads a YAML recipe. Unknown keys and wrong types are errors that name the file, the key and the nearest match.
+    """Reads a YAML recipe, given by its path or by its name in `fastrl recipes`. Unknown keys and wrong types are
+    errors that name the file, the key and the nearest match.
 
     Raises:
         ConfigError: the file is missing, not YAML, or not a recipe.
     """
-    path = Path(path)
+    path = recipe_file(path)
     data = load_yaml(path)
     if isinstance(data, dict) and "stages" in data:
         do = "`fastrl train` runs all; elsewhere name one stage's: config.yaml in its folder."
@@ -180,8 +181,7 @@ def _value(hint: Any, given: list[str], where: str) -> Any:
     """The value that the words after a flag stand for."""
     if get_origin(hint) is tuple:
         only = given[0] if len(given) == 1 and given[0].startswith("[") else None
-        words = given if only is None else None
-        return [_value(get_args(hint)[0], [word], where) for word in words] if only is None else _yaml(only, where)
+        return [_value(get_args(hint)[0], [word], where) for word in given] if only is None else _yaml(only, where)
     if not given:
         if hint is bool:
             return True

@@ -43,10 +43,13 @@ class AskedOnce:
         samples = [sample for group in groups for sample in group.samples]
         path = run_dir / FOLDER / FILE if run_dir else None
         kept = _read(path, about) if path else None
-        if any(learner.world.gather(kept is None)):
+        lacking = learner.world.gather(kept is None)  # a disk that only some can read
+        if kept is None or any(lacking):
             self._ask(learner, groups, progress)
             if path and learner.world.first:
-                kept = torch.tensor([logp for sample in samples for logp in sample.ref_logps], dtype=torch.float32)
+                kept = torch.tensor(
+                    [logp for sample in samples for logp in sample.ref_logps or ()], dtype=torch.float32
+                )
                 with complete_or_absent(path.parent) as aside:
                     save_file({"logps": kept}, aside / FILE, metadata=about)
             return

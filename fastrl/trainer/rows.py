@@ -100,7 +100,7 @@ def sampler_of(config: TrainConfig, prompts: Sequence[Prompt]) -> PromptSampler[
 
 def _rule(config: TrainConfig, names: Sequence[str]) -> Rule:
     asked, threshold = config.curriculum, config.rollout.threshold
-    shares = {"random_share": asked.random_share, "interval": asked.interval}
+    shares: dict[str, Any] = {"random_share": asked.random_share, "interval": asked.interval}
     match asked.kind:
         case "waker_m" | "waker_r":
             reduction = asked.kind == "waker_r"

@@ -36,6 +36,7 @@ from fastrl.files import replace_text
 from fastrl.monitor.trackers import require_installed
 from fastrl.monitor.units import number
 from fastrl.rewards import resolve_reward
+from fastrl.shipped import located, recipe_file
 from fastrl.trainer.build import build_algorithm
 from fastrl.trainer.checkpoint import has_checkpoint
 from fastrl.trainer.config import RESUME_MAY_CHANGE, TrainConfig
@@ -82,7 +83,7 @@ class Ended:
 def is_staged(recipe: str | Path) -> bool:
     """Whether a file is a recipe of stages; False for one that cannot be read."""
     try:
-        data = load_yaml(Path(recipe))
+        data = load_yaml(recipe_file(recipe))
     except ConfigError:
         return False
     return isinstance(data, dict) and "stages" in data
@@ -94,7 +95,7 @@ def load_stages(recipe: str | Path, flags: Sequence[str] = ()) -> Stages:
     Raises:
         ConfigError: a stage is no recipe, or names a result that no stage before it has.
     """
-    path = Path(recipe)
+    path = recipe_file(recipe)
     data = load_yaml(path)
     stages, common = data.pop("stages"), data
     whole = {name: str(common.pop(name)) for name in OWN if common.get(name) is not None}
@@ -215,14 +216,14 @@ def _require_kind(key: str, stage: str, file: str, other: TrainConfig, config: T
 def _require_files(config: TrainConfig) -> None:
     for key, source in (("task.source", config.task.source), ("data.source", config.data.source)):
         named = re.search(r"\.(jsonl|json|csv|parquet)$", source) and not REFERENCE.search(source)
-        require(not named or Path(source).expanduser().exists(), "", key, "a file that exists", repr(source))
+        require(not named or Path(located(source)).expanduser().exists(), "", key, "a file that exists", repr(source))
 
 
 def _require_rows(config: TrainConfig) -> None:
     """Refuses a file of rows that lacks the columns which the stage's algorithm reads."""
     data, kind = config.data, ALGORITHMS[config.algorithm].kind
     reads = config.offline or config.ppo.ptx_coef > 0
-    if not reads or REFERENCE.search(data.source) or not Path(data.source).expanduser().is_file():
+    if not reads or REFERENCE.search(data.source) or not Path(located(data.source)).expanduser().is_file():
         return
     kind = "completions" if not config.offline else "pairs" if data.unpair else "ranked" if data.ranked else kind
     rows = read_rows(data.source, size=data.size, seed=config.seed, options=data.options)

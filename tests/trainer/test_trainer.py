@@ -20,8 +20,8 @@ from fastrl.model.load import load_model
 from fastrl.trainer.setup import train
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-LOOPS = ("hf_sft", "plain_torch")  # of which the trainer is somebody else's
-OTHERS = (*LOOPS, "trl_grpo", "seal_pairs")  # tested with TRL, and with the analysis of rewards
+LOOPS = ("hf_sft", "own_grpo_loop")  # of which the trainer is somebody else's
+OTHERS = (*LOOPS, "trl_grpo")  # tested with TRL
 OWN = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in OTHERS)
 ROWS = [{"prompt": " ".join([f"w{i}"] * (1 + i % 3)), "wanted": "w7"} for i in range(24)]
 SMALL = {
@@ -190,6 +190,11 @@ def test_examples_run(tmp_path, monkeypatch, path):
     (trainer,) = made
     assert trainer.run.learner.steps == 2
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_has_under_40_lines(path):
+    assert len(path.read_text().splitlines()) < 40
 
 
 def test_the_first_example_is_as_short_as_promised():

@@ -154,7 +154,7 @@ class Head:
     def gradients(self, needs_weight: bool, needs_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(grad_weight, grad_bias): zeros when no row contributed, (0,) when not needed."""
 
-        def made(grad: torch.Tensor | None, shape: torch.Size, needed: bool) -> torch.Tensor:
+        def made(grad: torch.Tensor | None, shape: tuple[int, ...], needed: bool) -> torch.Tensor:
             if needed and grad is not None:
                 return grad
             return self.weight.new_zeros(shape if needed else (0,), dtype=self.dtype)

@@ -42,7 +42,7 @@ class Sets(NamedTuple):
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """(nnz,) -> (N,), summed in float64, in the order of the entries."""
         wide = values.to(widest(values.device))
-        return torch.segment_reduce(wide, "sum", offsets=self.offsets, initial=0, unsafe=True)
+        return torch.segment_reduce(wide, "sum", offsets=self.offsets, initial=0, unsafe=True)  # ty: ignore[missing-attribute]
 
 
 class Scores(NamedTuple):
@@ -137,7 +137,7 @@ def read(inputs: HeadInputs, sets: Sets, at_target: torch.Tensor, *, entropy: bo
         logps = raw.new_full(ignored.shape, -torch.inf).masked_fill_(ignored, 0)
         return Scores(logps, raw.new_zeros(len(logps) * entropy), logps.repeat(2, 1), raw, at_target)
     z, _ = _finished(raw, inputs, sets)
-    top = torch.segment_reduce(z, "max", offsets=sets.offsets, unsafe=True)
+    top = torch.segment_reduce(z, "max", offsets=sets.offsets, unsafe=True)  # ty: ignore[missing-attribute]  not in its stubs
     p = (z - top[sets.rows]).exp_()  # an infinite maximum makes the row NaN, as it must be
     total = sets.sum(p)
     log_total = total.log()

@@ -359,7 +359,7 @@ def _builds(head: str) -> list[Build]:
     row = {"targets": "i64", "temperature": real, "bias": head}
     logits, known = {"logits": real, **row}, dict.fromkeys(("logps", "lse", "entropy"), real)
     upstream, summary = dict.fromkeys(("grad_logps", "grad_entropy"), real), {"summaries": real}
-    capped = {"HAS_SOFTCAP": True, "PER_ROW_TEMPERATURE": True}
+    capped: dict[str, Any] = {"HAS_SOFTCAP": True, "PER_ROW_TEMPERATURE": True}
     saved = {**logits, "logits": head, "rows": "i64"}
     kept = {**logits, "rows": "i64", "lse": real, "out": head}
     del kept["targets"]

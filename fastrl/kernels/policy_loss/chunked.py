@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from fastrl.kernels.inputs import LossTokens
@@ -23,6 +25,10 @@ __all__ = ["METRICS", "forward", "merge_metrics"]
 SLICE = 65536  # some thirty temporaries of this length live at once: 8 MB in float32
 
 
+@overload
+def _part(x: torch.Tensor, start: int) -> torch.Tensor: ...
+@overload
+def _part(x: torch.Tensor | None, start: int) -> torch.Tensor | None: ...
 def _part(x: torch.Tensor | None, start: int) -> torch.Tensor | None:
     return None if x is None else x[start : start + SLICE]
 

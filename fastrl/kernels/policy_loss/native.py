@@ -13,7 +13,8 @@ from fastrl.spec import Cispo, Clip, Dppo, Gmpo, PolicyLoss, Reinforce, Sapo, Ve
 
 __all__ = ["METRICS", "forward", "merge_metrics"]
 
-SURROGATES = {Clip: 0, Cispo: 1, Sapo: 2, Reinforce: 3, Dppo: 4, Gmpo: 5, Vespo: 6}  # csrc/math/policy_spec.h
+# As in csrc/math/policy_spec.h.
+SURROGATES: dict[type, int] = {Clip: 0, Cispo: 1, Sapo: 2, Reinforce: 3, Dppo: 4, Gmpo: 5, Vespo: 6}
 KLS = {"k1": 1, "k2": 2, "k3": 3, "k3_ratio": 4, "k1+": 5, "k3+": 6}
 CORRECTIONS = {"truncate": 1, "mask": 2}
 NONE = 0
