@@ -142,7 +142,7 @@ def slower(lines: Sequence[Line]) -> Iterator[str]:
 
 def page(lines: Sequence[Line]) -> str:
     """The text of docs/benchmarks.md."""
-    parts = [ABOUT, f"![Seconds of a GRPO step](assets/{PICTURE})\n" if _for_picture(lines) else ""]
+    parts = [ABOUT, f"![Seconds of a GRPO step](assets/{PICTURE})\n" if for_picture(lines) else ""]
     for place, cases in newest(lines).items():
         machine, isa = place
         some = next(iter(next(iter(cases.values())).values())).about
@@ -191,7 +191,7 @@ def _of_commit(of: Mapping[str, Line]) -> str:
     return f"Commit {about['commit']}, {about['date'][:10]}, {versions}."
 
 
-def _for_picture(lines: Sequence[Line]) -> list[tuple[tuple[str, str], str, Mapping[str, Line]]]:
+def for_picture(lines: Sequence[Line]) -> list[tuple[tuple[str, str], str, Mapping[str, Line]]]:
     """Each place's newest GRPO step of the widest comparison."""
     found = []
     for place, cases in newest(lines).items():
@@ -209,7 +209,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = _for_picture(lines)
+    panels = for_picture(lines)
     heights = [len(of) for *_, of in panels]
     with pyplot.rc_context({"svg.hashsalt": "fastrl", "font.size": 10, "svg.fonttype": "none"}):
         figure, every = pyplot.subplots(

@@ -278,8 +278,13 @@ def vocabulary_parallel_logprob(
             sets, at_target = over_sets.checked_sets(inputs, *support, vocabulary)
             scores = _Sets(entropy, *over_sets.of_shard(sets, at_target, ~ignored, start, end))
     weight, bias = inputs.weight[: end - start], None if inputs.bias is None else inputs.bias[: end - start]
-    constants = {"hidden": inputs.hidden.detach(), "weight": weight.detach(), "targets": own}
-    local = inputs._replace(**constants, bias=None if bias is None else bias.detach(), ignore_index=IGNORED)
+    local = inputs._replace(
+        hidden=inputs.hidden.detach(),
+        weight=weight.detach(),
+        targets=own,
+        bias=None if bias is None else bias.detach(),
+        ignore_index=IGNORED,
+    )
     call = _Call(op, process_group, local, scores, rows, owner, (ends - starts).to(device), sum_hidden)
     logps, entropies, found = _Logprob.apply(inputs.hidden, weight, bias, call)
     if poisoned is not None:
