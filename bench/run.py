@@ -6,6 +6,8 @@ fastrl bench linear_policy_loss --dtype float32 bfloat16 --against all
 fastrl bench step --against trl,naive
 fastrl bench dpo --against trl
 fastrl bench rollout
+fastrl bench --quick                                      the loss of the demo in under a minute, with a picture
+fastrl bench --page                                       docs/benchmarks.md from the results, without measuring
 fastrl bench --tune                                       tiles of the Triton kernels, on a GPU
 
 `python -m bench.run` is the same.
@@ -51,6 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
         return dpo(arguments[1:])
     if arguments[:1] == ["rollout"]:
         return _rollout(arguments[1:])
+    if "--quick" in arguments:
+        from bench.quick import main as quick
+
+        return quick([argument for argument in arguments if argument != "--quick"])
+    if "--page" in arguments:
+        from bench.page import main as page
+
+        return page()
     if "--tune" in arguments:
         from bench.tune import main as tune
 

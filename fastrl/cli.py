@@ -1,4 +1,4 @@
-"""The command line: `fastrl train`, `eval`, `judge`, `recipes`, `scaling`, `analyze`, `bench`, `doctor`."""
+"""The command line: `fastrl train`, `eval`, `judge`, `recipes`, `scaling`, `plan`, `analyze`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ USAGE = """fastrl: reinforcement learning of language models.
   fastrl judge PAIRS --out FILE --model MODEL    label pairs with a judge's preferences in both orders; see --help
   fastrl recipes [FOLDER] [--markdown]           list the recipes, of fastrl or in a folder, and every algorithm
   fastrl scaling fit RUN ... [--plot FILE]       fit the law of accuracy over compute to runs, extrapolate; --help
+  fastrl plan MODEL [--gpus 8] [--memory 80]     what a run needs on each GPU, part by part, from formulas; see --help
   fastrl analyze rewards ROWS [--plot FILE]      what reward models learned of preferences, what they resisted; --help
   fastrl bench [OP] [--against PEERS ...]        time every op, or one, against torch and other projects; see --help
   fastrl bench --tune                            time the Triton kernels' tile sizes on this GPU and keep the fastest
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         "judge": _judge,
         "recipes": _recipes,
         "scaling": _scaling,
+        "plan": _plan,
         "analyze": _analyze,
         "bench": _bench,
         "doctor": _doctor,
@@ -97,11 +99,12 @@ def _train(args: list[str]) -> int:
 
 def _exit_status(train: Callable[[], Any]) -> int:
     """The exit status that tells how training ended."""
+    from fastrl.distributed import PeerFailed
     from fastrl.rewards import RewardFailure
 
     try:
         outcome = train()
-    except RewardFailure as error:  # before the first step, so nothing is lost
+    except (RewardFailure, PeerFailed) as error:  # before the first step, so nothing is lost
         print(error, file=sys.stderr)
         return EXIT_FAILED
     if outcome.status == "interrupted":
@@ -165,6 +168,12 @@ def _judge(args: list[str]) -> int:
 
 def _scaling(args: list[str]) -> int:
     from fastrl.scaling import main
+
+    return main(args)
+
+
+def _plan(args: list[str]) -> int:
+    from fastrl.plan import main
 
     return main(args)
 

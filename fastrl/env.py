@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+_RANKS = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
 
 def cache_dir() -> Path:
     """Where converted models are kept: `$FASTRL_CACHE`, else `$XDG_CACHE_HOME/fastrl`, else `~/.cache/fastrl`."""
@@ -29,6 +31,12 @@ def cpu_isa() -> str | None:
 def secret(name: str) -> str | None:
     """The environment variable `name`, such as a key to a server; None if it is unset or empty."""
     return os.environ.get(name) or None
+
+
+def ranks() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of processes) as torchrun sets them; (0, 0, 1) without it."""
+    rank, local, size = (os.environ.get(name, default) for name, default in _RANKS)
+    return int(rank), int(local), int(size)
 
 
 def triton_interpreted() -> bool:

@@ -24,8 +24,8 @@ FLOOR = {
     "rollout": 5, "integrations": 5,
     "rewards": 6, "algorithms": 6,
     "environments": 7, "sources": 7, "monitor": 7, "doctor": 7, "menu": 7,
-    "trainer": 8, "scaling": 8, "analyze": 8,
-    "cli": 9,
+    "trainer": 8, "scaling": 8, "analyze": 8, "plan": 8,
+    "cli": 9, "__main__": 10,
 }  # fmt: skip
 SEALED = "integrations"  # a side wing that nothing imports
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

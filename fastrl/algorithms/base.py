@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from fastrl.distributed import World
 from fastrl.losses.metrics import Metrics
 from fastrl.model.scalar import Critic
 from fastrl.progress import Progress, Watch
@@ -23,6 +24,8 @@ class Learner(Protocol):
     steps: int  # training steps done
     updates: int  # optimizer steps of the policy done
     temperature: float  # of all log-probabilities of sampled completions
+    world: World  # the processes that train together
+    device: torch.device
 
     def pack(
         self, groups: Sequence[Group], *, mask_truncated: bool = False, whole_groups: bool = False
@@ -46,6 +49,10 @@ class Step(Protocol):
     @property
     def batches(self) -> list[MicroBatch]:
         """All micro-batches of the step."""
+        ...
+
+    def share(self, world: World) -> Step:
+        """The same step with this process's micro-batches alone; counts and normalisers stay the whole step's."""
         ...
 
     @property

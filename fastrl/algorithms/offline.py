@@ -22,6 +22,7 @@ import torch
 from fastrl.algorithms.base import Kind, Learner
 from fastrl.check import require
 from fastrl.data.preferences import mismatched
+from fastrl.distributed import World
 from fastrl.losses.answer_rows import split_pairs
 from fastrl.losses.linear_policy import linear_policy_loss
 from fastrl.losses.metrics import Metrics, finish, merge
@@ -64,6 +65,10 @@ class Answers:
             margins=learner.tensor([group.margin for group in groups]),
             soft_labels=learner.tensor([group.soft_label for group in groups]),
         )
+
+    def share(self, world: World) -> Answers:
+        """As `Step`. Every process has all of `mismatched`, whose mean is the baseline of the whole step."""
+        return replace(self, batches=world.share(self.batches))
 
     def of_pairs(self, group_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """`margins` and `soft_labels` of pairs, each (P,), given each pair's group."""
@@ -207,7 +212,7 @@ class PairedPreference(Objective):
         """As `Objective`. A loss that sorts the batch (AOT) takes an extra forward pass over all of it first."""
         policy = learner.policy
         loss = partial(self._loss, answers=answers)
-        if not self._sorts:
+        if not self.sorts:
             return _accumulate(policy, tracked(answers.batches, progress), loss, self._weighs)
         number = len(answers.batches)
         first = tracked(answers.batches, progress, after=number)
@@ -256,7 +261,8 @@ class PairedPreference(Objective):
         return [term for _, term in terms if isinstance(term, PreferenceLoss)]
 
     @property
-    def _sorts(self) -> bool:
+    def sorts(self) -> bool:
+        """Whether the loss compares the pairs of the whole step with each other."""
         return any(term.match != "pairs" for term in self._pair_losses)
 
     @property

@@ -16,9 +16,10 @@ from fastrl.algorithms.base import Learner
 from fastrl.algorithms.masks import TokenMasks, masked
 from fastrl.check import require
 from fastrl.data.pack import Counts, count, minibatches
+from fastrl.distributed import World
 from fastrl.losses.aggregate import token_weights
 from fastrl.losses.linear_policy import linear_policy_loss
-from fastrl.losses.metrics import Metrics
+from fastrl.losses.metrics import Metrics, mismatch
 from fastrl.losses.token_masks import kl_cov_penalty
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic
@@ -42,6 +43,10 @@ class Part(NamedTuple):
     label: str = ""
     only_critic: bool = False
     ptx: Answers | None = None  # PPO-ptx's pretraining rows
+
+    def share(self, world: World) -> Part:
+        """As `Step`."""
+        return self._replace(batches=world.share(self.batches), ptx=self.ptx and self.ptx.share(world))
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,9 @@ def policy_gradient_loss(
         **tokens,
         **policy.head.options,
     )
+    before = batch.old_logps if batch.old_logps is not None else out.logps
+    if batch.sampling_logps is not None and before is not None:
+        out = out._replace(metrics=out.metrics | mismatch(before, batch.sampling_logps, batch.mask))
     if batch.kl_cov_weights is not None and old_logps is not None:  # else distance and gradient are 0
         out = _plus(out, _kl_cov(policy, hidden, batch, spec, normalizer, old_logps, temperature))
     if batch.nll_weights is not None:

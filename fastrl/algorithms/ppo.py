@@ -146,8 +146,9 @@ class ActorCritic(PolicyGradient):
         if part.ptx is None:
             return loss, metrics
         added, _ = accumulate_nll(learner.policy, part.ptx, coef=self.ptx.coef)
-        tokens = torch.tensor(float(part.ptx.tokens), device=added.device)
-        return loss + added, [*metrics, {"loss/ptx": (added / self.ptx.coef * tokens, tokens)}]
+        # A share of the rows adds its sum and its tokens; the mean is over those of all processes.
+        tokens = torch.tensor(float(sum(len(batch.targets) for batch in part.ptx.batches)), device=learner.device)
+        return loss + added, [*metrics, {"loss/ptx": (added / self.ptx.coef * part.ptx.tokens, tokens)}]
 
     def advantages(self, groups: Sequence[Group]) -> None:
         """Does nothing: advantages are per token and need the critic (`estimate`)."""

@@ -50,8 +50,8 @@ def group_to_json(group: Group) -> dict[str, Any]:
     """The group with its prompt; values of a sample that are None are left out."""
     prompt = asdict(group.prompt) | {"token_ids": list(group.prompt.token_ids)}
     rest = {f.name: getattr(group, f.name) for f in fields(Group) if f.name not in ("prompt", "samples", "mismatched")}
-    values = {"prompt": prompt, "samples": [_sample(sample) for sample in group.samples], **rest}
-    return values | ({"mismatched": _sample(group.mismatched)} if group.mismatched else {})
+    values = {"prompt": prompt, "samples": [sample_to_json(sample) for sample in group.samples], **rest}
+    return values | ({"mismatched": sample_to_json(group.mismatched)} if group.mismatched else {})
 
 
 def group_from_json(values: dict[str, Any]) -> Group:
@@ -63,7 +63,8 @@ def group_from_json(values: dict[str, Any]) -> Group:
     return Group(**read)
 
 
-def _sample(sample: Sample) -> dict[str, Any]:
+def sample_to_json(sample: Sample) -> dict[str, Any]:
+    """The sample; values that are None are left out. `Sample(**values)` is the inverse."""
     return {name: value for name, value in asdict(sample).items() if value is not None}
 
 

@@ -49,7 +49,7 @@ def read_rows(source: Any, *, size: int, seed: int, options: Mapping[str, Any]) 
         task = source.removeprefix(GYM)
         rows = _gym_mixture(size, seed, options) if task == MIXTURE else _gym_rows(task, size, seed, options)
     elif isinstance(source, str) and source.startswith(VERIFIERS):
-        from fastrl.environments.verifiers import rows as environment_rows
+        from fastrl.data.verifiers import rows as environment_rows
 
         name = source.removeprefix(VERIFIERS)
         rows = [

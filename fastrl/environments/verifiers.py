@@ -12,15 +12,14 @@ import json
 import time
 import uuid
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from fastrl.check import choice, require
+from fastrl.data.verifiers import OP, classic, loaded
 from fastrl.environments.agent import AgentEnvironment, Ask
 from fastrl.environments.tools import PARSERS, Call
 from fastrl.rollout.turns import EnvironmentFault
 
-OP = "verifiers"
 GIVEN = ("answer", "info", "task", "example_id")  # columns that environments read, besides the prompt
 
 
@@ -59,38 +58,6 @@ class VerifiersEnvironment(AgentEnvironment):
         await self.environment.rubric.score_rollout(state)
         self.metrics = {name: float(value) for name, value in (state["metrics"] or {}).items()}
         return float(state["reward"])
-
-
-def classic() -> Any:
-    """The module with `load_environment` and `MultiTurnEnv`.
-
-    Raises:
-        ValueError: `verifiers` is not installed, or has another API.
-    """
-    do = "Install it: pip install verifiers==0.1.14."
-    for name in ("verifiers", "verifiers.legacy"):
-        try:
-            found = importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-        if hasattr(found, "MultiTurnEnv") and find_spec(f"{name}.clients"):
-            return found
-        do = "This version has another interface to models. " + do
-    raise ValueError(f"{OP}: expected the package verifiers, with environments in Python, got none. {do}")
-
-
-@functools.lru_cache(maxsize=4)
-def loaded(name: str, options: str = "{}") -> Any:
-    """The environment, loaded once: each conversation is a rollout of it."""
-    try:
-        return classic().load_environment(name, **json.loads(options))
-    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{OP}: name: {name!r} cannot be loaded: {error}") from error
-
-
-def rows(name: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an environment's dataset, with messages as `prompt`."""
-    return [dict(row) for row in loaded(name, json.dumps(dict(options), sort_keys=True)).get_dataset()]
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,7 +20,8 @@ from fastrl.integrations.host_loss import weighted_policy_loss
 from fastrl.losses.metrics import finish
 from fastrl.losses.presets import PRESETS
 from fastrl.ops.group_advantages import group_advantages
-from fastrl.ops.linear_logprob import linear_logprob
+from fastrl.ops.linear_logprob import check_head, choose_save, linear_logprob, needs_grad
+from fastrl.ops.vocabulary_parallel import ranks_of, shared_refusals, vocabulary_parallel_logprob
 from fastrl.spec import Cispo, Clip, Dppo, Gmpo, PolicyLoss, Sapo
 
 HOST = "fastrl.integrations.verl"
@@ -302,26 +303,42 @@ def linear_cross_entropy(
 ) -> Pair:
     """veRL's `linear_cross_entropy`: (N,) log-probabilities and entropies of flattened tokens, float32.
 
+    With a `dist_process_group` the vocabulary is split over its ranks, as `linear_logprob` has it with `process_group`,
+    and labels are ids among all of it. The gradient of `hidden` is this rank's part where Megatron adds up the parts,
+    as it does with sequence parallelism, and the sum over ranks where nothing else would.
+
     Raises:
-        ValueError: a reduction other than "none".
-        NotImplementedError: the vocabulary is split over a process group of more than one rank.
+        ValueError: a reduction other than "none", or ranks do not agree.
+        TypeError: `dist_process_group` is no group of this rank's.
     """
     op = f"{HOST}: linear_cross_entropy"
     check.require(reduction == "none", op, "reduction", "'none'", repr(reduction))
-    size = 1 if dist_process_group is None else torch.distributed.get_world_size(dist_process_group)
-    do = "Set tensor_model_parallel_size to 1, or keep veRL's own kernel."
-    expected = "a process group of one rank"
-    check.require(size == 1, op, "dist_process_group", expected, f"one of {size}", do, NotImplementedError)
-    out = linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        labels.reshape(-1),
-        temperature=temperature.reshape(-1) if isinstance(temperature, torch.Tensor) else temperature,
-        entropy=True,
-    )
-    return out.logps, out.entropy
+    temperature = temperature.reshape(-1) if isinstance(temperature, torch.Tensor) else temperature
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if ranks_of(op, dist_process_group, "dist_process_group") == 1:
+        out = linear_logprob(rows, weight, labels, temperature=temperature, entropy=True)
+        return out.logps, out.entropy
+    with shared_refusals(op, dist_process_group, hidden, weight):
+        inputs = check_head(op, rows, weight, labels, None, temperature, None, 1.0, -100, shard=True)
+        save = choose_save(op, inputs, "auto", entropy=True, backend="chunked", frozen=False)
+    logps, entropy, _ = vocabulary_parallel_logprob(
+        op, inputs, dist_process_group, vocab_size=None, entropy=True, summaries=False, support=None, save=save,
+        needs=needs_grad(inputs), sum_hidden=not _is_summed(hidden),
+    )  # fmt: skip
+    return logps, entropy
 
 
+def _is_summed(hidden: torch.Tensor) -> bool:
+    """Whether the gradient of `hidden` goes, but for views, to a node of Megatron's that adds it up over ranks."""
+    node = hidden.grad_fn
+    while type(node).__name__ in VIEWS:
+        node = node.next_functions[0][0]
+    gathered = type(node).__name__ == "_GatherFromSequenceParallelRegionBackward"
+    copied = type(node).__name__ == "_CopyToModelParallelRegionBackward"
+    return copied or (gathered and getattr(node, "tensor_parallel_output_grad", True))
+
+
+VIEWS = ("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0", "TransposeBackward0", "SqueezeBackward1")
 # Modules that hold the function under their own name once they are imported.
 HOLDERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 

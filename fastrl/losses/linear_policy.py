@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from fastrl import check
@@ -10,14 +13,18 @@ from fastrl.kernels.linear_policy_loss.reference import zero_advantage_rows
 from fastrl.losses.aggregate import check_layout
 from fastrl.losses.metrics import available, named
 from fastrl.losses.policy import flatten_tokens
-from fastrl.ops.linear_logprob import check_head, choose_save, logit_budget, memory_of
+from fastrl.ops.linear_logprob import check_head, check_split_backend, choose_save, logit_budget, memory_of
 from fastrl.ops.linear_logprob import linear_logprob as linear_logprob_op
 from fastrl.ops.linear_policy_loss import in_one_pass
 from fastrl.ops.linear_policy_loss import linear_policy_loss as linear_policy_loss_op
 from fastrl.ops.policy_loss import policy_loss as policy_loss_op
 from fastrl.ops.support import Support, check_support
+from fastrl.ops.vocabulary_parallel import ranks_of, shared_refusals
 from fastrl.spec import PolicyLoss
 from fastrl.types import LossOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "linear_policy_loss"
 
@@ -43,6 +50,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     support: Support | None = None,
+    process_group: ProcessGroup | None = None,
     main_grad: torch.Tensor | None = None,
     entropy: bool = False,
     metrics: bool = True,
@@ -62,6 +70,9 @@ def linear_policy_loss(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size, support, backend: as
             `linear_logprob`, with targets (B, T) or (N,). A token whose target is `ignore_index` is outside the mask,
             and the set of a token outside the mask is not read.
+        process_group: the vocabulary is split over these ranks, as in `linear_logprob`; everything else is the same on
+            all of them, and so is the loss. Runs as the two ops, with `memory` as in `linear_logprob`: 3 matmuls where
+            that stores.
         advantages, spec, mask, old_logps, ref_logps, sampling_logps, group_ids, normalizer, cu_seqlens: as
             `policy_loss`.
         main_grad: (V, H), float32 (float64 for float64 inputs): the weight's gradient is added here in the forward
@@ -80,45 +91,53 @@ def linear_policy_loss(
     Raises:
         ValueError, TypeError, IndexError: as `linear_logprob` and `policy_loss`.
     """
-    head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    check.shape(
-        OP, "mask", mask, targets.shape, "as targets"
-    )  # before combining it with targets, where it would broadcast
-    check.device(OP, "mask", mask, targets.device, "targets")
-    check_layout(OP, mask, cu_seqlens)  # while its dtype can still be seen
-    tokens = flatten_tokens(
-        OP,
-        targets.shape,
-        targets.device,
-        advantages,
-        spec,
-        mask=mask.bool() & (targets != ignore_index),
-        old_logps=old_logps,
-        ref_logps=ref_logps,
-        sampling_logps=sampling_logps,
-        group_ids=group_ids,
-        normalizer=normalizer,
-        cu_seqlens=cu_seqlens,
-        dtype=dtype,
-    )
-    if main_grad is not None:
-        check.require(
-            spec.separable, OP, "main_grad", "None for a loss on whole sequences", "a tensor", "Leave it out."
+    split = process_group is not None and ranks_of(OP, process_group) > 1
+    with shared_refusals(OP, process_group, hidden, weight) if split else nullcontext():
+        given = (bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
+        head = check_head(OP, hidden, weight, targets, *given, shard=split)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        check.shape(
+            OP, "mask", mask, targets.shape, "as targets"
+        )  # before combining it with targets, where it would broadcast
+        check.device(OP, "mask", mask, targets.device, "targets")
+        check_layout(OP, mask, cu_seqlens)  # while its dtype can still be seen
+        tokens = flatten_tokens(
+            OP,
+            targets.shape,
+            targets.device,
+            advantages,
+            spec,
+            mask=mask.bool() & (targets != ignore_index),
+            old_logps=old_logps,
+            ref_logps=ref_logps,
+            sampling_logps=sampling_logps,
+            group_ids=group_ids,
+            normalizer=normalizer,
+            cu_seqlens=cu_seqlens,
+            dtype=dtype,
         )
-        check.shape(OP, "main_grad", main_grad, weight.shape, "as weight")
-        check.device(OP, "main_grad", main_grad, weight.device, "weight")
-        check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
-        main_grad = main_grad[: len(head.weight)]
-    sets = None if support is None else check_support(OP, head, support, backend)
-    entropy = entropy or spec.needs_entropy
-    memory = memory_of(OP, memory)
-    save = choose_save(OP, head, memory, entropy=spec.needs_entropy, backend=backend)
-    logit_bytes = logit_budget(OP, memory, hidden.device)
+        if main_grad is not None:
+            check.require(
+                spec.separable, OP, "main_grad", "None for a loss on whole sequences", "a tensor", "Leave it out."
+            )
+            check.require(not split, OP, "main_grad", "None with process_group", "a tensor", "Leave it out.")
+            check.shape(OP, "main_grad", main_grad, weight.shape, "as weight")
+            check.device(OP, "main_grad", main_grad, weight.device, "weight")
+            check.require(main_grad.dtype == dtype, OP, "main_grad", f"dtype {dtype}", main_grad.dtype, error=TypeError)
+            main_grad = main_grad[: len(head.weight)]
+        if split:
+            check_split_backend(OP, backend)
+        sets = None if support is None else check_support(OP, head, support, "auto" if split else backend)
+        entropy = entropy or spec.needs_entropy
+        memory = memory_of(OP, memory)
+        options = {"entropy": spec.needs_entropy, "backend": "chunked" if split else backend}
+        save = choose_save(OP, head, memory, **options, frozen=not split)
+        logit_bytes = logit_budget(OP, memory, hidden.device)
     constants = LossTokens(*(getattr(tokens, name) for name in LossTokens._fields))
     if spec.separable and not metrics:
         constants = constants._replace(mask=tokens.mask & ~zero_advantage_rows(constants, spec))
-    if spec.separable and (sets is not None or in_one_pass(head, main_grad, logit_bytes, backend)):
+    in_one_op = sets is not None or in_one_pass(head, main_grad, logit_bytes, backend)
+    if spec.separable and not split and in_one_op:
         out = linear_policy_loss_op(
             head,
             constants,
@@ -131,7 +150,10 @@ def linear_policy_loss(
         )
         loss, table, logps, entropies = out.loss, out.metrics, out.logps, out.entropy
     else:
-        logps, entropies = _logps(head, constants.mask, sets, entropy, save, backend)
+        options = {"entropy": entropy, "support": sets, "backend": backend}
+        if split:
+            options |= {"process_group": process_group, "vocab_size": vocab_size}
+        logps, entropies = _logps(head, constants.mask, save, **options)
         loss, _, _, table = policy_loss_op(
             logps, *constants, entropies, tokens.seq_ids, tokens.num_seqs, spec.code, backend
         )
@@ -140,9 +162,7 @@ def linear_policy_loss(
     return LossOutput(loss, named(table, available(spec, **given)), *shaped)
 
 
-def _logps(
-    head: HeadInputs, mask: torch.Tensor, support: Support | None, entropy: bool, save: str, backend: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _logps(head: HeadInputs, mask: torch.Tensor, save: str, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     read = linear_logprob_op(
         head.hidden,
         head.weight,
@@ -152,9 +172,7 @@ def _logps(
         softcap=head.softcap or None,
         logit_scale=head.logit_scale,
         ignore_index=head.ignore_index,
-        entropy=entropy,
-        support=support,
         memory=save if save in ("store", "recompute") else "auto",
-        backend=backend,
+        **options,
     )
     return read.logps, read.entropy

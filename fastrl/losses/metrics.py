@@ -13,6 +13,7 @@ from fastrl.kernels.policy_loss.metrics import METRICS, is_max
 from fastrl.spec import Cispo, Clip, Dppo, Gmpo, PolicyLoss
 
 Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
+OUTSIDE = (0.9, 1.1)  # ratios of trainer to sampler that count as equal
 
 
 def available(spec: PolicyLoss, *, ref: bool, sampling: bool, entropy: bool) -> tuple[str, ...]:
@@ -51,3 +52,28 @@ def finish(metrics: Metrics) -> dict[str, float]:
         return {}
     rows = torch.stack([torch.stack([total, count]) for total, count in metrics.values()]).tolist()
     return {name: total / count for name, (total, count) in zip(metrics, rows, strict=True) if count != 0}
+
+
+@torch.no_grad()
+def mismatch(logps: torch.Tensor, sampling_logps: torch.Tensor, mask: torch.Tensor) -> Metrics:
+    """How far the trainer's probabilities of sampled tokens are from the sampler's, d_t = logps - sampling_logps.
+
+        sampling/mismatch_kl     mean of e^d - 1 - d, the k3 estimate of KL(sampler || trainer), as in prime-rl
+        sampling/mismatch_kl_k1  mean of -d: the same without bias from a bound, and with more noise
+        sampling/outside_share   share of tokens with e^d outside [0.9, 1.1]
+
+    Estimators: http://joschu.net/blog/kl-approx.html. At the same weights all are 0 but for rounding; what is left is
+    another kernel, dtype, temperature or truncation, or older weights.
+
+    Args:
+        logps, sampling_logps, mask: (N,); masked tokens count nowhere.
+    """
+    valid = mask != 0
+    d = torch.where(valid, logps.detach().float() - sampling_logps.float(), 0.0)
+    count, ratio = valid.sum().float(), d.exp()
+    outside = ((ratio < OUTSIDE[0]) | (ratio > OUTSIDE[1])) & valid
+    return {
+        "sampling/mismatch_kl": ((torch.expm1(d) - d).sum(), count),
+        "sampling/mismatch_kl_k1": (-d.sum(), count),
+        "sampling/outside_share": (outside.sum().float(), count),
+    }

@@ -10,7 +10,7 @@ import torch
 
 from fastrl import check
 from fastrl.losses.linear_policy import linear_policy_loss
-from fastrl.model.head_layer import head_bias, head_weight, require_linear
+from fastrl.model.head_layer import head_bias, head_weight, in_force, require_linear
 from fastrl.ops.linear_logprob import linear_logprob
 from fastrl.ops.linear_token_loss import linear_token_loss
 from fastrl.spec import PolicyLoss
@@ -24,6 +24,11 @@ PUT_INSIDE = (
     "The module that holds it sharded is not running: before sharding, put the FusedLMHead into that module "
     "(model.lm_head = FusedLMHead(model.lm_head)) and call it in that module's forward, or shard it by itself."
 )
+GATHERED_AROUND_A_CALL = (
+    "FSDP 1 and ZeRO-3 gather a weight around the forward of its module. Wrap the FusedLMHead, or what calls it, in "
+    "FSDP, and call the wrapper, with op=functools.partial(linear_policy_loss, ...) for a loss; under ZeRO-3 call "
+    "deepspeed.zero.register_external_parameter(head, head.weight) once."
+)
 
 
 class FusedLMHead(torch.nn.Module):
@@ -31,8 +36,9 @@ class FusedLMHead(torch.nn.Module):
 
     The layer stays the same object, so its parameters do, tied or not; `state_dict` has the layer's own names. Every
     method calls this module's forward, so hooks on it fire: `fully_shard` it alone or within a model, or wrap the
-    module that calls it in DistributedDataParallel. In the layer's place, as in `model.lm_head =
-    FusedLMHead(model.lm_head)`, it leaves the model's own forward and `generate` as they were.
+    module that calls it in DistributedDataParallel or FullyShardedDataParallel (FSDP 1). A layer with this rank's part
+    of the vocabulary takes `process_group` among its options, as `linear_logprob`. In the layer's place, as in
+    `model.lm_head = FusedLMHead(model.lm_head)`, it leaves the model's own forward and `generate` as they were.
 
     Args:
         lm_head: the linear layer that maps hidden states (..., H) to logits (..., V), also with LoRA or DoRA, or in
@@ -78,11 +84,13 @@ class FusedLMHead(torch.nn.Module):
                 in a `functools.partial` as `op`, which the methods below use, it leaves alone.
 
         Raises:
-            ValueError: the weight is not whole here, or FSDP rounded the temperature.
+            ValueError: the weight is not whole here, as FSDP, FSDP 1 and ZeRO-3 leave it outside the forward of the
+            module that they shard, or FSDP rounded the temperature.
         """
         if targets is None:
             check.require(not options, OP, "targets", "a tensor with other options", None, "Pass the token ids.")
             return self.lm_head(hidden)
+        self._require_whole(in_force(self.lm_head).weight)
         weight = head_weight(self.lm_head)
         self._require_gathered(weight)
         temperature = options.get("temperature")
@@ -154,6 +162,15 @@ class FusedLMHead(torch.nn.Module):
     def out_features(self) -> int:
         """V."""
         return self.weight.shape[0]
+
+    def _require_whole(self, weight: torch.Tensor) -> None:
+        """A piece of a flat parameter has one dimension, or the shape of the whole and no memory to read."""
+        if torch.compiler.is_compiling() or hasattr(weight, "full_tensor"):
+            return
+        piece = weight.dim() != 2 or (weight.numel() > 0 and weight.untyped_storage().size() == 0)
+        do = SHARD_THIS if type(self.lm_head).__name__ == "FullyShardedDataParallel" else GATHERED_AROUND_A_CALL
+        got = f"a piece of it, of shape {tuple(weight.shape)}"
+        check.require(not piece, OP, "lm_head.weight", "a whole tensor", got, do)
 
     def _require_gathered(self, weight: torch.Tensor) -> None:
         if not hasattr(weight, "full_tensor"):

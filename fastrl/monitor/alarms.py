@@ -14,6 +14,7 @@ PATIENCE = 3  # steps in a row, because one unlucky batch means nothing
 FIRST = 3  # first steps whose mean is the run's starting value
 RECENT = 10  # earlier steps that a spike is compared with
 SPIKE = 10.0
+FAR = 0.2  # share of tokens whose probability differs by a tenth, at the same weights
 STALE = 8.0  # updates, as many as ScaleRL's PipelineRL allows (arXiv:2510.13786)
 
 
@@ -88,6 +89,7 @@ def _signs(metrics: dict[str, float]) -> dict[str, Sign]:
     equal = metrics.get("frac_reward_zero_std", 0.0)
     cut = metrics.get("completions/clipped_ratio", 0.0)
     mismatch = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    outside, fresh = metrics.get("sampling/outside_share", 0.0), metrics.get("sampling/staleness", 0.0) == 0
     return {
         "equal rewards": Sign(
             equal >= 1.0,
@@ -115,8 +117,9 @@ def _signs(metrics: dict[str, float]) -> dict[str, Sign]:
             f"the length limit cut {cut:.0%} of the completions. Raise rollout.max_new_tokens.",
         ),
         "sampler mismatch": Sign(
-            mismatch > 0.1,
-            f"sampler and trainer differ by {number(mismatch)} nats per token on the same tokens. Compare their dtype, "
-            "temperature, truncation and repetition penalty, or set loss.correction.",
+            mismatch > 0.1 or (fresh and outside > FAR),
+            f"sampler and trainer differ by {number(mismatch)} nats per token on the same tokens, and for "
+            f"{outside:.0%} of them by more than a tenth of the probability. Compare their dtype, temperature, "
+            "truncation and repetition penalty, or set loss.correction.",
         ),
     }

@@ -109,6 +109,11 @@ _CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
         "mean |difference of log-probability|, nats",
         {"sampling/sampling_logp_difference/mean": "difference"},
     ),
+    (
+        "Tokens outside [0.9, 1.1] of the sampler",
+        "fraction of tokens, by the ratio of trainer to sampler",
+        {"sampling/outside_share": "outside"},
+    ),
     ("Throughput", "tokens per second", {"tokens_per_second": "prompt and completion tokens"}),
 )
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from types import FrameType
 from typing import Any, TextIO
 
+from fastrl.distributed import World
+
 # Ctrl-C; end of a job; closed terminal or lost connection; a scheduler's notice before the end of a job. Windows lacks
 # the last two.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -33,13 +35,24 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.shown = False  # whether the screen shows `HEARD` by itself
+        self.together = False  # whether other processes must hear of it first: `check` then never raises
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def check(self) -> None:
-        """Raises `Interrupted` once a signal has come."""
-        if self.signal is not None:
+        """Raises `Interrupted` once a signal has come, unless the run has other processes."""
+        if self.signal is not None and not self.together:
+            raise Interrupted(self.signal.name)
+
+    def agree(self, world: World) -> None:
+        """Raises `Interrupted` in all processes once a signal has come to one of them.
+
+        All call this at the same places, so that none waits for one that has stopped.
+        """
+        number = max(world.gather(int(self.signal or 0)))
+        if number:
+            self.signal = signal.Signals(number)
             raise Interrupted(self.signal.name)
 
     @contextmanager

@@ -253,6 +253,38 @@ class RunLog:
         return self.run_dir / f"{name}.jsonl"
 
 
+class UnwrittenLog(RunLog):
+    """The log of a process whose run another one records: the same clock and numbers, no file and no screen."""
+
+    def __init__(self, *, total_steps: int) -> None:
+        super().__init__(Path(os.devnull), total_steps=total_steps, show_every=0, console=Console(quiet=True))
+        self.interrupt.shown = True
+
+    def start(self, *_: Any, **__: Any) -> None:
+        """Writes nothing."""
+
+    def resume(self, state: dict[str, Any], where_from: str) -> None:
+        """Continues the clock."""
+        self._began = self._clock() - state["seconds"]
+
+    def rewind(self, state: dict[str, Any]) -> list[str]:
+        """Restores the stages' times."""
+        self._mark, self._seconds = self._clock() - state["seconds_of_step"], dict(state["stages"])
+        return []
+
+    def warn(self, message: str) -> None:
+        """The process that records the run says it."""
+
+    def close(self, status: str, summary: dict[str, Any]) -> None:
+        """Nothing is shown."""
+
+    def _append(self, name: str, *records: dict[str, Any]) -> None:
+        pass
+
+    def _paths(self) -> list[Path]:
+        return []
+
+
 def _drop_half_line(path: Path) -> None:
     """Removes an unfinished last line, which the next line would be appended to."""
     if path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,13 +16,19 @@ from fastrl.kernels.softmax_row import NO_SOFTCAP, accumulate_dtype
 from fastrl.ops.derivatives import once_differentiable, refuse_forward_mode
 from fastrl.ops.support import Support, check_support, support_logprob
 from fastrl.ops.tags import WAITS
+from fastrl.ops.vocabulary_parallel import ranks_of, shared_refusals, vocabulary_parallel_logprob
 from fastrl.types import LogprobDetails, LogprobOutput
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+OP = "linear_logprob"
 MEMORY = ("auto", "store", "recompute")
 RENAMED = {"keep": "store", "stream": "recompute"}
 GATHER = (
     "Call a FusedLMHead, whose forward runs inside the sharded module, or gather the head with "
-    "full_tensor(grad_placements=[Partial('avg')]), or with [Replicate()] where all ranks have the same tokens."
+    "full_tensor(grad_placements=[Partial('avg')]), or with [Replicate()] where all ranks have the same tokens. "
+    "Of a head that tensor parallelism splits by rows, pass to_local(), and the mesh's get_group() as process_group."
 )
 DEFAULT_KEEP_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
@@ -44,8 +50,12 @@ def check_head(
     logit_scale: float,
     ignore_index: int,
     vocab_size: int | None = None,
+    shard: bool = False,
 ) -> HeadInputs:
-    """Checks the head's arguments once and flattens the leading dimensions."""
+    """Checks the head's arguments once and flattens the leading dimensions.
+
+    With `shard` weight and bias are a rank's part of a head, maybe empty, and `vocab_size` is for all ranks to check.
+    """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if name != "bias" or tensor is not None:
             check.tensor(op, name, tensor)
@@ -77,7 +87,7 @@ def check_head(
         hidden.shape[-1],
         "Pass the last hidden state, not logits.",
     )
-    check.require(weight.shape[0] > 0, op, "weight", "at least one row", tuple(weight.shape))
+    check.require(weight.shape[0] > 0 or shard, op, "weight", "at least one row", tuple(weight.shape))
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             check.require(
@@ -92,7 +102,7 @@ def check_head(
             check.device(op, name, tensor, hidden.device, "hidden")
     if bias is not None:
         check.shape(op, "bias", bias, (weight.shape[0],), "as weight's rows")
-    if vocab_size is not None:
+    if vocab_size is not None and not shard:
         expected = f"1 to {weight.shape[0]}, the rows of weight"
         check.require(0 < vocab_size <= weight.shape[0], op, "vocab_size", expected, vocab_size)
         weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
@@ -183,6 +193,7 @@ def linear_logprob(
     mean_logits: bool = False,
     is_top1: bool = False,
     support: Support | None = None,
+    process_group: ProcessGroup | None = None,
     memory: str | int = "auto",
     backend: str = "auto",
 ) -> LogprobOutput | LogprobDetails:
@@ -209,6 +220,11 @@ def linear_logprob(
             logsumexp and entropy run over them alone. The set of an ignored target is not read. A small set reads only
             its rows of weight, and one number per kept id is stored for backward whatever `memory` says. Waits for the
             device. Other outputs and named backends are refused.
+        process_group: the vocabulary is split over these ranks: weight and bias are this rank's rows, after those of
+            the ranks before it; hidden, targets, `support` and `vocab_size` are those of the whole, and the same on all
+            ranks, as the loss has to be. Outputs and the gradient of hidden are equal on all ranks, bit for bit; weight
+            and bias get that of their own rows. Sends numbers per row, and in backward the gradient of hidden. Runs in
+            torch on any device; a frozen head stores or recomputes as a trainable one does.
         memory: what to store for backward if the head is trainable: "store" stores probabilities in the input dtype
             (2 matmuls in backward), "recompute" nothing (3 matmuls), "auto" stores what fits in a budget
             (256 MiB on a CPU, 4 GiB on a GPU, or $FASTRL_KEEP_BYTES); an int is that budget in bytes. With 16-bit
@@ -225,39 +241,72 @@ def linear_logprob(
         ValueError, TypeError: an argument has the wrong shape, dtype or device, or is a DTensor or the result of its
         full_tensor() without `grad_placements`, which would get only this rank's gradient. IndexError: on a CPU, a
         target is outside [0, V); on a GPU that row is NaN instead. With `support`, on every device, a ValueError: a set
-        has an id outside [0, V), an id twice, or not its target.
+        has an id outside [0, V), an id twice, or not its target. With `process_group`, on every rank: ranks do not
+        agree (ValueError), or one of them refused its arguments (RuntimeError).
     """
-    inputs = check_head(
-        "linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size
-    )
-    memory = memory_of("linear_logprob", memory)
+    wanted = (log_sum_sq_probs, mean_logits, is_top1)
+    others = {"log_sum_sq_probs": log_sum_sq_probs, "mean_logits": mean_logits, "is_top1": is_top1}
+    head = (hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index)
+    if process_group is not None and ranks_of(OP, process_group) > 1:
+        with shared_refusals(OP, process_group, hidden, weight):
+            check_split_backend(OP, backend)
+            inputs, memory = check_head(OP, *head, shard=True), memory_of(OP, memory)
+            save = choose_save(OP, inputs, memory, entropy=entropy, backend="chunked", frozen=False)
+            sets = None if support is None else check_support(OP, inputs, support, "auto", **others)
+        options = {"vocab_size": vocab_size, "entropy": entropy, "summaries": any(wanted), "support": sets}
+        read = vocabulary_parallel_logprob(OP, inputs, process_group, save=save, needs=needs_grad(inputs), **options)
+        return _shaped(*read, targets.shape, entropy, wanted)
+    inputs = check_head(OP, *head, vocab_size)
+    memory = memory_of(OP, memory)
     if support is not None:
-        logit_budget("linear_logprob", memory, hidden.device)  # refuses a wrong one
-        others = {"log_sum_sq_probs": log_sum_sq_probs, "mean_logits": mean_logits, "is_top1": is_top1}
-        sets = check_support("linear_logprob", inputs, support, backend, **others)
+        logit_budget(OP, memory, hidden.device)  # refuses a wrong one
+        sets = check_support(OP, inputs, support, backend, **others)
         logps, entropies = support_logprob(inputs, sets, entropy=entropy)
         return LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
-    save = choose_save("linear_logprob", inputs, memory, entropy=entropy, backend=backend)
-    wanted = (log_sum_sq_probs, mean_logits, is_top1)
+    save = choose_save(OP, inputs, memory, entropy=entropy, backend=backend)
     logps, entropies, _, _, _, summaries = _op(*inputs, entropy, save, any(wanted), backend)
-    pair = LogprobOutput(logps.view(targets.shape), entropies.view(targets.shape) if entropy else None)
+    return _shaped(logps, entropies, summaries, targets.shape, entropy, wanted)
+
+
+def _shaped(
+    logps: torch.Tensor,
+    entropies: torch.Tensor,
+    summaries: torch.Tensor,
+    shape: torch.Size,
+    entropy: bool,
+    wanted: tuple[bool, bool, bool],
+) -> LogprobOutput | LogprobDetails:
+    """What was requested, token-shaped."""
+    pair = LogprobOutput(logps.view(shape), entropies.view(shape) if entropy else None)
     if not any(wanted):
         return pair
     rows = zip(summaries.detach(), wanted, strict=True)
-    more = [one.view(targets.shape) if asked else None for one, asked in rows]
+    more = [one.view(shape) if asked else None for one, asked in rows]
     more[2] = None if more[2] is None else more[2] != 0
     return LogprobDetails(*pair, *more)
 
 
-def choose_save(op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool, backend: str) -> str:
-    """What the forward pass stores: none, frozen, store or recompute.
+def check_split_backend(op: str, backend: str) -> None:
+    """Refuses a named backend that does not run on a part of the vocabulary."""
+    expected, do = (
+        "'auto' or 'chunked' with process_group",
+        "Only torch's own operations run on a part of a vocabulary.",
+    )
+    check.require(backend in ("auto", "chunked"), op, "backend", expected, repr(backend), do)
+
+
+def choose_save(
+    op: str, inputs: HeadInputs, memory: str | int, *, entropy: bool, backend: str, frozen: bool = True
+) -> str:
+    """What the forward pass stores: none, frozen, store or recompute; without `frozen`, which forms the derivative of
+    a frozen head in the forward pass, such a head counts as a trainable one.
 
     The budget is used only if storing is faster, by the rule of `stores_logits`. 16-bit probabilities lose digits of
     log p + H, the entropy's gradient, if the distribution is nearly uniform; only an explicit "store" accepts that.
     """
     budget = logit_budget(op, memory, inputs.hidden.device)
     needs_hidden, *needs_head = needs_grad(inputs)
-    if not any(needs_head):
+    if not any(needs_head) and (frozen or not needs_hidden):
         return "frozen" if needs_hidden else "none"
     if memory in ("store", "recompute"):
         return str(memory)

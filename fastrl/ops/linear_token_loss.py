@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,11 +12,22 @@ from fastrl import check
 from fastrl.kernels.softmax_row import accumulate_dtype
 from fastrl.ops.attach import attach_gradients
 from fastrl.ops.linear_logprob import _op as linear_logprob_op
-from fastrl.ops.linear_logprob import backward_op, check_head, keep_budget, needs_grad
+from fastrl.ops.linear_logprob import (
+    backward_op,
+    check_head,
+    check_split_backend,
+    keep_budget,
+    linear_logprob,
+    needs_grad,
+)
 from fastrl.ops.support import Support, check_support
 from fastrl.ops.support import _op as support_op
 from fastrl.ops.support import backward_op as support_backward_op
+from fastrl.ops.vocabulary_parallel import ranks_of, shared_refusals
 from fastrl.types import LossOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "linear_token_loss"
 
@@ -34,6 +47,7 @@ def linear_token_loss(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     support: Support | None = None,
+    process_group: ProcessGroup | None = None,
     entropy: bool = False,
     memory: int | None = None,
     backend: str = "auto",
@@ -49,6 +63,8 @@ def linear_token_loss(
             `token_loss(logps, entropy, *context)` with `entropy=True`, on flat (n,) chunks of tokens; returns (n,). A
             token's loss must not depend on other tokens: how they are chunked is an implementation detail.
         weights: (...) as targets: mask, aggregation and normaliser in one. Tokens with weight 0 cost nothing.
+        process_group: the vocabulary is split over these ranks, as in `linear_logprob`; everything else is the same on
+            all of them. All tokens are one chunk, and the gradient is formed in the backward pass.
         context: token-shaped constants (old log-probabilities, advantages, ...), cut into the same chunks.
         memory: bytes of probabilities that may be stored at a time; None takes the budget of `linear_logprob`. With
             `support`, one number per kept id is stored, whatever it says.
@@ -60,16 +76,49 @@ def linear_token_loss(
     Raises:
         ValueError, TypeError, IndexError: as `linear_logprob`, or token_loss returned another shape.
     """
-    head = check_head(OP, hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
-    for name, tensor in (("weights", weights), *((f"context[{i}]", c) for i, c in enumerate(context))):
-        check.shape(OP, name, tensor, targets.shape, "as targets")
-        check.device(OP, name, tensor, targets.device, "targets")
-    budget = memory is None or (isinstance(memory, int) and memory >= 0)
-    check.require(budget, OP, "memory", "a byte budget of at least 0, or None", memory)
+    split = process_group is not None and ranks_of(OP, process_group) > 1
+    with shared_refusals(OP, process_group, hidden, weight) if split else nullcontext():
+        options = (bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
+        head = check_head(OP, hidden, weight, targets, *options, shard=split)
+        for name, tensor in (("weights", weights), *((f"context[{i}]", c) for i, c in enumerate(context))):
+            check.shape(OP, name, tensor, targets.shape, "as targets")
+            check.device(OP, name, tensor, targets.device, "targets")
+        budget = memory is None or (isinstance(memory, int) and memory >= 0)
+        check.require(budget, OP, "memory", "a byte budget of at least 0, or None", memory)
+        if split:
+            check_split_backend(OP, backend)
     dtype = accumulate_dtype(head.hidden.dtype)
     flat = [weights.detach().reshape(-1).to(dtype), *(c.detach().reshape(-1) for c in context)]
     needs = needs_grad(head)
     live = head.targets.masked_fill(flat[0] == 0, head.ignore_index)
+    if split:
+        read = linear_logprob(
+            head.hidden, head.weight, live, bias=head.bias, softcap=softcap, logit_scale=logit_scale,
+            temperature=head.temperature if head.temperature.numel() > 1 else head.temperature[0],
+            ignore_index=ignore_index, vocab_size=vocab_size, entropy=entropy, support=support,
+            process_group=process_group, memory="auto" if memory is None else memory,
+        )  # fmt: skip
+        scores = {"logps": read.logps} | ({"entropy": read.entropy} if entropy else {})
+        loss = _weighted(token_loss, flat[0], flat[1:])(*scores.values())
+        count = (live != head.ignore_index).sum()
+        return LossOutput(loss, {name: (one.detach().sum(), count) for name, one in scores.items()})
+    needs = needs_grad(head)
+    live = head.targets.masked_fill(flat[0] == 0, head.ignore_index)
+    if split:
+        read = linear_logprob(
+            head.hidden, head.weight, live, bias=head.bias, softcap=softcap, logit_scale=logit_scale,
+            temperature=head.temperature if head.temperature.numel() > 1 else head.temperature[0],
+            ignore_index=ignore_index, vocab_size=vocab_size, entropy=entropy, support=support,
+            process_group=process_group, memory="auto" if memory is None else memory,
+        )  # fmt: skip
+        scores = (read.logps, read.entropy) if entropy else (read.logps,)
+        loss = _weighted(token_loss, flat[0], flat[1:])(*scores).to(dtype)
+        count = (live != head.ignore_index).sum()
+        return LossOutput(
+            loss,
+            {"logps": (read.logps.detach().sum(), count)}
+            | ({"entropy": (read.entropy.detach().sum(), count)} if entropy else {}),
+        )
     h_all, w_head, b_head = (x if x is None else x.detach() for x in (head.hidden, head.weight, head.bias))
 
     sets = None if support is None else check_support(OP, head, support, backend)
@@ -119,13 +168,21 @@ def _weighted_value_and_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(sum of weighted losses, d/d logps, d/d entropy) of one chunk."""
     variables = (logps,) if entropy is None else (logps, entropy)
-
-    def total(*args: torch.Tensor) -> torch.Tensor:
-        losses = token_loss(*args, *context)
-        check.shape(OP, "token_loss", losses, logps.shape, "one loss per token")
-        # where, not a product: a token of weight 0 may have an infinite loss
-        return torch.where(weights != 0, weights * losses, 0.0).sum()
-
+    total = _weighted(token_loss, weights, context)
     value, pullback = torch.func.vjp(total, *variables)
     grads = [torch.where(weights != 0, g, 0.0) for g in pullback(torch.ones_like(value))]
     return value.detach(), grads[0], grads[1] if entropy is not None else None
+
+
+def _weighted(
+    token_loss: Callable[..., torch.Tensor], weights: torch.Tensor, context: list[torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """The sum of weighted losses of one chunk, as a function of its log-probabilities and entropies."""
+
+    def total(*args: torch.Tensor) -> torch.Tensor:
+        losses = token_loss(*args, *context)
+        check.shape(OP, "token_loss", losses, weights.shape, "one loss per token")
+        # where, not a product: a token of weight 0 may have an infinite loss
+        return torch.where(weights != 0, weights * losses, 0.0).sum()
+
+    return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastrl.check import require
 from fastrl.progress import Progress, unseen
@@ -37,8 +37,13 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # makes tokens of the prompt and the completion less likely; 1 = off
     min_new_tokens: int = 0  # until then, stop tokens have probability 0 and stop strings are ignored
     stop_strings: tuple[str, ...] = ()  # the token that completes one of these in the text ends the completion
+    # Number of each prompt's stream of random numbers; None: its place in the call. A part of the prompts, or what is
+    # left of them in a later turn, thus draws what it would draw among all.
+    places: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        distinct = self.places is None or len(set(self.places)) == len(self.places)
+        require(distinct, _OP, "places", "a different number for each prompt", self.places)
         require(self.max_new_tokens >= 1, _OP, "max_new_tokens", "at least 1", self.max_new_tokens)
         require(0.0 <= self.temperature < float("inf"), _OP, "temperature", "0 (greedy) or more", self.temperature)
         require(0.0 < self.top_p <= 1.0, _OP, "top_p", "a number in (0, 1]", self.top_p, "1.0 turns it off.")
@@ -75,6 +80,18 @@ class Sampler(Protocol):
             progress: called before each token of the completions; an exception in it ends the call.
         """
         ...
+
+
+def places_of(prompts: Sequence[Any], params: SamplingParams) -> Sequence[int]:
+    """The number of each prompt's stream.
+
+    Raises:
+        ValueError: `params` has more or fewer of them than there are prompts.
+    """
+    if params.places is None:
+        return range(len(prompts))
+    require(len(params.places) == len(prompts), _OP, "places", f"{len(prompts)}, one per prompt", len(params.places))
+    return params.places
 
 
 def extend(sample: Sample, more: Sample, room: int) -> Sample:

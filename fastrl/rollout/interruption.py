@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl.check import require
 from fastrl.progress import Progress, unseen
-from fastrl.rollout.base import SECOND_SEED, Sampler, SamplingParams, extend, insert
+from fastrl.rollout.base import SECOND_SEED, Sampler, SamplingParams, extend, insert, places_of
 from fastrl.types import Sample
 
 OP = "interruption"
@@ -76,10 +76,11 @@ class Interrupting:
         room, least = asked.room(params.max_new_tokens), params.min_new_tokens
         first = replace(params, max_new_tokens=high, min_new_tokens=min(least, high))
         groups = self.sampler.sample(prompts, num_samples, first, progress)
-        budgets, late = random.Random(params.seed), []
-        for prompt, group in zip(prompts, groups, strict=True):
+        places, drawn, late = places_of(prompts, params), random.Random(params.seed), []
+        budgets = [[drawn.randint(low, high) for _ in range(num_samples)] for _ in range(1 + max(places))]
+        for place, prompt, group in zip(places, prompts, groups, strict=True):
             for at, sample in enumerate(group):
-                budget = budgets.randint(low, high)
+                budget = budgets[place][at]
                 sample.extra["interrupted"] = False
                 if sample.finished and len(sample.token_ids) <= budget:
                     continue
@@ -88,11 +89,12 @@ class Interrupting:
                 cut.extra["interrupted"] = not asked.unless or asked.unless not in text
                 if cut.extra["interrupted"]:
                     insert(cut, asked.token_ids)
-                late.append((prompt, cut))
+                late.append((place * num_samples + at, [*prompt, *cut.token_ids], cut))
         if late:
             seed, least = (params.seed + SECOND_SEED) % 2**64, min(max(least - low, 0), room)
-            then = replace(params, seed=seed, max_new_tokens=room, min_new_tokens=least)
-            answers = self.sampler.sample([[*prompt, *cut.token_ids] for prompt, cut in late], 1, then, progress)
-            for (_, cut), (answer,) in zip(late, answers, strict=True):
+            streams, told, cuts = zip(*late, strict=True)
+            then = replace(params, seed=seed, max_new_tokens=room, min_new_tokens=least, places=streams)
+            answers = self.sampler.sample(told, 1, then, progress)
+            for cut, (answer,) in zip(cuts, answers, strict=True):
                 extend(cut, answer, room).finished = answer.finished
         return groups

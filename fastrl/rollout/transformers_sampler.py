@@ -14,7 +14,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreT
 from fastrl.check import require
 from fastrl.model.load import embedding_rows
 from fastrl.progress import Progress, tracked, unseen
-from fastrl.rollout.base import SamplingParams
+from fastrl.rollout.base import SamplingParams, places_of
 from fastrl.rollout.cache import DECODE_ATTENTION, RolloutCache, decode_attention, passed_as
 from fastrl.rollout.draw import Support, draw, draw_weighted, penalise, uniforms
 from fastrl.rollout.prepack import prepacked
@@ -129,7 +129,7 @@ class TransformersSampler:
             FloatingPointError: the model's logits are not finite.
         """
         self._check(prompts, num_samples, params)
-        streams = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
+        streams = [(i, j) for i in places_of(prompts, params) for j in range(num_samples)]
         with _eval_mode(self.model), prepacked(self.model) if self.prepack else nullcontext():
             u = uniforms(params.seed, streams, params.max_new_tokens)
             support = Support() if self.record_support and Support.is_cut(params) else None

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrl.chat import content_text, messages_of, render
 from fastrl.check import require, sentence
 from fastrl.progress import Progress, unseen
-from fastrl.rollout.base import SECOND_SEED, Sampler, SamplingParams, extend, insert
+from fastrl.rollout.base import SECOND_SEED, Sampler, SamplingParams, extend, insert, places_of
 from fastrl.types import Group, Messages, Prompt, Sample
 
 OP = "environment"
@@ -81,6 +81,7 @@ class EnvironmentFault(Exception):
 class _Talk:
     """One conversation on its way."""
 
+    place: int  # number of its stream of random numbers, after the first turn
     prompt: Prompt
     sample: Sample
     environment: Environment | None = None
@@ -126,9 +127,10 @@ def play(
     """
     if params.vocab_size is None:
         params = replace(params, vocab_size=1 + max(*tokenizer.get_vocab().values(), *params.stop_token_ids))
-    talks = [
-        _Talk(prompt, Sample([], [], False, own=[], turn_ends=[])) for prompt in prompts for _ in range(num_samples)
-    ]
+    places = [place * num_samples + number for place in places_of(prompts, params) for number in range(num_samples)]
+    asked = [prompt for prompt in prompts for _ in range(num_samples)]
+    new = [Sample([], [], False, own=[], turn_ends=[]) for _ in asked]
+    talks = [_Talk(*one) for one in zip(places, asked, new, strict=True)]
     for talk, made in zip(talks, _each([turns.factory] * len(talks), [()] * len(talks), 0.0), strict=True):
         talk.fail(made) if isinstance(made, BaseException) else setattr(talk, "environment", made)
     _reset([talk for talk in talks if talk.live], turns)
@@ -144,6 +146,7 @@ def play(
             sampled = sampler.sample([prompt.token_ids for prompt in prompts], num_samples, own, progress)
             said = [sample for group in sampled for sample in group]
         else:
+            own = replace(own, places=tuple(talk.place for talk in live))
             said = [group[0] for group in sampler.sample([talk.ids for talk in live], 1, own, progress)]
         ended = [talk.add(one, room) for talk, one, room in zip(live, said, rooms, strict=True)]
         for talk, one, room in zip(live, said, rooms, strict=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from math import comb
 from statistics import fmean
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl import env
 from fastrl.check import sentence
-from fastrl.progress import Watch
+from fastrl.data.groups import sample_to_json
+from fastrl.distributed import ALONE, World
+from fastrl.progress import Progress, Watch
 from fastrl.rewards import RewardFailure, RewardSuite
 from fastrl.rewards.call import shown
 from fastrl.rewards.environment import split_by_turn
@@ -35,6 +38,7 @@ class Sampling:
     params: SamplingParams
     turns: Turns | None = None  # conversations with an environment, in place of single completions
     interruption: Interruption | None = None  # of single completions that are too long
+    world: World = ALONE  # each process samples a part of the prompts
 
     @property
     def sampler(self) -> Sampler:
@@ -146,17 +150,99 @@ def judged(
 ) -> list[Group]:
     """`number` completions of each prompt, decoded and with their rewards.
 
-    Warnings start with `about`; `stages` and `units` name the two stages for `watch`.
+    Of several processes, each samples and scores a part of the prompts, and all get all groups. Warnings start with
+    `about`; `stages` and `units` name the two stages for `watch`.
+
+    Raises:
+        RewardFailure: rewards or environments failed on too many completions, in this process or another.
     """
+    world, about = sampling.world, about or f"Step {judge.step}"
+    sampling = replace(sampling, params=replace(sampling.params, seed=seed))
+    names = {"stages": stages, "units": units, "about": about}
+    if world.size == 1:
+        return _judged(prompts, number, sampling, judge, watch, **names)
+    places = world.places(len(prompts))
+    sampling = replace(sampling, params=replace(sampling.params, places=tuple(places)))
+    own, heard, groups, failed = replace(judge, numbers={}, failures=[]), _Heard(watch, world), [], None
+    with world.together("sampling"):
+        try:
+            mine = [prompts[place] for place in places]
+            groups = _judged(mine, number, sampling, own, heard, **names) if mine else []
+        except RewardFailure as error:
+            failed = str(error)
+    found = {
+        "samples": [[sample_to_json(sample) for sample in group.samples] for group in groups],
+        "numbers": own.numbers,
+        "failures": [asdict(failure) for failure in own.failures],
+        "said": heard.said,
+        "failed": failed,
+    }
+    every = world.gather(found)
+    return _merged(prompts, every, world, judge, watch)
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """Keeps what is warned of in a process that writes no log."""
+
+    watch: Watch
+    world: World
+    said: list[str] = field(default_factory=list)
+
+    def stage(self, name: str, unit: str = "") -> AbstractContextManager[Progress]:
+        """As `Watch`."""
+        return self.watch.stage(name, unit)
+
+    def warn(self, message: str) -> None:
+        """As `Watch`."""
+        self.watch.warn(message) if self.world.first else self.said.append(message)
+
+
+def _merged(
+    prompts: Sequence[Prompt], every: Sequence[dict[str, Any]], world: World, judge: Judge, watch: Watch
+) -> list[Group]:
+    """All processes' groups, in the order of the prompts; numbers are means over prompts, failures are added up."""
+    groups: list[Any] = [None] * len(prompts)
+    for rank, found in enumerate(every):
+        for message in found["said"]:
+            watch.warn(f"{message} (rank {rank})")
+        places = range(rank, len(prompts), world.size)
+        for place, samples in zip(places, found["samples"], strict=False):
+            groups[place] = Group(prompts[place], [Sample(**sample) for sample in samples])
+        judge.failures.extend(Failure(**values | {"prompts": tuple(values["prompts"])}) for values in found["failures"])
+    failed = next((found["failed"] for found in every if found["failed"]), None)
+    if failed:
+        raise RewardFailure(failed)
+    for name in dict.fromkeys(name for found in every for name in found["numbers"]):
+        told = [(found["numbers"][name], len(found["samples"])) for found in every if name in found["numbers"]]
+        if name == "environment/failures":
+            judge.numbers[name] = judge.numbers.get(name, 0.0) + sum(value for value, _ in told)
+            continue
+        mean = sum(value * weight for value, weight in told) / sum(weight for _, weight in told)
+        kept = name == "interrupted" or name.startswith("environment/")  # as where they are measured
+        judge.numbers[name] = judge.numbers.get(name, mean) if kept else mean
+    return groups
+
+
+def _judged(
+    prompts: Sequence[Prompt],
+    number: int,
+    sampling: Sampling,
+    judge: Judge,
+    watch: Watch,
+    *,
+    stages: tuple[str, str],
+    units: tuple[str, str],
+    about: str,
+) -> list[Group]:
     with watch.stage(stages[0], units[0]) as progress:
         env.return_freed_memory()  # a rollout cannot reuse the memory of training's activations
-        params = replace(sampling.params, seed=seed)
-        asked = (prompts, sampling.sampler, sampling.tokenizer, number, params)
+        asked = (prompts, sampling.sampler, sampling.tokenizer, number, sampling.params)
         groups = play(*asked, sampling.turns, progress) if sampling.turns else collect(*asked, progress)
         env.return_freed_memory()  # nor can training reuse the memory of a rollout's caches
-    judge.score(groups, watch, stages[1], units[1], about or f"Step {judge.step}")
+    judge.score(groups, watch, stages[1], units[1], about)
     if sampling.turns:
-        _without_failed(groups, judge, watch, about or f"Step {judge.step}")
+        _without_failed(groups, judge, watch, about)
         weight = dict(zip(judge.rewards.names, judge.rewards.weights, strict=True)).get("environment", 0.0)
         for sample in (one for group in groups for one in group.samples if one.reward is not None):
             sample.turn_rewards = split_by_turn(sample, weight)

@@ -170,7 +170,7 @@ class Rounds:
         else:
             if self.asks_reference:
                 self._ask_reference(rows, learner, watch)
-            _write(path, rows)
+            self._keep(path, rows)
         self._chosen = self._sampler(rows)
         if self.restart and self._improve == 1:
             self.restart(learner)
@@ -205,9 +205,16 @@ class Rounds:
                 found = judged(prompts, self.samples, seed, self.sampling, judge, watch, units=units, about=about)
                 for sample in (sample for group in found for sample in group.samples):
                     sample.versions = [learner.updates] * len(sample.token_ids)
-                _write(path, found)
+                self._keep(path, found)
             groups += found
         return groups
+
+    def _keep(self, path: Path, groups: Sequence[Group]) -> None:
+        """Writes a file, once, and waits until it is there for all processes."""
+        world = self.sampling.world
+        with world.together(f"writing {path.name}"):
+            if world.first:
+                _write(path, groups)
 
     def _groups(self) -> list[Group]:
         """The groups of the current round."""
@@ -217,9 +224,15 @@ class Rounds:
     def _ask_reference(self, rows: Sequence[Group], learner: Learner, watch: Watch) -> None:
         """Gives the rows' samples their log-probabilities under the current weights."""
         with watch.stage("reference", "micro-batches") as progress:
-            for batch in tracked(learner.pack(rows, whole_groups=True), progress):
-                logps = learner.policy.score(batch, temperature=learner.temperature).cpu()
-                for sample, part in zip(batch.samples, logps.split(batch.cu_seqlens.diff().tolist()), strict=True):
+            batches = learner.pack(rows, whole_groups=True)
+            mine = tracked(learner.world.share(batches), progress)
+            read = learner.world.map(
+                batches,
+                lambda _: {"ref_logps": learner.policy.score(next(mine), temperature=learner.temperature)},
+            )
+            for batch, found in zip(batches, read, strict=True):
+                parts = found["ref_logps"].cpu().split(batch.cu_seqlens.diff().tolist())
+                for sample, part in zip(batch.samples, parts, strict=True):
                     sample.ref_logps = part.tolist()
 
     def _read(self) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from fastrl.algorithms.base import Algorithm, Step
 from fastrl.data.pack import pack
 from fastrl.data.plan import ModelShape
-from fastrl.losses.metrics import merge
+from fastrl.distributed import ALONE, World
+from fastrl.losses.metrics import Metrics, merge
 from fastrl.model.adapter import WithoutAdapter
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic, ScalarModel, SharedCritic
@@ -64,6 +65,7 @@ class Learner:
     temperature: float = 1.0
     steps: int = 0
     optimizers: dict[str, MasterOptimizer] = field(default_factory=dict)
+    world: World = ALONE
     intact: bool = True  # False from the first weight that an update changes until the loop has taken note of it
 
     @property
@@ -103,10 +105,13 @@ class Learner:
         self, batches: Sequence[MicroBatch], progress: Progress = unseen, *, old: bool = False
     ) -> list[MicroBatch]:
         """The micro-batches with what is computed before an update: `ref_logps` if there is a reference, `values` if
-        there is a critic, `old_logps` if `old`. The samples get them too."""
-        return [self._scored(batch, old) for batch in tracked(batches, progress)]
+        there is a critic, `old_logps` if `old`. The samples get them too. Of several processes, each computes those
+        of its own micro-batches."""
+        mine = tracked(self.world.share(batches), progress)
+        every = self.world.map(batches, lambda _: self._scored(next(mine), old))
+        return [_with(batch, found) for batch, found in zip(batches, every, strict=True)]
 
-    def _scored(self, batch: MicroBatch, old: bool) -> MicroBatch:
+    def _scored(self, batch: MicroBatch, old: bool) -> dict[str, torch.Tensor]:
         shared, temperature = isinstance(self.critic, SharedCritic), self.temperature
         hidden = self.policy.hidden(batch) if old or shared else None
         found = {}
@@ -116,11 +121,7 @@ class Learner:
             found["ref_logps"] = self.reference.score(batch, temperature=temperature)
         if self.critic:
             found["values"] = self.critic.of(hidden) if shared else self.critic.values(batch)
-        lengths = [len(sample.token_ids) for sample in batch.samples]
-        for name, flat in found.items():
-            for sample, part in zip(batch.samples, flat.cpu().split(lengths), strict=True):
-                setattr(sample, name, part.tolist())
-        return replace(batch, **found)
+        return found
 
     def step(self, algorithm: Algorithm, step: Step, progress: Progress = unseen) -> Update:
         """One optimizer step. Returns token metrics, and the loss, gradient norms and learning rates.
@@ -133,8 +134,9 @@ class Learner:
         """
         trains = {name: one for name, one in self.optimizers.items() if not (step.only_critic and name == POLICY)}
         with whole_step(self.optimizers.values()):
-            loss, metrics = algorithm.accumulate(self, step, progress)
-            loss = float(loss)
+            with self.world.together("the backward pass"):
+                loss, metrics = algorithm.accumulate(self, step.share(self.world), progress)
+            loss = self._summed(float(loss), trains)
             if not math.isfinite(loss):
                 raise NonFiniteLoss("the loss", loss, step.batches)
             norms = {name: optimizer.norm() for name, optimizer in trains.items()}  # all norms before the first update
@@ -142,7 +144,7 @@ class Learner:
                 if not math.isfinite(norm):
                     raise NonFiniteLoss("the gradient norm", norm, step.batches)
         routers = [model.router for model in (self.policy, self.critic) if getattr(model, "router", None)]
-        metrics = [*metrics, *(noted for router in routers for noted in router.metrics())]
+        metrics = self._everyones([*metrics, *(noted for router in routers for noted in router.metrics())])
         numbers = {"loss": loss}
         self.intact = False
         for name, optimizer in trains.items():
@@ -150,6 +152,22 @@ class Learner:
             numbers |= {f"{prefix}grad_norm": norms[name], f"{prefix}learning_rate": optimizer.learning_rate()}
             optimizer.step(norms[name])
         return merge(metrics), numbers
+
+    def _summed(self, loss: float, trains: Mapping[str, MasterOptimizer]) -> float:
+        """The loss of the whole step; sums the gradients of all processes."""
+        total = torch.tensor(loss, dtype=torch.float64, device=self.device)
+        self.world.sum_(total, *(optimizer.grad for optimizer in trains.values()))
+        return float(total)
+
+    def _everyones(self, metrics: Sequence[Metrics]) -> list[Metrics]:
+        """The metrics of all processes."""
+        if self.world.size == 1:
+            return list(metrics)
+        own = {name: [float(total), float(count)] for name, (total, count) in merge(metrics).items()}
+        return [
+            {name: tuple(torch.tensor(value, device=self.device) for value in row) for name, row in one.items()}
+            for one in self.world.gather(own)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, in a form that JSON can hold; tensors are saved separately."""
@@ -160,3 +178,12 @@ class Learner:
         self.steps = state["steps"]
         for name, optimizer in self.optimizers.items():
             optimizer.load_tensors(tensors(name), steps=state["updates"][name])
+
+
+def _with(batch: MicroBatch, found: Mapping[str, torch.Tensor]) -> MicroBatch:
+    """The micro-batch and its samples with what was computed of their tokens."""
+    lengths = [len(sample.token_ids) for sample in batch.samples]
+    for name, flat in found.items():
+        for sample, part in zip(batch.samples, flat.cpu().split(lengths), strict=True):
+            setattr(sample, name, part.tolist())
+    return replace(batch, **found)

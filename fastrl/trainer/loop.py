@@ -9,8 +9,8 @@ source.publish            new weights for the sampler
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from fastrl import env
 from fastrl.algorithms.base import Algorithm
 from fastrl.check import require
+from fastrl.distributed import ALONE, World
 from fastrl.doctor import environment
 from fastrl.model.adapter import merged
 from fastrl.monitor.interrupt import Interrupted
-from fastrl.monitor.log import Callback, RunLog
+from fastrl.monitor.log import Callback, RunLog, UnwrittenLog
 from fastrl.monitor.report import write_report
 from fastrl.monitor.screen import columns_for
 from fastrl.monitor.summary import staleness, step_metrics
@@ -75,6 +76,7 @@ class Run:
     resumed: Checkpoint | None = None  # the checkpoint to resume from
     said: tuple[str, ...] = ()  # notes to the user on model and data
     callbacks: Sequence[Callback] = ()
+    world: World = ALONE
     batch: Batch | None = None  # the next step's batch, once the source has given it
     log: RunLog = field(init=False)
     rewind_to: dict[str, Any] = field(
@@ -89,7 +91,7 @@ class Run:
             ValueError: another process writes to the run's directory, or its checkpoint belongs to other prompts.
             Exception: whatever went wrong before the first update; later the run is saved and says how it ended.
         """
-        with only_writer(self.directory, self.config) as self.directory:
+        with self._writing():
             self.log = self._open_log()
             with self.log.interrupt.listening():
                 self._begin()
@@ -103,8 +105,22 @@ class Run:
             evaluation.run(self.learner, printed, self.learner.steps)
         return printed.results
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The run's folder, which the first process locks and the others are told of."""
+        writer = only_writer(self.directory, self.config) if self.world.first else nullcontext(self.directory)
+        with ExitStack() as stack:
+            with self.world.together("opening the run's folder"):
+                self.directory = stack.enter_context(writer)
+            self.directory = Path(self.world.from_first(str(self.directory)))
+            yield
+
     def _open_log(self) -> RunLog:
         config, done = self.config, self.resumed.manifest["step"] if self.resumed else 0
+        if not self.world.first:
+            log = UnwrittenLog(total_steps=config.steps)
+            log.interrupt.together = True
+            return log
         show_every = config.show_every
         kind = self.algorithm.kind if self.source.kind != "rewarded" else "rewarded"
         columns = columns_for("reward_model" if config.algorithm == "reward_model" else kind)
@@ -112,6 +128,7 @@ class Run:
         about = environment() | {"speed": self.speed.about(), "data": config.about_data()}
         log.start(asdict(replace(config, resume="")), about, trackers=config.log_to, done=done)
         log.call(self.callbacks)
+        log.interrupt.together = self.world.size > 1
         return log
 
     def _begin(self) -> None:
@@ -139,17 +156,17 @@ class Run:
             in_step, at = False, f"Evaluation after step {learner.steps}"
             before = self.rewind_to = resume.position(self)
             try:
-                log.interrupt.check()
+                log.interrupt.agree(self.world)
                 self._evaluate_if_due()
-                log.interrupt.check()
+                log.interrupt.agree(self.world)
                 if learner.steps == config.steps:
                     return Ended("finished")
                 in_step, at = True, f"Step {learner.steps + 1}"
                 before = self.rewind_to = resume.position(self)
                 self._step()
             except NonFiniteLoss as error:
-                path = error.save(self.directory)
-                log.warn(f"{at}: {error}. Nothing was updated; the batch is in {path}.")
+                where = f"; the batch is in {error.save(self.directory)}" if self.world.first else ""
+                log.warn(f"{at}: {error}. Nothing was updated{where}.")
                 return Ended("diverged")
             except FloatingPointError as error:  # non-finite logits in the sampler, or a non-finite held-out loss
                 log.warn(f"{at}: {error}")
@@ -188,6 +205,7 @@ class Run:
             batch.numbers |= staleness(batch.groups, learner.updates)
         self.rewind_to = resume.position(self)
         for update in algorithm.updates(learner, batch, log):
+            log.interrupt.agree(self.world)
             with log.stage("train", f"micro-batches{update.label}") as progress:
                 batch.updates.append(learner.step(algorithm, update, progress))
             self.rewind_to = resume.position(self)
@@ -202,7 +220,7 @@ class Run:
         """Evaluates before and after training, and every `eval.every` steps between."""
         step, every = self.learner.steps, self.config.eval.every
         due = step in (0, self.config.steps) or bool(every and step % every == 0)
-        if due and not self.log.evaluated(step):
+        if due and not self.world.from_first(bool(self.log.evaluated(step))):
             for evaluation in self.evaluations:
                 evaluation.run(self.learner, self.log, step)
 
@@ -217,6 +235,8 @@ class Run:
 
     def _save(self) -> None:
         """Writes a checkpoint. If that fails, the run goes on and earlier checkpoints stay."""
+        if not self.world.first:
+            return
         try:
             with self.log.stage("save"):
                 env.return_freed_memory()
@@ -231,6 +251,8 @@ class Run:
     def _conclude(self, ended: Ended) -> Outcome:
         """Saves what was trained, writes the report, reports what could not be written, and closes the log."""
         log, steps, problems = self.log, self.learner.steps, []
+        if not self.world.first:
+            return Outcome(ended.status, steps, {}, {}, self.directory / "report.html", ended.signal)
         if self.learner.intact:
             try:
                 with log.stage("save"):

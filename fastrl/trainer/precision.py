@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
+from fastrl.distributed import ALONE, World
 from fastrl.model.accelerate import Choices, accelerate_cpu
 from fastrl.model.load import linear_shapes
-from fastrl.model.race import CLEARLY, bfloat16_ratio
+from fastrl.model.race import CLEARLY, bfloat16_ratio, from_json, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,14 +68,19 @@ class Speed:
     precision: Precision
     asked: str  # the dtype in the recipe
     choices: Choices  # saved in checkpoints, so that a resumed run computes the same bits
+    world: World = ALONE
     layers: int = 0  # number of layers on fastrl's products, over all models of the run
     others: Counter[str] = field(default_factory=Counter)  # kinds of layers that stay on torch
 
     def up(self, model: PreTrainedModel, config: TrainConfig) -> None:
-        """Applies `accelerate_cpu` as configured."""
+        """Applies `accelerate_cpu` as configured; of several processes, one takes the time."""
         if config.linear == "torch" or next(model.parameters()).device.type != "cpu":
             return
+        if not self.world.first:
+            self.choices.update(from_json(self.world.from_first(None)))
         made = accelerate_cpu(model, linear=config.linear, known=self.choices)
+        if self.world.first:
+            self.world.from_first(to_json(self.choices))
         self.layers += made.covered
         self.others += Counter(made.others)
 

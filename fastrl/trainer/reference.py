@@ -15,7 +15,7 @@ from fastrl.files import complete_or_absent
 from fastrl.model.policy import Policy
 from fastrl.progress import Progress, unseen
 from fastrl.trainer.learner import Learner
-from fastrl.types import Group
+from fastrl.types import Group, MicroBatch
 
 FOLDER, FILE = "reference", "logps.safetensors"
 AT_ONCE = 256  # groups packed at a time
@@ -43,9 +43,10 @@ class AskedOnce:
         samples = [sample for group in groups for sample in group.samples]
         path = run_dir / FOLDER / FILE if run_dir else None
         kept = _read(path, about) if path else None
-        if kept is None:
+        lacking = learner.world.gather(kept is None)  # a disk that only some can read
+        if kept is None or any(lacking):
             self._ask(learner, groups, progress)
-            if path:
+            if path and learner.world.first:
                 kept = torch.tensor(
                     [logp for sample in samples for logp in sample.ref_logps or ()], dtype=torch.float32
                 )
@@ -58,12 +59,18 @@ class AskedOnce:
     def _ask(self, learner: Learner, groups: Sequence[Group], progress: Progress) -> None:
         answers, found = sum(len(group.samples) for group in groups), 0
         for start in range(0, len(groups), AT_ONCE):
-            for batch in learner.pack(groups[start : start + AT_ONCE], whole_groups=True):
+            batches = learner.pack(groups[start : start + AT_ONCE], whole_groups=True)
+
+            def score(batch: MicroBatch) -> dict[str, torch.Tensor]:
+                nonlocal found
                 progress(found, answers)
-                logps = self.reference.score(batch, temperature=learner.temperature).cpu()
-                for sample, part in zip(batch.samples, logps.split(batch.cu_seqlens.diff().tolist()), strict=True):
-                    sample.ref_logps = part.tolist()
                 found += len(batch.samples)
+                return {"ref_logps": self.reference.score(batch, temperature=learner.temperature)}
+
+            for batch, read in zip(batches, learner.world.map(batches, score), strict=True):
+                parts = read["ref_logps"].cpu().split(batch.cu_seqlens.diff().tolist())
+                for sample, part in zip(batch.samples, parts, strict=True):
+                    sample.ref_logps = part.tolist()
 
 
 def _read(path: Path, about: dict[str, str]) -> torch.Tensor | None:

@@ -92,8 +92,9 @@ def restore(run: Run) -> None:
 
 def resume_log(run: Run) -> None:
     """Removes what the run logged after `run.resumed`, and reports where it resumes."""
-    clear_leftovers(run.directory)
-    checkpoint.point_to(run.resumed.folder)  # newer checkpoints are abandoned
+    if run.world.first:
+        clear_leftovers(run.directory)
+        checkpoint.point_to(run.resumed.folder)  # newer checkpoints are abandoned
     where = reached(run.learner.steps, run.batch)
     run.log.resume(run.resumed.json("state.json")["log"], _where_from(run, where))
     for message in (*run.resumed.skipped, *_differences(run)):

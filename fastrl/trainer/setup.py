@@ -21,6 +21,7 @@ from fastrl.check import require, sentence
 from fastrl.data.plan import ModelShape
 from fastrl.data.preferences import split_groups, with_end
 from fastrl.data.sampler import PromptSampler
+from fastrl.distributed import World, join
 from fastrl.kernels.registry import resolve
 from fastrl.model.adapter import WithoutAdapter, base_of
 from fastrl.model.attention import prepare_attention
@@ -40,7 +41,7 @@ from fastrl.rollout.turns import Environment, Turns
 from fastrl.sources import Ahead, Offline, Rollouts, Rounds, Sampling, Source
 from fastrl.sources.rounds import FOLDER
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.checkpoint import Checkpoint, model_of
+from fastrl.trainer.checkpoint import Checkpoint, about, model_of
 from fastrl.trainer.config import AheadConfig, InterruptionConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.judges import begin_judges
@@ -157,6 +158,8 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         model, tokenizer = load_model(base or config.model, dtype, **options)
         adapted = trained_adapter(model, config) if base else None
     began = fingerprint(model)
+    world = speed.world
+    world.require_same({"model": began})
     plain, (config, turns) = config, prepare_turns(config, tokenizer, given.environment)
     if resumed:
         require_same_model(resumed, config.model, began)
@@ -178,6 +181,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         config.max_tokens_per_microbatch,
         partial(make_optimizers, config),
         adapted=adapted,
+        world=world,
         temperature=1.0 if isinstance(algorithm, Objective) else config.rollout.temperature,
     )
     on_prompts = None if rewards is None else _sampling(config, learner, tokenizer, turns)
@@ -201,6 +205,7 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         made = replace(made, source=given.source)
     elif config.source == "ahead":
         made = replace(made, source=_ahead(plain, algorithm, made.source, given))
+    world.require_same({"data": made.source.state_dict()})
     if resumed:
         try:
             made.source.load_state_dict(resumed.json("state.json")["source"])  # refuses other rows before any write
@@ -215,8 +220,10 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
         prompts = [prompt for one in made.evaluations if isinstance(one, OnPrompts) for prompt in one.prompts]
         prompts = prompts or (made.source.prompts.prompts if isinstance(made.source, Rollouts | Rounds) else [])
         about += begin_judges(rewards, learner, on_prompts, prompts, asks=trains and not resumed)
+    require_splits(config, algorithm, world)
     run = Run(
         config=plain,
+        world=world,
         directory=resumed.run_dir if resumed else free_directory(config.directory()),
         learner=learner,
         algorithm=algorithm,
@@ -233,6 +240,36 @@ def prepare(config: TrainConfig, given: Given | None = None, *, trains: bool = T
     if isinstance(run.source, Rounds) and run.source.folder is None:
         run.source.folder = lambda: run.directory / FOLDER  # settled once the run has locked it
     return run
+
+
+def require_alike(config: TrainConfig, world: World) -> None:
+    """Refuses processes that would not train the same run.
+
+    Raises:
+        ValueError: on all of them, with the field or the version and two values.
+    """
+    if world.size == 1:
+        return
+    versions = about()["versions"]
+    leaves = {name: repr(value) for name, value in asdict(config).items()}
+    world.require_same({**versions, **leaves})
+
+
+def require_splits(config: TrainConfig, algorithm: Algorithm, world: World) -> None:
+    """Refuses what several processes cannot do together.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if world.size == 1:
+        return
+    op, do = "distributed", "Run it with one process."
+    require(config.source != "ahead", op, "source", "rollouts, rounds or offline with several processes", "ahead", do)
+    masks = getattr(algorithm, "masks", None)
+    expected = "none with several processes: their thresholds are over the tokens of all"
+    require(not (masks and masks.on), op, "masks", expected, masks, do)
+    sorts = getattr(algorithm, "sorts", False)
+    require(not sorts, op, "algorithm", "none that sorts the whole batch, with several processes", config.algorithm, do)
 
 
 def _rewards(config: TrainConfig, given: Sequence[tuple[RewardFunc, float]] | None) -> RewardSuite:
@@ -270,7 +307,7 @@ def _sampling(
         require(
             open_ended, "TrainConfig", "interruption.text", "words without a token that ends a completion", asked.text
         )
-    return Sampling(sampler, tokenizer, params, turns, interruption)
+    return Sampling(sampler, tokenizer, params, turns, interruption, learner.world)
 
 
 def _on_prompts(config: TrainConfig, held_out: Sequence[Prompt], sampling: Sampling, rewards: RewardSuite) -> OnPrompts:
@@ -466,13 +503,17 @@ def begin(config: Config) -> tuple[Config, Checkpoint | None, torch.device, Spee
         ValueError: there is no such checkpoint, device or backend.
     """
     require_installed(config.log_to)
+    world = join()
+    require_alike(config, world)
     resumed = resumable(config) if config.resume else None
     if config.threads:
         torch.set_num_threads(config.threads)
     env.reuse_freed_memory()
     torch.manual_seed(config.seed)
-    device = pick_device(config.device)
+    device = world.device if world.size > 1 and config.device == "auto" else pick_device(config.device)
     resolve("linear_logprob", config.backend, device)  # refuses now what the first step would refuse
     resolved, precision = resolve_dtype(config, device, resumed)
+    dtype = world.from_first(resolved.dtype)  # measured by each of them
+    resolved, precision = replace(resolved, dtype=dtype), precision._replace(dtype=dtype)
     known = from_json(resumed.json("state.json").get("linear", {})) if resumed else {}
-    return resolved, resumed, device, Speed(precision, config.dtype, known)
+    return resolved, resumed, device, Speed(precision, config.dtype, known, world)

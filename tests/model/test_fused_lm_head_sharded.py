@@ -10,7 +10,8 @@ import pytest
 import torch
 from tolerance import assert_exact
 from torch import distributed, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from fastrl import FusedLMHead, linear_policy_loss, presets
@@ -135,6 +136,58 @@ def sharded_with_an_adapter(rank):
     assert_equals_one_process(fully_shard(net), "policy_loss", rank, adapter=True)
 
 
+def flat_shards(rank, kind, original):
+    """FSDP 1 of the whole model, whose forward has the head's in it."""
+    net = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=original)
+    args, named = arguments(kind, mine(rank), 1 / WORLD)
+    loss = net(*args, **named)
+    loss.backward()
+    total, one = loss.detach() / WORLD, expected(kind)
+    distributed.all_reduce(total)
+    assert_exact(total, one[0])
+    if not original:
+        return  # FSDP gives no gradients by name then
+    with FullyShardedDataParallel.summon_full_params(net, with_grads=True):
+        assert_grads(gradients(net), one[1])
+
+
+def assert_grads(found, wanted):
+    for name, grad in wanted.items():
+        assert_exact(found[name], grad)
+        assert grad.any()
+
+
+def flat_shards_of_the_head(rank):
+    """FSDP 1 of the head alone: called as the wrapper it is exact; its methods would run without what gathers."""
+    whole, head = Net().lm_head, FullyShardedDataParallel(
+        Net().lm_head, device_id=torch.device("cpu"), use_orig_params=True
+    )  # fmt: skip
+    for module, rows, share in ((whole, slice(None), 1.0), (head, mine(rank), 1 / WORLD)):
+        x, targets, mask, advantages, old = data(rows)
+        named = {"advantages": advantages, "mask": mask, "old_logps": old, "normalizer": TOKENS * share}
+        module(x, targets, op=partial(linear_policy_loss, spec=presets.DAPO, **named)).loss.backward()
+    with FullyShardedDataParallel.summon_full_params(head, with_grads=True):
+        assert_grads(gradients(head), gradients(whole))
+    for original in (True, False):
+        head = FullyShardedDataParallel(Net().lm_head, device_id=torch.device("cpu"), use_orig_params=original)
+        with pytest.raises(
+            ValueError, match=r"^FusedLMHead: lm_head.weight: .* got a piece of it, .* call the wrapper"
+        ):
+            head.policy_loss(x, targets, advantages, presets.DAPO, mask=mask)
+
+
+def flat_shards_inside(rank):
+    """FSDP 1 around the layer, whose forward does not run: its weight is not there."""
+    policy = ModuleWrapPolicy({nn.Linear})
+    for original in (True, False):
+        net = FullyShardedDataParallel(
+            Net(), device_id=torch.device("cpu"), use_orig_params=original, auto_wrap_policy=policy
+        )
+        args, named = arguments("policy_loss", mine(rank), 1 / WORLD)
+        with pytest.raises(ValueError, match=r"^FusedLMHead: lm_head.weight: .* Shard the FusedLMHead instead"):
+            net(*args, **named)
+
+
 def mixed_precision(rank):
     """FSDP rounds what it sees; advantages and old log-probabilities it must not see."""
     head = Net(torch.float32).lm_head
@@ -180,6 +233,10 @@ CASES = {
     "sharded_token_loss": partial(sharded, kind="token_loss"),
     "sharded_with_the_whole_model": sharded_with_the_whole_model,
     "sharded_with_an_adapter": sharded_with_an_adapter,
+    "flat_shards_policy_loss": partial(flat_shards, kind="policy_loss", original=True),
+    "flat_shards_token_loss": partial(flat_shards, kind="token_loss", original=False),
+    "flat_shards_of_the_head": flat_shards_of_the_head,
+    "flat_shards_inside": flat_shards_inside,
     "mixed_precision": mixed_precision,
     "layer_sharded_inside": layer_sharded_inside,
     "sharded_by_a_module_that_does_not_run": sharded_by_a_module_that_does_not_run,
@@ -212,3 +269,14 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one_or_are_told_what_to_do(outcomes, case):
     assert [(outcomes / f"{case}.{rank}").read_text() for rank in range(WORLD)] == ["", ""]
+
+
+def test_a_head_that_zero3_left_in_pieces_is_told_what_to_do():
+    """Outside the forward of its module, ZeRO-3 leaves a parameter without elements."""
+    head = Net().lm_head
+    head.lm_head.weight.data = torch.empty(0, dtype=torch.float64)
+    x, targets, *_ = data()
+    with pytest.raises(
+        ValueError, match=r"^FusedLMHead: lm_head.weight: expected a whole tensor, .* register_external"
+    ):
+        head(x, targets)

@@ -120,7 +120,7 @@ def test_an_environment_whose_close_raises_costs_its_sample():
 
 
 def test_without_the_package_or_with_its_api_of_programs_the_environment_is_refused(monkeypatch):
-    from fastrl.environments import verifiers
+    from fastrl.data import verifiers
 
     monkeypatch.setitem(sys.modules, "verifiers", None)
     monkeypatch.setitem(sys.modules, "verifiers.legacy", None)
@@ -165,7 +165,7 @@ def load_environment(words=4, grouped=False):
 @pytest.fixture
 def _our_environment(tmp_path, monkeypatch):
     pytest.importorskip("verifiers")
-    from fastrl.environments import verifiers
+    from fastrl.data import verifiers
 
     try:
         verifiers.classic()

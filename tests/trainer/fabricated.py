@@ -91,6 +91,7 @@ def metrics(step: int, rng: random.Random, total: int) -> dict[str, float]:
         "entropy": 1.3 - 0.7 * progress + rng.gauss(0, 0.03),
         "sampling/entropy": 1.25 - 0.7 * progress + rng.gauss(0, 0.05),
         "kl": 0.02 * progress,
+        "sampling/outside_share": 0.01 + abs(rng.gauss(0, 0.002)),
         "sampling/sampling_logp_difference/mean": 0.004 + abs(rng.gauss(0, 0.001)),
         "gradient_fraction": 0.6,
     }

@@ -346,6 +346,12 @@ def test_warnings_for_length_limit_and_sampler_mismatch_carry_their_numbers():
     assert len(messages) == 2
     assert "95%" in messages[0]
     assert "0.250 nats" in messages[1]
+    far = {"sampling/outside_share": 0.3, "sampling/staleness": 0.0}
+    assert not [m for step in (1, 2, 3) for m in Alarms().check(step, {"sampling/outside_share": 0.1})]
+    assert not [m for step in (1, 2, 3) for m in Alarms().check(step, far | {"sampling/staleness": 2.0})]
+    alarms = Alarms()
+    (message,) = [m for step in (1, 2, 3) for m in alarms.check(step, far)]
+    assert "for 30% of them" in message
 
 
 def test_encoded_line_holds_one_line_whatever_the_text():

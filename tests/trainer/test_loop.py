@@ -27,7 +27,7 @@ from transformers import (
 from fastrl import advantages
 from fastrl.algorithms import ALGORITHMS
 from fastrl.data.pack import count, pack
-from fastrl.losses.metrics import finish
+from fastrl.losses.metrics import finish, merge, mismatch
 from fastrl.model.attention import prepare_attention
 from fastrl.model.checkpointing import checkpoint_activations
 from fastrl.model.policy import Policy
@@ -340,6 +340,32 @@ def test_top_p_and_temperature_reach_the_sampler_and_the_scorer(tmp_path):
     train(config)
     (line,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert line["sampling/sampling_logp_difference/max"] < 1e-4  # scored at the temperature it was sampled at
+    assert line["sampling/outside_share"] == 0.0
+    assert abs(line["sampling/mismatch_kl"]) < 1e-8
+
+
+def test_the_mismatch_is_that_of_closed_forms_and_a_run_at_another_temperature_shows_it(tmp_path):
+    torch.manual_seed(0)
+    sampler, trainer = torch.randn(2, 50).log_softmax(-1)
+    drawn = torch.multinomial(sampler.exp(), 200_000, replacement=True)
+    found = finish(mismatch(trainer[drawn], sampler[drawn], torch.ones(len(drawn))))
+    exact = float((sampler.exp() * (sampler - trainer)).sum())
+    assert found["sampling/mismatch_kl"] == pytest.approx(exact, rel=0.02)
+    assert found["sampling/mismatch_kl_k1"] == pytest.approx(exact, rel=0.02)
+    ratio = (trainer - sampler).exp()
+    assert found["sampling/outside_share"] == pytest.approx(
+        float(sampler.exp()[(ratio < 0.9) | (ratio > 1.1)].sum()), abs=0.005
+    )
+    masked = mismatch(torch.tensor([0.0, math.nan]), torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))
+    assert finish(masked) == dict.fromkeys(masked, 0.0)
+    run = prepare(tiny_config(tmp_path, steps=1, algorithm="grpo"))
+    run.learner.temperature = 0.5  # the trainer believes that samples came from there
+    batch = run.source.next(run.learner, Unwatched())
+    (part,) = run.algorithm.updates(run.learner, batch, Unwatched())
+    _, metrics = run.algorithm.accumulate(run.learner, part)
+    assert (
+        finish(merge(metrics))["sampling/outside_share"] > 0.2
+    )  # of a model that is nearly uniform at any temperature
 
 
 def test_algorithms_hand_lengths_and_each_reward_to_their_estimators(tmp_path, rollout):

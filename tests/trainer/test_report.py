@@ -231,7 +231,7 @@ def test_directory_without_a_run_is_refused_by_name(tmp_path):
 
 def test_charts_are_well_formed_follow_the_page_colours_and_have_no_fixed_size(finished):
     drawn = charts(read_run(finished[0]))
-    assert len(drawn) == 12
+    assert len(drawn) == 13
     for chart in drawn:
         root = ET.fromstring(chart.svg)
         assert "width" not in root.attrib

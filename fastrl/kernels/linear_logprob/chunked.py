@@ -82,7 +82,7 @@ def adds_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 def row_chunks(rows: torch.Tensor, vocabulary: int, itemsize: int) -> Iterator[torch.Tensor]:
     """Splits row indices into equal chunks whose logits fit `CHUNK_BYTES`."""
-    most = max(1, CHUNK_BYTES * (GPU_CHUNKS if rows.is_cuda else 1) // (vocabulary * itemsize))
+    most = max(1, CHUNK_BYTES * (GPU_CHUNKS if rows.is_cuda else 1) // (max(vocabulary, 1) * itemsize))
     pieces = -(-len(rows) // most)
     return iter(torch.tensor_split(rows, pieces)) if pieces else iter(())
 
@@ -104,7 +104,7 @@ class Head:
 
     def _tiles(self) -> Iterator[tuple[slice, torch.Tensor]]:
         size = self.weight.shape[0]
-        step = size if self.weight.dtype == self.dtype else VOCABULARY_TILE
+        step = max(size, 1) if self.weight.dtype == self.dtype else VOCABULARY_TILE
         for start in range(0, size, step):
             tile = slice(start, min(start + step, size))
             yield tile, self.weight[tile].to(self.dtype)
@@ -188,6 +188,8 @@ class Chunk:
     `read`, `reread` or `recall` comes first; the buffer given to it may be overwritten by the last `gradient`.
     """
 
+    columns = 0  # of probabilities beside those of the weight's rows; a target may be one of them
+
     def __init__(
         self,
         targets: torch.Tensor,
@@ -203,11 +205,16 @@ class Chunk:
 
     def read(self, logits: torch.Tensor, entropy: bool, summaries: torch.Tensor | None = None) -> Statistics:
         """Statistics of hidden W^T (n, V); writes `Read.summaries` (3, n) too where there is room for them."""
-        self.p = logits if self.bias is None else logits.add_(self.bias)
-        self.slope = finish_logits_(self.p, self.temperature, self.softcap, self.logit_scale)
-        if summaries is not None:
-            summaries.copy_(summaries_of(self.p, self.targets))
+        self.p = self.finished(logits, summaries)
         return Statistics(*softmax_(self.p, self.targets), entropy_of(self.p) if entropy else None)
+
+    def finished(self, logits: torch.Tensor, summaries: torch.Tensor | None) -> torch.Tensor:
+        """The finished logits of hidden W^T, with the slope of their cap and their summaries."""
+        z = logits if self.bias is None else logits.add_(self.bias)
+        self.slope = finish_logits_(z, self.temperature, self.softcap, self.logit_scale)
+        if summaries is not None:
+            summaries.copy_(summaries_of(z, self.targets))
+        return z
 
     def reread(self, logits: torch.Tensor) -> None:
         """hidden W^T once more, where the statistics are already known."""
@@ -260,7 +267,7 @@ def forward_in_chunks(
     head = Head(weight)
     ignored = targets == ignore_index
     chosen = Selection(~ignored, ignored)
-    count, vocabulary = len(targets), weight.shape[0]
+    count, vocabulary = len(targets), weight.shape[0] + make.columns
     logps, lse = hidden.new_zeros(count, dtype=head.dtype), hidden.new_zeros(2, count, dtype=head.dtype)
     entropies = hidden.new_zeros(count if entropy else 0, dtype=head.dtype)
     summary = hidden.new_zeros(3, count if summaries else 0, dtype=head.dtype)
@@ -312,16 +319,16 @@ def backward_in_chunks(
     hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index = inputs
     logps, entropy, lse, saved, saved_entropy, _ = read
     needs_hidden, needs_weight, needs_bias = needs
-    head = Head(weight)
+    head, vocabulary = Head(weight), weight.shape[0] + make.columns
     if save == "frozen":
         return scale_rows(saved, grad_logps, saved_entropy, grad_entropy), *head.gradients(False, False)
     active = grad_logps != 0 if grad_entropy is None else (grad_logps != 0) | (grad_entropy != 0)
     chosen = Selection(active & (targets != ignore_index))
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=head.dtype)
-    safe, _ = check_targets(targets, weight.shape[0], ignore_index)
+    safe, _ = check_targets(targets, vocabulary, ignore_index)
     known = Statistics(logps, lse, None if grad_entropy is None else entropy)
     (live,) = chosen.rows()
-    for rows in row_chunks(live, weight.shape[0], logps.element_size()):
+    for rows in row_chunks(live, vocabulary, logps.element_size()):
         chunk = make(safe[rows], at_rows(temperature, rows, head.dtype), bias, softcap, logit_scale)
         h = hidden[rows]
         if save == "store":

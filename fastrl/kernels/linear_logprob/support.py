@@ -52,7 +52,7 @@ class Scores(NamedTuple):
     entropy: torch.Tensor  # (N,) or (0,)
     lse: torch.Tensor  # (2, N): the largest logit, and the logarithm of what is left
     raw: torch.Tensor  # (nnz,) hidden W^T, without the bias
-    at_target: torch.Tensor  # (N,) int64, the entry of each row's target
+    at_target: torch.Tensor  # (N,) int64, the entry of each row's target; -1 if another part of the vocabulary has it
 
 
 def sets_of(inputs: HeadInputs, token_ids: torch.Tensor, offsets: torch.Tensor) -> Sets:
@@ -63,7 +63,9 @@ def sets_of(inputs: HeadInputs, token_ids: torch.Tensor, offsets: torch.Tensor) 
     return Sets(token_ids.masked_fill(ignored[rows], 0), rows, offsets)
 
 
-def checked_sets(inputs: HeadInputs, token_ids: torch.Tensor, offsets: torch.Tensor) -> tuple[Sets, torch.Tensor]:
+def checked_sets(
+    inputs: HeadInputs, token_ids: torch.Tensor, offsets: torch.Tensor, vocabulary: int
+) -> tuple[Sets, torch.Tensor]:
     """(the sets, the entry of each row's target), from what a caller gave.
 
     The host has to learn the size of each set in any case, so a wrong one raises on every device. A target outside its
@@ -73,7 +75,7 @@ def checked_sets(inputs: HeadInputs, token_ids: torch.Tensor, offsets: torch.Ten
         ValueError: the offsets are no bounds of sets, or a row that is not ignored has an id outside the vocabulary, an
             id twice, or not its target.
     """
-    vocabulary, count = inputs.weight.shape[0], len(token_ids)
+    count = len(token_ids)
     bounds = offsets.cpu()
     good = bool(bounds[0] == 0 and bounds[-1] == count and (bounds.diff() >= 0).all())
     expected = f"offsets that ascend from 0 to {count}, the number of ids"
@@ -97,6 +99,18 @@ def checked_sets(inputs: HeadInputs, token_ids: torch.Tensor, offsets: torch.Ten
     return sets, order[place] if count else rows
 
 
+def of_shard(
+    sets: Sets, at_target: torch.Tensor, live: torch.Tensor, start: int, end: int
+) -> tuple[Sets, torch.Tensor]:
+    """The part of the sets of live rows (N,) bool with ids from `start` to `end`, which become 0 to end - start."""
+    kept = (sets.token_ids >= start) & (sets.token_ids < end) & live[sets.rows]
+    before = torch.cat((kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)))  # (nnz + 1,)
+    part = Sets(sets.token_ids[kept] - start, sets.rows[kept], before[sets.offsets])
+    if len(kept) == 0:
+        return part, torch.full_like(at_target, -1)
+    return part, torch.where(kept[at_target], before[at_target], -1)
+
+
 def _refuse(wrong: torch.Tensor, rows: torch.Tensor, expected: str, got: str, do: str) -> None:
     """Raises for the first of `rows` that is wrong."""
     if bool(wrong.any()):
@@ -110,18 +124,24 @@ def forward(inputs: HeadInputs, token_ids: torch.Tensor, offsets: torch.Tensor, 
     Raises:
         ValueError: see `checked_sets`.
     """
-    sets, at_target = checked_sets(inputs, token_ids, offsets)
+    sets, at_target = checked_sets(inputs, token_ids, offsets, inputs.weight.shape[0])
+    return read(inputs, sets, at_target, entropy=entropy)
+
+
+def read(inputs: HeadInputs, sets: Sets, at_target: torch.Tensor, *, entropy: bool) -> Scores:
+    """`forward`, given the checked sets. A row without its target has log-probability -inf, one without any id also
+    the largest logit."""
     ignored = inputs.targets == inputs.ignore_index
     raw = _products(inputs, sets, ~ignored)
     if len(raw) == 0:  # there is no target to read either
-        rows = len(ignored)
-        return Scores(raw.new_zeros(rows), raw.new_zeros(rows * entropy), raw.new_zeros(2, rows), raw, at_target)
+        logps = raw.new_full(ignored.shape, -torch.inf).masked_fill_(ignored, 0)
+        return Scores(logps, raw.new_zeros(len(logps) * entropy), logps.repeat(2, 1), raw, at_target)
     z, _ = _finished(raw, inputs, sets)
-    top = torch.segment_reduce(z, "max", offsets=offsets, unsafe=True)  # ty: ignore[missing-attribute]  not in its stubs
+    top = torch.segment_reduce(z, "max", offsets=sets.offsets, unsafe=True)  # ty: ignore[missing-attribute]  not in its stubs
     p = (z - top[sets.rows]).exp_()  # an infinite maximum makes the row NaN, as it must be
     total = sets.sum(p)
     log_total = total.log()
-    logps = (z[at_target] - top - log_total).to(z.dtype)
+    logps = (z[at_target.clamp(min=0)] - top - log_total).to(z.dtype).masked_fill_(at_target < 0, -torch.inf)
     h = raw.new_empty(0)
     if entropy:
         h = sets.sum(torch.special.entr(p.div_(total[sets.rows]))).to(z.dtype).masked_fill_(ignored, 0)
@@ -247,7 +267,7 @@ def _grad_entries(
     top, log_total = scores.lse[:, sets.rows]
     log_p = z.sub_(top).sub_(log_total)
     p = log_p.exp()
-    chosen = active.nonzero()[:, 0]
+    chosen = (active & (scores.at_target >= 0)).nonzero()[:, 0]
     target, logps = scores.at_target[chosen], scores.logps[chosen]
     dz = -grad_logps[sets.rows] * p
     dz[target] = -grad_logps[chosen] * logps.expm1()
