@@ -90,7 +90,7 @@ class FusedLMHead(torch.nn.Module):
         if targets is None:
             check.require(not options, OP, "targets", "a tensor with other options", None, "Pass the token ids.")
             return self.lm_head(hidden)
-        self._require_whole(in_force(self.lm_head).weight)
+        self._require_whole(in_force(self.lm_head).weight)  # ty: ignore[invalid-argument-type]  a linear layer's
         weight = head_weight(self.lm_head)
         self._require_gathered(weight)
         temperature = options.get("temperature")
