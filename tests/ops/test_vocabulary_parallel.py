@@ -656,8 +656,8 @@ def refusals_of_one_rank(rank):
     def wrong(part):
         part.bias = part.bias[1:]
 
-    told = r"^(linear_logprob: bias: expected shape|linear_logprob: process_group: expected arguments that every rank"
-    told += r" accepts, got an error on rank 1: ValueError: linear_logprob: bias: expected shape)"
+    told = r"^(linear_logprob: bias: expected shape|linear_logprob: process_group: expected the same call on every"
+    told += r" rank, with arguments that each accepts, got an error on rank 1: ValueError: linear_logprob: bias: exp.*)"
     refused((ValueError, RuntimeError), told, rank, change=wrong)
 
     def policy(part, **options):
@@ -672,6 +672,12 @@ def refusals_of_one_rank(rank):
         linear_token_loss(part.hidden, part.weight, part.targets, torch.neg, weights=weights, **options)
 
     refused((ValueError, RuntimeError), r"linear_token_loss: weights: expected shape \(24,\)", rank, call=token)
+    part, _ = shard_of(gaussian(ROWS, SIZE, VOCABULARY), rank)
+    loss = scored(part, process_group=group()).logps.sum()
+    with pytest.raises(
+        RuntimeError, match=r"process_group: expected the same call on every rank, .* got another call on"
+    ):
+        scored(part, process_group=group()) if rank == 1 else loss.backward()
     compare(rank, gaussian(ROWS, SIZE, VOCABULARY))  # and the next call finds all ranks together
 
 
@@ -730,12 +736,29 @@ def under_autocast(rank):
     torch.testing.assert_close(part.weight.grad, whole.weight.grad[where], rtol=2**-7, atol=1e-2)
 
 
+def under_compile(rank):
+    """The split head is left out of the graph."""
+    if world_of() > 2:
+        return  # the compiler takes longer than all else
+    inputs = gaussian(ROWS, SIZE, VOCABULARY, dtype=torch.float32)
+    whole, (part, where) = inputs.leaves(*EVERYTHING), shard_of(inputs, rank)
+
+    @torch.compile(backend="aot_eager")
+    def loss_of(one, process_group):
+        out = linear_logprob(one.hidden.tanh(), one.weight, one.targets, bias=one.bias, process_group=process_group)
+        return out.logps.square().sum()
+
+    loss_of(part, group()).backward()
+    linear_logprob(whole.hidden.tanh(), whole.weight, whole.targets, bias=whole.bias).logps.square().sum().backward()
+    assert_equal_part(part.grads(), where, whole.grads(), partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4))
+
+
 CASES = (
     splits, options_of_the_head, rows_in_chunks, leading_shape, padded_head, single_precision, half_precision,
     what_needs_a_gradient, outputs_without_gradient, every_shard_learns, support_sets, policy_losses, token_losses,
     preference_losses, fused_head, nothing_to_do, ignored_rows_are_not_read, extremes, never_above_zero, bits_are_equal,
     backward_twice, subgroups, one_rank, traffic, matmuls, rows_over_ranks, disagreement, other_losses,
-    refusals_of_one_rank, refusals_of_all, sharded_tensors, under_autocast,
+    refusals_of_one_rank, refusals_of_all, sharded_tensors, under_autocast, under_compile,
 )  # fmt: skip
 
 
