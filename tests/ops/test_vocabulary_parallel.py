@@ -1,8 +1,12 @@
 """A vocabulary that is split between processes: everything is as in one, on every rank, and said if it cannot be.
 
-The split heads of other projects had: no gradient in shards without the target (ms-swift #9947), a gradient of hidden
-that differs between ranks (apple/ml-cross-entropy #42), losses off by log(ranks) when each rank holds the whole head
-(Megatron-LM #7452), and other losses where the ranks do not divide the vocabulary (Megatron-LM #1754).
+What the split heads of others had:
+no gradient in shards without the target, https://github.com/modelscope/ms-swift/pull/9947;
+a gradient of hidden that differs between ranks, https://github.com/apple/ml-cross-entropy/pull/42, or that nobody adds
+up without sequence parallelism, https://github.com/NovaSky-AI/SkyRL/pull/1886;
+losses off by log(ranks) where each rank holds the whole head, https://github.com/NVIDIA/Megatron-LM/issues/7452;
+other losses where ranks do not divide the vocabulary, https://github.com/NVIDIA/Megatron-LM/issues/1754;
+log-probabilities above zero, https://github.com/verl-project/verl/issues/2656.
 """
 
 from __future__ import annotations
@@ -211,7 +215,7 @@ def outputs_without_gradient(rank):
     assert scored(inputs, **asked).is_top1.any()
     # The first of equal logits counts, whichever rank has it.
     inputs.weight[:], inputs.bias[:] = 0, 0
-    inputs.targets[0], inputs.targets[2] = 0, VOCABULARY - 1
+    inputs.targets[0], inputs.targets[2] = 0, bounds("chunks", world_of())[-1][0]
     top1 = scored(shard_of(inputs, rank)[0], process_group=group(), is_top1=True).is_top1
     assert (top1[0], top1[2]) == (True, False)
 
@@ -405,6 +409,9 @@ def extremes(rank):
         grads = gradient_of(list(out), part)
         whole = dead.leaves(*EVERYTHING)
         assert_equal_part(grads, where, gradient_of(list(scored(whole, entropy=True, backend="reference")), whole))
+    inputs.bias[:] = -math.inf  # no shard is left: NaN, as in one process
+    for one in scored(shard_of(inputs, rank)[0], entropy=True, process_group=group()):
+        assert torch.equal(one.isnan(), inputs.targets != IGNORE)
     peaked = gaussian(ROWS, SIZE, VOCABULARY, dtype=torch.float32)
     for size in (30.0, 3e3):
         peaked.bias = size * torch.randn(VOCABULARY)
