@@ -93,8 +93,8 @@ def linear_policy_loss(
     """
     split = process_group is not None and ranks_of(OP, process_group) > 1
     with shared_refusals(OP, process_group, hidden, weight) if split else nullcontext():
-        given = (bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
-        head = check_head(OP, hidden, weight, targets, *given, shard=split)
+        settings = (bias, temperature, softcap, logit_scale, ignore_index, vocab_size)
+        head = check_head(OP, hidden, weight, targets, *settings, shard=split)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         check.shape(
             OP, "mask", mask, targets.shape, "as targets"
@@ -136,8 +136,7 @@ def linear_policy_loss(
     constants = LossTokens(*(getattr(tokens, name) for name in LossTokens._fields))
     if spec.separable and not metrics:
         constants = constants._replace(mask=tokens.mask & ~zero_advantage_rows(constants, spec))
-    in_one_op = sets is not None or in_one_pass(head, main_grad, logit_bytes, backend)
-    if spec.separable and not split and in_one_op:
+    if spec.separable and not split and (sets is not None or in_one_pass(head, main_grad, logit_bytes, backend)):
         out = linear_policy_loss_op(
             head,
             constants,

@@ -26,8 +26,8 @@ PUT_INSIDE = (
 )
 GATHERED_AROUND_A_CALL = (
     "FSDP 1 and ZeRO-3 gather a weight around the forward of its module. Wrap the FusedLMHead, or what calls it, in "
-    "FSDP, and call the wrapper, with op=functools.partial(linear_policy_loss, ...) for a loss; under ZeRO-3 call "
-    "deepspeed.zero.register_external_parameter(head, head.weight) once."
+    "FSDP, and call the wrapper, with op=functools.partial(linear_policy_loss, ...) for a loss; under ZeRO-3 call it "
+    "in the forward of the engine."
 )
 
 

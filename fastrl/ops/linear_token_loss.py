@@ -89,7 +89,6 @@ def linear_token_loss(
             check_split_backend(OP, backend)
     dtype = accumulate_dtype(head.hidden.dtype)
     flat = [weights.detach().reshape(-1).to(dtype), *(c.detach().reshape(-1) for c in context)]
-    needs = needs_grad(head)
     live = head.targets.masked_fill(flat[0] == 0, head.ignore_index)
     if split:
         read = linear_logprob(
@@ -103,22 +102,6 @@ def linear_token_loss(
         count = (live != head.ignore_index).sum()
         return LossOutput(loss, {name: (one.detach().sum(), count) for name, one in scores.items()})
     needs = needs_grad(head)
-    live = head.targets.masked_fill(flat[0] == 0, head.ignore_index)
-    if split:
-        read = linear_logprob(
-            head.hidden, head.weight, live, bias=head.bias, softcap=softcap, logit_scale=logit_scale,
-            temperature=head.temperature if head.temperature.numel() > 1 else head.temperature[0],
-            ignore_index=ignore_index, vocab_size=vocab_size, entropy=entropy, support=support,
-            process_group=process_group, memory="auto" if memory is None else memory,
-        )  # fmt: skip
-        scores = (read.logps, read.entropy) if entropy else (read.logps,)
-        loss = _weighted(token_loss, flat[0], flat[1:])(*scores).to(dtype)
-        count = (live != head.ignore_index).sum()
-        return LossOutput(
-            loss,
-            {"logps": (read.logps.detach().sum(), count)}
-            | ({"entropy": (read.entropy.detach().sum(), count)} if entropy else {}),
-        )
     h_all, w_head, b_head = (x if x is None else x.detach() for x in (head.hidden, head.weight, head.bias))
 
     sets = None if support is None else check_support(OP, head, support, backend)

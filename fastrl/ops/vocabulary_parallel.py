@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch._compile import _disable_dynamo
 
 from fastrl import check
 from fastrl.kernels.inputs import HeadInputs, Needs, Read
@@ -71,7 +72,7 @@ def shared_refusals(op: str, process_group: distributed.ProcessGroup | None, *te
 
 
 def _exchange(process_group: distributed.ProcessGroup, device: torch.device, header: Header) -> list[Header]:
-    """What each rank says, in the order of ranks. JSON of a fixed size: nothing is unpickled."""
+    """The headers of all ranks, in the order of ranks. JSON of a fixed size: nothing is unpickled."""
     text = json.dumps(header).encode().ljust(HEADER)
     mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
     every = mine.new_empty(distributed.get_world_size(process_group), HEADER)
@@ -79,21 +80,31 @@ def _exchange(process_group: distributed.ProcessGroup, device: torch.device, hea
     return [json.loads(bytes(row)) for row in every.tolist()]
 
 
+def _answers(op: str, process_group: distributed.ProcessGroup, device: torch.device, header: Header) -> list[Header]:
+    """The headers of all ranks, of the same kind as this one.
+
+    Raises:
+        RuntimeError: a rank refused its arguments, or is in another call.
+    """
+    every = _exchange(process_group, device, header)
+    for rank, other in enumerate(every):
+        refused, elsewhere = "error" in other, other.keys() != header.keys()
+        got = f"an error on rank {rank}: {other['error']}" if refused else f"another call on rank {rank}"
+        expected = "the same call on every rank, with arguments that each accepts"
+        check.require(not (refused or elsewhere), op, "process_group", expected, got, error=RuntimeError)
+    return every
+
+
 def _agree(op: str, process_group: distributed.ProcessGroup, device: torch.device, header: Header) -> list[Header]:
     """Every rank's header.
 
     Raises, on every rank alike:
-        RuntimeError: a rank refused its arguments. ValueError: ranks differ in what must be the same, or hold the same
-        rows of the head.
+        RuntimeError: as `_answers`. ValueError: ranks differ in what must be the same, or hold the same rows.
     """
-    every = _exchange(process_group, device, header)
-    for rank, other in enumerate(every):
-        if "error" in other:
-            got = f"an error on rank {rank}: {other['error']}"
-            raise RuntimeError(check.sentence(op, "process_group", "arguments that every rank accepts", got))
+    every = _answers(op, process_group, device, header)
     for name, value in every[0]["same"].items():
         for rank, other in enumerate(every):
-            theirs = other["same"].get(name)
+            theirs = other["same"][name]
             got = f"{value} on rank 0 and {theirs} on rank {rank}"
             do = TOGETHER if name in ("hidden", "targets") else SAME
             check.require(theirs == value, op, name, "the same on every rank of process_group", got, do)
@@ -142,7 +153,8 @@ def _agree_on_gradients(op: str, process_group: distributed.ProcessGroup, **upst
     """
     marks = {name: None if one is None else _mark(one) for name, one in upstream.items()}
     device = next(one.device for one in upstream.values() if one is not None)
-    every = _exchange(process_group, device, {name: mark and list(map(repr, mark)) for name, mark in marks.items()})
+    header = {name: mark and list(map(repr, mark)) for name, mark in marks.items()}
+    every = _answers(op, process_group, device, header)
     for name in upstream:
         found = [mark and tuple(map(float, mark)) for mark in (header[name] for header in every)]
         for rank, mark in enumerate(found):
@@ -225,6 +237,7 @@ class _Call:
     sum_hidden: bool
 
 
+@_disable_dynamo  # torch.compiler.disable would import the compiler here
 def vocabulary_parallel_logprob(
     op: str,
     inputs: HeadInputs,

@@ -1,8 +1,12 @@
 """A vocabulary that is split between processes: everything is as in one, on every rank, and said if it cannot be.
 
-The split heads of other projects had: no gradient in shards without the target (ms-swift #9947), a gradient of hidden
-that differs between ranks (apple/ml-cross-entropy #42), losses off by log(ranks) when each rank holds the whole head
-(Megatron-LM #7452), and other losses where the ranks do not divide the vocabulary (Megatron-LM #1754).
+What the split heads of others had:
+no gradient in shards without the target, https://github.com/modelscope/ms-swift/pull/9947;
+a gradient of hidden that differs between ranks, https://github.com/apple/ml-cross-entropy/pull/42, or that nobody adds
+up without sequence parallelism, https://github.com/NovaSky-AI/SkyRL/pull/1886;
+losses off by log(ranks) where each rank holds the whole head, https://github.com/NVIDIA/Megatron-LM/issues/7452;
+other losses where ranks do not divide the vocabulary, https://github.com/NVIDIA/Megatron-LM/issues/1754;
+log-probabilities above zero, https://github.com/verl-project/verl/issues/2656.
 """
 
 from __future__ import annotations
@@ -211,7 +215,7 @@ def outputs_without_gradient(rank):
     assert scored(inputs, **asked).is_top1.any()
     # The first of equal logits counts, whichever rank has it.
     inputs.weight[:], inputs.bias[:] = 0, 0
-    inputs.targets[0], inputs.targets[2] = 0, VOCABULARY - 1
+    inputs.targets[0], inputs.targets[2] = 0, bounds("chunks", world_of())[-1][0]
     top1 = scored(shard_of(inputs, rank)[0], process_group=group(), is_top1=True).is_top1
     assert (top1[0], top1[2]) == (True, False)
 
@@ -405,6 +409,9 @@ def extremes(rank):
         grads = gradient_of(list(out), part)
         whole = dead.leaves(*EVERYTHING)
         assert_equal_part(grads, where, gradient_of(list(scored(whole, entropy=True, backend="reference")), whole))
+    inputs.bias[:] = -math.inf  # no shard is left: NaN, as in one process
+    for one in scored(shard_of(inputs, rank)[0], entropy=True, process_group=group()):
+        assert torch.equal(one.isnan(), inputs.targets != IGNORE)
     peaked = gaussian(ROWS, SIZE, VOCABULARY, dtype=torch.float32)
     for size in (30.0, 3e3):
         peaked.bias = size * torch.randn(VOCABULARY)
@@ -656,8 +663,8 @@ def refusals_of_one_rank(rank):
     def wrong(part):
         part.bias = part.bias[1:]
 
-    told = r"^(linear_logprob: bias: expected shape|linear_logprob: process_group: expected arguments that every rank"
-    told += r" accepts, got an error on rank 1: ValueError: linear_logprob: bias: expected shape)"
+    told = r"^(linear_logprob: bias: expected shape|linear_logprob: process_group: expected the same call on every"
+    told += r" rank, with arguments that each accepts, got an error on rank 1: ValueError: linear_logprob: bias: exp.*)"
     refused((ValueError, RuntimeError), told, rank, change=wrong)
 
     def policy(part, **options):
@@ -672,6 +679,12 @@ def refusals_of_one_rank(rank):
         linear_token_loss(part.hidden, part.weight, part.targets, torch.neg, weights=weights, **options)
 
     refused((ValueError, RuntimeError), r"linear_token_loss: weights: expected shape \(24,\)", rank, call=token)
+    part, _ = shard_of(gaussian(ROWS, SIZE, VOCABULARY), rank)
+    loss = scored(part, process_group=group()).logps.sum()
+    with pytest.raises(
+        RuntimeError, match=r"process_group: expected the same call on every rank, .* got another call on"
+    ):
+        scored(part, process_group=group()) if rank == 1 else loss.backward()
     compare(rank, gaussian(ROWS, SIZE, VOCABULARY))  # and the next call finds all ranks together
 
 
@@ -730,12 +743,29 @@ def under_autocast(rank):
     torch.testing.assert_close(part.weight.grad, whole.weight.grad[where], rtol=2**-7, atol=1e-2)
 
 
+def under_compile(rank):
+    """The split head is left out of the graph."""
+    if world_of() > 2:
+        return  # the compiler takes longer than all else
+    inputs = gaussian(ROWS, SIZE, VOCABULARY, dtype=torch.float32)
+    whole, (part, where) = inputs.leaves(*EVERYTHING), shard_of(inputs, rank)
+
+    @torch.compile(backend="aot_eager")
+    def loss_of(one, process_group):
+        out = linear_logprob(one.hidden.tanh(), one.weight, one.targets, bias=one.bias, process_group=process_group)
+        return out.logps.square().sum()
+
+    loss_of(part, group()).backward()
+    linear_logprob(whole.hidden.tanh(), whole.weight, whole.targets, bias=whole.bias).logps.square().sum().backward()
+    assert_equal_part(part.grads(), where, whole.grads(), partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4))
+
+
 CASES = (
     splits, options_of_the_head, rows_in_chunks, leading_shape, padded_head, single_precision, half_precision,
     what_needs_a_gradient, outputs_without_gradient, every_shard_learns, support_sets, policy_losses, token_losses,
     preference_losses, fused_head, nothing_to_do, ignored_rows_are_not_read, extremes, never_above_zero, bits_are_equal,
     backward_twice, subgroups, one_rank, traffic, matmuls, rows_over_ranks, disagreement, other_losses,
-    refusals_of_one_rank, refusals_of_all, sharded_tensors, under_autocast,
+    refusals_of_one_rank, refusals_of_all, sharded_tensors, under_autocast, under_compile,
 )  # fmt: skip
 
 
