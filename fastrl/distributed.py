@@ -168,13 +168,13 @@ class _Together:
             raise PeerFailed(f"{self.what} failed on rank {failed[0]}: {told[failed[0]]}")
 
 
-def join(timeout: float = 600.0) -> World:
+def join(timeout: float = 1800.0) -> World:
     """The processes that torchrun started, or a `World` of this process alone.
 
     On GPUs the backend is nccl, and each process takes the device of its local rank; else gloo.
 
     Args:
-        timeout: seconds that a process waits for the others before it gives up.
+        timeout: seconds that a process waits for the others before it gives up; they wait while the first one saves.
     """
     rank, local, size = env.ranks()
     if size == 1:
