@@ -27,7 +27,7 @@ NAMES = {
     "trl+fastrl-loss": "TRL + fastrl, loss=True",
     "naive": "plain loop",
 }
-COLOURS = {"fastrl": "#1f6feb", "trl": "#b0b7c3"}  # the others are between
+COLOURS = {"fastrl": "#1f6feb", "trl+fastrl": "#7aa7f0", "trl+fastrl-loss": "#7aa7f0", "other": "#b0b7c3"}
 ABOUT = """# Benchmarks
 
 Every number here is a line of the results in the source tree, with the device, its instruction sets, versions and the
@@ -217,19 +217,27 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             height_ratios=heights, layout="constrained",
         )  # fmt: skip
         for axes, (place, case, of) in zip(every[:, 0], panels, strict=True):
-            bars = sorted(of.items(), key=lambda item: item[1].seconds, reverse=True)
-            names = [NAMES.get(name, name) for name, _ in bars]
-            seconds = [line.seconds for _, line in bars]
-            shown = axes.barh(names, seconds, color=[COLOURS.get(name, "#7aa7f0") for name, _ in bars], height=0.72)
-            axes.bar_label(shown, [f"{one:.1f} s" for one in seconds], padding=4)
+            sorted_ = sorted(of.items(), key=lambda item: item[1].seconds, reverse=True)
+            bars(axes, [(name, line.seconds, f"{line.seconds:.1f} s") for name, line in sorted_])
             axes.set_title(f"{case.split(', reward')[0]}\n{', '.join(place)}", loc="left", fontsize=9)
-            axes.set_xlim(0, 1.12 * max(seconds))
-            axes.spines[["top", "right", "bottom"]].set_visible(False)
-            axes.xaxis.set_visible(False)
-            axes.tick_params(left=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
+
+
+def bars(axes: Any, rows: Sequence[tuple[str, float, str]]) -> None:
+    """A bar for each (provider, length, label), the last one on top."""
+    names, lengths, labels = zip(*rows, strict=True)
+    colours = [
+        COLOURS["fastrl" if name.startswith("fastrl") else name if name in COLOURS else "other"] for name in names
+    ]
+    axes.bar_label(
+        axes.barh([NAMES.get(name, name) for name in names], lengths, color=colours, height=0.72), labels, padding=4
+    )
+    axes.set_xlim(0, 1.15 * max(lengths))
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.xaxis.set_visible(False)
+    axes.tick_params(left=False)
 
 
 def main() -> None:

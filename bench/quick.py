@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import bench_linear_policy_loss as op
+from bench.page import bars
 from bench.peers import build
 from bench.run import label_of, show_environment
 from bench.shapes import HEADS
@@ -81,22 +82,12 @@ def draw(title: str, results: list[Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from bench.page import COLOURS
-
     timed = sorted((one for one in results if one.median is not None), key=lambda one: -one.median)
     rest = ", ".join(f"{one.provider} {one.status}" for one in results if one.median is None)
     with pyplot.rc_context({"font.size": 10, "svg.fonttype": "none"}):
         figure, axes = pyplot.subplots(figsize=(7.5, 0.9 + 0.42 * len(timed)), layout="constrained")
-        colours = [COLOURS["fastrl" if one.provider.startswith("fastrl") else "trl"] for one in timed]
-        bars = axes.barh(
-            [one.provider for one in timed], [one.median * 1e3 for one in timed], color=colours, height=0.7
-        )
-        axes.bar_label(bars, [f"{one.median * 1e3:.0f} ms" for one in timed], padding=4)
+        bars(axes, [(one.provider, one.median, f"{one.median * 1e3:.0f} ms") for one in timed])
         axes.set_title(title, loc="left", fontsize=9)
-        axes.set_xlim(0, 1.15e3 * max(one.median for one in timed))
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-        axes.xaxis.set_visible(False)
-        axes.tick_params(left=False)
         axes.text(0, -0.02, rest, transform=axes.transAxes, va="top", fontsize=7.5, color="#57606a")
         figure.savefig(path)
         pyplot.close(figure)

@@ -10,22 +10,24 @@ Nothing that crosses between processes is pickled.
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fastrl import env
 from fastrl.check import require
+from fastrl.progress import Progress, tracked, unseen
 from fastrl.types import MicroBatch
 
 OP = "distributed"
 CPU = torch.device("cpu")
-Item = TypeVar("Item")
 
 
 class PeerFailed(RuntimeError):
@@ -68,27 +70,28 @@ class World:
         return [batch for batch, rank in zip(batches, self.owners(batches), strict=True) if rank == self.rank]
 
     def map(
-        self, batches: Sequence[MicroBatch], run: Callable[[MicroBatch], Mapping[str, torch.Tensor]]
+        self,
+        batches: Sequence[MicroBatch],
+        run: Callable[[MicroBatch], Mapping[str, torch.Tensor]],
+        progress: Progress = unseen,
     ) -> list[dict[str, torch.Tensor]]:
-        """`run` of every micro-batch, each by its owner: named (N,) float32 vectors, one number per target."""
-        if self.size == 1:
-            return [dict(run(batch)) for batch in batches]
-        owners = self.owners(batches)
+        """`run` of every micro-batch, each by its owner: named (N,) float32 vectors, one number per target.
+
+        `progress` counts this process's micro-batches, before each.
+        """
         with self.together("a forward pass"):
-            mine = [run(batch) for batch in self.share(batches)]
-        names = self.agree_on([*mine[0]] if mine else None) or ()
+            mine = [dict(run(batch)) for batch in tracked(self.share(batches), progress)]
+        if self.size == 1:
+            return mine
+        owners, lengths = self.owners(batches), [len(batch.targets) for batch in batches]
+        of = [[place for place, owner in enumerate(owners) if owner == rank] for rank in range(self.size)]
         found: list[dict[str, torch.Tensor]] = [{} for _ in batches]
-        for name in names:
+        for name in self.agree_on([*mine[0]] if mine else None) or ():
             flat = torch.cat([one[name].float() for one in mine]) if mine else torch.zeros(0)
-            sizes = [len(batch.targets) for batch in batches]
-            counts = [
-                sum(size for size, owner in zip(sizes, owners, strict=True) if owner == r) for r in range(self.size)
-            ]
-            whole = self.gather_vectors(flat.to(self.device), counts)
-            for rank, vector in enumerate(whole):
-                own = [place for place, owner in enumerate(owners) if owner == rank]
-                parts = vector.split([sizes[place] for place in own])
-                for place, part in zip(own, parts, strict=True):
+            sizes = [sum(lengths[place] for place in places) for places in of]
+            for places, vector in zip(of, self.gather_vectors(flat.to(self.device), sizes), strict=True):
+                parts = vector.split([lengths[place] for place in places])
+                for place, part in zip(places, parts, strict=True):
                     found[place][name] = part.to(batches[place].targets.device)
         return found
 
@@ -102,10 +105,10 @@ class World:
         return [one[:size] for one, size in zip(found, sizes, strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
-        """Each process's JSON value, in the order of ranks."""
+        """Each process's value, in the order of ranks. What JSON cannot hold arrives as text, as in checkpoints."""
         if self.size == 1:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        data = torch.frombuffer(bytearray(json.dumps(value, default=str).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
         self._call(dist.all_gather, sizes, torch.tensor([len(data)], device=self.device))
         found = self.gather_vectors(data, [int(size) for size in sizes])
@@ -125,9 +128,22 @@ class World:
             for tensor in tensors:
                 self._call(dist.all_reduce, tensor)
 
-    def together(self, what: str) -> _Together:
-        """A block that one process may leave with an exception: then all of them raise at its end."""
-        return _Together(self, what)
+    @contextmanager
+    def together(self, what: str) -> Generator[None]:
+        """A block that one process may leave with an exception: then all of them raise at its end.
+
+        A second signal, which stops at once, is not waited for: the others lose this process.
+        """
+        try:
+            yield
+        except PeerFailed:
+            raise
+        except Exception as error:
+            self.gather(f"{type(error).__name__}: {error}")
+            raise
+        for rank, told in enumerate(self.gather(None)):
+            if told is not None:
+                raise PeerFailed(f"{what} failed on rank {rank}: {told}")
 
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Refuses to go on where processes differ.
@@ -151,23 +167,6 @@ class World:
 ALONE = World()
 
 
-@dataclass
-class _Together:
-    world: World
-    what: str
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self.world.size == 1 or isinstance(error, PeerFailed):
-            return
-        told = self.world.gather(None if error is None else f"{type(error).__name__}: {error}")
-        failed = [rank for rank, one in enumerate(told) if one is not None]
-        if failed and error is None:
-            raise PeerFailed(f"{self.what} failed on rank {failed[0]}: {told[failed[0]]}")
-
-
 def join(timeout: float = 1800.0) -> World:
     """The processes that torchrun started, or a `World` of this process alone.
 
@@ -184,5 +183,16 @@ def join(timeout: float = 1800.0) -> World:
     if gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # Imported later, its default arguments would keep the group, and gloo's threads, past `leave`.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))
     return World(rank, size, device)
+
+
+def leave() -> None:
+    """Ends the process group, so that no thread of gloo frees a tensor after Python has ended: that aborts the process.
+
+    Where processes may still wait for one another, it would wait too: call it only after all went well.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()

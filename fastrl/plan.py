@@ -12,13 +12,14 @@ size K and number of heads n:
                   what one layer keeps
     logits        min(budget, 4 T V), of the head at a time
     cache         2 b K layers (prompt + completion) of the rows that are sampled at a time
-    reference     b P of all parameters; with an adapter nothing, as the base is the reference
+    reference     b P of a frozen copy
 
     exchanged     2 (N - 1) / N * 4 P bytes a step and optimizer, the ring's all-reduce of float32 gradients
     arithmetic    2 P per sampled or referenced token, 6 P per trained token; attention is left out
 
-Tests compare each line with what is allocated at toy size. Fragmentation, the allocator's caches and the runtime's own
-memory come on top: about 2 GiB on a GPU.
+Tests compare weights, masters, gradients, moments, cache, and what a layer keeps without checkpointing, with what is
+allocated at toy size; the rest is arithmetic. Fragmentation, the allocator's caches and the runtime's own memory
+come on top: 2 GiB are added, a guess.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ All three give the same log-probabilities and gradients. A sequence's last token
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, pairwise
 from typing import Literal, NamedTuple
@@ -233,6 +233,14 @@ def _micro_batch(rows: list[Row], layout: str, device: torch.device, group_token
         support=_support(samples, device),
         samples=tuple(samples),
     )
+
+
+def spread(batch: MicroBatch, vectors: Mapping[str, torch.Tensor]) -> None:
+    """Gives each sample, in its fields of those names, its part of (N,) vectors of the micro-batch's tokens."""
+    for name, vector in vectors.items():
+        parts = vector.cpu().split(batch.cu_seqlens.diff().tolist())
+        for sample, part in zip(batch.samples, parts, strict=True):
+            setattr(sample, name, part.tolist())
 
 
 def _advantages(samples: list[Sample]) -> list[float]:

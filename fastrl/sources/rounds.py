@@ -23,18 +23,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastrl.algorithms.base import Kind, Learner
 from fastrl.check import require
 from fastrl.data.groups import group_from_json, group_to_json
+from fastrl.data.pack import spread
 from fastrl.data.sampler import PromptSampler
 from fastrl.files import replace_text
-from fastrl.progress import Watch, tracked
+from fastrl.progress import Watch
 from fastrl.rewards import RewardFailure, RewardSuite
 from fastrl.sources.choose import above, best_and_worst, quantile
 from fastrl.sources.collect import Judge, Sampling, judged, mean_reward
-from fastrl.types import Batch, Group, Prompt
+from fastrl.types import Batch, Group, MicroBatch, Prompt
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDER = "rounds"
 PATIENCE = 3  # rounds in a row that give nothing to learn from before a run stops
@@ -225,15 +229,12 @@ class Rounds:
         """Gives the rows' samples their log-probabilities under the current weights."""
         with watch.stage("reference", "micro-batches") as progress:
             batches = learner.pack(rows, whole_groups=True)
-            mine = tracked(learner.world.share(batches), progress)
-            read = learner.world.map(
-                batches,
-                lambda _: {"ref_logps": learner.policy.score(next(mine), temperature=learner.temperature)},
-            )
-            for batch, found in zip(batches, read, strict=True):
-                parts = found["ref_logps"].cpu().split(batch.cu_seqlens.diff().tolist())
-                for sample, part in zip(batch.samples, parts, strict=True):
-                    sample.ref_logps = part.tolist()
+
+            def score(batch: MicroBatch) -> dict[str, torch.Tensor]:
+                return {"ref_logps": learner.policy.score(batch, temperature=learner.temperature)}
+
+            for batch, found in zip(batches, learner.world.map(batches, score, progress), strict=True):
+                spread(batch, found)
 
     def _read(self) -> None:
         """Goes on with the rows that the state was in, if the improve had any."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from fastrl.algorithms.base import Algorithm, Step
-from fastrl.data.pack import pack
+from fastrl.data.pack import pack, spread
 from fastrl.data.plan import ModelShape
 from fastrl.distributed import ALONE, World
 from fastrl.losses.metrics import Metrics, merge
 from fastrl.model.adapter import WithoutAdapter
 from fastrl.model.policy import Policy
 from fastrl.model.scalar import Critic, ScalarModel, SharedCritic
-from fastrl.progress import Progress, tracked, unseen
+from fastrl.progress import Progress, unseen
 from fastrl.trainer.optimizer import POLICY, MasterOptimizer, whole_step
 from fastrl.types import Group, MicroBatch, Update
 
@@ -107,11 +108,12 @@ class Learner:
         """The micro-batches with what is computed before an update: `ref_logps` if there is a reference, `values` if
         there is a critic, `old_logps` if `old`. The samples get them too. Of several processes, each computes those
         of its own micro-batches."""
-        mine = tracked(self.world.share(batches), progress)
-        every = self.world.map(batches, lambda _: self._scored(next(mine), old))
-        return [_with(batch, found) for batch, found in zip(batches, every, strict=True)]
+        every = self.world.map(batches, partial(self._scored, old=old), progress)
+        for batch, found in zip(batches, every, strict=True):
+            spread(batch, found)
+        return [replace(batch, **found) for batch, found in zip(batches, every, strict=True)]
 
-    def _scored(self, batch: MicroBatch, old: bool) -> dict[str, torch.Tensor]:
+    def _scored(self, batch: MicroBatch, *, old: bool) -> dict[str, torch.Tensor]:
         shared, temperature = isinstance(self.critic, SharedCritic), self.temperature
         hidden = self.policy.hidden(batch) if old or shared else None
         found = {}
@@ -178,12 +180,3 @@ class Learner:
         self.steps = state["steps"]
         for name, optimizer in self.optimizers.items():
             optimizer.load_tensors(tensors(name), steps=state["updates"][name])
-
-
-def _with(batch: MicroBatch, found: Mapping[str, torch.Tensor]) -> MicroBatch:
-    """The micro-batch and its samples with what was computed of their tokens."""
-    lengths = [len(sample.token_ids) for sample in batch.samples]
-    for name, flat in found.items():
-        for sample, part in zip(batch.samples, flat.cpu().split(lengths), strict=True):
-            setattr(sample, name, part.tolist())
-    return replace(batch, **found)

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastrl.data.pack import spread
 from fastrl.data.sampler import fingerprint
 from fastrl.files import complete_or_absent
 from fastrl.model.policy import Policy
@@ -68,9 +69,7 @@ class AskedOnce:
                 return {"ref_logps": self.reference.score(batch, temperature=learner.temperature)}
 
             for batch, read in zip(batches, learner.world.map(batches, score), strict=True):
-                parts = read["ref_logps"].cpu().split(batch.cu_seqlens.diff().tolist())
-                for sample, part in zip(batch.samples, parts, strict=True):
-                    sample.ref_logps = part.tolist()
+                spread(batch, read)
 
 
 def _read(path: Path, about: dict[str, str]) -> torch.Tensor | None:

@@ -40,8 +40,9 @@ from fastrl.rollout.transformers_sampler import TransformersSampler
 from fastrl.rollout.turns import Environment, Turns
 from fastrl.sources import Ahead, Offline, Rollouts, Rounds, Sampling, Source
 from fastrl.sources.rounds import FOLDER
+from fastrl.trainer import checkpoint
 from fastrl.trainer.build import build_algorithm
-from fastrl.trainer.checkpoint import Checkpoint, about, model_of
+from fastrl.trainer.checkpoint import Checkpoint, model_of
 from fastrl.trainer.config import AheadConfig, InterruptionConfig, TaskConfig, TrainConfig
 from fastrl.trainer.evaluate import Evaluation, OnPrompts, OnRows
 from fastrl.trainer.judges import begin_judges
@@ -250,7 +251,7 @@ def require_alike(config: TrainConfig, world: World) -> None:
     """
     if world.size == 1:
         return
-    versions = about()["versions"]
+    versions = checkpoint.about()["versions"]
     leaves = {name: repr(value) for name, value in asdict(config).items()}
     world.require_same({**versions, **leaves})
 

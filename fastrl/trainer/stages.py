@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fastrl.algorithms import ALGORITHMS
 from fastrl.check import choice, require, sentence
 from fastrl.data.preferences import PairColumns, require_columns
 from fastrl.data.sources import read_rows
+from fastrl.distributed import World, join
 from fastrl.files import replace_text
 from fastrl.monitor.trackers import require_installed
 from fastrl.monitor.units import number
@@ -240,47 +242,72 @@ def train_stages(stages: Stages) -> Ended:
     Raises:
         ValueError: there is nothing to resume, or a stage that has begun differs from the recipe.
     """
+    world = join()
+    with ExitStack() as stack:
+        with world.together("opening the folder of the stages"):
+            root = _opened(stages, stack) if world.first else None
+        return _run(stages, Path(world.from_first(str(root))), world)
+
+
+def _opened(stages: Stages, stack: ExitStack) -> Path:
+    """The folder, locked until `stack` closes, with the recipe in it."""
     root = _resumed(stages) if stages.resume else free_directory(Path(stages.run_dir).expanduser())
     root.mkdir(parents=True, exist_ok=bool(stages.resume))
-    with hold(root):
-        if stages.resume:
-            _require_unchanged(stages, root)
-            _set_aside(stages, root)
-        replace_text(root / ALL, shown(replace(stages, run_dir=str(root), resume="")))
-        return _run(stages, root)
+    stack.enter_context(hold(root))
+    if stages.resume:
+        _require_unchanged(stages, root)
+        _set_aside(stages, root)
+    replace_text(root / ALL, shown(replace(stages, run_dir=str(root), resume="")))
+    return root
 
 
-def _run(stages: Stages, root: Path) -> Ended:
-    # Late, because it loads torch and transformers.
+def _run(stages: Stages, root: Path, world: World) -> Ended:
+    """The stages; of several processes, the first decides what is left to do, and writes and says it."""
+    # Late, because it loads transformers.
     from fastrl.trainer.setup import train
 
-    record = _record(root)
-    for place, name in enumerate(stages.each):
-        folder, config = stages.folder(root, name), _resolved(stages, root, name)
-        title = f"Stage {place + 1} of {len(stages.each)}: {name} ({config.algorithm})"
-        if _finished(folder, config):
-            print(f"{title}: finished before, in {folder}")
+    record = _record(root) if world.first else {}
+    for name in stages.each:
+        config = _resolved(stages, root, name)
+        with world.together(f"opening stage {name}"):
+            begin = _begun(stages, root, name, config) if world.first else None
+        begin = world.from_first(begin)
+        if begin is None:
             continue
-        if folder.exists() and not has_checkpoint(folder):
-            aside = free_directory(folder.with_name(f"{folder.name}-stopped"))
-            os.rename(folder, aside)
-            print(f"{title}: it was stopped before its first checkpoint and begins again; what it wrote is in {aside}")
-        print(title)
-        outcome = train(replace(config, resume=str(folder) if folder.exists() else ""))
-        record[name] = {
-            "status": outcome.status,
-            "steps": outcome.steps,
-            "folder": folder.name,
-            "before": outcome.before,
-            "after": outcome.after,
-        }
-        replace_text(root / RECORD, json.dumps(record, indent=2) + "\n")
+        outcome = train(replace(config, resume=begin))
+        problems = tuple(world.from_first(outcome.problems))
+        if world.first:
+            record[name] = {
+                "status": outcome.status,
+                "steps": outcome.steps,
+                "folder": stages.folder(root, name).name,
+                "before": outcome.before,
+                "after": outcome.after,
+            }
+            replace_text(root / RECORD, json.dumps(record, indent=2) + "\n")
         gc.collect()  # the stage's models, before the next one's are loaded
-        if outcome.status != "finished" or outcome.problems:
-            _say_how_to_go_on(stages, root, name, outcome.status, outcome.problems)
-            return Ended(outcome.status, root, outcome.signal, outcome.problems)
-    _print_summary(stages, record, root)
+        if outcome.status != "finished" or problems:
+            if world.first:
+                _say_how_to_go_on(stages, root, name, outcome.status, problems)
+            return Ended(outcome.status, root, outcome.signal, problems)
+    if world.first:
+        _print_summary(stages, record, root)
     return Ended("finished", root)
+
+
+def _begun(stages: Stages, root: Path, name: str, config: TrainConfig) -> str | None:
+    """What a stage resumes from, empty if it begins; None if it is finished. Says so, and makes room for it."""
+    folder, place = stages.folder(root, name), list(stages.each).index(name) + 1
+    title = f"Stage {place} of {len(stages.each)}: {name} ({config.algorithm})"
+    if _finished(folder, config):
+        print(f"{title}: finished before, in {folder}")
+        return None
+    if folder.exists() and not has_checkpoint(folder):
+        aside = free_directory(folder.with_name(f"{folder.name}-stopped"))
+        os.rename(folder, aside)
+        print(f"{title}: it was stopped before its first checkpoint and begins again; what it wrote is in {aside}")
+    print(title)
+    return str(folder) if folder.exists() else ""
 
 
 def _finished(folder: Path, config: TrainConfig) -> bool:

@@ -10,6 +10,7 @@ import warnings
 from contextlib import nullcontext
 from functools import partial
 
+import gloo
 import pytest
 import torch
 from datasets import Dataset
@@ -177,16 +178,15 @@ CASES = {
 def process(rank, folder):
     """Runs all cases; writes what each raised, or nothing."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    for name, case in CASES.items():
-        try:
-            case(rank)
-            said = ""
-        except Exception:
-            said = traceback.format_exc()
-        (folder / f"{name}.{rank}").write_text(said)
-        distributed.barrier()
-    distributed.destroy_process_group()
+    with gloo.process_group(rank, WORLD, folder):
+        for name, case in CASES.items():
+            try:
+                case(rank)
+                said = ""
+            except Exception:
+                said = traceback.format_exc()
+            (folder / f"{name}.{rank}").write_text(said)
+            distributed.barrier()
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import re
 import sys
 import types
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
+import gloo
 import numpy as np
 import pytest
 import torch
@@ -412,13 +412,10 @@ def split_head(rank, verl):
 
 def split_process(rank, folder):
     torch.set_num_threads(1)
-    options = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=30)}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with gloo.process_group(rank, 2, folder), pytest.MonkeyPatch.context() as monkeypatch:
         if not REAL:
             stand_in(monkeypatch)
         split_head(rank, importlib.import_module("fastrl.integrations.verl"))
-    torch.distributed.destroy_process_group()
 
 
 def test_linear_cross_entropy_over_a_split_vocabulary_has_the_gradient_of_one_rank(tmp_path):

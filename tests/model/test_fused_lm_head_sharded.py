@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from functools import partial
 
+import gloo
 import peft
 import pytest
 import torch
@@ -246,17 +247,16 @@ CASES = {
 def process(rank, folder):
     """Runs all cases; writes what each raised, or nothing."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
-    for name, case in CASES.items():
-        try:
-            case(rank)
-            said = ""
-        except Exception:
-            said = traceback.format_exc()
-        (folder / f"{name}.{rank}").write_text(said)
-        distributed.barrier()
-    distributed.destroy_process_group()
+    with gloo.process_group(rank, WORLD, folder):
+        distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+        for name, case in CASES.items():
+            try:
+                case(rank)
+                said = ""
+            except Exception:
+                said = traceback.format_exc()
+            (folder / f"{name}.{rank}").write_text(said)
+            distributed.barrier()
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import contextlib
 import math
 import traceback
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 
+import gloo
 import pytest
 import torch
 from ops.cases import IGNORE, dense_logits, gaussian
@@ -178,7 +178,7 @@ def half_precision(rank):
     expected, got = scored(whole, entropy=True), scored(part, entropy=True, process_group=group())
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=3e-6)
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-6)  # two roundings of a float32 of 8 to 16
     grads, exact = gradient_of(list(got), part), gradient_of(list(expected), whole)
 
     def rounded_once(one, other):
@@ -740,7 +740,8 @@ def under_autocast(rank):
     got.logps.sum().backward()
     expected.logps.sum().backward()
     assert part.weight.grad.dtype == torch.float32
-    torch.testing.assert_close(part.weight.grad, whole.weight.grad[where], rtol=2**-7, atol=1e-2)
+    expected = whole.weight.grad[where]  # of sums of bfloat16 products: the order of the sums may round one otherwise
+    torch.testing.assert_close(part.weight.grad, expected, rtol=2**-7, atol=2**-9 * expected.abs().max().item())
 
 
 def under_compile(rank):
@@ -757,7 +758,7 @@ def under_compile(rank):
 
     loss_of(part, group()).backward()
     linear_logprob(whole.hidden.tanh(), whole.weight, whole.targets, bias=whole.bias).logps.square().sum().backward()
-    assert_equal_part(part.grads(), where, whole.grads(), partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4))
+    assert_equal_part(part.grads(), where, whole.grads(), close_to_1e_6)
 
 
 CASES = (
@@ -772,19 +773,16 @@ CASES = (
 def process(rank, world, folder):
     """Runs all cases; writes what each raised, or nothing."""
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=20)
-    )
-    for case in CASES:
-        torch.manual_seed(0)
-        try:
-            case(rank)
-            said = ""
-        except Exception:
-            said = traceback.format_exc()
-        (folder / f"{case.__name__}.{rank}").write_text(said)
-        distributed.barrier()
-    distributed.destroy_process_group()
+    with gloo.process_group(rank, world, folder, seconds=20):
+        for case in CASES:
+            torch.manual_seed(0)
+            try:
+                case(rank)
+                said = ""
+            except Exception:
+                said = traceback.format_exc()
+            (folder / f"{case.__name__}.{rank}").write_text(said)
+            distributed.barrier()
 
 
 @pytest.fixture(scope="module", params=[2, 3])

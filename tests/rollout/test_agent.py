@@ -164,13 +164,13 @@ def load_environment(words=4, grouped=False):
 
 @pytest.fixture
 def _our_environment(tmp_path, monkeypatch):
-    pytest.importorskip("verifiers")
+    pytest.importorskip("verifiers")  # in no extra: it needs another version of datasets
     from fastrl.data import verifiers
 
     try:
         verifiers.classic()
     except ValueError as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # 0.4 has no environments in Python to test
     (tmp_path / "two_turns.py").write_text(textwrap.dedent(OURS))
     monkeypatch.syspath_prepend(tmp_path)
     verifiers.loaded.cache_clear()

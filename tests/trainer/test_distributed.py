@@ -15,6 +15,7 @@ import torch
 from rollout.test_turns import config_for as conversation_config
 from trainer.ranks import environment, finish, start, train_together, write
 from trainer.test_rounds import rounds_config
+from trainer.test_stages import write_recipe
 from trainer.tiny import offline_config, tiny_config, write_answers
 
 from fastrl.algorithms.masks import TokenMasks
@@ -223,6 +224,20 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path, changes, message)
     require_splits(config, build_algorithm(config), ALONE)
     with pytest.raises(ValueError, match=message):
         require_splits(config, build_algorithm(config), World(1, 2))
+
+
+def test_a_recipe_of_stages_runs_and_goes_on_in_two_processes(tmp_path):
+    recipe = write_recipe(tmp_path)
+    first = finish(start(2, [*COMMAND, str(recipe), "--threads", "1"]))
+    assert [code for code, _ in first] == [0, 0], first
+    assert "All stages finished" in first[0][1]
+    assert "Stage" not in first[1][1]
+    record = (tmp_path / "run" / "stages.json").read_text()
+    assert all(one["status"] == "finished" and one["after"] for one in json.loads(record).values())
+    again = finish(start(2, [*COMMAND, str(recipe), "--threads", "1", "--resume", str(tmp_path / "run")]))
+    assert [code for code, _ in again] == [0, 0], again
+    assert again[0][1].count("finished before") == len(json.loads(record))
+    assert (tmp_path / "run" / "stages.json").read_text() == record
 
 
 def test_torchrun_trains_a_recipe(tmp_path):
