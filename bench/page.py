@@ -217,8 +217,8 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             height_ratios=heights, layout="constrained",
         )  # fmt: skip
         for axes, (place, case, of) in zip(every[:, 0], panels, strict=True):
-            sorted_ = sorted(of.items(), key=lambda item: item[1].seconds, reverse=True)
-            bars(axes, [(name, line.seconds, f"{line.seconds:.1f} s") for name, line in sorted_])
+            slowest_first = sorted(of.items(), key=lambda item: item[1].seconds, reverse=True)
+            bars(axes, [(name, line.seconds, f"{line.seconds:.1f} s") for name, line in slowest_first])
             axes.set_title(f"{case.split(', reward')[0]}\n{', '.join(place)}", loc="left", fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None, "Creator": None})

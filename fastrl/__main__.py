@@ -6,11 +6,11 @@ from fastrl.cli import EXIT_OK, main
 
 
 def run() -> int:
-    """The exit status of `main`."""
+    """The exit status of `main`, after which the process is no longer one of several."""
     code = main()
-    distributed = sys.modules.get("fastrl.distributed")
-    if code == EXIT_OK and distributed is not None:
-        distributed.leave()
+    distributed = sys.modules.get("fastrl.distributed")  # a command that did not load it joined nothing
+    if distributed is not None:
+        distributed.leave(well=code == EXIT_OK)
     return code
 
 

@@ -189,10 +189,10 @@ def join(timeout: float = 1800.0) -> World:
     return World(rank, size, device)
 
 
-def leave() -> None:
+def leave(well: bool = True) -> None:
     """Ends the process group, so that no thread of gloo frees a tensor after Python has ended: that aborts the process.
 
-    Where processes may still wait for one another, it would wait too: call it only after all went well.
+    NCCL may wait for work that another process never began, so unless all went `well` its group is left to the end.
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and (well or dist.get_backend() == "gloo"):
         dist.destroy_process_group()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-import traceback
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -176,17 +175,8 @@ CASES = {
 
 
 def process(rank, folder):
-    """Runs all cases; writes what each raised, or nothing."""
-    torch.set_num_threads(1)
     with gloo.process_group(rank, WORLD, folder):
-        for name, case in CASES.items():
-            try:
-                case(rank)
-                said = ""
-            except Exception:
-                said = traceback.format_exc()
-            (folder / f"{name}.{rank}").write_text(said)
-            distributed.barrier()
+        gloo.run(CASES, rank, folder)
 
 
 @pytest.fixture(scope="module")
@@ -279,14 +269,8 @@ def trainers(rank, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     warnings.simplefilter("ignore", FutureWarning)
-    for name, case in TRAINERS.items():
-        try:
-            case(rank, folder)
-            said = ""
-        except Exception:
-            said = traceback.format_exc()
-        (folder / f"{name}.{rank}").write_text(said)
-    distributed.destroy_process_group()
+    gloo.run({name: partial(case, folder=folder) for name, case in TRAINERS.items()}, rank, folder)
+    gloo.end()
 
 
 @pytest.fixture(scope="module")

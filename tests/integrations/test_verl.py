@@ -411,7 +411,6 @@ def split_head(rank, verl):
 
 
 def split_process(rank, folder):
-    torch.set_num_threads(1)
     with gloo.process_group(rank, 2, folder), pytest.MonkeyPatch.context() as monkeypatch:
         if not REAL:
             stand_in(monkeypatch)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import traceback
 from dataclasses import replace
 from functools import partial
 
@@ -771,18 +770,8 @@ CASES = (
 
 
 def process(rank, world, folder):
-    """Runs all cases; writes what each raised, or nothing."""
-    torch.set_num_threads(1)
     with gloo.process_group(rank, world, folder, seconds=20):
-        for case in CASES:
-            torch.manual_seed(0)
-            try:
-                case(rank)
-                said = ""
-            except Exception:
-                said = traceback.format_exc()
-            (folder / f"{case.__name__}.{rank}").write_text(said)
-            distributed.barrier()
+        gloo.run({case.__name__: case for case in CASES}, rank, folder)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
