@@ -5,7 +5,7 @@
       step_000020/                step_000020_update_2 if the run stopped inside a rollout batch
         manifest.json             step, versions, model, recipe; size and SHA-256 of every other file
         model/                    what transformers loads: the model, or the adapter alone
-        optimizer.safetensors     see `MasterOptimizer.tensors`; a critic and its optimizer are in critic.safetensors
+        optimizer/                see `MasterOptimizer.tensors`; a critic and its optimizer are in critic/
         state.json                everything else the next step depends on, such as the groups of the current batch
 
 `resume.py` decides what goes into a checkpoint; this file writes, finds and deletes them.
@@ -19,11 +19,13 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -33,13 +35,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fastrl
 from fastrl.check import sentence
-from fastrl.files import clear_leftovers, complete_or_absent, remove, replace_text
+from fastrl.files import clear_leftovers, complete_or_absent, remove, replace_text, sync
 from fastrl.model.load import quiet_progress
 
-FORMAT = 3  # of the folder; other formats are refused
+FORMAT = 4  # of the folder; other formats are refused
 CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
+T = TypeVar("T")
 _NAME = re.compile(r"step_(\d{6,})(?:_update_(\d+))?")
-Contents = Callable[[Path], None]  # writes files into the folder it is given
+Writers = Mapping[str, Callable[[Path], None]]  # each writes the file, or fills the folder, of its name
 
 
 class Damaged(ValueError):
@@ -64,8 +67,9 @@ class Checkpoint:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The contents of a safetensors file, on the CPU."""
-        return load_file(self.folder / name)
+        """The tensors in a folder of safetensors files, on the CPU."""
+        inside = [file for file in self.manifest["files"] if file.startswith(f"{name}/")]
+        return {key: tensor for file in inside for key, tensor in load_file(self.folder / file).items()}
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
@@ -112,8 +116,9 @@ def name_of(step: int, update: int | None = None) -> str:
     return f"step_{step:06d}" + ("" if update is None else f"_update_{update}")
 
 
-def write_checkpoint(run_dir: Path, name: str, contents: Contents, about: dict[str, Any]) -> Path:
-    """Writes a checkpoint and, once it is complete, makes it the latest.
+def write_checkpoint(run_dir: Path, name: str, writers: Writers, about: dict[str, Any]) -> Path:
+    """Writes a checkpoint and, once it is complete, makes it the latest. `writers` run in two threads, so the largest
+    come first.
 
     Raises:
         OSError: it cannot be written, for example for lack of space. Nothing of it is left; the others are untouched.
@@ -123,8 +128,8 @@ def write_checkpoint(run_dir: Path, name: str, contents: Contents, about: dict[s
     clear_leftovers(parent)
     try:
         with complete_or_absent(parent / name) as aside:
-            contents(aside)
-            write_json(_sealed(about | {"files": _files(aside)}), aside / MANIFEST)
+            files = _in_threads(partial(_written, aside, writers), writers)
+            write_json(_sealed(about | {"files": dict(chain.from_iterable(files))}), aside / MANIFEST)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
     point_to(parent / name)
@@ -206,15 +211,26 @@ def _up_to_latest(parent: Path) -> list[Path]:
     return found[found.index(parent / name) :] if parent / name in found else found
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file below `folder`."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
-        hashes = pool.map(_sha256, paths)
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, hashes, strict=True)
-    }
+def _in_threads(function: Callable[[str], T], names: Iterable[str]) -> list[T]:
+    """The results in order. Writing, syncing and hashing release the GIL; after an error nothing more is begun."""
+    pool = ThreadPoolExecutor(2)
+    try:
+        return list(pool.map(function, names))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _written(folder: Path, writers: Writers, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Writes one entry of a checkpoint; (path in `folder`, size and hash) of its files, all of them on disk."""
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    writers[name](path)
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    for file in files:
+        sync(file)
+    return [
+        (file.relative_to(folder).as_posix(), {"bytes": file.stat().st_size, "sha256": _sha256(file)}) for file in files
+    ]
 
 
 def _sha256(path: Path) -> str:
@@ -260,6 +276,8 @@ def _verified(folder: Path) -> dict[str, Any]:
         if size != expected["bytes"]:
             got = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
             raise Damaged(f"Checkpoint {folder} is damaged: {name} {got}.")
-        if _sha256(path) != expected["sha256"]:
+    files = manifest["files"]
+    for name, digest in zip(files, _in_threads(lambda name: _sha256(folder / name), files), strict=True):
+        if digest != files[name]["sha256"]:
             raise Damaged(f"Checkpoint {folder} is damaged: {name} is not what was written.")
     return manifest

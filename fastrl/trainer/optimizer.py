@@ -100,10 +100,10 @@ class MasterOptimizer:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything the next step depends on besides `steps`: the flat buffers themselves, not copies.
 
-        weights `(n,)` in the model's dtype; low_bits `(n,)` int16, only for a bfloat16 model; exp_avg, exp_avg_sq
-        `(n,)` float32.
+        exp_avg, exp_avg_sq `(n,)` float32; weights `(n,)` in the model's dtype; low_bits `(n,)` int16, only for a
+        bfloat16 model.
         """
-        named = {name: getattr(self, name) for name in ("weights", "low_bits", "exp_avg", "exp_avg_sq")}
+        named = {name: getattr(self, name) for name in ("exp_avg", "exp_avg_sq", "weights", "low_bits")}
         return {name: buffer for name, buffer in named.items() if buffer is not None}
 
     @torch.no_grad()

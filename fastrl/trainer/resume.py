@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +59,13 @@ def save(run: Run) -> Path:
         "linear": to_json(run.speed.choices),
     }
 
-    def contents(folder: Path) -> None:
-        checkpoint.write_model(learner.models()["model"], run.tokenizer, folder / "model")
-        for name, optimizer in learner.optimizers.items():
-            checkpoint.write_tensors(optimizer.tensors(), folder / f"{name}.safetensors")
-        checkpoint.write_json(state, folder / "state.json")
-
+    writers: dict[str, Callable[[Path], None]] = {
+        f"{name}/{part}.safetensors": partial(checkpoint.write_tensors, {part: tensor})
+        for name, optimizer in learner.optimizers.items()
+        for part, tensor in optimizer.tensors().items()
+    }
+    writers["model"] = partial(checkpoint.write_model, learner.models()["model"], run.tokenizer)
+    writers["state.json"] = partial(checkpoint.write_json, state)
     about = checkpoint.about(
         step=learner.steps,
         update=len(batch.updates) if batch else None,
@@ -71,7 +73,7 @@ def save(run: Run) -> Path:
         recipe=_plain(run.config),
     )
     name = checkpoint.name_of(learner.steps, about["update"])
-    folder = checkpoint.write_checkpoint(run.directory, name, contents, about)
+    folder = checkpoint.write_checkpoint(run.directory, name, writers, about)
     checkpoint.keep(run.directory, last=run.config.keep_last, every=run.config.keep_every)
     return folder
 
@@ -85,7 +87,7 @@ def restore(run: Run) -> None:
     """
     found = run.resumed
     state = found.json("state.json")
-    run.learner.load(state["learner"], lambda name: found.tensors(f"{name}.safetensors"))
+    run.learner.load(state["learner"], found.tensors)
     run.batch = batch_from_json(state["batch"], run.learner.device) if state["batch"] else None
     _go_to(run, state)
 

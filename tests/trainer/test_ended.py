@@ -228,5 +228,5 @@ def test_a_checkpoint_of_the_old_format_is_refused_in_a_sentence(tmp_path):
     path = tmp_path / "run" / "checkpoints" / "step_000001" / "manifest.json"
     manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
     path.write_text(json.dumps(checkpoint._sealed(manifest | {"format": 1})))
-    with pytest.raises(ValueError, match=r"has format 1; this fastrl reads format 3\. Start over"):
+    with pytest.raises(ValueError, match=r"has format 1; this fastrl reads format 4\. Start over"):
         train(replace(config, resume=config.run_dir))

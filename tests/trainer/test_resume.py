@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def everything(run_dir, last="step_000007"):
     """What a run wrote that does not depend on the clock, to the bit."""
     logged = {path.name: [untimed(r) for r in lines(path)] for path in run_dir.glob("*.jsonl")}
     saved = run_dir / "checkpoints" / last
-    bits = {name: (saved / name).read_bytes() for name in ("optimizer.safetensors", "model/model.safetensors")}
+    bits = {path.relative_to(saved): path.read_bytes() for path in saved.rglob("*.safetensors")}
     return logged, bits, (run_dir / "model" / "model.safetensors").read_bytes()
 
 
@@ -209,7 +210,7 @@ from fastrl.trainer import checkpoint
 from fastrl.trainer.setup import train
 original = checkpoint.write_json
 def write_json(values, path):
-    if path.parent.name.startswith(".step_000004"):
+    if path.name == "manifest.json" and path.parent.name.startswith(".step_000004"):
         os.kill(os.getpid(), signal.SIGKILL)
     original(values, path)
 checkpoint.write_json = write_json
@@ -226,7 +227,7 @@ def test_after_kill_9_in_the_middle_of_a_save_another_process_goes_on_bit_for_bi
     assert result.returncode == -signal.SIGKILL
     saves = tmp_path / "killed" / "checkpoints"
     (half,) = (path for path in saves.iterdir() if files.ASIDE in path.name)
-    assert (half / "optimizer.safetensors").is_file()
+    assert (half / "optimizer" / "exp_avg.safetensors").is_file()
     train(replace(config, run_dir=str(tmp_path / "killed"), resume=str(tmp_path / "killed")))
     assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
     assert sorted(path.name for path in saves.iterdir()) == ["latest", "step_000006", "step_000007"]
@@ -275,13 +276,8 @@ def test_wherever_a_save_is_killed_the_run_has_a_whole_checkpoint(stopped, monke
 
             setattr(os, name, dying)
         about = checkpoint.about(step=6, update=None, model=manifest["model"], recipe=manifest["recipe"])
-        ignore = shutil.ignore_patterns("manifest.json")
-        checkpoint.write_checkpoint(
-            directory,
-            "step_000006",
-            lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True, ignore=ignore),
-            about,
-        )
+        writers = {name: partial(shutil.copy, source / name) for name in manifest["files"]}
+        checkpoint.write_checkpoint(directory, "step_000006", writers, about)
         checkpoint.keep(directory, last=2, every=0)
 
     found = []
@@ -319,7 +315,8 @@ def flipped(path):
 
 @pytest.mark.parametrize("damage", [truncated, flipped, Path.unlink])
 @pytest.mark.parametrize(
-    "name", ["manifest.json", "state.json", "optimizer.safetensors", "model/model.safetensors", "model/config.json"]
+    "name",
+    ["manifest.json", "state.json", "optimizer/weights.safetensors", "model/model.safetensors", "model/config.json"],
 )
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(stopped, damage, name):
     directory, config = stopped
@@ -333,7 +330,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(stopped, dama
 
 def test_the_run_after_a_damaged_checkpoint_warns_and_is_the_run_that_never_stopped(stopped, whole):
     directory, config = stopped
-    truncated(directory / "checkpoints" / "step_000004" / "optimizer.safetensors")
+    truncated(directory / "checkpoints" / "step_000004" / "optimizer" / "exp_avg.safetensors")
     train(config)
     resumed = everything(directory)
     (warning,) = resumed[0].pop("warnings.jsonl")
@@ -472,17 +469,17 @@ def test_a_finished_run_that_is_resumed_finishes_again_without_a_step(stopped):
 def test_a_full_disk_costs_neither_the_run_nor_the_checkpoint_before(stopped, monkeypatch):
     """The system refuses to write more than some bytes to a file, as a full disk would."""
     directory, config = stopped
-    original = checkpoint.write_tensors
+    original = checkpoint.write_checkpoint
 
-    def no_space(tensors, path):
+    def no_space(*args):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
         try:
-            original(tensors, path)
+            return original(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", no_space)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", no_space)
     assert train(config).status == "finished"
     messages = [line["message"] for line in lines(directory / "warnings.jsonl")]
     assert [message.split(":")[0] for message in messages] == [
@@ -511,7 +508,7 @@ def test_a_checkpoint_is_safetensors_and_json_and_transformers_loads_its_model(s
         load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(folder / "model")
-    weights = load_file(folder / "optimizer.safetensors")["weights"]
+    weights = load_file(folder / "optimizer" / "weights.safetensors")["weights"]
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), weights)
 
 
