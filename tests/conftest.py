@@ -1,20 +1,44 @@
-"""Seeds, the backend fixture, and NaN in every uninitialised buffer that fastrl asks for."""
+"""Which cases run, seeds, the backend fixture, and NaN in every uninitialised buffer that fastrl asks for."""
 
 from __future__ import annotations
 
 import sys
+from itertools import combinations
 
 import pytest
 import torch
 from backends import BACKENDS, DEVICE, NATIVE, using
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need a CUDA device; without one they are reported as skipped, never as passed."""
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="every combination of a test's parameters")
+
+
+def pytest_collection_modifyitems(config, items):
+    """A test with three parameters or more runs on every pair of values of every two, not on every combination, unless
+    it is named or `--exhaustive` is given. Tests marked `gpu` need a CUDA device; without one they are reported as
+    skipped, never as passed."""
+    if not (config.option.exhaustive or any("::" in argument for argument in config.args)):
+        chosen = _every_pair(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _every_pair(items):
+    """The first cases that have each pair; in the order of collection, which is nearly as few as there can be."""
+    chosen, seen = {}, set()
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        values = [(name, repr(params[name])) for name in sorted(params)] if len(params) > 2 else []
+        pairs = {(item.nodeid.partition("[")[0], *pair) for pair in combinations(values, 2)}
+        if not values or not pairs <= seen:
+            chosen[item] = None
+            seen |= pairs
+    return chosen
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -106,9 +106,11 @@ struct Tile {
 };
 
 // One partial sum, of at most a chain of units, by R rows and a panel of N vectors. Step: from one unit of b to the next.
+// Never inlined: gcc 12 may inline its beginning alone and then keep the sums in memory, at half the speed.
 template <typename M, int R, int N, int Step>
-inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b, ptrdiff_t b_row,
-                          typename M::Vec::Real* c, ptrdiff_t c_row, bool accumulate) {
+[[gnu::noinline]] inline void multiply_tile(ptrdiff_t units, const typename M::Unit* a, const typename M::Unit* b,
+                                            ptrdiff_t b_row, typename M::Vec::Real* c, ptrdiff_t c_row,
+                                            bool accumulate) {
   using V = typename M::Vec;
   // What is neither a load nor a multiplication costs time where another thread shares the core: four units at a time
   // have their offsets in the instructions, and an address is one of few pointers and up to twice the row stride.

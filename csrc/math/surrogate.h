@@ -75,7 +75,7 @@ template <typename T>
 FASTRL_HD SurrogateTerm<T> gmpo(const PolicySpec& spec, T log_ratio, T own_raw, T advantage) {
   const T loss = -exp_of(log_ratio) * advantage;
   const Truth<T> kept = summed_log_ratio<T>(spec, own_raw, advantage) == own_raw, up = advantage > T{};
-  const Truth<T> below = !kept & !up, above = !kept & up;
+  const Truth<T> below = (!kept) & !up, above = (!kept) & up;
   return {loss, loss, T{}, below, above};
 }
 

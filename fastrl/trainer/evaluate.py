@@ -33,10 +33,11 @@ class Evaluation(Protocol):
 
 
 class Printed(Unwatched):
-    """Prints results and keeps them by name: rewards under the evaluation's name, pass@k under its own."""
+    """Prints results, if `aloud`, and keeps them by name: rewards under the evaluation's name, pass@k under its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, aloud: bool) -> None:
         self.results: dict[str, float] = {}
+        self.aloud = aloud
 
     def evaluation(self, step: int, name: str, result: dict[str, float], samples: list[Group]) -> None:
         """As `RunLog.evaluation`."""
@@ -46,12 +47,14 @@ class Printed(Unwatched):
             self.results |= passed
             size = f"{len(samples)} prompts x {len(samples[0].samples)}"
             rest = "".join(f", {key} {number(value)}" for key, value in passed.items())
-            print(f"held-out {name}: {number(result['reward'])} over {size}{rest}")
+            line = f"held-out {name}: {number(result['reward'])} over {size}{rest}"
         else:
             values = {key: value for key, value in result.items() if key != "rows"}
             self.results |= values
             shown = ", ".join(f"{key} {number(value)}" for key, value in values.items())
-            print(f"held out: {shown}, {result['rows']:.0f} rows")
+            line = f"held out: {shown}, {result['rows']:.0f} rows"
+        if self.aloud:
+            print(line)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates the current weights, prints the numbers and returns them by name; writes nothing."""
-        printed = Printed()
+        printed = Printed(aloud=self.world.first)
         for evaluation in self.evaluations:
             evaluation.run(self.learner, printed, self.learner.steps)
         return printed.results

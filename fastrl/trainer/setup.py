@@ -109,9 +109,10 @@ def evaluate_model(config: TrainConfig, model: str = "") -> dict[str, float]:
     if build_algorithm(config).needs_ref:
         config = replace(config, reference=config.reference or config.model)
     run = prepare(replace(config, resume="", model=model or config.model), trains=False)
-    run.speed.show()
-    for message in run.said:
-        print(message)
+    if run.world.first:
+        run.speed.show()
+        for message in run.said:
+            print(message)
     if run.once:
         replace(run.once, groups=run.evaluations[0].rows).fill_in(run.learner, None)
     return run.evaluate()

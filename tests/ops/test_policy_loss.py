@@ -191,13 +191,14 @@ def assert_equals_definition(spec, backends, monkeypatch):
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize(("surrogate", "ratio"), [pair for pair in PAIRS if pair[0] != "dppo"])
-def test_value_and_gradients_equal_autograd_of_the_definition(surrogate, ratio, aggregate, monkeypatch):
-    for kl in KLS:
-        for correction in CORRECTIONS:
-            coef = 0.0 if kl is None else 0.05
-            spec = PolicyLoss(ratio, SURROGATES[surrogate], kl, aggregate, entropy_coef=coef, correction=correction)
-            assert_equals_definition(spec, BACKENDS, monkeypatch)
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[0] != "dppo"])
+def test_value_and_gradients_equal_autograd_of_the_definition(pair, correction, kl, aggregate, monkeypatch):
+    surrogate, ratio = pair
+    coef = 0.0 if kl is None else 0.05
+    spec = PolicyLoss(ratio, SURROGATES[surrogate], kl, aggregate, entropy_coef=coef, correction=correction)
+    assert_equals_definition(spec, BACKENDS, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["k1+", "k3+"])
@@ -229,12 +230,12 @@ def test_equal_advantages_and_weights_in_a_sequence_make_gspo_token_gspo():
 
 
 @pytest.mark.parametrize(
-    ("p", "advantage", "gone"), [(0.71, 1, 1), (0.69, 1, 0), (0.29, -1, 1), (0.31, -1, 0), (0.01, 1, 0)]
+    ("p", "advantage", "gone"), [(0.81, 1, 1), (0.79, 1, 0), (0.29, -1, 1), (0.31, -1, 0), (0.01, 1, 0)]
 )
 def test_dppo_drops_a_token_that_moved_beyond_its_bounds_the_way_of_its_advantage(backend, p, advantage, gone):
     logps = torch.tensor([p], dtype=torch.float64).log().requires_grad_()
     arguments = {"mask": torch.ones(1, dtype=torch.bool), "old_logps": torch.tensor([0.5], dtype=torch.float64).log()}
-    spec = PolicyLoss(surrogate=Dppo(low=0.2, high=0.2), aggregate="token_mean")
+    spec = PolicyLoss(surrogate=Dppo(low=0.2, high=0.3), aggregate="token_mean")
     out = policy_loss(logps, torch.tensor([advantage], dtype=torch.float64), spec, backend=backend, **arguments)
     out.loss.backward()
     expected = 0.0 if gone else -advantage * p / 0.5

@@ -251,6 +251,15 @@ def test_torchrun_trains_a_recipe(tmp_path):
     assert len(logged(tmp_path / "run")) == 3
 
 
+def test_of_several_processes_that_evaluate_the_first_prints(tmp_path):
+    config = tiny_config(tmp_path)
+    recipe = write(config, tmp_path / "recipe.yaml")
+    first, second = finish(start(2, ["-m", "fastrl", "eval", config.model, recipe]))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert first[1].count("held-out greedy") == 1
+    assert "held-out" not in second[1]
+
+
 def batch_of(tokens):
     empty = torch.zeros(0)
     return MicroBatch(torch.zeros(1, tokens), *[empty] * 11)
