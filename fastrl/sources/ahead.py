@@ -266,7 +266,8 @@ class Spool:
     def take(self, step: int) -> dict[str, Any] | None:
         """As `peek`, and removes it."""
         answer = self.peek(step)
-        self._batch(step).unlink(missing_ok=True)
+        if answer is not None:  # else it may have come just now
+            self._batch(step).unlink()
         return answer
 
     def clear(self) -> None:

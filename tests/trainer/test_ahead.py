@@ -262,6 +262,21 @@ def test_weights_go_where_there_is_room_or_are_refused(tmp_path, monkeypatch):
         Spool.make(200)
 
 
+def test_a_batch_that_comes_while_the_trainer_looks_is_not_lost(tmp_path, monkeypatch):
+    spool, peek = Spool(tmp_path), Spool.peek
+
+    def put_just_after(self, step):
+        found = peek(self, step)
+        if found is None:
+            self.put(step, {"batch": "the only one"})
+        return found
+
+    monkeypatch.setattr(Spool, "peek", put_just_after)
+    assert spool.take(1) is None
+    assert spool.take(1) == {"batch": "the only one"}
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_generator_that_dies_at_once_ends_the_run_with_its_last_words():
     watch = Heard()
     with pytest.raises(GeneratorDied, match=r"exit status 3, the last of 3 times .* no model here"):
