@@ -15,9 +15,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """A test with three parameters or more runs on every pair of values of every two, not on every combination, unless
-    it is named or `--exhaustive` is given. Tests marked `gpu` need a CUDA device; without one they are reported as
-    skipped, never as passed."""
+    """A test whose cases multiply three lists or more runs on every pair of entries of every two, not on every
+    combination, unless it is named or `--exhaustive` is given. Tests marked `gpu` need a CUDA device; without one they
+    are reported as skipped, never as passed."""
     if not (config.option.exhaustive or any("::" in argument for argument in config.args)):
         chosen = _every_pair(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
@@ -32,13 +32,22 @@ def _every_pair(items):
     """The first cases that have each pair; in the order of collection, which is nearly as few as there can be."""
     chosen, seen = {}, set()
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        values = [(name, repr(params[name])) for name in sorted(params)] if len(params) > 2 else []
-        pairs = {(item.nodeid.partition("[")[0], *pair) for pair in combinations(values, 2)}
-        if not values or not pairs <= seen:
+        entries = _entries(item)
+        pairs = {(item.nodeid.partition("[")[0], *pair) for pair in combinations(entries, 2)}
+        if len(entries) < 3 or not pairs <= seen:
             chosen[item] = None
             seen |= pairs
     return chosen
+
+
+def _entries(item):
+    """Which entry of each list a case has. A list of tuples, by one `parametrize`, is one: its entries stand whole."""
+    left = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    entries = []
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].replace(",", " ").split() if isinstance(mark.args[0], str) else mark.args[0]
+        entries.append(tuple((name, id(left.pop(name))) for name in names))
+    return sorted(entries) + sorted(((name, id(value)),) for name, value in left.items())  # those of fixtures
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -35,6 +36,20 @@ def recipe(tmp_path):
         )
     )
     return path
+
+
+def test_a_command_ends_with_its_status_and_leaves_no_output_thread_or_exit_function_behind():
+    code = """
+import atexit, sys, threading, time
+from fastrl import __main__ as command
+atexit.register(lambda: print("exit function"))
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+command.main = lambda: print("command") or 5
+command.run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split("\n")) == (5, ["command", "thread", "exit function", ""])
+    assert not done.stderr
 
 
 def test_ctrl_c_before_there_is_anything_to_save_is_one_sentence_and_status_130(recipe, monkeypatch, capsys):
