@@ -67,6 +67,7 @@ class Support:
     def __init__(self) -> None:
         self.steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.total = 0
+        self.first = 0  # the completion that is row 0 of what is decoded now
 
     @staticmethod
     def is_cut(params: SamplingParams) -> bool:
@@ -85,7 +86,7 @@ class Support:
         do = "Set top_k or lower top_p, sample fewer completions at a time, or turn record_support off."
         expected = f"at most {_SUPPORT_IDS} kept ids in a call"
         require(self.total <= _SUPPORT_IDS, "Support", "support", expected, f"{self.total} or more", do)
-        self.steps.append((rows.cpu(), ids, positive.sum(-1).cpu()))
+        self.steps.append((rows.cpu() + self.first, ids, positive.sum(-1).cpu()))
 
     def lists(self, lengths: list[int]) -> list[list[list[int]]]:
         """For each completion, for each of its first `lengths` tokens, the ids in ascending order."""

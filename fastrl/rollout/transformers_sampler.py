@@ -68,12 +68,13 @@ class TransformersSampler:
         compact_after: drop finished rows from the batch once they have wasted the work of this many whole steps
             (0: at once; infinity: never). Moving the cache of the live rows costs about a quarter of a step.
         prepack: on a CPU, compute with packed copies of bfloat16 weights during a call; see `prepacked`.
+        max_num_seqs: completions decoded at the same time, which bounds the key/value cache; 0 is all of them.
         record_support: fill in `Sample.support`, the ids that top_k, top_p and min_p left of each token's vocabulary.
             `linear_logprob(support=...)` scores tokens under the distribution that they were drawn from. Costs up to 40
             bytes per id, and on an accelerator a wait per token. Nothing to record without truncation or when greedy.
 
     Raises:
-        ValueError: the model's attention cannot be replaced.
+        ValueError: the model's attention cannot be replaced, or `max_num_seqs` is negative.
     """
 
     def __init__(
@@ -83,14 +84,17 @@ class TransformersSampler:
         *,
         compact_after: float = 0.25,
         prepack: bool = True,
+        max_num_seqs: int = 0,
         record_support: bool = False,
     ) -> None:
         pluggable = getattr(model, "_supports_attention_backend", False)
         require(pluggable, _OP, "model", "a causal LM with pluggable attention", type(model).__name__)
+        require(max_num_seqs >= 0, _OP, "max_num_seqs", "at least 0", max_num_seqs)
         self.model = model
         self.tokenizer = tokenizer
         self.compact_after = compact_after
         self.prepack = prepack
+        self.max_num_seqs = max_num_seqs
         self.record_support = record_support
         self.version = 0
 
@@ -130,13 +134,20 @@ class TransformersSampler:
         """
         self._check(prompts, num_samples, params)
         streams = [(i, j) for i in places_of(prompts, params) for j in range(num_samples)]
+        asked = [tuple(prompt) for prompt in prompts for _ in range(num_samples)]
+        support = Support() if self.record_support and Support.is_cut(params) else None
+        samples: list[Sample] = []
         with _eval_mode(self.model), prepacked(self.model) if self.prepack else nullcontext():
-            u = uniforms(params.seed, streams, params.max_new_tokens)
-            support = Support() if self.record_support and Support.is_cut(params) else None
-            tokens, logps, ends, versions = self._complete(prompts, num_samples, params, u, support, progress)
-        if not bool(logps.isfinite().all()):
-            raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. Check the weights.")
-        samples = _collect(tokens, logps, params.stop_token_ids, ends, versions)
+            for part in _parts(len(asked), self.max_num_seqs):
+                u = uniforms(params.seed, streams[part], params.max_new_tokens)
+                if support is not None:
+                    support.first = part.start
+                share = _share(progress, part, len(asked))
+                tokens, logps, ends, versions = self._complete(asked[part], params, u, support, share)
+                if not bool(logps.isfinite().all()):
+                    do = "Check the weights."
+                    raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. {do}")
+                samples += _collect(tokens, logps, params.stop_token_ids, ends, versions)
         if support is not None:
             sets = support.lists([len(sample.token_ids) for sample in samples])
             samples = [replace(sample, support=kept) for sample, kept in zip(samples, sets, strict=True)]
@@ -165,19 +176,20 @@ class TransformersSampler:
 
     def _complete(
         self,
-        prompts: Sequence[Sequence[int]],
-        num_samples: int,
+        asked: Sequence[tuple[int, ...]],
         params: SamplingParams,
         u: torch.Tensor,
         support: Support | None,
         progress: Progress,
     ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int], list[int]]:
-        """Token ids and log-probabilities `(completions, max_new_tokens)`, the lengths of completions that a stop
+        """One completion of each of `asked`, prompts that may repeat, decoded together.
+
+        Token ids and log-probabilities `(completions, max_new_tokens)`, the lengths of completions that a stop
         string ended, and the weights' version at each step; values after a stop are meaningless."""
         began = self.version  # a prefill that saw an update counts as the older weights'
-        distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+        distinct = list(dict.fromkeys(asked))
         place = {prompt: i for i, prompt in enumerate(distinct)}
-        source = torch.tensor([place[tuple(prompt)] for prompt in prompts]).repeat_interleave(num_samples)
+        source = torch.tensor([place[prompt] for prompt in asked])
         cache, logits = self._prefill(distinct, source.to(self.model.device), params.max_new_tokens, progress)
         lengths = torch.tensor([len(prompt) for prompt in distinct])[source].to(logits.device)
         layer = cache.layers[0]
@@ -355,6 +367,22 @@ def _batches_by_length(prompts: list[tuple[int, ...]], budget: int) -> Iterator[
         size = max(1, budget // len(prompts[order[0]]))
         yield order[:size]
         order = order[size:]
+
+
+def _parts(total: int, at_once: int) -> list[slice]:
+    """As few parts as hold at most `at_once` each, of nearly equal size; one part if it is 0."""
+    number = -(-total // at_once) if at_once else 1
+    ends = [total * i // number for i in range(number + 1)]
+    return [slice(*ends[i : i + 2]) for i in range(number)]
+
+
+def _share(progress: Progress, part: slice, total: int) -> Progress:
+    """Reports the tokens of one part as a share of those of all completions."""
+
+    def report(done: int, of: int) -> None:
+        progress((part.start * of + done * (part.stop - part.start)) // total, of)
+
+    return report
 
 
 def _collect(

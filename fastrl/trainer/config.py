@@ -18,7 +18,8 @@ from fastrl.typed import nested
 RESUME_MAY_CHANGE = {
     "model", "steps", "run_dir", "resume", "save_every", "keep_last", "keep_every", "show_every", "eval.every",
     "device", "backend", "linear", "max_tokens_per_microbatch", "layout", "gradient_checkpointing", "threads",
-    "max_failure_fraction", "reward_timeout", "adapter.save", "log_to", "ahead.threads", "environment.timeout",
+    "rollout.max_num_seqs", "max_failure_fraction", "reward_timeout", "adapter.save", "log_to", "ahead.threads",
+    "environment.timeout",
 }  # fmt: skip
 
 
@@ -72,6 +73,9 @@ class RolloutConfig:
     """Completions per prompt."""
     max_new_tokens: int = 32
     """Maximum completion length, in tokens."""
+    max_num_seqs: int = 0
+    """Completions decoded at the same time; the others wait. Bounds the memory of the key/value cache, in evaluations
+    too; 0 is all."""
     temperature: float = 1.0
     """Temperature of sampling and of every log-probability in training."""
     top_p: float = 1.0
@@ -640,6 +644,7 @@ def require_source(op: str, config: TrainConfig) -> None:
     require(config.eval.every >= 0, op, "eval.every", "0 (only before and after) or more", config.eval.every)
     rounds = rollout.dynamic_sampling
     require(rounds >= 0, op, "rollout.dynamic_sampling", "0 (off) or more", rounds)
+    require(rollout.max_num_seqs >= 0, op, "rollout.max_num_seqs", "0 (all) or more", rollout.max_num_seqs)
     require(rollout.temperature > 0, op, "rollout.temperature", "more than 0", rollout.temperature)
     require(len(config.rewards) > 0, op, "rewards", "at least one reward", "none")
     require(0 <= share <= 1, op, "max_failure_fraction", "a share from 0 to 1", share)

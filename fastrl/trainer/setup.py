@@ -299,7 +299,9 @@ def _sampling(
         seed=config.seed,
         vocab_size=learner.policy.head.vocab_size,
     )
-    sampler = TransformersSampler(model, tokenizer, record_support=rollout.replay_support)
+    sampler = TransformersSampler(
+        model, tokenizer, max_num_seqs=rollout.max_num_seqs, record_support=rollout.replay_support
+    )
     interruption, asked = None, config.interruption
     if asked != InterruptionConfig():
         ids = tuple(tokenizer(asked.text, add_special_tokens=False)["input_ids"])

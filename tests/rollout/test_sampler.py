@@ -126,6 +126,37 @@ def test_greedy_equals_generate_of_each_unpadded_prompt(model, prompts):
         assert [s.token_ids for s in group] == [expected[0, prompt.shape[1] :].tolist()] * 2
 
 
+@pytest.mark.parametrize("changes", [{}, {"top_k": 5}, {"stop_token_ids": (3, 7)}], ids=["", "top-k", "stops"])
+@pytest.mark.parametrize("at_once", [1, 4, 5, 100])
+def test_how_many_are_decoded_at_once_changes_no_completion(llama, at_once, changes):
+    params = SamplingParams(8, seed=6, **changes)
+    whole = TransformersSampler(llama, record_support=True).sample(PROMPTS, 3, params)
+    seen, rows, wrapped = [], [], llama.forward
+
+    def forward(*args, **kwargs):
+        out = wrapped(*args, **kwargs)
+        rows.append(len(out.logits))
+        return out
+
+    llama.forward = forward
+    try:
+        sampler = TransformersSampler(llama, max_num_seqs=at_once, record_support=True)
+        parts = sampler.sample(PROMPTS, 3, params, lambda done, of: seen.append((done, of)))
+    finally:
+        del llama.forward
+    assert ids(parts) == ids(whole)
+    assert [one.support for one in flat(parts)] == [one.support for one in flat(whole)]
+    assert logps(parts) == [pytest.approx(values, abs=1e-5) for values in logps(whole)]
+    assert max(rows) == -(-len(PROMPTS) * 3 // -(-len(PROMPTS) * 3 // at_once))
+    assert seen == sorted(seen)
+    assert {of for _, of in seen} == {8}
+
+
+def test_fewer_than_no_completions_at_once_are_refused(llama):
+    with pytest.raises(ValueError, match="max_num_seqs: expected at least 0, got -1"):
+        TransformersSampler(llama, max_num_seqs=-1)
+
+
 class OldName(LlamaForCausalLM):
     """What a model that brings its own code may look like, whatever transformers is installed."""
 
