@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,13 @@ def test_a_switch_of_scale_rls_page_changes_the_recipe(flags, capsys):
     whole = capsys.readouterr().out
     assert main(["train", recipe, *shlex.split(flags), "--print"]) == 0
     assert capsys.readouterr().out != whole
+
+
+def test_grpo_lora_is_grpo_but_for_its_adapter_and_learning_rate():
+    full, lora = load_recipe("grpo"), load_recipe("grpo_lora")
+    assert lora.adapter != full.adapter
+    optimizer = replace(lora.optimizer, lr=full.optimizer.lr)
+    assert replace(lora, adapter=full.adapter, optimizer=optimizer, run_dir=full.run_dir) == full
 
 
 def test_a_recipe_is_found_by_its_name_and_with_its_data_from_any_folder(tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ class _Rows:
 class TransformersSampler:
     """A sampler with a static key/value cache that prefills nothing twice and drops finished rows.
 
-    Each distinct prompt is prefilled once; a prefix that all prompts share is prefilled once in total.
+    Of the completions decoded together, each distinct prompt is prefilled once, and so is a prefix that all share.
 
     `Sample.sampling_logps` are under the distribution that was sampled from, with temperature, penalty and truncation
     applied; when greedy (temperature 0) they are the log-probabilities at temperature 1. The sample includes the stop
@@ -144,9 +144,7 @@ class TransformersSampler:
                     support.first = part.start
                 share = _share(progress, part, len(asked))
                 tokens, logps, ends, versions = self._complete(asked[part], params, u, support, share)
-                if not bool(logps.isfinite().all()):
-                    do = "Check the weights."
-                    raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. {do}")
+                _require_finite(logps)
                 samples += _collect(tokens, logps, params.stop_token_ids, ends, versions)
         if support is not None:
             sets = support.lists([len(sample.token_ids) for sample in samples])
@@ -184,8 +182,9 @@ class TransformersSampler:
     ) -> tuple[torch.Tensor, torch.Tensor, Mapping[int, int], list[int]]:
         """One completion of each of `asked`, prompts that may repeat, decoded together.
 
-        Token ids and log-probabilities `(completions, max_new_tokens)`, the lengths of completions that a stop
-        string ended, and the weights' version at each step; values after a stop are meaningless."""
+        Token ids and log-probabilities `(completions, max_new_tokens)`, the lengths of completions that a stop string
+        ended, and the weights' version at each step; values after a stop are meaningless.
+        """
         began = self.version  # a prefill that saw an update counts as the older weights'
         distinct = list(dict.fromkeys(asked))
         place = {prompt: i for i, prompt in enumerate(distinct)}
@@ -367,6 +366,11 @@ def _batches_by_length(prompts: list[tuple[int, ...]], budget: int) -> Iterator[
         size = max(1, budget // len(prompts[order[0]]))
         yield order[:size]
         order = order[size:]
+
+
+def _require_finite(logps: torch.Tensor) -> None:
+    if not bool(logps.isfinite().all()):
+        raise FloatingPointError(f"{_OP}: model: expected finite logits, got NaN or infinity. Check the weights.")
 
 
 def _parts(total: int, at_once: int) -> list[slice]:

@@ -438,11 +438,13 @@ def test_other_prompts_under_the_same_name_are_refused_and_nothing_is_written(st
 
 def test_what_may_change_is_said_and_steps_are_added(stopped, capsys):
     directory, config = stopped
-    outcome = train(replace(config, steps=9, max_tokens_per_microbatch=48, eval=EvalConfig(every=3)))
+    rollout = replace(config.rollout, max_num_seqs=4)
+    outcome = train(replace(config, steps=9, max_tokens_per_microbatch=48, rollout=rollout, eval=EvalConfig(every=3)))
     assert outcome.steps == 9
     said = capsys.readouterr().out
     assert "resumed after step 4, from" in said
-    assert "; steps 7 -> 9; max_tokens_per_microbatch 64 -> 48; eval.every 0 -> 3" in " ".join(said.split())
+    changes = "steps 7 -> 9; max_tokens_per_microbatch 64 -> 48; rollout.max_num_seqs 0 -> 4; eval.every 0 -> 3"
+    assert f"; {changes}" in " ".join(said.split())
     (warning,) = lines(directory / "warnings.jsonl")
     assert "cosine schedule now ends at step 9 instead of 7" in warning["message"]
     assert [line["step"] for line in lines(directory / "metrics.jsonl")] == list(range(1, 10))
